@@ -1,0 +1,187 @@
+"""Sampling in one compiled program: prefill, then decode until every row has ended.
+
+Rows are right-padded prompts of any length; token n of every row is written at the same
+cache column, and masks and positions carry the raggedness. The tokens of a row depend
+on (seed, step, row id) and the row's own prompt only: not on the batch around it, on
+padding, or on how the batch is spread over devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from raft_jax import model
+
+
+class Rollout(NamedTuple):
+  """What a batch of prompts was answered with.
+
+  Attributes:
+    tokens_BR: int32; the pad id after a row's end.
+    length_B: int32, tokens of each row, the ending EOS included.
+    ended_B: whether the row sampled an EOS within the limit.
+  """
+
+  tokens_BR: Array
+  length_B: Array
+  ended_B: Array
+
+
+class DecodeState(NamedTuple):
+  """Carry of the decode loop."""
+
+  index: Array  # [] int32, tokens decided so far
+  logits_BV: Array  # float32, for the token to decide next
+  tokens_BR: Array
+  done_B: Array
+  cache: dict[str, Array]
+
+
+def row_keys(seed: Array | int, step: Array | int, row_id_B: Array) -> Array:
+  """One key per row: the seed folded with the step and the row's id."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id_B)
+
+
+def keep_top_p(logits_BV: Array, top_p: float) -> Array:
+  """Masks all but the smallest set of tokens whose probability reaches `top_p`.
+
+  Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751.
+  The most probable token always stays.
+  """
+  descending = -jnp.sort(-logits_BV, axis=-1)
+  before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+  before = before - jax.nn.softmax(descending, axis=-1)
+  lowest_kept = jnp.min(
+    jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True
+  )
+  return jnp.where(logits_BV < lowest_kept, -jnp.inf, logits_BV)
+
+
+def choose(logits_BV: Array, keys_B: Array, temperature: float, top_p: float) -> Array:
+  """Draws one token a row; temperature 0 takes the most probable. Returns int32 [B]."""
+  if temperature == 0.0:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV = logits_BV / temperature
+  if top_p < 1.0:
+    logits_BV = keep_top_p(logits_BV, top_p)
+  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "config",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "eos_ids",
+    "pad_id",
+    "dtype",
+    "unroll",
+  ),
+)
+def generate(
+  params: model.Params,
+  config: model.DecoderConfig,
+  prompt_BP: Array,
+  prompt_length_B: Array,
+  row_id_B: Array,
+  *,
+  seed: Array | int,
+  step: Array | int,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+  eos_ids: Sequence[int],
+  pad_id: int,
+  dtype: str = "float32",
+  unroll: int = 1,
+) -> Rollout:
+  """Samples up to `max_new_tokens` tokens a row, until each row's first EOS.
+
+  Args:
+    prompt_BP: int32, right-padded; every row has at least one token.
+    prompt_length_B: int32 tokens of each prompt.
+    row_id_B: int32 ids that make a row's randomness its own.
+    seed: of the run; `step`: of the optimizer.
+    temperature: of sampling; 0 is greedy.
+    top_p: nucleus; 1 keeps every token.
+    eos_ids: any of them ends a row (a hashable tuple).
+    unroll: layers per iteration of the scan over layers, 0 for all.
+
+  Returns:
+    A `Rollout`; no gradient flows through it.
+  """
+  batch, width = prompt_BP.shape
+  embedding = model.output_embedding(params).astype(dtype)
+  keys_B = row_keys(seed, step, row_id_B)
+  run = functools.partial(model.forward, params, config, dtype=dtype, unroll=unroll)
+  column = jnp.arange(width + max_new_tokens)
+  prompt_key_BS = column < prompt_length_B[:, None]
+
+  def head(hidden_BD: Array) -> Array:
+    return jnp.einsum(
+      "bd,vd->bv", hidden_BD, embedding, preferred_element_type=jnp.float32
+    )
+
+  def prefill() -> DecodeState:
+    causal_TS = column[None, :] <= jnp.arange(width)[:, None]
+    positions_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    hidden_BTD, cache = run(
+      prompt_BP,
+      positions_BT,
+      causal_TS & prompt_key_BS[:, None, :],
+      cache=model.init_cache(config, batch, width + max_new_tokens, dtype),
+    )
+    last_BD = jnp.take_along_axis(
+      hidden_BTD, (prompt_length_B - 1)[:, None, None], axis=1
+    )[:, 0]
+    tokens_BR = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    return DecodeState(
+      jnp.int32(0), head(last_BD), tokens_BR, jnp.zeros(batch, bool), cache
+    )
+
+  def decide(state: DecodeState) -> tuple[Array, Array, Array]:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.index)
+    token_B = choose(state.logits_BV, keys, temperature, top_p)
+    token_B = jnp.where(state.done_B, pad_id, token_B)
+    ended_B = jnp.isin(token_B, jnp.array(eos_ids)) & ~state.done_B
+    tokens_BR = jax.lax.dynamic_update_index_in_dim(
+      state.tokens_BR, token_B, state.index, axis=1
+    )
+    return token_B, tokens_BR, state.done_B | ended_B
+
+  def decode(state: DecodeState) -> DecodeState:
+    token_B, tokens_BR, done_B = decide(state)
+    decoded_S = (column >= width) & (column <= width + state.index)
+    hidden_BTD, cache = run(
+      token_B[:, None],
+      (prompt_length_B + state.index)[:, None],
+      (prompt_key_BS | decoded_S)[:, None, :],
+      cache=state.cache,
+      cache_index=width + state.index,
+    )
+    return DecodeState(
+      state.index + 1, head(hidden_BTD[:, 0]), tokens_BR, done_B, cache
+    )
+
+  def unfinished(state: DecodeState) -> Any:
+    # The last token needs no forward pass: nothing is predicted from it.
+    return (state.index < max_new_tokens - 1) & ~jnp.all(state.done_B)
+
+  state = jax.lax.while_loop(unfinished, decode, prefill())
+  _, tokens_BR, ended_B = decide(state)
+  written_BR = jnp.arange(max_new_tokens) <= state.index
+  tokens_BR = jnp.where(written_BR, tokens_BR, pad_id)
+  is_eos_BR = jnp.isin(tokens_BR, jnp.array(eos_ids)) & written_BR
+  length_B = jnp.where(
+    ended_B, jnp.argmax(is_eos_BR, axis=1) + 1, max_new_tokens
+  ).astype(jnp.int32)
+  return Rollout(tokens_BR, length_B, ended_B)
