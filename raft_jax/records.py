@@ -1,0 +1,560 @@
+"""What the stages hand to each other: frozen records, strict input, sealed shards.
+
+Input is JSONL or Parquet with rows `{id?, domain?, question | messages, answer}`; other
+fields are ignored. A row we cannot use is set aside with its line and reason, never
+guessed at. Text is kept byte for byte: no stripping, no Unicode normalisation.
+
+Refined records travel as canonical JSON in ArrayRecord shards beside a MANIFEST.json.
+The bare ArrayRecord reader cannot be trusted: a truncated file may read as "0 records,
+no error". The manifest's counts and sha256 are therefore always checked.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from array_record.python import array_record_module
+
+from raft_jax import errors
+
+ROLES = ("system", "user", "assistant")
+FIELDS = ("id", "domain", "question", "messages", "answer")
+MANIFEST = "MANIFEST.json"
+MANIFEST_VERSION = 1
+TEMPORARY = ".tmp-"
+
+
+class Message(NamedTuple):
+  role: str
+  content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One training or test example; `messages` ends with a user turn."""
+
+  id: str
+  domain: str
+  messages: tuple[Message, ...]
+  answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+  """One fused answer; a judge that abstained scores None, as does `mean` if all did."""
+
+  text: str
+  scores: tuple[float | None, ...]
+  mean: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Refined:
+  """A question with every intermediate of the refinement.
+
+  `similarity` is the cosine in -1..1 of answer and rewrite (None: not computable),
+  `answer` the final one, `chosen` where it came from ("original", "rewrite", "fused")
+  and `reason` why. Any ablation of the filter is a re-selection of these fields.
+  """
+
+  question: Question
+  rewrite: str
+  similarity: float | None
+  rounds: tuple[Round, ...]
+  answer: str
+  chosen: str
+  reason: str
+
+
+class ShardFile(NamedTuple):
+  name: str
+  records: int
+  sha256: str
+  bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a sealed folder of shards holds; `meta` is the writer's own."""
+
+  version: int
+  records: int
+  files: tuple[ShardFile, ...]
+  meta: dict[str, Any]
+
+
+class _Reject(Exception):
+  """Why one row is unusable; never leaves this module."""
+
+
+# Questions in
+
+
+def read_questions(
+  path: str | os.PathLike[str],
+  *,
+  limit: int | None = None,
+  reject_threshold: float = 0.01,
+  rejects_path: str | os.PathLike[str] | None = None,
+) -> list[Question]:
+  """Reads and checks the rows of a `.jsonl` or `.parquet` file, in order.
+
+  Args:
+    path: the file. A byte-order mark, CRLF line ends and blank lines are fine.
+    limit: stop after this many usable rows.
+    reject_threshold: share of unusable rows (0..1) above which the file is refused.
+    rejects_path: where to write the unusable rows as JSONL {line, reason, text}; an
+      old file there is replaced, or removed when nothing is rejected.
+
+  Returns:
+    The usable rows. A row without an id gets one derived from its content.
+
+  Raises:
+    errors.UserError: no such file, not one of the two formats, no usable row, more
+      rejects than the threshold, or an id that appears twice.
+  """
+  path = pathlib.Path(path)
+  kept: list[tuple[int, Question]] = []
+  rejects: list[dict[str, Any]] = []
+  try:
+    for line, row in _rows(path):
+      try:
+        kept.append((line, _question(row() if callable(row) else row)))
+      except _Reject as reason:
+        rejects.append({"line": line, "reason": str(reason), "text": _excerpt(row)})
+      if len(kept) == limit:
+        break
+  except OSError as e:
+    raise errors.UserError(f"{path}: cannot read: {e.strerror or e}") from e
+  if rejects_path is not None:
+    _write_rejects(pathlib.Path(rejects_path), rejects)
+  _check_rejects(path, len(kept), rejects, reject_threshold, rejects_path)
+  _check_ids(path, kept)
+  return [question for _, question in kept]
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  """Yields (line or row number from 1, raw line or a function that reads the row)."""
+  if not path.is_file():
+    what = "is a folder, not a file" if path.is_dir() else "no such file"
+    raise errors.UserError(
+      f"{path}: {what}; give a .jsonl or .parquet file (relative paths start at the "
+      f"folder the command runs in)"
+    )
+  if path.suffix == ".jsonl":
+    yield from _jsonl_rows(path)
+  elif path.suffix == ".parquet":
+    yield from _parquet_rows(path)
+  else:
+    raise errors.UserError(
+      f"{path}: unknown file type {path.suffix!r}; questions are .jsonl or .parquet"
+    )
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+  with path.open("rb") as lines:
+    for number, raw in enumerate(lines, start=1):
+      if number == 1:
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+          raise errors.UserError(f"{path}:1: is UTF-16; save the file as UTF-8")
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+      if raw.strip():
+        yield number, raw
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  import pyarrow  # a third of a second that JSONL users need not pay
+  from pyarrow import parquet
+
+  try:
+    file = parquet.ParquetFile(path)
+    columns = [name for name in file.schema_arrow.names if name in FIELDS]
+    start = 1
+    for batch in file.iter_batches(columns=columns):
+      for i in range(batch.num_rows):
+        yield start + i, lambda batch=batch, i=i: _cells(batch, i)
+      start += batch.num_rows
+  except pyarrow.ArrowException as e:
+    reason = str(e).splitlines()[0]
+    raise errors.UserError(
+      f"{path}: not a readable Parquet file ({reason}); write it again"
+    ) from e
+
+
+def _cells(batch: Any, i: int) -> dict[str, Any]:
+  try:
+    return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+  except UnicodeDecodeError as e:
+    raise _Reject("is not UTF-8") from e
+
+
+def _parse(raw: bytes) -> Any:
+  try:
+    text = raw.decode("utf-8")
+  except UnicodeDecodeError as e:
+    raise _Reject(f"is not UTF-8 (byte {e.start + 1} of the line)") from e
+  try:
+    return json.loads(
+      text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+    )
+  except json.JSONDecodeError as e:
+    raise _Reject(f"is not valid JSON: {e.msg} at column {e.colno}") from e
+  except (ValueError, RecursionError) as e:
+    raise _Reject(f"is not valid JSON: {e}") from e
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  row: dict[str, Any] = {}
+  for key, value in pairs:
+    if key in row:
+      raise _Reject(f"has the key {key!r} twice")
+    row[key] = value
+  return row
+
+
+def _refuse_constant(name: str) -> None:
+  raise _Reject(f"is not valid JSON: {name} is not a JSON number")
+
+
+def _question(row: bytes | Mapping[str, Any]) -> Question:
+  """A checked question from a raw JSONL line or a mapping, else _Reject."""
+  values = _parse(row) if isinstance(row, bytes) else row
+  if not isinstance(values, Mapping):
+    raise _Reject(f"is a JSON {type(values).__name__}, not an object; one row a line")
+  values = {key: value for key, value in values.items() if value is not None}
+  has_question, has_messages = "question" in values, "messages" in values
+  if has_question and has_messages:
+    raise _Reject("has both `question` and `messages`; keep one")
+  messages: tuple[Message, ...]
+  if has_question:
+    messages = (Message("user", _text("question", values["question"])),)
+  elif has_messages:
+    messages = _messages(values["messages"])
+  else:
+    raise _Reject(_missing("question", values))
+  if "answer" not in values:
+    raise _Reject(_missing("answer", values))
+  answer = _text("answer", values["answer"])
+  domain = _text("domain", values["domain"]) if "domain" in values else ""
+  return Question(_id(values, domain, messages, answer), domain, messages, answer)
+
+
+def _missing(field: str, values: Mapping[str, Any]) -> str:
+  others = [key for key in values if key not in FIELDS]
+  near = difflib.get_close_matches(field, others, n=1)
+  wanted = "`question` (or `messages`)" if field == "question" else f"`{field}`"
+  return f"has no {wanted}" + (f"; rename {near[0]!r}" if near else "")
+
+
+def _text(field: str, value: Any) -> str:
+  if not isinstance(value, str):
+    raise _Reject(f"`{field}` is {type(value).__name__}, not text")
+  # Spaces, control and zero-width characters alone are as empty as nothing.
+  if all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in value):
+    raise _Reject(f"`{field}` is empty")
+  if any("\ud800" <= c <= "\udfff" for c in value):
+    raise _Reject(f"`{field}` holds half of a surrogate pair, which no text has")
+  return value
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+  if not isinstance(value, list) or not value:
+    raise _Reject("`messages` is not a non-empty list of {role, content}")
+  messages = []
+  for i, item in enumerate(value):
+    at = f"messages[{i}]"
+    if not isinstance(item, Mapping):
+      raise _Reject(f"`{at}` is not an object {{role, content}}")
+    extra = [k for k, v in item.items() if k not in Message._fields and v]
+    if extra:  # e.g. tool calls: dropping them would change what was said
+      raise _Reject(f"`{at}` has {extra[0]!r}; only role and content are supported")
+    role = item.get("role")
+    if role not in ROLES:
+      raise _Reject(f"`{at}.role` is {role!r}, not one of {', '.join(ROLES)}")
+    if role == "system" and i > 0:
+      raise _Reject(f"`{at}` is a system turn; only the first turn may be")
+    messages.append(Message(role, _text(f"{at}.content", item.get("content"))))
+  if messages[-1].role != "user":
+    raise _Reject("`messages` does not end with a user turn; the reply is `answer`")
+  return tuple(messages)
+
+
+def _id(values: Mapping[str, Any], domain: str, messages: Any, answer: str) -> str:
+  given = values.get("id")
+  if given is None:
+    return hashlib.sha256(_canonical([domain, messages, answer])).hexdigest()[:16]
+  if isinstance(given, int) and not isinstance(given, bool):
+    return str(given)
+  return _text("id", given)
+
+
+def _excerpt(row: Any) -> str:
+  return row.decode("utf-8", "replace").strip()[:500] if isinstance(row, bytes) else ""
+
+
+def _write_rejects(path: pathlib.Path, rejects: list[dict[str, Any]]) -> None:
+  if not rejects:
+    path.unlink(missing_ok=True)
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _replace(path, b"".join(_canonical(reject) + b"\n" for reject in rejects))
+
+
+def _check_rejects(
+  path: pathlib.Path,
+  kept: int,
+  rejects: list[dict[str, Any]],
+  threshold: float,
+  rejects_path: str | os.PathLike[str] | None,
+) -> None:
+  rows = kept + len(rejects)
+  if rows == 0:
+    raise errors.UserError(f"{path}: holds no rows; it needs at least one question")
+  if not rejects or (kept and len(rejects) <= threshold * rows):
+    return
+  first = rejects[0]
+  where = f" (all in {rejects_path})" if rejects_path else ""
+  raise errors.UserError(
+    f"{path}:{first['line']}: {first['reason']}; {len(rejects)} of {rows} rows are "
+    f"unusable{where}: mend or delete them, or raise data.reject_threshold"
+  )
+
+
+def _check_ids(path: pathlib.Path, kept: list[tuple[int, Question]]) -> None:
+  first_line: dict[str, int] = {}
+  repeats = []
+  for line, question in kept:
+    seen = first_line.setdefault(question.id, line)
+    if seen != line:
+      repeats.append((line, f"{question.id!r} on lines {seen} and {line}"))
+  if repeats:
+    named = ", ".join(what for _, what in repeats[:5])
+    more = f" and {len(repeats) - 5} more" if len(repeats) > 5 else ""
+    raise errors.UserError(
+      f"{path}:{repeats[0][0]}: duplicate id: {named}{more}; give every row its own "
+      f"id or delete the repeats (a row without an id is known by its content)"
+    )
+
+
+# Records out and back
+
+
+def to_json(refined: Refined) -> bytes:
+  """Canonical JSON: sorted keys, UTF-8, no NaN, so equal records have equal bytes.
+
+  Raises:
+    ValueError: a number is not finite, or a text holds a lone surrogate.
+  """
+  tree = dataclasses.asdict(refined)
+  tree["question"]["messages"] = [m._asdict() for m in refined.question.messages]
+  return _canonical(tree)
+
+
+def from_json(data: bytes) -> Refined:
+  """Inverse of `to_json`. Raises errors.UserError for anything else."""
+  try:
+    tree = json.loads(data)
+    question = tree.pop("question")
+    messages = tuple(Message(**message) for message in question["messages"])
+    rounds = tuple(
+      Round(**{**r, "scores": tuple(r["scores"])}) for r in tree.pop("rounds")
+    )
+    return Refined(
+      question=Question(**{**question, "messages": messages}), rounds=rounds, **tree
+    )
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    raise errors.UserError(
+      f"not a refined record ({e!r}): {data[:80]!r}; run the refine stage again"
+    ) from e
+
+
+def _canonical(value: Any) -> bytes:
+  text = json.dumps(
+    value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+  )
+  return text.encode("utf-8")
+
+
+# Shards
+
+
+def write_shards(
+  folder: str | os.PathLike[str],
+  records: Sequence[bytes],
+  *,
+  records_per_shard: int,
+  meta: Mapping[str, Any],
+) -> Manifest:
+  """Writes the records as ArrayRecord shards, sealed by a manifest written last.
+
+  The bytes on disk are a pure function of the arguments. A kill at any instant leaves
+  either no manifest or a whole folder; leftovers are removed by the next call.
+
+  Raises:
+    ValueError: there is nothing to write, or `meta` is not JSON.
+    errors.UserError: the disk is full or unwritable (names the file and free space).
+  """
+  if not records or records_per_shard < 1:
+    raise ValueError("write_shards needs records and a positive records_per_shard")
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  # Without its manifest a folder is unfinished: readers refuse it until the new one.
+  (folder / MANIFEST).unlink(missing_ok=True)
+  for stale in [*folder.glob(f"{TEMPORARY}*"), *folder.glob("shard-*.array_record")]:
+    stale.unlink()
+  chunks = [
+    records[start : start + records_per_shard]
+    for start in range(0, len(records), records_per_shard)
+  ]
+  files = tuple(
+    _write_shard(folder / f"shard-{i:05d}-of-{len(chunks):05d}.array_record", chunk)
+    for i, chunk in enumerate(chunks)
+  )
+  manifest = Manifest(MANIFEST_VERSION, len(records), files, dict(meta))
+  tree = dataclasses.asdict(manifest) | {"files": [file._asdict() for file in files]}
+  text = json.dumps(tree, sort_keys=True, indent=2, allow_nan=False) + "\n"
+  _replace(folder / MANIFEST, text.encode())
+  return manifest
+
+
+def _write_shard(path: pathlib.Path, chunk: Sequence[bytes]) -> ShardFile:
+  temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in chunk:
+      writer.write(record)
+    writer.close()  # the first call that reports a full disk
+    if _read_records(temporary) != list(chunk):
+      raise RuntimeError("reads back differently from what was written")
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+  except (OSError, RuntimeError) as e:
+    temporary.unlink(missing_ok=True)
+    raise errors.UserError(_write_failure(path, e)) from e
+  return ShardFile(path.name, len(chunk), _sha256(path), path.stat().st_size)
+
+
+def _write_failure(path: pathlib.Path, e: Exception) -> str:
+  free = shutil.disk_usage(path.parent).free
+  return (
+    f"{path}: cannot write: {e}; {free / 1e6:.0f} MB are free there: make room or "
+    f"change `output`, then run the command again"
+  )
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+  """The manifest of a folder of shards, after checking every shard against it.
+
+  Raises:
+    errors.UserError: no manifest (the stage has not finished), a damaged one, or a
+      shard whose presence, size, sha256 or record count differs from it.
+  """
+  path = pathlib.Path(folder) / MANIFEST
+  if not path.is_file():
+    raise errors.UserError(
+      f"{path}: not there, so the refined data are not complete; run "
+      f"`python -m raft_jax.refine` with this config (it continues where it stopped)"
+    )
+  manifest = _parse_manifest(path)
+  for file in manifest.files:
+    _check_shard(path.parent / file.name, file)
+  return manifest
+
+
+def _parse_manifest(path: pathlib.Path) -> Manifest:
+  try:
+    tree = json.loads(path.read_bytes())
+    files = tuple(ShardFile(**file) for file in tree.pop("files"))
+    manifest = Manifest(files=files, **tree)
+    if manifest.version != MANIFEST_VERSION:
+      raise ValueError(f"version {manifest.version}, expected {MANIFEST_VERSION}")
+    if manifest.records != sum(file.records for file in files):
+      raise ValueError("its record counts do not add up")
+    if any(pathlib.PurePath(file.name).name != file.name for file in files):
+      raise ValueError("a shard's name is a path")
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
+  return manifest
+
+
+_REDO = "run the refine stage again (it rewrites the shards without new model calls)"
+
+
+def _check_shard(path: pathlib.Path, file: ShardFile) -> None:
+  if not path.is_file():
+    raise errors.UserError(f"{path}: missing, named by {MANIFEST}; {_REDO}")
+  found: tuple[tuple[str, Any, Any], ...] = (
+    ("bytes", file.bytes, path.stat().st_size),
+    ("sha256", file.sha256, _sha256(path)),
+  )
+  for what, expected, got in found:
+    if expected != got:
+      raise errors.UserError(
+        f"{path}: damaged: expected {what} {expected}, got {got}; {_REDO}"
+      )
+  _checked_records(path, file)
+
+
+def _checked_records(path: pathlib.Path, file: ShardFile) -> list[bytes]:
+  try:
+    records = _read_records(path)
+  except RuntimeError as e:
+    raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
+  if len(records) != file.records:
+    raise errors.UserError(
+      f"{path}: damaged: expected {file.records} records, got {len(records)}; {_REDO}"
+    )
+  return records
+
+
+def read_shards(folder: str | os.PathLike[str]) -> list[bytes]:
+  """All records of a sealed folder, in order. Raises as `read_manifest` does."""
+  folder = pathlib.Path(folder)
+  files = read_manifest(folder).files
+  return [r for file in files for r in _checked_records(folder / file.name, file)]
+
+
+def _read_records(path: pathlib.Path) -> list[bytes]:
+  reader = array_record_module.ArrayRecordReader(str(path))
+  try:
+    count = reader.num_records()
+    return list(reader.read_all()) if count else []
+  finally:
+    reader.close()
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: pathlib.Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _replace(path: pathlib.Path, data: bytes) -> None:
+  """Writes the whole file or nothing, durably."""
+  temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+  try:
+    temporary.write_bytes(data)
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+  except OSError as e:
+    temporary.unlink(missing_ok=True)
+    raise errors.UserError(_write_failure(path, e)) from e
