@@ -1,0 +1,373 @@
+"""Pure losses on arrays: cross-entropy, one divergence kernel, one masked mean.
+
+Each loss returns a value per token; `masked_mean` alone reduces. No function sees a
+model, a batch or a config, so all of them can be lifted into another JAX stack: this
+file needs jax only. Arithmetic is float32 or better whatever the inputs are.
+
+Shapes in names: B batch, T tokens, V vocabulary, K ids of a support (`logits_K` may
+have any leading dimensions). Divergences are in nats.
+"""
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("forward", "reverse", "jsd")
+SUPPORTS = ("full", "teacher", "student")
+TAILS = ("renormalize", "bucket")
+MEANS = ("sequence", "token")
+
+# Stands for log 0: its exponential is 0 and, unlike -inf, 0 times it is 0.
+_LOG_ZERO = -1e30
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Negative log-likelihood of each target token.
+
+  .. math:: L_t = -\\log \\mathrm{softmax}(u_t)_{y_t}
+
+  Eq. 5 of RAFT before its means; `masked_mean` applies those. There is no "ignore"
+  id: where the mask is False any id inside the vocabulary will do.
+
+  Args:
+    logits: Unnormalised log-probabilities u, `[..., V]`. Position t must predict
+      target t: shift before the call.
+    targets: Token ids y in [0, V), integers, `[...]`.
+
+  Returns:
+    Loss in nats per token, `[...]`, float32.
+
+  Raises:
+    ValueError: If `targets` lacks the leading shape of `logits`.
+  """
+  if jnp.shape(targets) != jnp.shape(logits)[:-1]:
+    raise ValueError(
+      f"targets has shape {jnp.shape(targets)}, "
+      f"but logits {jnp.shape(logits)} asks for {jnp.shape(logits)[:-1]}"
+    )
+  log_probs = jax.nn.log_softmax(_at_least_float32(logits), axis=-1)
+  return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+
+def divergence(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  kind: str = "forward",
+  beta: float | None = None,
+  support: str = "teacher",
+  k: int | None = None,
+  tail: str = "renormalize",
+  temperature: float = 1.0,
+  scale_by_t2: bool = True,
+) -> jax.Array:
+  """Divergence between teacher and student at each token.
+
+  With q the teacher's and p the student's distribution, softmax of logits /
+  `temperature` on the support:
+
+  .. math::
+    D_{forward} = \\sum_a q_a \\log (q_a / p_a), \\quad
+    D_{reverse} = \\sum_a p_a \\log (p_a / q_a)
+
+    D_{jsd} = \\beta KL(q \\| m) + (1 - \\beta) KL(p \\| m), \\quad
+    m = \\beta q + (1 - \\beta) p
+
+  times `temperature`² if `scale_by_t2`, which keeps the gradient's size about the same
+  at any temperature. Forward KL is the teacher-first one of Hinton et al., *Distilling
+  the Knowledge in a Neural Network*, arXiv 1503.02531; jsd is GKD's, Agarwal et al.,
+  *On-Policy Distillation of Language Models*, arXiv 2306.13649: it tends to 0, not to
+  a KL, as β goes to 0 or 1. The bucket is SDPO's, arXiv 2601.20802.
+
+  No gradient reaches the teacher. The ids of the support carry none either.
+
+  Args:
+    student_logits: `[..., V]`; position t of both sides predicts the same token.
+    teacher_logits: `[..., V]`.
+    kind: "forward", "reverse" or "jsd".
+    beta: Weight of the teacher in "jsd", in (0, 1); the other kinds do not read it.
+    support: Where the two are compared: "full" vocabulary, or the `k` most probable
+      tokens of the "teacher" or of the "student".
+    k: Size of a top-K support; None takes the whole vocabulary.
+    tail: What becomes of the mass outside the support: "renormalize" drops it and
+      rescales the rest to 1; "bucket" keeps it as one more outcome.
+    temperature: Softmax temperature, a static number > 0.
+    scale_by_t2: Whether to multiply by `temperature`².
+
+  Returns:
+    Divergence in nats per token, `[...]`, float32; >= 0, and exactly 0 with an exactly
+    zero gradient where forward or reverse KL compares equal logits.
+
+  Raises:
+    ValueError: If the shapes differ, or an argument is unknown or out of range.
+  """
+  _check_choice("support", support, SUPPORTS)
+  _check_choice("tail", tail, TAILS)
+  if jnp.shape(student_logits) != jnp.shape(teacher_logits):
+    raise ValueError(
+      f"student_logits has shape {jnp.shape(student_logits)}, but teacher_logits "
+      f"{jnp.shape(teacher_logits)}: both need the same tokens and one vocabulary"
+    )
+  vocabulary = jnp.shape(student_logits)[-1]
+  if k is not None and not 1 <= k <= vocabulary:
+    raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
+  student, teacher = (
+    _at_least_float32(student_logits),
+    _at_least_float32(teacher_logits),
+  )
+  logsumexps = {}
+  if support != "full" and k is not None:
+    if tail == "bucket":
+      _check_temperature(temperature)
+      logsumexps = {
+        "student_logsumexp": jax.nn.logsumexp(student / temperature, axis=-1),
+        "teacher_logsumexp": jax.nn.logsumexp(teacher / temperature, axis=-1),
+      }
+    chooser = teacher if support == "teacher" else student
+    ids_K = jax.lax.top_k(jax.lax.stop_gradient(chooser), k)[1]
+    student = jnp.take_along_axis(student, ids_K, axis=-1)
+    teacher = jnp.take_along_axis(teacher, ids_K, axis=-1)
+  return divergence_on_support(
+    student,
+    teacher,
+    kind=kind,
+    beta=beta,
+    temperature=temperature,
+    scale_by_t2=scale_by_t2,
+    **logsumexps,
+  )
+
+
+def divergence_on_support(
+  student_logits_K: jax.Array,
+  teacher_logits_K: jax.Array,
+  *,
+  kind: str = "forward",
+  beta: float | None = None,
+  temperature: float = 1.0,
+  scale_by_t2: bool = True,
+  student_logsumexp: jax.Array | None = None,
+  teacher_logsumexp: jax.Array | None = None,
+) -> jax.Array:
+  """`divergence` for logits that were gathered at the support already.
+
+  Restricting two softmaxes to K tokens and renormalising them is the softmax of the K
+  logits, so nothing of the vocabulary is needed. With both log-sum-exps the K tokens
+  keep their true probabilities, and one more outcome holds 1 - their sum.
+
+  Args:
+    student_logits_K: Student's logits at the ids of the support, `[..., K]`.
+    teacher_logits_K: Teacher's logits at the same ids, `[..., K]`; no gradient.
+    kind: As in `divergence`.
+    beta: As in `divergence`.
+    temperature: As in `divergence`.
+    scale_by_t2: As in `divergence`.
+    student_logsumexp: log Σ exp(logits / temperature) over the whole vocabulary,
+      `[...]`. Given together with the teacher's it adds the tail bucket.
+    teacher_logsumexp: The same of the teacher; no gradient.
+
+  Returns:
+    Divergence in nats per token, `[...]`, float32.
+
+  Raises:
+    ValueError: If the shapes differ, only one log-sum-exp is given, or an argument is
+      unknown or out of range.
+  """
+  _check_choice("kind", kind, KINDS)
+  _check_temperature(temperature)
+  if jnp.shape(student_logits_K) != jnp.shape(teacher_logits_K):
+    raise ValueError(
+      f"student_logits_K has shape {jnp.shape(student_logits_K)}, but "
+      f"teacher_logits_K {jnp.shape(teacher_logits_K)}: gather both at the same ids"
+    )
+  if (student_logsumexp is None) != (teacher_logsumexp is None):
+    raise ValueError("give student_logsumexp and teacher_logsumexp, or neither")
+
+  log_p = _log_probs(student_logits_K, temperature, student_logsumexp)
+  log_q = jax.lax.stop_gradient(
+    _log_probs(teacher_logits_K, temperature, teacher_logsumexp)
+  )
+  if kind == "forward":
+    value = _kl(log_q, log_p)
+  elif kind == "reverse":
+    value = _kl(log_p, log_q)
+  else:
+    if beta is None or not 0 < beta < 1:
+      raise ValueError(f"beta={beta}: kind='jsd' needs a beta inside (0, 1)")
+    log_m = jnp.logaddexp(jnp.log(beta) + log_q, jnp.log1p(-beta) + log_p)
+    value = beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+  return value * temperature**2 if scale_by_t2 else value
+
+
+def topk_distillation(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  k: int = 512,
+  temperature: float = 1.5,
+) -> jax.Array:
+  """RAFT's distillation loss at each token (Eq. 8-10 of arXiv 2606.00147).
+
+  .. math::
+    L_t = T^2 \\, KL(\\tilde q_t \\| \\tilde p_t), \\quad
+    \\tilde q_t = \\mathrm{softmax}(u_t / T)_{|S}, \\;
+    \\tilde p_t = \\mathrm{softmax}(v_t / T)_{|S}, \\;
+    S = \\mathrm{TopK}(u_t)
+
+  with u the teacher's and v the student's logits, both renormalised on the teacher's
+  top-K set S. What the student puts outside S is not penalised: watch it with
+  `mass_on_support`.
+
+  Args:
+    student_logits: `[..., V]`.
+    teacher_logits: `[..., V]`; no gradient.
+    k: Size of S; the paper's value is the default.
+    temperature: T, > 0; not the temperature the rollout was sampled at.
+
+  Returns:
+    Loss in nats per token, `[...]`, float32, >= 0.
+
+  Raises:
+    ValueError: If the shapes differ, `k` is outside 1..V or `temperature` <= 0.
+  """
+  return divergence(
+    student_logits, teacher_logits, support="teacher", k=k, temperature=temperature
+  )
+
+
+def mass_on_support(
+  logits_K: jax.Array, logsumexp: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+  """Probability that a model puts on the K tokens of a support.
+
+  Args:
+    logits_K: The model's logits at the ids of the support, `[..., K]`.
+    logsumexp: log Σ exp(logits / temperature) over the whole vocabulary, `[...]`.
+    temperature: Softmax temperature, > 0.
+
+  Returns:
+    Probability in [0, 1], `[...]`, float32.
+
+  Raises:
+    ValueError: If `temperature` <= 0.
+  """
+  _check_temperature(temperature)
+  log_mass = jax.nn.logsumexp(_at_least_float32(logits_K) / temperature, axis=-1)
+  return jnp.exp(jnp.minimum(log_mass - logsumexp, 0.0))
+
+
+def masked_mean(
+  values: jax.Array, mask: jax.Array, *, per: str = "sequence"
+) -> jax.Array:
+  """Mean over the tokens that count.
+
+  "sequence" is the normaliser of RAFT's Eq. 5 and 10: the mean over sequences of the
+  mean over each one's tokens; a sequence without tokens leaves the mean. "token" is
+  the mean over all tokens. What stands under a False mask, NaN included, touches
+  neither the mean nor its gradient.
+
+  Args:
+    values: One value per token, `[..., T]`; the last axis runs along a sequence.
+    mask: True where a token counts, `[..., T]`, bool (or 0 and 1).
+    per: "sequence" or "token".
+
+  Returns:
+    The mean, a scalar; 0 where no token counts at all.
+
+  Raises:
+    ValueError: If the shapes differ or `per` is unknown.
+  """
+  return weighted_sum(values, mean_weights(mask, per=per))
+
+
+def mean_weights(mask: jax.Array, *, per: str = "sequence") -> jax.Array:
+  """Weights w with `masked_mean(values, mask) == weighted_sum(values, w)`.
+
+  A mean of means does not survive cutting a batch into micro-batches; a weighted sum
+  does. Take the weights of the whole batch, cut them with it, and add up.
+
+  Args:
+    mask: True where a token counts, `[..., T]`, bool (or 0 and 1).
+    per: "sequence" or "token", as in `masked_mean`.
+
+  Returns:
+    Weights, `[..., T]`, float32, >= 0, of sum 1, or 0 where no token counts.
+
+  Raises:
+    ValueError: If `per` is unknown.
+  """
+  _check_choice("per", per, MEANS)
+  mask = jnp.asarray(mask).astype(bool)
+  if per == "token":
+    return mask / jnp.maximum(jnp.sum(mask), 1)
+  tokens = jnp.sum(mask, axis=-1, keepdims=True)
+  return mask / jnp.maximum(tokens, 1) / jnp.maximum(jnp.sum(tokens > 0), 1)
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """Σ w·x over the entries of non-zero weight; the others may even be NaN.
+
+  Args:
+    values: One value per token, `[..., T]`.
+    weights: From `mean_weights`, `[..., T]`; no gradient.
+
+  Returns:
+    The sum, a scalar, float32.
+
+  Raises:
+    ValueError: If the shapes differ.
+  """
+  if jnp.shape(values) != jnp.shape(weights):
+    raise ValueError(
+      f"values has shape {jnp.shape(values)}, but its mask {jnp.shape(weights)}"
+    )
+  weights = jax.lax.stop_gradient(weights)
+  # Dropped before the product: 0 * NaN is NaN, in the value and in the gradient.
+  counted = jnp.where(weights != 0, _at_least_float32(values), 0)
+  return jnp.sum(weights * counted)
+
+
+def _log_probs(
+  logits_K: jax.Array, temperature: float, logsumexp: jax.Array | None
+) -> jax.Array:
+  """log-probabilities, renormalised `[..., K]` or with the bucket `[..., K+1]`."""
+  scaled = _at_least_float32(logits_K) / temperature
+  if logsumexp is None:
+    log_probs = jax.nn.log_softmax(scaled, axis=-1)
+  else:
+    log_probs = scaled - jnp.expand_dims(logsumexp, -1)
+    log_mass = jax.nn.logsumexp(log_probs, axis=-1, keepdims=True)
+    # 1 - mass is not resolved below eps, where rounding may even make it negative.
+    log_mass = jnp.minimum(log_mass, -jnp.finfo(log_mass.dtype).eps)
+    log_tail = jnp.log(-jnp.expm1(log_mass))
+    log_probs = jnp.concatenate([log_probs, log_tail], axis=-1)
+  return jnp.maximum(log_probs, _LOG_ZERO)
+
+
+def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+  """Σ a log(a/b) of two normalised distributions, as Σ [a log(a/b) - a + b].
+
+  The added terms sum to zero. With them no summand is negative and each is
+  stationary at a = b, so rounding in the normalisers enters squared: a plain sum
+  gives ±1e-7 for equal distributions, which a balance by the inverse of the loss
+  would blow up.
+  """
+  a, b = jnp.exp(log_a), jnp.exp(log_b)
+  gap = log_a - log_b
+  near = jnp.clip(gap, -1, 1)  # inside, a·expm1(-gap) is b - a without cancellation
+  terms = jnp.where(jnp.abs(gap) < 1, a * (near + jnp.expm1(-near)), a * (gap - 1) + b)
+  return jnp.sum(terms, axis=-1)
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  x = jnp.asarray(x)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
+
+
+def _check_temperature(temperature: float) -> None:
+  if temperature <= 0:
+    raise ValueError(f"temperature={temperature} must be > 0")

@@ -1,0 +1,355 @@
+"""The output head without a [tokens, vocabulary] array.
+
+`cross_entropy`, `topk` and `gather` take the last hidden states and the output
+embedding and compute what they need of logits = hidden · embeddingᵀ in tiles of about
+`chunk_size * V` logits, in float32 whatever the inputs are. `gather` is the one
+differentiable core (custom derivatives, reverse mode only); `cross_entropy` is the
+log-sum-exp minus a gather of one id, and `topk` is the teacher's side: no gradient.
+
+Cost, for N tokens, vocabulary V, width D:
+  forward   2·N·V·D FLOPs, chunks of tokens under `lax.scan`.
+  backward  6·N·V·D FLOPs: logits again, then both gradients. 4·N·V·D if nothing
+            differentiates the log-sum-exp (as under `stop_gradient`): no logits needed.
+            It goes over blocks of the vocabulary with all tokens, so that each row of
+            the embedding's gradient is summed in one float32 product and written once;
+            over chunks of tokens it would be read, added to and written per chunk.
+  memory    two or three tiles of logits beside inputs and outputs; between forward and
+            backward only the [N] log-sum-exp.
+
+Tokens are dealt to the chunks like cards, chunk i taking i, i + n, i + 2n, ...: hidden
+states sharded over a batch axis stay sharded inside every chunk. All inner functions
+see one [V, D] array and plain ids, the form that a shard of the vocabulary has inside
+`jax.shard_map`.
+
+Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+# Logits in a tile: 32 MiB in float32. Larger tiles gain nothing on a CPU, where they
+# leave the cache; smaller ones read the embedding more often per token.
+_TILE = 2**23
+
+
+@overload
+def cross_entropy(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  *,
+  chunk_size: int | None = ...,
+  temperature: float = ...,
+  return_logsumexp: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def cross_entropy(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  *,
+  chunk_size: int | None = ...,
+  temperature: float = ...,
+  return_logsumexp: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def cross_entropy(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  *,
+  chunk_size: int | None = None,
+  temperature: float = 1.0,
+  return_logsumexp: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """`losses.cross_entropy` of the head's logits.
+
+  .. math:: L_t = -\\log \\mathrm{softmax}(E h_t / T)_{y_t}
+
+  Args:
+    hidden: Final hidden states h, `[..., D]`.
+    embedding: Output embedding E, `[V, D]`.
+    targets: Token ids in [0, V), `[...]`. There is no "ignore" id: where a mask drops
+      the token any valid id will do.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    temperature: Softmax temperature T > 0, static.
+    return_logsumexp: Also return the log-sum-exp.
+
+  Returns:
+    Loss in nats per token, `[...]`, float32; minus it is the token's log-probability.
+    With `return_logsumexp` a pair of it and log Σ exp(logits / T), `[...]`, float32.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  _check(hidden, embedding, chunk_size, temperature)
+  _check_leading("targets", jnp.shape(targets), hidden)
+  logits, logsumexp = _gather(
+    hidden, embedding, targets[..., None], chunk_size, temperature
+  )
+  loss = logsumexp - logits[..., 0] / temperature
+  return (loss, logsumexp) if return_logsumexp else loss
+
+
+@overload
+def gather(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  ids: jax.Array,
+  *,
+  chunk_size: int | None = ...,
+  temperature: float = ...,
+  return_logsumexp: Literal[False] = ...,
+) -> jax.Array: ...
+
+
+@overload
+def gather(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  ids: jax.Array,
+  *,
+  chunk_size: int | None = ...,
+  temperature: float = ...,
+  return_logsumexp: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def gather(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  ids: jax.Array,
+  *,
+  chunk_size: int | None = None,
+  temperature: float = 1.0,
+  return_logsumexp: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """The head's logits at given ids, as of the student at the teacher's top-K.
+
+  Args:
+    hidden: Final hidden states, `[..., D]`.
+    embedding: Output embedding, `[V, D]`.
+    ids: Token ids in [0, V), `[..., K]`; an id may occur twice.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    return_logsumexp: Also return the log-sum-exp. It is differentiable; under
+      `stop_gradient` the backward pass needs no logits.
+
+  Returns:
+    Logits (not divided by `temperature`), `[..., K]`, float32. With
+    `return_logsumexp` a pair of them and log Σ exp(logits / temperature) over the
+    vocabulary, `[...]`, float32.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  _check(hidden, embedding, chunk_size, temperature)
+  _check_leading("ids", jnp.shape(ids)[:-1], hidden)
+  logits, logsumexp = _gather(hidden, embedding, ids, chunk_size, temperature)
+  return (logits, logsumexp) if return_logsumexp else logits
+
+
+def topk(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  k: int,
+  *,
+  chunk_size: int | None = None,
+  temperature: float = 1.0,
+  return_logsumexp: bool = False,
+) -> tuple[jax.Array, ...]:
+  """The k largest of the head's logits and their ids: the teacher's side.
+
+  No gradient passes (`stop_gradient`); for the student's own top-K call `gather` at
+  the ids found here.
+
+  Args:
+    hidden: Final hidden states, `[..., D]`.
+    embedding: Output embedding, `[V, D]`.
+    k: How many, 1..V.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    return_logsumexp: Also return the log-sum-exp.
+
+  Returns:
+    Logits in descending order, `[..., k]`, float32, and ids, `[..., k]`, int32; equal
+    logits in ascending order of ids. With `return_logsumexp` also
+    log Σ exp(logits / temperature) over the vocabulary, `[...]`, float32.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  _check(hidden, embedding, chunk_size, temperature)
+  vocabulary = jnp.shape(embedding)[0]
+  if not 1 <= k <= vocabulary:
+    raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
+  embedding = jax.lax.stop_gradient(embedding)
+
+  def of_chunk(hidden_CD):
+    logits_CV = _logits(hidden_CD, embedding)
+    values_CK, ids_CK = jax.lax.top_k(logits_CV, k)
+    return values_CK, ids_CK, _logsumexp(logits_CV, temperature)
+
+  hidden_ND = _flat(jax.lax.stop_gradient(hidden), 1)
+  values, ids, logsumexp = (
+    x.reshape(jnp.shape(hidden)[:-1] + x.shape[1:])
+    for x in _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), hidden_ND)
+  )
+  return (values, ids, logsumexp) if return_logsumexp else (values, ids)
+
+
+def _gather(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  ids: jax.Array,
+  chunk_size: int | None,
+  temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+  """`_logits_at` for any leading dimensions."""
+  chunk = _chunk(chunk_size, jnp.shape(embedding)[0])
+  logits_NK, logsumexp_N = _logits_at(
+    chunk, temperature, _flat(hidden, 1), embedding, _flat(ids, 1)
+  )
+  return logits_NK.reshape(jnp.shape(ids)), logsumexp_N.reshape(jnp.shape(ids)[:-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logits_at(chunk, temperature, hidden_ND, embedding_VD, ids_NK):
+  """Logits at ids `[N, K]` and log Σ exp(logits / temperature) `[N]`."""
+
+  def of_chunk(hidden_CD, ids_CK):
+    logits_CV = _logits(hidden_CD, embedding_VD)
+    at_ids_CK = jnp.take_along_axis(logits_CV, ids_CK, axis=1)
+    return at_ids_CK, _logsumexp(logits_CV, temperature)
+
+  return _over_chunks(of_chunk, chunk, hidden_ND, ids_NK)
+
+
+def _logits_at_forward(chunk, temperature, hidden_ND, embedding_VD, ids_NK):
+  primals = hidden_ND.value, embedding_VD.value, ids_NK.value
+  logits_NK, logsumexp_N = _logits_at(chunk, temperature, *primals)
+  return (logits_NK, logsumexp_N), (*primals, logsumexp_N)
+
+
+def _logits_at_backward(chunk, temperature, residuals, cotangents):
+  """Both gradients, block by block of the vocabulary (see the module's text)."""
+  hidden_ND, embedding_VD, ids_NK, logsumexp_N = residuals
+  d_at_ids_NK, d_logsumexp_N = cotangents
+  n_tokens, (vocabulary, _) = hidden_ND.shape[0], embedding_VD.shape
+  tile = chunk * vocabulary
+  n_blocks = -(-vocabulary // max(1, min(vocabulary, tile // max(1, n_tokens))))
+  block = -(-vocabulary // n_blocks)
+  # The products run in the inputs' type (bfloat16 at its full rate), summed in float32.
+  dot = functools.partial(jnp.einsum, preferred_element_type=logsumexp_N.dtype)
+
+  def of_block(carry, index):
+    d_hidden_ND, d_embedding_VD = carry
+    # The last block is moved back to end with the vocabulary: it writes some rows of
+    # the embedding's gradient a second time, the same, but must add to the hidden
+    # states' only what is new.
+    start = jnp.minimum(index * block, vocabulary - block)
+    rows = jax.lax.dynamic_slice_in_dim(embedding_VD, start, block)
+    if isinstance(d_logsumexp_N, SymbolicZero):
+      d_logits = jnp.zeros((n_tokens, block), logsumexp_N.dtype)
+    else:
+      scaled = _logits(hidden_ND, rows) / temperature
+      probs = jnp.exp(scaled - logsumexp_N[:, None])
+      d_logits = probs * (d_logsumexp_N / temperature)[:, None]
+    if not isinstance(d_at_ids_NK, SymbolicZero):
+      d_logits = _add_at(d_logits, ids_NK - start, d_at_ids_NK)
+    d_logits = d_logits.astype(jnp.result_type(hidden_ND, embedding_VD))
+    is_new = start + jnp.arange(block) >= index * block
+    new_rows = jnp.where(is_new[:, None], rows, 0)
+    d_hidden_ND += dot("nv,vd->nd", d_logits, new_rows)
+    d_rows = dot("nv,nd->vd", d_logits, hidden_ND)
+    d_embedding_VD = jax.lax.dynamic_update_slice_in_dim(
+      d_embedding_VD, d_rows.astype(embedding_VD.dtype), start, 0
+    )
+    return (d_hidden_ND, d_embedding_VD), None
+
+  zeros = jnp.zeros(hidden_ND.shape, logsumexp_N.dtype), jnp.zeros_like(embedding_VD)
+  (d_hidden_ND, d_embedding_VD), _ = jax.lax.scan(of_block, zeros, jnp.arange(n_blocks))
+  return d_hidden_ND.astype(hidden_ND.dtype), d_embedding_VD, None
+
+
+_logits_at.defvjp(_logits_at_forward, _logits_at_backward, symbolic_zeros=True)
+
+
+def _add_at(d_logits: jax.Array, columns_NK: jax.Array, values_NK: jax.Array):
+  """Adds values at columns; those outside the block are dropped."""
+  # A negative index would count from the end.
+  columns_NK = jnp.where(columns_NK < 0, d_logits.shape[1], columns_NK)
+  # Under vmap the token is a batch axis of the scatter, which stays sharded.
+  return jax.vmap(
+    lambda row, columns, values: row.at[columns].add(values, mode="drop")
+  )(d_logits, columns_NK, values_NK)
+
+
+def _logits(hidden_ND: jax.Array, embedding_VD: jax.Array) -> jax.Array:
+  dtype = jnp.promote_types(jnp.result_type(hidden_ND, embedding_VD), jnp.float32)
+  return jnp.einsum("nd,vd->nv", hidden_ND, embedding_VD, preferred_element_type=dtype)
+
+
+def _logsumexp(logits_CV: jax.Array, temperature: float) -> jax.Array:
+  return jax.nn.logsumexp(logits_CV / temperature, axis=-1)
+
+
+def _chunk(chunk_size: int | None, vocabulary: int) -> int:
+  return max(1, _TILE // vocabulary) if chunk_size is None else chunk_size
+
+
+def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):
+  """Applies `f` to chunks of the leading axis, one after the other."""
+  n_tokens = arrays[0].shape[0]
+  n_chunks = max(1, -(-n_tokens // chunk))
+  size = -(-n_tokens // n_chunks)
+  padding = n_chunks * size - n_tokens
+
+  def deal(x):
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.swapaxes(x.reshape(size, n_chunks, *x.shape[1:]), 0, 1)
+
+  def collect(x):
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(size * n_chunks, *x.shape[2:])[:n_tokens]
+
+  dealt = tuple(map(deal, arrays))
+  _, results = jax.lax.scan(lambda carry, xs: (carry, f(*xs)), None, dealt)
+  return jax.tree.map(collect, results)
+
+
+def _flat(x: jax.Array, kept: int) -> jax.Array:
+  """`[..., D]` as `[N, D]`."""
+  x = jnp.asarray(x)
+  tokens = 1
+  for size in x.shape[: x.ndim - kept]:
+    tokens *= size
+  return x.reshape(tokens, *x.shape[x.ndim - kept :])
+
+
+def _check(hidden, embedding, chunk_size, temperature) -> None:
+  if jnp.ndim(embedding) != 2 or jnp.shape(hidden)[-1:] != jnp.shape(embedding)[1:]:
+    raise ValueError(
+      f"embedding has shape {jnp.shape(embedding)}, but hidden {jnp.shape(hidden)} "
+      "asks for [vocabulary, hidden's last size]"
+    )
+  if chunk_size is not None and chunk_size < 1:
+    raise ValueError(f"chunk_size={chunk_size} must be >= 1")
+  if temperature <= 0:
+    raise ValueError(f"temperature={temperature} must be > 0")
+
+
+def _check_leading(name: str, leading: tuple[int, ...], hidden: jax.Array) -> None:
+  if leading != jnp.shape(hidden)[:-1]:
+    raise ValueError(
+      f"{name} has leading shape {leading}, but hidden {jnp.shape(hidden)} "
+      f"asks for {jnp.shape(hidden)[:-1]}"
+    )
