@@ -332,6 +332,7 @@ class _Draft:
     self.tree: Any = {}
     self.places: dict[str, str] = {}
     self.problems: list[_Problem] = []
+    self.unread: set[str] = set()  # keys whose value could not be read at all
 
   def read(self, text: str, key: str, place: Callable[[int], str]) -> Any:
     """The plain value of a YAML text; `place` turns a line into file:line."""
@@ -341,10 +342,7 @@ class _Draft:
       mark = getattr(e, "problem_mark", None)
       what = getattr(e, "problem", None) or str(e).splitlines()[0]
       line = mark.line + 1 if mark else 1
-      self.problems.append(
-        _Problem(place(line), key, f"not valid YAML: {what}; put odd text in quotes")
-      )
-      return None
+      return self._unread(place(line), key, f"not valid YAML: {what}; quote odd text")
     return None if node is None else self._plain(node, key, place)
 
   def _plain(self, node: yaml.Node, key: str, place: Callable[[int], str]) -> Any:
@@ -356,14 +354,16 @@ class _Draft:
         self._plain(item, f"{key}.{i}", place) for i, item in enumerate(node.value)
       ]
     if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS:
-      self.problems.append(_Problem(where, key, f"the tag {node.tag} is not allowed"))
-      return None
+      return self._unread(where, key, f"the tag {node.tag} is not allowed; delete it")
     try:
       return _SCALARS[node.tag](node.value)
     except (ValueError, KeyError):
       what = f"{node.value[:40]!r} is not a finite number, true or false"
-      self.problems.append(_Problem(where, key, what))
-      return None
+      return self._unread(where, key, what)
+
+  def _unread(self, where: str, key: str, what: str) -> None:
+    self.problems.append(_Problem(where, key, what))
+    self.unread.add(key)
 
   def _mapping(self, node: yaml.MappingNode, key: str, place: Callable[[int], str]):
     result: dict[str, Any] = {}
@@ -461,7 +461,7 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
           f"command line: {item}: has no value; write {item} VALUE"
         )
       text = following
-    elif not equals:
+    elif not equals or not key.strip("-"):
       raise errors.UserError(
         f"command line: {item!r} is not an override; write key=value, "
         f"e.g. train.batch_size=8"
@@ -477,10 +477,12 @@ def _validate(draft: _Draft, path: str) -> Config | None:
     # JSON's strict mode takes a list for a tuple and 1 for 1.0, but no "8" for 8.
     config = Config.model_validate_json(json.dumps(draft.tree), strict=True)
   except pydantic.ValidationError as e:
-    known = {problem.key for problem in draft.problems}
-    for fault in e.errors(include_url=False):
+    faults = e.errors(include_url=False)
+    for fault in faults:
       key = ".".join(map(str, fault["loc"]))
-      if key not in known:
+      # A list with a bad item is also reported as too short.
+      parent = any(f["loc"][:-1][: len(fault["loc"])] == fault["loc"] for f in faults)
+      if not parent and key not in draft.unread:
         where = draft.place(fault["loc"], path)
         draft.problems.append(_Problem(where, key, _explain(fault)))
     return None

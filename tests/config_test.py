@@ -1,0 +1,474 @@
+"""The config file: what it accepts, what it refuses and how it says so."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from raft_jax import config, errors
+
+QUESTIONS = "configs/data/wordnet/law/train.jsonl"
+ROOT = pathlib.Path(__file__).parents[1]
+LEAST = f"""\
+model: {{source: some/model}}
+data: {{questions: {QUESTIONS}}}
+output: runs/x
+"""
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch):
+  monkeypatch.chdir(ROOT)  # relative data paths start there
+
+
+def write(folder: pathlib.Path, text: str) -> pathlib.Path:
+  path = folder / "c.yaml"
+  path.write_text(textwrap.dedent(text), encoding="utf-8")
+  return path
+
+
+def least(folder: pathlib.Path, *overrides: str) -> config.Config:
+  return config.load(write(folder, LEAST), overrides)
+
+
+def refused(path: pathlib.Path, *overrides: str) -> list[str]:
+  with pytest.raises(errors.UserError) as caught:
+    config.load(path, overrides)
+  return str(caught.value).splitlines()
+
+
+def test_least_file_gives_the_papers_settings(tmp_path):
+  c = least(tmp_path)
+  # SPEC.md, stage 2.
+  assert (c.train.batch_size, c.train.epochs, c.train.learning_rate) == (16, 3, 5e-6)
+  assert (c.distill.top_k, c.distill.temperature, c.balance.decay) == (512, 1.5, 0.9)
+  assert c.refine.similarity_threshold == 0.8
+  assert [j.engine for j in c.refine.judges] == ["encoder"]
+
+
+def test_values_are_read_by_yaml_1_2(tmp_path):
+  path = write(
+    tmp_path,
+    f"""\
+    model: {{source: no, remat: true}}
+    data: {{questions: {QUESTIONS}}}
+    train: {{learning_rate: 1e-5, batch_size: 010, weight_decay: .5, clip: ~}}
+    balance: {{eps: 1E-9, max_weight: 50}}
+    method: 12:30
+    output: 2026-01-01
+    """,
+  )
+  c = config.load(path)
+  assert c.model.source == "no"
+  assert c.model.remat is True
+  assert (c.train.learning_rate, c.train.batch_size) == (1e-5, 10)
+  assert (c.train.weight_decay, c.train.clip) == (0.5, None)
+  assert (c.balance.eps, c.balance.max_weight) == (1e-9, 50.0)
+  assert (c.method, c.output) == ("12:30", "2026-01-01")
+
+
+def test_byte_order_mark_and_crlf(tmp_path):
+  path = tmp_path / "c.yaml"
+  path.write_bytes(b"\xef\xbb\xbf" + LEAST.replace("\n", "\r\n").encode())
+  assert config.load(path).output == "runs/x"
+
+
+def test_overrides_in_both_forms(tmp_path):
+  c = least(
+    tmp_path,
+    "train.batch_size=8",
+    "--train.learning_rate",
+    "1e-4",
+    "--mesh.fsdp=1",
+    "--mesh.data",
+    "-1",
+    "refine.judges=[{engine: jax}, {engine: encoder}]",
+    "refine.judges.1.batch_size=3",
+    "data.limit=",
+    "output=a=b",
+    "train.batch_size=4",
+  )
+  assert (c.train.batch_size, c.train.learning_rate) == (4, 1e-4)
+  assert (c.mesh.fsdp, c.mesh.data) == (1, -1)
+  assert [j.engine for j in c.refine.judges] == ["jax", "encoder"]
+  assert c.refine.judges[1].batch_size == 3
+  assert c.data.limit is None
+  assert c.output == "a=b"
+
+
+# name: (text appended to the least file, line it stands on, key, what must be said)
+BAD_FILES = {
+  "misspelt key": (
+    "train: {bach_size: 8}",
+    4,
+    "train.bach_size",
+    "`train.batch_size`?",
+  ),
+  "misspelt section": ("tran: {epochs: 1}", 4, "tran", "did you mean `train`?"),
+  "key without its section": (
+    "learning_rate: 1e-5",
+    4,
+    "learning_rate",
+    "did you mean `train.learning_rate`?",
+  ),
+  "alien key": ("mesh: {zzz: 1}", 4, "mesh.zzz", "`mesh` has data, fsdp, tensor"),
+  "text for int": ("train: {epochs: many}", 4, "train.epochs", 'number, got "many"'),
+  "quoted int": ('train:\n  epochs: "3"', 5, "train.epochs", "must be a whole number"),
+  "bool for int": (
+    "train: {epochs: true}",
+    4,
+    "train.epochs",
+    "whole number, got true",
+  ),
+  "float for int": ("train: {epochs: 1.5}", 4, "train.epochs", "whole number, got 1.5"),
+  "zero": ("train: {epochs: 0}", 4, "train.epochs", "must be greater than 0, got 0"),
+  "out of range": (
+    "refine: {similarity_threshold: 1.5}",
+    4,
+    "refine.similarity_threshold",
+    "less than or equal to 1, got 1.5",
+  ),
+  "no top-k": ("distill: {top_k: 0}", 4, "distill.top_k", "greater than 0"),
+  "no temperature": ("distill: {temperature: 0}", 4, "distill.temperature", "than 0"),
+  "decay of 1": ("balance: {decay: 1}", 4, "balance.decay", "less than 1"),
+  "unknown word": (
+    "distill: {direction: forwrd}",
+    4,
+    "distill.direction",
+    "must be 'forward', 'reverse' or 'jsd', got \"forwrd\"",
+  ),
+  "yes": ("model: {source: x, remat: yes}", 4, "model.remat", "must be true or false"),
+  "infinity": ("train: {clip: .inf}", 4, "train.clip", "must be a number"),
+  "too large a float": ("train: {clip: 1e999}", 4, "train.clip", "not a finite number"),
+  "no section": ("train:", 4, "train", "must be a section of `key: value` lines"),
+  "not a list": ("refine: {judges: jax}", 4, "refine.judges", "must be a list"),
+  "empty list": ("refine: {judges: []}", 4, "refine.judges", "must not be empty"),
+  "in a list": (
+    "refine:\n  judges:\n  - engine: jax\n  - engin: jax",
+    7,
+    "refine.judges.1.engin",
+    "did you mean `refine.judges.1.engine`?",
+  ),
+  "encoder cannot write": (
+    "refine: {rewriter: {engine: encoder}}",
+    4,
+    "refine.rewriter.engine",
+    "only a judge can be the encoder",
+  ),
+  "negative seed": ("train: {seed: -1}", 4, "train.seed", "greater than or equal to 0"),
+  "duplicate": (
+    "train: {epochs: 1,\n  epochs: 1}",
+    5,
+    "train.epochs",
+    "is given twice (first at {path}:4); keep one",
+  ),
+  "duplicate section": ("mesh: {}\nmesh: {}", 5, "mesh", "is given twice"),
+  "python tag": (
+    "method: !!python/object/apply:os.system ['touch pwned']",
+    4,
+    "method",
+    "python/object/apply:os.system is not allowed",
+  ),
+  "other tag": ("method: !secret x", 4, "method", "the tag !secret is not allowed"),
+  "set tag": ("method: !!set {a}", 4, "method", "is not allowed"),
+  "broken yaml": ("train: {epochs: 1", 5, "", "not valid YAML"),
+  "tab": ("train:\n\tepochs: 1", 5, "", "not valid YAML"),
+  "alias": ("method: &a raft\ndata: *a", 5, "", "* refers to an anchor"),
+  "two documents": ("---\nmethod: x", 4, "", "not valid YAML"),
+  "missing file": (
+    "",
+    2,
+    "data.questions",
+    "'no/train.jsonl' is not a file (looked in",
+  ),
+  # Right each by itself, but not together.
+  "two rests": ("mesh: {data: -1, fsdp: -1}", 4, "mesh", "only one axis may be -1"),
+  "no devices": ("mesh: {tensor: 0}", 4, "mesh.tensor", "devices or -1, got 0"),
+  "uneven split": (
+    "train: {batch_size: 16, micro_batches: 3}",
+    4,
+    "train.micro_batches",
+    "must divide train.batch_size=16, got 3",
+  ),
+  "nothing measured": (
+    "train: {measure_every: 0}\nbalance: {mode: gradient_norm}",
+    4,
+    "train.measure_every",
+    "above 0 for balance.mode=gradient_norm",
+  ),
+  "beta unread": ("distill: {beta: 0.1}", 4, "distill.beta", "direction=jsd only"),
+  "start unread": ("balance: {start: 1}", 4, "balance.start", "mode=schedule only"),
+  "weight unread": ("balance: {weight: 2}", 4, "balance.weight", "balance.mode=ema"),
+  "nothing distilled": (
+    "rollout: {max_new_tokens: 8}\ndistill: {skip_first: 8}",
+    5,
+    "distill.skip_first",
+    "leaves no token of rollout.max_new_tokens=8",
+  ),
+  "encoder judge with a model": (
+    "refine: {judges: [{engine: encoder, model: x}]}",
+    4,
+    "refine.judges.0.model",
+    "uses refine.encoder",
+  ),
+  "judge twice": (
+    "refine: {judges: [{engine: jax}, {engine: jax}]}",
+    4,
+    "refine.judges.1",
+    "same judge again",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_one_line_with_place_key_and_remedy(tmp_path, name):
+  text, line, key, says = BAD_FILES[name]
+  start = LEAST
+  if name == "yes":
+    start = LEAST.replace("model: {source: some/model}", "method: raft")
+  if name == "alias":
+    start = LEAST.replace(f"data: {{questions: {QUESTIONS}}}", "mesh: {data: 1}")
+  if name == "missing file":
+    start = LEAST.replace(QUESTIONS, "no/train.jsonl")
+  path = write(tmp_path, start + text + "\n")
+  (message,) = refused(path)
+  assert message.startswith(f"{path}:{line}: {key + ': ' if key else ''}")
+  assert says.format(path=path) in message
+  assert not pathlib.Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+  ("override", "says"),
+  [
+    ("train.bach_size=8", "train.bach_size: unknown key; did you mean `train.batch_s"),
+    ("train.epochs=x", 'train.epochs: must be a whole number, got "x"'),
+    ("train.epochs=*x", "train.epochs: not valid YAML"),
+    ("train.epochs", "'train.epochs' is not an override; write key=value"),
+    ("--train.epochs", "--train.epochs: has no value"),
+    ("output.x=1", "output.x: there is no output to put it in"),
+    ("refine.judges.0.model=x", "refine.judges.0.model: there is no refine.judges.0"),
+    ("data.test=no.jsonl", "data.test: 'no.jsonl' is not a file"),
+    ("=1", "'=1' is not an override"),
+  ],
+)
+def test_bad_override_names_the_command_line(tmp_path, override, says):
+  path = write(tmp_path, LEAST + "refine: {judges: []}\n" * ("judges" in override))
+  message = "\n".join(refused(path, override))
+  assert f"command line: {says}" in message
+
+
+def test_every_fault_is_reported_at_once(tmp_path):
+  path = write(
+    tmp_path,
+    """\
+    data: {questions: no.jsonl, limt: 3}
+    train: {epochs: 0, epochs: 0, seed: "x"}
+    refine: {judges: [{modle: x}]}
+    """,
+  )
+  head, *lines = refused(path, "train.x=1")
+  assert head == "9 faults in the config"
+  assert sorted(line.split(": ")[1] for line in lines) == [
+    "data.limt",
+    "data.questions",
+    "model",
+    "output",
+    "refine.judges.0.modle",
+    "train.epochs",  # given twice
+    "train.epochs",  # and 0
+    "train.seed",
+    "train.x",
+  ]
+
+
+def test_empty_foreign_and_missing_files(tmp_path):
+  assert "is empty" in refused(write(tmp_path, "# nothing\n"))[0]
+  assert "is not a list of `key: value`" in refused(write(tmp_path, "- a\n"))[0]
+  assert "No such file" in refused(tmp_path / "none.yaml")[0]
+  assert "check --config" in refused(tmp_path)[0]
+  (tmp_path / "c.yaml").write_bytes(b"output: \xff")
+  assert "is not UTF-8" in refused(tmp_path / "c.yaml")[0]
+  assert "not valid YAML" in refused(write(tmp_path, "output: \x07"))[0]
+  assert "not valid YAML" in refused(write(tmp_path, "[" * 10_000))[0]
+
+
+# Writing and comparing
+
+
+@hypothesis.given(
+  st.text(), st.floats(0, 1e300), st.sampled_from(["1e-5", "no", "~", "1"])
+)
+@hypothesis.settings(max_examples=50)
+def test_dump_loads_as_the_same_config(tmp_path_factory, text, number, word):
+  hypothesis.assume(text.strip() and not any("\ud800" <= c <= "\udfff" for c in text))
+  folder = tmp_path_factory.mktemp("dump")
+  c = least(folder)
+  c = c.model_copy(
+    update={
+      "output": text,
+      "method": word,
+      "train": c.train.model_copy(update={"learning_rate": number}),
+    }
+  )
+  assert config.load(write_raw(folder, config.dump(c))) == c
+
+
+def write_raw(folder: pathlib.Path, text: str) -> pathlib.Path:
+  (folder / "d.yaml").write_bytes(text.encode())
+  return folder / "d.yaml"
+
+
+def test_digest_sees_values_not_order(tmp_path):
+  c = least(tmp_path)
+  tree = c.model_dump(mode="json")
+  assert config.digest(c) == config.digest(dict(reversed(tree.items())))
+  assert config.digest(c) != config.digest(least(tmp_path, "train.seed=1"))
+  # echo -n '{"a": 1}' | sha256sum
+  assert config.digest({"a": 1}).startswith("f9d86028c6e0d64e225186f96acb6933")
+
+
+def test_diff(tmp_path):
+  a = least(tmp_path)
+  b = least(tmp_path, "train.seed=1", "refine.judges=[{}, {engine: jax}]")
+  assert config.diff(a, a) == {}
+  changes = config.diff(a, b)
+  assert changes["train.seed"] == (0, 1)
+  assert changes["refine.judges.1.engine"] == (config.ABSENT, "jax")
+  assert {key.rsplit(".", 1)[0] for key in changes} == {"train", "refine.judges.1"}
+  assert config.diff({"a": {"b": 1}}, {"a": 2}) == {
+    "a.b": (1, config.ABSENT),
+    "a": (config.ABSENT, 2),
+  }
+
+
+def claim(folder: pathlib.Path, *overrides: str, stage: str = "train") -> None:
+  output = f"output={folder / 'run'}"
+  keys = ["model.source", "train", "data.questions"]
+  config.claim_output(least(folder, output, *overrides), stage, keys)
+
+
+def test_claim_records_and_compares(tmp_path):
+  claim(tmp_path)
+  recorded = tmp_path / "run/config/train.yaml"
+  assert config.load(recorded) == least(tmp_path, f"output={tmp_path / 'run'}")
+  claim(tmp_path, "evaluate.limit=3")  # no key of the claim: allowed, and recorded
+  assert config.load(recorded).evaluate.limit == 3
+  claim(tmp_path, "train.seed=5", stage="refine")  # each stage has its own record
+  with pytest.raises(errors.UserError) as caught:
+    claim(tmp_path, "train.batch_size=8", "model.source=other", "mesh.fsdp=1")
+  assert str(caught.value) == (
+    f"output: {tmp_path / 'run'} holds a train run of another config (model.source: "
+    "some/model -> other; train.batch_size: 16 -> 8); choose another output, put the "
+    "old values back, or delete the folder"
+  )
+  assert config.load(recorded).train.batch_size == 16
+
+
+def test_claim_refuses_a_foreign_or_damaged_folder(tmp_path):
+  run = tmp_path / "run"
+  run.mkdir()
+  (run / ".lock").touch()  # hidden files do not count
+  claim(tmp_path)
+  (run / "config/train.yaml").write_text("model: {")
+  with pytest.raises(errors.UserError, match="damaged"):
+    claim(tmp_path)
+  foreign = tmp_path / "f"
+  (foreign / "run").mkdir(parents=True)
+  (foreign / "run/thesis.tex").touch()
+  with pytest.raises(errors.UserError, match=r"not empty \(e.g. thesis.tex\).*choose"):
+    claim(foreign)
+  (tmp_path / "g").mkdir()
+  (tmp_path / "g/run").write_text("a file")
+  with pytest.raises(errors.UserError, match="cannot write"):
+    claim(tmp_path / "g")
+
+
+def test_claim_of_an_unknown_key_is_a_programming_error(tmp_path):
+  with pytest.raises(ValueError, match=r"no config key 'train\.bach_size'"):
+    config.claim_output(least(tmp_path), "train", ["train.bach_size"])
+
+
+# The command line
+
+STAGE = """
+import sys, time
+from raft_jax import config, errors
+def main(c):
+  if c.method == "bad": raise errors.UserError("q.jsonl:3: is empty")
+  if c.method == "slow":
+    print("ready", flush=True)
+    time.sleep(60)
+  print("ran", c.train.batch_size, "jax" in sys.modules)
+config.run("train", main, "Trains the model.")
+"""
+
+
+def stage(*arguments: object) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-c", STAGE, *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_runs_without_jax(tmp_path):
+  done = stage("--config", write(tmp_path, LEAST), "train.batch_size=8")
+  assert (done.returncode, done.stdout, done.stderr) == (0, "ran 8 False\n", "")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["--config", "{path}", "--train.bach_size", "8"], "`train.batch_size`?"),
+    (["--config", "{path}", "method=bad"], "error: q.jsonl:3: is empty"),
+    (["--config", "none.yaml"], "error: none.yaml: cannot read"),
+    ([], "error: --config is missing; e.g. python -m raft_jax.train --config"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, says):
+  path = write(tmp_path, LEAST)
+  done = stage(*[argument.format(path=path) for argument in arguments])
+  assert done.returncode == 2
+  assert done.stdout == ""
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ")
+  assert says in line
+
+
+def test_interrupt_gives_a_hint_and_130(tmp_path):
+  command = [sys.executable, "-c", STAGE, "--config", write(tmp_path, LEAST)]
+  process = subprocess.Popen(
+    [*command, "method=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  _, complaint = process.communicate(timeout=20)
+  assert process.returncode == 130
+  assert complaint == "interrupted; run the same command again to continue\n"
+
+
+def test_print_config_shows_every_value_and_stops(tmp_path):
+  path = write(tmp_path, LEAST)
+  done = stage("--config", path, "--print-config", "train.seed=3")
+  assert done.returncode == 0
+  assert done.stdout == config.dump(config.load(path, ["train.seed=3"]))
+
+
+def test_help_and_reference_list_every_key(tmp_path):
+  leaves = set(config._flat(least(tmp_path).model_dump(mode="json")))
+  leaves = {leaf.replace("judges.0", "judges[]") for leaf in leaves}
+  help_text = stage("--help").stdout
+  table = config.reference()
+  for leaf in leaves:
+    assert f"\n  {leaf}  " in help_text
+    assert f"\n| `{leaf}` | " in table
+  assert "train.batch_size  int > 0 = 16\n      Questions per step" in help_text
+  assert "| `train.learning_rate` | float >= 0 | `5e-06` | Its peak" in table
+  assert "| `data.questions` | text | required | For training: JSONL" in table
+  rows = [line.split(" | ") for line in table.splitlines()[2:]]
+  assert all(len(row) == 4 and row[3].strip(" |") for row in rows)  # each has a meaning
