@@ -270,12 +270,13 @@ def _family(fields: Fields, path: pathlib.Path) -> Family:
         f"{place}: {field} = {fields[field]!r} is not supported (only {values[0]!r}); "
         "use another model"
       )
-  rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-    raise errors.UserError(
-      f"{place}: rope scaling {kind!r} is not supported; use a model without it"
-    )
+  for field in ("rope_scaling", "rope_parameters"):
+    rope = fields.get(field) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
+      raise errors.UserError(
+        f"{place}: rope scaling {kind!r} is not supported; use a model without it"
+      )
   return family
 
 
@@ -562,10 +563,11 @@ def _check_fit(
 
 
 def _check_tied(path: pathlib.Path, embed: Stored, head: Stored, name: str) -> None:
+  # In blocks of rows, so that the two are never whole in memory together.
   rows = embed.shape[0]
+  blocks = [(slice(i, min(i + 8192, rows)), slice(None)) for i in range(0, rows, 8192)]
   same = embed.shape == head.shape and all(
-    np.array_equal(embed.read(block), head.read(block))
-    for block in ((slice(i, i + 8192), slice(None)) for i in range(0, rows, 8192))
+    np.array_equal(embed.read(block), head.read(block)) for block in blocks
   )
   if not same:
     raise errors.UserError(
