@@ -30,12 +30,17 @@ import matplotlib.ticker
 import yaml
 from matplotlib.axes import Axes
 
+from raft_jax import config as config_lib
+from raft_jax import errors
+
 SCORES = {
   "held_out_loss": ("Held-out loss, nats per token", -1),
   "rouge_l": ("ROUGE-L F1", 1),
   "similarity": ("Encoder similarity, cosine", 1),
+  "answer_tokens": ("Tokens of an answer", 0),
+  "ended": ("Share of answers that ended with EOS", 0),
 }
-"""Name of a score -> (words, +1 where higher is better)."""
+"""Name of a score -> (words, +1 where higher is better, 0 where neither is)."""
 
 KD_POSITIONS = {
   "kd_at_0": "0",
@@ -221,13 +226,17 @@ def score_rows(run: Run) -> list[dict[str, Any]]:
       verdict = "not compared"
     elif low <= 0 <= high:
       verdict = "no clear change"
+    elif direction == 0:
+      verdict = "higher" if low > 0 else "lower"
     else:
       verdict = "better" if low * direction > 0 else "worse"
     rows.append(
       {
         "name": name,
         "words": words,
-        "higher_is_better": direction > 0,
+        "direction": {1: "higher is better, ", -1: "lower is better, "}.get(
+          direction, ""
+        ),
         "base": base,
         "trained": trained,
         "paired": paired,
@@ -497,3 +506,18 @@ def write(output: pathlib.Path) -> pathlib.Path:
   temporary.write_bytes(page.encode("utf-8", errors="replace"))
   os.replace(temporary, path)
   return path
+
+
+def main(config: config_lib.Config) -> None:
+  """Writes the report of the run whose output folder the config names."""
+  output = pathlib.Path(config.output)
+  if not output.is_dir():
+    raise errors.UserError(
+      f"output: {output} does not exist, so there is nothing to report; run"
+      " `python -m raft_jax.train` with this config first"
+    )
+  print(f"report: {write(output)}")
+
+
+if __name__ == "__main__":
+  config_lib.run("report", main, "Draw a run as one self-contained HTML page.")
