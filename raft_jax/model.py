@@ -4,8 +4,8 @@ Flax NNX defines the layer; outside this module parameters are a plain nested di
 arrays with the layers stacked on axis 0, and `forward` is a pure function of it.
 Kernels keep Hugging Face's [out, in] layout, so that loading and export copy bytes.
 
-Shapes: B rows, T tokens, S keys, D model width, H query heads, N key/value heads, h head
-width, F feed-forward width, L layers, V vocabulary.
+Shapes: B rows, T tokens, S keys, D model width, H query heads, N key/value heads,
+h head width, F feed-forward width, L layers, V vocabulary.
 """
 
 from __future__ import annotations

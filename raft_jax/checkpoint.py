@@ -1,0 +1,157 @@
+"""Saving and restoring a run with Orbax: state, identity, and whole steps only.
+
+A step is listed once it is complete on disk, so a killed run finds either the previous
+checkpoint or the next, never half of one. Beside the arrays lies `meta`: what the run
+is (config, data, tokenizer) and a fingerprint of every leaf, because Orbax restores a
+flipped bit in array data without noticing (seen with orbax 0.12.8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from raft_jax import errors, model
+
+FOLDER = "checkpoints"
+
+
+@contextlib.contextmanager
+def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
+  """Orbax's manager of `output/checkpoints`; saves in the background.
+
+  Leaving the context waits for the last save and raises what it raised: a failed save
+  is never swallowed.
+  """
+  folder = pathlib.Path(output).resolve() / FOLDER
+  policies = ocp.checkpoint_managers
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
+  )
+  with ocp.CheckpointManager(folder, options=options) as orbax:
+    yield orbax
+    orbax.wait_until_finished()
+    orbax.check_for_errors()
+
+
+@jax.jit
+def fingerprints(tree: Any) -> Any:
+  """Two wrap-around sums of the bits of each leaf, the second weighted by position.
+
+  Equal on any sharding; a flipped bit or swapped rows change them. uint32 [2] a leaf.
+  """
+
+  def of_leaf(leaf):
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).ravel()
+    odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * odd)])
+
+  return jax.tree.map(of_leaf, tree)
+
+
+def named_fingerprints(tree: Any) -> dict[str, list[int]]:
+  """Fingerprints by the path of the leaf, ready for JSON."""
+  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(fingerprints(tree)))
+  return {
+    jax.tree_util.keystr(path): [int(part) for part in value] for path, value in leaves
+  }
+
+
+def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
+  """Starts saving `state` under `step`; returns once the arrays may be donated."""
+  meta = {"identity": identity, "fingerprints": named_fingerprints(state)}
+  orbax.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+    ),
+  )
+
+
+def restore(orbax: Any, abstract: Any, identity: dict[str, Any]) -> tuple[Any, int]:
+  """Restores the newest checkpoint into the shapes and shardings of `abstract`.
+
+  Raises:
+    errors.UserError: when it belongs to another run, or its bytes changed on disk.
+  """
+  step = orbax.latest_step()
+  folder = orbax.directory / str(step)
+  meta = orbax.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  saved = meta["identity"]
+  for key in sorted({*saved, *identity}):
+    if saved.get(key) != identity.get(key):
+      raise errors.UserError(
+        f"{folder}: saved by a run whose {key} was {saved.get(key)!r}, now "
+        f"{identity.get(key)!r}; choose another `output`, or delete the folder"
+      )
+  state = _restore_state(orbax, step, abstract)
+  changed = [
+    name
+    for name, value in named_fingerprints(state).items()
+    if meta["fingerprints"].get(name) != value
+  ]
+  if changed:
+    raise errors.UserError(
+      f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not those "
+      "that were saved; delete this step's folder to resume from the one before"
+    )
+  return state, step
+
+
+def _restore_state(orbax: Any, step: int, abstract: Any) -> Any:
+  try:
+    return orbax.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    ).state
+  except (ValueError, KeyError, OSError) as error:
+    reason = str(error).splitlines()[0]
+    raise errors.UserError(
+      f"{orbax.directory / str(step)}: cannot be restored ({reason}); delete this "
+      "step's folder to resume from the one before"
+    ) from error
+
+
+def restore_params(
+  output: str | pathlib.Path, config: model.DecoderConfig
+) -> tuple[model.Params, int]:
+  """The parameters of a run's newest checkpoint, for evaluation and export.
+
+  Returns:
+    The float32 parameter tree and the step it was saved at.
+
+  Raises:
+    errors.UserError: when there is no checkpoint, or it is of another model.
+  """
+  folder = pathlib.Path(output).resolve() / FOLDER
+  steps = [path for path in folder.glob("*") if path.name.isdigit()]
+  if not steps:
+    raise errors.UserError(
+      f"{folder}: no checkpoint; run `python -m raft_jax.train` with this config first"
+    )
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    model.shapes(config),
+  )
+  with manager(output, keep=len(steps)) as orbax:
+    step = orbax.latest_step()
+    restored = orbax.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+          {"params": abstract},
+          restore_args=ocp.checkpoint_utils.construct_restore_args(
+            {"params": abstract}
+          ),
+          partial_restore=True,
+        ),
+      ),
+    ).state
+  return restored["params"], step

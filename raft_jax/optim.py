@@ -1,0 +1,60 @@
+"""Schedules and the optimizer chain; every part is an optax transformation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+
+def warmup_cosine(
+  peak: float, total_steps: int, warmup_ratio: float = 0.03
+) -> optax.Schedule:
+  """Linear warm-up, then a cosine to 0 at `total_steps`.
+
+  The first step already moves (peak / warm-up steps): a step at rate 0 would pay for a
+  rollout and learn nothing.
+  """
+  warmup = min(max(1, math.ceil(warmup_ratio * total_steps)), total_steps)
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)),
+      optax.cosine_decay_schedule(peak, max(total_steps - warmup, 1)),
+    ],
+    [warmup],
+  )
+
+
+def decays(params: Any) -> Any:
+  """Mask tree: True where weight decay applies, which is everything but norm scales."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: not str(path[-1].key).endswith("norm"), params
+  )
+
+
+def chain(
+  balancer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  weight_decay: float,
+  clip: float | None,
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer: loss balancer, clipping by global norm, AdamW.
+
+  The balancer does not touch the gradients; it sits here so that its state is part of
+  the optimizer's, in checkpoints as in shardings.
+
+  Args:
+    balancer: one of `raft_jax.balance`.
+    schedule: learning rate by step.
+    weight_decay: decoupled, as in Loshchilov and Hutter, arXiv 1711.05101.
+    clip: largest global norm of the gradient; None does not clip.
+  """
+  clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+  return optax.named_chain(
+    ("balance", balancer),
+    ("clip", clipping),
+    ("adamw", optax.adamw(schedule, weight_decay=weight_decay, mask=decays)),
+  )

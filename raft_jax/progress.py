@@ -1,0 +1,62 @@
+"""How far long work is: a bar with rate and time left, or plain lines in a log."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+
+from rich import console, progress
+
+
+class Progress:
+  """A bar with rate and time left; one plain line an interval where no one watches."""
+
+  def __init__(
+    self, title: str, total: int, *, done: int = 0, unit: str = "step", every_s=15.0
+  ):
+    self._console = console.Console(stderr=True)
+    self._title, self._total, self._unit, self._every = title, total, unit, every_s
+    self._first = self._done = done
+    self._started = self._last = time.monotonic()
+    self._bar = None
+    if self._console.is_terminal:
+      self._bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+        console=self._console,
+      )
+      self._task = self._bar.add_task(title, total=total, completed=done, note="")
+      self._bar.start()
+
+  def advance(self, done: int, note: str = "") -> None:
+    """Says that `done` of the total are finished."""
+    self._done, now = done, time.monotonic()
+    if self._bar is not None:
+      self._bar.update(self._task, completed=done, note=note)
+    elif now - self._last >= self._every or done == self._total:
+      self._last = now
+      rate = (done - self._first) / max(now - self._started, 1e-9)
+      left = (self._total - done) / rate if rate > 0 else float("inf")
+      self._console.print(
+        f"{self._title}: {done}/{self._total} {self._unit}s, "
+        f"{rate:.3g} {self._unit}s/s, {clock(left)} left  {note}",
+        highlight=False,
+        soft_wrap=True,
+      )
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+  """Seconds as h:mm:ss, or `?` when unknown."""
+  if not math.isfinite(seconds):
+    return "?"
+  return str(datetime.timedelta(seconds=round(seconds)))

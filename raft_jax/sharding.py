@@ -1,0 +1,87 @@
+"""Where every array lives: one table from logical axes to the axes of the device mesh.
+
+Mesh axes are `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp`;
+parameters, and with them optimizer state, over `fsdp` and `tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from raft_jax import errors
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  "batch": ("data", "fsdp"),
+  "layers": None,
+  "embed": "fsdp",
+  "vocab": "tensor",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+}
+"""Logical axis to mesh axes. A name that is not here is an error, not a default."""
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+  """Builds the mesh over all devices; one size may be -1, meaning what is left.
+
+  Raises:
+    errors.UserError: when the sizes do not multiply to the number of devices.
+  """
+  devices = jax.device_count()
+  sizes = [data, fsdp, tensor]
+  known = math.prod(size for size in sizes if size != -1)
+  sizes = [devices // max(known, 1) if size == -1 else size for size in sizes]
+  if math.prod(sizes) != devices or min(sizes) < 1:
+    raise errors.UserError(
+      f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} "
+      "devices; the sizes must multiply to that number (one may be -1)"
+    )
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
+  """Mesh axes of an array with these logical axes. KeyError for an unknown name."""
+  return PartitionSpec(*(RULES[name] for name in logical_axes))
+
+
+def place(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+  """The sharding of one array; a dimension that does not divide stays whole."""
+  names = []
+  for name, size in zip(axes, shape, strict=True):
+    target = RULES[name]
+    parts = (target,) if isinstance(target, str) else target or ()
+    divides = size % math.prod(mesh.shape[part] for part in parts) == 0
+    names.append(target if divides else None)
+  return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+  """Shardings for a tree of arrays.
+
+  Args:
+    axes: tree of tuples of logical axis names, such as `model.axes(config)`.
+    shapes: the same tree with `jax.ShapeDtypeStruct` or array leaves.
+  """
+  return jax.tree.map(
+    lambda names, leaf: place(mesh, names, leaf.shape),
+    axes,
+    shapes,
+    is_leaf=lambda node: isinstance(node, tuple),
+  )
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+  """Rows over `data` and `fsdp`; everything else whole."""
+  return NamedSharding(mesh, spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())

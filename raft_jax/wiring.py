@@ -1,0 +1,304 @@
+"""From the run's config to the values and programs of a step.
+
+Everything that can be wrong about a run is found here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from raft_jax import (
+  balance,
+  data,
+  errors,
+  hf,
+  methods,
+  model,
+  records,
+  sample,
+  sharding,
+  text,
+)
+from raft_jax import config as config_lib
+from raft_jax import step as step_lib
+
+CLAIMED = (
+  "model",
+  "data.questions",
+  "data.limit",
+  "data.max_prompt_tokens",
+  "data.max_answer_tokens",
+  "data.max_teacher_tokens",
+  "data.too_long",
+  "data.buckets",
+  "method",
+  *(
+    f"train.{key}"
+    for key in config_lib.Train.model_fields
+    if key not in ("checkpoint_every", "keep_checkpoints", "tensorboard")
+  ),
+  "rollout",
+  "distill",
+  "balance",
+)
+"""Keys that make a run what it is: a resumed run may not change them."""
+
+
+class Examples(NamedTuple):
+  """The training data, tokenised, and what identifies it."""
+
+  rows: list[data.Row]
+  skipped: int
+  digest: str
+
+
+class Programs(NamedTuple):
+  """The three compiled parts of a step."""
+
+  roll_out: Callable[..., step_lib.Trajectory] | None
+  teach: Callable[..., step_lib.Support] | None
+  update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
+
+
+def read_examples(
+  config: config_lib.Config, method: methods.Method, codec: text.Codec
+) -> Examples:
+  """Reads and tokenises what `method` learns from."""
+  if method.refined:
+    folder = pathlib.Path(config.output) / "refined"
+    if not (folder / "MANIFEST.json").exists():
+      raise errors.UserError(
+        f"{folder}: no refined records, which method {config.method!r} learns from; "
+        "run `python -m raft_jax.refine` with this config first (or method=sft)"
+      )
+    records.read_manifest(folder)
+    refined = [records.from_json(raw) for raw in records.read_shards(folder)]
+    examples = [(r.question.messages, method.answer(r)) for r in refined]
+    names = [r.question.id for r in refined]
+  else:
+    questions = records.read_questions(
+      config.data.questions,
+      limit=config.data.limit,
+      reject_threshold=config.data.reject_threshold,
+    )
+    examples = [(q.messages, q.answer) for q in questions]
+    names = [q.id for q in questions]
+  rows, skipped = data.encode_rows(
+    examples,
+    codec=codec,
+    teacher_context=config.distill.teacher_context if method.distills else "none",
+    max_prompt_tokens=config.data.max_prompt_tokens,
+    max_answer_tokens=config.data.max_answer_tokens,
+    max_teacher_tokens=config.data.max_teacher_tokens,
+    too_long=config.data.too_long,
+    names=names,
+  )
+  return Examples(rows, len(skipped), hashlib.sha256(repr(rows).encode()).hexdigest())
+
+
+def check(
+  config: config_lib.Config,
+  decoder: model.DecoderConfig,
+  codec: text.Codec,
+  mesh: Mesh,
+) -> None:
+  """What can be wrong about a run before any weight is read."""
+  if config.distill.top_k > decoder.vocab_size:
+    raise errors.UserError(
+      f"distill.top_k: {config.distill.top_k} is larger than the vocabulary of "
+      f"{config.model.source} ({decoder.vocab_size}); lower it"
+    )
+  if len(codec.tokenizer) > decoder.vocab_size:
+    raise errors.UserError(
+      f"{config.model.source}: the tokenizer has {len(codec.tokenizer)} tokens, the "
+      f"model's vocabulary {decoder.vocab_size}; they do not belong together"
+    )
+  longest = (
+    max(
+      config.data.max_prompt_tokens + config.data.max_answer_tokens,
+      config.data.max_teacher_tokens,
+    )
+    + config.rollout.max_new_tokens
+  )
+  if longest > decoder.max_positions:
+    raise errors.UserError(
+      f"data.max_*_tokens and rollout.max_new_tokens: rows of up to {longest} tokens, "
+      f"but {config.model.source} was made for {decoder.max_positions}; lower them"
+    )
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
+  if config.train.batch_size % parts:
+    raise errors.UserError(
+      f"train.batch_size: {config.train.batch_size} rows do not divide into {parts} "
+      "parts (mesh.data x mesh.fsdp x train.micro_batches); change one of them"
+    )
+
+
+def make_balancer(
+  config: config_lib.Balance, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+  """The balancer that the config asks for."""
+  if config.mode == "fixed":
+    return balance.balance_fixed(config.weight)
+  if config.mode == "schedule":
+    return balance.balance_by_schedule(
+      optax.linear_schedule(config.start, config.weight, total_steps)
+    )
+  if config.mode == "gradient_norm":
+    return balance.balance_by_gradient_norm(config.weight, config.max_weight)
+  return balance.balance_by_ema(config.decay, config.eps, config.max_weight)
+
+
+def make_settings(
+  config: config_lib.Config, decoder: model.DecoderConfig, codec: text.Codec
+) -> step_lib.Settings:
+  """The few values the step needs."""
+  distill = config.distill
+  return step_lib.Settings(
+    decoder=decoder,
+    eos_ids=codec.eos_ids,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    unroll=config.model.unroll,
+    micro_batches=config.train.micro_batches,
+    loss_mean=config.train.loss_mean,
+    top_k=distill.top_k,
+    temperature=distill.temperature,
+    direction=distill.direction,
+    beta=distill.beta if distill.direction == "jsd" else None,
+    tail=distill.tail,
+    scale_by_t2=distill.scale_by_t2,
+    skip_first=distill.skip_first,
+    mask_eos=distill.mask_eos,
+  )
+
+
+def distills(config: config_lib.Config, method: methods.Method) -> bool:
+  """A distillation term of constant weight 0 is not computed at all."""
+  never = config.balance.mode == "fixed" and config.balance.weight == 0
+  return method.distills and not never
+
+
+def compile_programs(
+  config: config_lib.Config,
+  settings: step_lib.Settings,
+  codec: text.Codec,
+  optimizer: optax.GradientTransformationExtraArgs,
+  balancer: optax.GradientTransformationExtraArgs,
+  state_shardings: step_lib.TrainState,
+  *,
+  distil: bool,
+) -> Programs:
+  """Jits rollout, teacher and update; each compiles once per batch width."""
+  update = jax.jit(
+    functools.partial(
+      step_lib.update, optimizer=optimizer, balancer=balancer, settings=settings
+    ),
+    static_argnames="measure",
+    donate_argnums=0,
+    out_shardings=(state_shardings, None),
+  )
+  if not distil:
+    return Programs(None, None, update)
+
+  def roll_out(params: model.Params, batch: data.Batch, step: int):
+    if config.distill.trajectory == "answer":
+      return step_lib.Trajectory(batch.answer_BA, batch.answer_length_B), None
+    rollout = sample.generate(
+      params,
+      settings.decoder,
+      batch.prompt_BP,
+      batch.prompt_length_B,
+      batch.row_id_B,
+      seed=config.train.seed,
+      step=step,
+      max_new_tokens=config.rollout.max_new_tokens,
+      temperature=config.rollout.temperature,
+      top_p=config.rollout.top_p,
+      eos_ids=codec.eos_ids,
+      pad_id=codec.pad_id,
+      dtype=settings.dtype,
+      unroll=settings.unroll,
+    )
+    return step_lib.Trajectory(rollout.tokens_BR, rollout.length_B), rollout.ended_B
+
+  teach = jax.jit(functools.partial(step_lib.teach, settings=settings))
+  return Programs(roll_out, teach, update)
+
+
+def state_shardings(
+  mesh: Mesh,
+  decoder: model.DecoderConfig,
+  optimizer: optax.GradientTransformationExtraArgs,
+) -> tuple[step_lib.TrainState, step_lib.TrainState]:
+  """Shapes and shardings of the whole train state; allocates nothing."""
+  params = model.shapes(decoder)
+  placed = sharding.tree(mesh, model.axes(decoder), params)
+  whole = sharding.replicated(mesh)
+  opt_shapes = jax.eval_shape(optimizer.init, params)
+  opt_placed = optax.tree.map_params(
+    optimizer,
+    lambda _, where: where,
+    opt_shapes,
+    placed,
+    transform_non_params=lambda _: whole,
+  )
+  step_shape = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = step_lib.TrainState(step_shape, params, opt_shapes)
+  shardings = step_lib.TrainState(whole, placed, opt_placed)
+  abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    shapes,
+    shardings,
+  )
+  return abstract, shardings
+
+
+class Prepared(NamedTuple):
+  """A checked run: everything that can be known before weights are read."""
+
+  method: methods.Method
+  codec: text.Codec
+  decoder: model.DecoderConfig
+  mesh: Mesh
+  dataset: Any
+  total_steps: int
+  identity: dict[str, Any]
+
+
+def prepare(config: config_lib.Config) -> Prepared:
+  """Checks config, data and tokenizer, and claims the output folder."""
+  method = methods.get(config.method)
+  decoder = hf.load_config(config.model.source)
+  codec = text.load(config.model.source)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  check(config, decoder, codec, mesh)
+  examples = read_examples(config, method, codec)
+  total = len(examples.rows) * config.train.epochs // config.train.batch_size
+  total = min(total, config.train.max_steps or total)
+  dataset = data.dataset(
+    examples.rows,
+    batch_size=config.train.batch_size,
+    steps=total,
+    seed=config.train.seed,
+    pad_id=codec.pad_id,
+    widths=data.widths(examples.rows, config.data.buckets),
+  )
+  config_lib.claim_output(config, "train", CLAIMED)
+  if examples.skipped:
+    print(f"{examples.skipped} rows are over a length budget and were skipped")
+  if method.distills and config.distill.teacher_context == "paper":
+    print(
+      "warning: distill.teacher_context=paper is the paper's raw form; with a student "
+      "that uses a chat template it was seen to pull answers towards degenerate text"
+    )
+  identity = {"data": examples.digest, "tokenizer": codec.digest}
+  return Prepared(method, codec, decoder, mesh, dataset, total, identity)

@@ -1,0 +1,203 @@
+"""The decoder against transformers' Llama and against itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from raft_jax import model
+
+CONFIG = model.DecoderConfig(
+  vocab_size=97,
+  d_model=32,
+  n_layers=3,
+  n_heads=4,
+  n_kv_heads=2,
+  head_dim=8,
+  d_ff=48,
+  rms_eps=1e-5,
+  rope_theta=10_000.0,
+  max_positions=128,
+  tie_embeddings=True,
+)
+
+
+def random_params(config=CONFIG):
+  """Parameters with norm scales away from 1, so that every tensor matters."""
+  params = model.init(jax.random.key(0), config)
+  keys = iter(jax.random.split(jax.random.key(1), 8))
+  noisy = {"attn_norm", "mlp_norm"}
+  params["layers"] = {
+    name: leaf * jax.random.uniform(next(keys), leaf.shape, minval=0.5, maxval=1.5)
+    if name in noisy
+    else leaf
+    for name, leaf in params["layers"].items()
+  }
+  params["final_norm"] *= jax.random.uniform(next(keys), params["final_norm"].shape) + 1
+  return params
+
+
+def logits(params, config, tokens, valid, **options):
+  hidden, _ = model.forward(
+    params,
+    config,
+    tokens,
+    model.positions(valid),
+    model.causal_mask(valid),
+    **options,
+  )
+  return jnp.einsum("btd,vd->btv", hidden, model.output_embedding(params))
+
+
+def torch_llama(params, config):
+  """transformers' Llama with our parameters under its names."""
+  theirs = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=config.vocab_size,
+      hidden_size=config.d_model,
+      num_hidden_layers=config.n_layers,
+      num_attention_heads=config.n_heads,
+      num_key_value_heads=config.n_kv_heads,
+      head_dim=config.head_dim,
+      intermediate_size=config.d_ff,
+      rms_norm_eps=config.rms_eps,
+      rope_theta=config.rope_theta,
+      max_position_embeddings=config.max_positions,
+      tie_word_embeddings=config.tie_embeddings,
+    )
+  ).eval()
+  names = {
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    **{short: f"self_attn.{short}_proj" for short in "qkvo"},
+    **{short: f"mlp.{short}_proj" for short in ("gate", "up", "down")},
+  }
+  state = {
+    "model.embed_tokens.weight": params["embed"],
+    "model.norm.weight": params["final_norm"],
+    "lm_head.weight": model.output_embedding(params),
+  }
+  for short, leaf in params["layers"].items():
+    for index in range(config.n_layers):
+      state[f"model.layers.{index}.{names[short]}.weight"] = leaf[index]
+  theirs.load_state_dict({k: torch.tensor(np.array(v)) for k, v in state.items()})
+  return theirs
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_logits_equal_transformers(tie):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tie)
+  params = random_params(config)
+  tokens = np.random.default_rng(0).integers(0, 97, (3, 40))
+  with torch.no_grad():
+    theirs = torch_llama(params, config)(torch.tensor(tokens)).logits.numpy()
+  ours = logits(params, config, jnp.array(tokens), jnp.ones(tokens.shape, bool))
+  np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_padding_on_either_side_is_immaterial():
+  params = random_params()
+  row = jnp.arange(1, 8)[None]
+  alone = logits(params, CONFIG, row, jnp.ones((1, 7), bool))
+  for left, right in ((0, 5), (5, 0), (2, 3)):
+    padded = jnp.pad(row, ((0, 0), (left, right)), constant_values=96)
+    valid = jnp.pad(jnp.ones((1, 7), bool), ((0, 0), (left, right)))
+    got = logits(params, CONFIG, padded, valid)[:, left : left + 7]
+    np.testing.assert_allclose(got, alone, atol=1e-5)
+
+
+def test_no_gradient_reaches_a_later_token():
+  params = random_params()
+  params["head"] = params["embed"]  # so that the head's own gradient is kept apart
+  tokens = jnp.arange(10)[None]
+  valid = jnp.ones((1, 10), bool)
+
+  def scores_of_token_3(embed):
+    return logits({**params, "embed": embed}, CONFIG, tokens, valid)[0, 3].sum()
+
+  touched = jnp.abs(jax.grad(scores_of_token_3)(params["embed"])).sum(axis=-1)
+  assert (touched[:4] > 0).all()
+  assert (touched[4:10] == 0).all()
+
+
+def test_cached_decoding_equals_one_forward():
+  params = random_params()
+  tokens = jax.random.randint(jax.random.key(2), (2, 12), 0, 97)
+  valid = jnp.ones((2, 12), bool)
+  hidden, _ = model.forward(
+    params, CONFIG, tokens, model.positions(valid), model.causal_mask(valid)
+  )
+  cache = model.init_cache(CONFIG, 2, 12)
+  column = jnp.arange(12)
+  pieces = []
+  for start, stop in ((0, 5), (5, 6), (6, 7), (7, 12)):
+    mask = jnp.broadcast_to(
+      column[None, :] <= jnp.arange(start, stop)[:, None], (2, stop - start, 12)
+    )
+    piece, cache = model.forward(
+      params,
+      CONFIG,
+      tokens[:, start:stop],
+      jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start)),
+      mask,
+      cache=cache,
+      cache_index=start,
+    )
+    pieces.append(piece)
+  np.testing.assert_allclose(jnp.concatenate(pieces, 1), hidden, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"unroll": 0}])
+def test_remat_and_unroll_change_no_gradient(options):
+  params = random_params()
+  tokens = jnp.arange(12).reshape(2, 6)
+  valid = jnp.ones((2, 6), bool)
+
+  def gradient(**options):
+    return jax.grad(
+      lambda p: jnp.sum(jnp.square(logits(p, CONFIG, tokens, valid, **options)))
+    )(params)
+
+  plain, other = gradient(), gradient(**options)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      b, a, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max())
+    ),
+    plain,
+    other,
+  )
+
+
+def test_bfloat16_activations_stay_near_float32():
+  params = random_params()
+  tokens = jnp.arange(12).reshape(2, 6)
+  valid = jnp.ones((2, 6), bool)
+  exact, _ = model.forward(
+    params, CONFIG, tokens, model.positions(valid), model.causal_mask(valid)
+  )
+  rounded, _ = model.forward(
+    params,
+    CONFIG,
+    tokens,
+    model.positions(valid),
+    model.causal_mask(valid),
+    dtype="bfloat16",
+  )
+  assert rounded.dtype == jnp.bfloat16
+  # bfloat16 keeps 8 bits: a relative error of a few 2^-8 after three layers.
+  error = np.linalg.norm(rounded.astype(jnp.float32) - exact) / np.linalg.norm(exact)
+  assert 1e-4 < error < 0.03
+
+
+def test_axes_name_every_dimension_of_every_parameter():
+  for tie in (True, False):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tie)
+    ranks = jax.tree.map(lambda leaf: leaf.ndim, model.shapes(config))
+    named = jax.tree.map(
+      len, model.axes(config), is_leaf=lambda node: isinstance(node, tuple)
+    )
+    assert ranks == named
