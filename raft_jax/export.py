@@ -1,0 +1,230 @@
+"""Stage 4: the newest checkpoint as a Hugging Face folder with a model card.
+
+The folder is what transformers and vLLM load: float32 safetensors (the master weights,
+unrounded), config, tokenizer with its chat template, generation config and README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+
+from raft_jax import checkpoint, hf, model, records
+from raft_jax import config as config_lib
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""`organisation/model`, the only form that a card may give as its base model."""
+
+HYPERPARAMETERS: Any = {
+  "train": True,
+  "rollout": True,
+  "distill": True,
+  "balance": True,
+  "refine": {"similarity_threshold": True, "fusion": {"rounds", "accept_at"}},
+}
+"""The parts of the config that the card shows; paths and hosts stay out of it."""
+
+CARD = """\
+---
+{front_matter}---
+
+# {name}
+
+{model} fine-tuned with the method `{method}` of raft_jax for {step} steps. RAFT adapts
+an instruction-tuned model to a domain by refining the answers it learns from and by
+distilling from the original model on the student's own rollouts, so that general
+abilities are kept.
+
+## Use
+
+The model keeps the chat template of the model that it was made from. `FOLDER` is where
+this file lies.
+
+```python
+import transformers
+
+folder = "FOLDER"
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Your question"}}],
+    add_generation_prompt=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
+start = prompt["input_ids"].shape[1]
+print(tokenizer.decode(answer[0, start:], skip_special_tokens=True))
+```
+
+```sh
+vllm serve FOLDER
+```
+
+## Data
+
+{data}
+
+## Hyperparameters
+
+```yaml
+{hyperparameters}```
+
+## Evaluation
+
+{evaluation}
+
+## Citation
+
+```bibtex
+@misc{{raft,
+  title  = {{Data Refinement and Adaptive Distillation for Domain Fine-Tuning with
+            Alleviated Forgetting}},
+  year   = {{2026}},
+  eprint = {{2606.00147}},
+  archivePrefix = {{arXiv}}
+}}
+```
+"""
+
+
+class Exported(NamedTuple):
+  """What was written: the folder, bytes of all its files, tensors in it."""
+
+  folder: pathlib.Path
+  size: int
+  tensors: int
+
+
+def read_license(source: str) -> str | None:
+  """The licence that the source folder's own model card states, if it has one."""
+  path = hf.resolve(source) / "README.md"
+  if not path.is_file():
+    return None
+  parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+  if len(parts) < 3 or parts[0].strip():
+    return None
+  try:
+    front = yaml.safe_load(parts[1])
+  except yaml.YAMLError:
+    return None
+  value = front.get("license") if isinstance(front, dict) else None
+  return value if isinstance(value, str) else None
+
+
+def describe_data(output: pathlib.Path) -> str:
+  """Counts and hash of the refined records that the run learnt from."""
+  folder = output / "refined"
+  if not (folder / records.MANIFEST).is_file():
+    return "Trained on the original answers; there are no refined records."
+  manifest = records.read_manifest(folder)
+  digest = hashlib.sha256((folder / records.MANIFEST).read_bytes()).hexdigest()
+  lines = [f"{manifest.records:,} refined records; sha256 of the manifest `{digest}`."]
+  summary = _read_json(folder / "summary.json")
+  if {"accepted", "questions", "threshold"} <= summary.keys():
+    lines.append(
+      f"{summary['accepted']:,} of {summary['questions']:,} rewrites were accepted at a"
+      f" similarity of {summary['threshold']:g} or more; the others kept their original"
+      " answer."
+    )
+  return "\n".join(lines)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def describe_scores(scores: Mapping[str, Any], step: int) -> str:
+  """The score table of this very checkpoint, or a sentence that says there is none."""
+  if scores.get("checkpoint_step") != step:
+    return "This checkpoint was not evaluated."
+  lines = [
+    f"{scores['items']} held-out questions of the domain, greedy answers, 95 %"
+    " bootstrap intervals; differences are paired. Loss is in nats per token: lower is"
+    " better.",
+    "",
+    "| score | base model | this model | difference |",
+    "|---|---|---|---|",
+  ]
+
+  def cell(value: float, interval: Mapping[str, Any]) -> str:
+    return f"{value:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+
+  for name, paired in scores["paired"].items():
+    base, trained = (scores["scores"][who][name] for who in ("base", "trained"))
+    lines.append(
+      f"| {name.replace('_', ' ')} | {cell(base['value'], base)}"
+      f" | {cell(trained['value'], trained)} | {cell(paired['difference'], paired)} |"
+    )
+  return "\n".join(lines)
+
+
+def card(config: config_lib.Config, step: int) -> str:
+  """README.md of the exported folder, with the hub's front matter."""
+  source, output = config.model.source, pathlib.Path(config.output)
+  front: dict[str, Any] = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": sorted({"raft", "raft_jax", config.method}),
+  }
+  if HUB_NAME.fullmatch(source) and not pathlib.Path(source).exists():
+    front["base_model"] = source
+  license_name = read_license(source)
+  if license_name is not None:
+    front["license"] = license_name
+  shown = config.model_dump(mode="json", include=HYPERPARAMETERS)
+  # The last part names the model and, unlike the whole path, nothing of the machine.
+  name = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+  return CARD.format(
+    front_matter=yaml.safe_dump(front, sort_keys=True),
+    name=f"{name}-{config.method}",
+    model=name,
+    method=config.method,
+    step=f"{step:,}",
+    data=describe_data(output),
+    hyperparameters=yaml.safe_dump(shown, sort_keys=False),
+    evaluation=describe_scores(_read_json(output / "evaluation" / "scores.json"), step),
+  )
+
+
+def count_tensors(params: model.Params) -> int:
+  """Tensors in the files: a leaf of the layers' stack is one a layer."""
+  layers = jax.tree.leaves(params["layers"])
+  return (
+    sum(leaf.shape[0] for leaf in layers) + len(jax.tree.leaves(params)) - len(layers)
+  )
+
+
+def export(config: config_lib.Config) -> Exported:
+  """Writes `output/export`; an export of an earlier checkpoint there is replaced."""
+  folder = pathlib.Path(config.output) / "export"
+  decoder = hf.load_config(config.model.source)
+  params, step = checkpoint.restore_params(config.output, decoder)
+  hf.save(
+    folder,
+    params,
+    decoder,
+    config.model.source,
+    card=card(config, step),
+    overwrite=True,
+  )
+  size = sum(path.stat().st_size for path in folder.iterdir())
+  return Exported(folder, size, count_tensors(params))
+
+
+def main(config: config_lib.Config) -> None:
+  """Exports and says what was written."""
+  exported = export(config)
+  print(
+    f"exported {exported.folder}: {exported.size / 1e6:,.1f} MB,"
+    f" {exported.tensors} tensors, float32"
+  )
+
+
+if __name__ == "__main__":
+  config_lib.run("export", main, "Write the trained model as a Hugging Face folder.")

