@@ -9,28 +9,40 @@ Lines are written a micro-batch at a time with one fsync, so a kill loses at mos
 micro-batch in flight. A power cut may tear the last line: `open_journal` drops it and
 says so. A damaged line anywhere else means the file was edited or the disk is failing:
 that is an error, because silently dropping paid-for results would hide it.
+
+`Calls` below makes language-model and encoder calls through it.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
+import signal
 import socket
+import sys
+import threading
+import time
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import filelock
 
-from raft_jax import errors
+from raft_jax import encode, engines, errors, progress, records
 
 _LOG = logging.getLogger(__name__)
+
+PAIRS_PER_BATCH = 32
+"""Encoder calls made durable together."""
 
 
 def canonical(value: Any) -> str:
@@ -43,7 +55,7 @@ def canonical(value: Any) -> str:
   )
 
 
-def key(**parts: Any) -> str:
+def content_key(**parts: Any) -> str:
   """sha256 of the canonical JSON of `parts`: all that a call's result depends on.
 
   Two calls with the same parts are one call, whichever rows they belong to.
@@ -51,9 +63,9 @@ def key(**parts: Any) -> str:
   return hashlib.sha256(canonical(parts).encode()).hexdigest()
 
 
-def seed(content_key: str) -> int:
+def seed_from(key: str) -> int:
   """31-bit seed taken from a content key, so that a resumed run samples alike."""
-  return int(content_key[:8], 16) & 0x7FFFFFFF
+  return int(key[:8], 16) & 0x7FFFFFFF
 
 
 class Journal:
@@ -190,3 +202,190 @@ def _sync_folder(folder: pathlib.Path) -> None:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
+
+
+# Calls through the journal
+
+
+class Role(NamedTuple):
+  """A language model and how it samples in one part of the refinement."""
+
+  name: str
+  generator: engines.Generator
+  max_new_tokens: int
+  temperature: float
+  top_p: float
+  batch_size: int
+
+
+class Stopped(SystemExit):
+  """A signal asked the run to end; all finished calls are in the journal."""
+
+
+@dataclasses.dataclass
+class Calls:
+  """Makes calls through the journal: finished ones are read, new ones made and kept.
+
+  Attributes:
+    book: the open journal.
+    seed: of the run; with a call's content it makes that call's own seed.
+    used: role by key, of every call that this run needed.
+    signals: filled by `listening` when the run is asked to end.
+  """
+
+  book: Journal
+  seed: int
+  used: dict[str, str] = dataclasses.field(default_factory=dict)
+  signals: list[int] = dataclasses.field(default_factory=list)
+
+  def ask(
+    self,
+    role: Role,
+    prompts: Sequence[tuple[records.Message, ...]],
+    *,
+    round_number: int = 0,
+    names: Sequence[str] | None = None,
+  ) -> list[engines.Completion | None]:
+    """One reply a prompt; None where the prompt is too long for the model.
+
+    With `names` of the rows, a prompt that is too long raises UserError instead, before
+    anything is generated.
+    """
+    sampling: dict[str, Any] = {
+      "max_new_tokens": role.max_new_tokens,
+      "temperature": role.temperature,
+      "top_p": role.top_p,
+    }
+    keys = [
+      content_key(
+        role=role.name,
+        # Without sampling every round's reply is the same reply.
+        round=round_number if role.temperature > 0 else 0,
+        messages=prompt,
+        model=role.generator.identity,
+        seed=self.seed,
+        **sampling,
+      )
+      for prompt in prompts
+    ]
+
+    def generate(rows: Sequence[int]) -> list[dict[str, Any]]:
+      requests = [
+        engines.Request(prompts[i], seed=seed_from(keys[i]), **sampling) for i in rows
+      ]
+      return [reply._asdict() for reply in role.generator.generate(requests)]
+
+    tokens = {i: role.generator.count_tokens(prompts[i]) for i in self._missing(keys)}
+    limit = role.generator.prompt_limit - role.max_new_tokens
+    for i, count in tokens.items():
+      if count > limit and names is not None:
+        raise errors.UserError(
+          f"question {names[i]}: the {role.name} prompt has {count} tokens, and with "
+          f"{role.max_new_tokens} new ones the model holds {limit}; shorten the row, "
+          "or set data.too_long=skip to keep its original answer"
+        )
+    # Longest first: memory runs out at once or not at all.
+    fitting = sorted(
+      (i for i in tokens if tokens[i] <= limit), key=lambda i: -tokens[i]
+    )
+    title = f"{role.name}, round {round_number}" if round_number else role.name
+    self._make(role.name, title, keys, fitting, role.batch_size, generate)
+    values = [self.book.calls.get(key) for key in keys]
+    fields = engines.Completion._fields
+    return [v and engines.Completion(**{f: v[f] for f in fields}) for v in values]
+
+  def cosines(
+    self, role: str, encoder: encode.Encoder, pairs: Sequence[tuple[str, str]]
+  ) -> list[float | None]:
+    """Cosine of each pair's embeddings; None where it is undefined."""
+    keys = [content_key(encoder=encoder.identity, texts=pair) for pair in pairs]
+
+    def compare(rows: Sequence[int]) -> list[dict[str, Any]]:
+      left, right = zip(*(pairs[i] for i in rows))
+      cosines = encode.cosine(encoder(left), encoder(right)).tolist()
+      cut = zip(encoder.truncated(left), encoder.truncated(right))
+      return [
+        {"cosine": None if math.isnan(c) else c, "truncated": any(either)}
+        for c, either in zip(cosines, cut)
+      ]
+
+    self._make(role, role, keys, self._missing(keys), PAIRS_PER_BATCH, compare)
+    return [self.book.calls[key]["cosine"] for key in keys]
+
+  def _missing(self, keys: Sequence[str]) -> list[int]:
+    """The first row of each key that the journal lacks."""
+    first: dict[str, int] = {}
+    for i, key in enumerate(keys):
+      first.setdefault(key, i)
+    return [i for key, i in first.items() if key not in self.book.calls]
+
+  def _make(
+    self,
+    role: str,
+    title: str,
+    keys: Sequence[str],
+    rows: Sequence[int],
+    batch_size: int,
+    work: Callable[[Sequence[int]], list[dict[str, Any]]],
+  ) -> None:
+    """Does `work` on micro-batches of rows; each is durable before the next begins."""
+    for key in keys:
+      self.used.setdefault(key, role)
+    if not keys:
+      return
+    done = sum(key in self.book.calls for key in set(keys))
+    print(f"{title}: {done} calls done, {len(rows)} to do", flush=True)
+    bar = progress.Progress(title, len(rows), unit="call") if rows else None
+    try:
+      # In a thread of its own, so that a signal is heard while the model computes.
+      with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        for start in range(0, len(rows), batch_size):
+          batch = rows[start : start + batch_size]
+          began = time.monotonic()
+          values = worker.submit(work, batch).result()
+          seconds = round((time.monotonic() - began) / len(batch), 6)
+          self.book.append(
+            {
+              keys[i]: {**value, "seconds": seconds}
+              for i, value in zip(batch, values, strict=True)
+            }
+          )
+          if bar is not None:
+            bar.advance(start + len(batch))
+          if self.signals:
+            raise Stopped(128 + self.signals[0])
+    finally:
+      if bar is not None:
+        bar.close()
+
+  def totals(self, field: str) -> dict[str, float]:
+    """Sum by role of one field of the values used; integers stay integers."""
+    sums: dict[str, float] = {}
+    for key, role in self.used.items():
+      if field in self.book.calls.get(key, {}):
+        sums[role] = sums.get(role, 0) + self.book.calls[key][field]
+    return sums
+
+
+@contextlib.contextmanager
+def listening(signals: list[int]) -> Iterator[None]:
+  """Notes the first SIGINT or SIGTERM in `signals`; a second one ends the process."""
+  watched = (signal.SIGINT, signal.SIGTERM)
+
+  def note(number: int, frame: Any) -> None:
+    signals.append(number)
+    for each in watched:
+      signal.signal(each, signal.SIG_DFL)
+    print(
+      "stopping after this micro-batch (again: at once)", file=sys.stderr, flush=True
+    )
+
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  before = {each: signal.signal(each, note) for each in watched}
+  try:
+    yield
+  finally:
+    for each, handler in before.items():
+      signal.signal(each, handler)

@@ -17,7 +17,9 @@ from raft_jax import errors, journal
 def _fill(path: pathlib.Path, count: int) -> None:
   with journal.open_journal(path) as book:
     for i in range(count):
-      book.append({journal.key(call=i): {"text": f"answer {i} é\n\u2028", "n": i}})
+      book.append(
+        {journal.content_key(call=i): {"text": f"answer {i} é\n\u2028", "n": i}}
+      )
 
 
 def test_what_was_appended_is_there_when_reopened(tmp_path):
@@ -26,7 +28,8 @@ def test_what_was_appended_is_there_when_reopened(tmp_path):
   with journal.open_journal(path) as book:
     assert book.dropped == 0
     assert book.calls == {
-      journal.key(call=i): {"text": f"answer {i} é\n\u2028", "n": i} for i in range(3)
+      journal.content_key(call=i): {"text": f"answer {i} é\n\u2028", "n": i}
+      for i in range(3)
     }
   assert not path.with_name("journal.jsonl.holder").exists()
 
@@ -45,14 +48,14 @@ def test_line_holds_the_crc32_of_its_canonical_key_and_value(tmp_path):
 def test_key_depends_on_every_part_and_not_on_their_order():
   # sha256 of {"role":"rewrite","seed":1} by coreutils' sha256sum.
   golden = "817371b1a04ec22219e084f5b3529be8ca35afacdf1a587bea7b123a0d718b55"
-  assert journal.key(seed=1, role="rewrite") == golden
-  assert journal.key(seed=2, role="rewrite") != golden
+  assert journal.content_key(seed=1, role="rewrite") == golden
+  assert journal.content_key(seed=2, role="rewrite") != golden
   with pytest.raises(ValueError):
-    journal.key(temperature=float("nan"))
+    journal.content_key(temperature=float("nan"))
 
 
 def test_seed_fits_31_bits_and_follows_the_key():
-  seeds = {journal.seed(journal.key(call=i)) for i in range(1000)}
+  seeds = {journal.seed_from(journal.content_key(call=i)) for i in range(1000)}
   assert len(seeds) == 1000
   assert max(seeds) < 2**31
   assert max(seeds) > 2**30

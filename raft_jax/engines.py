@@ -1,0 +1,223 @@
+"""Who generates text: one protocol, messages in and texts out.
+
+The engine here is the built-in one, `jax_engine`. Its module-level imports hold no jax,
+so that refinement with another engine needs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from raft_jax import hf, records, text
+
+
+class Request(NamedTuple):
+  """One question to a language model.
+
+  Attributes:
+    messages: ends with a user turn.
+    temperature: 0 is greedy.
+    seed: 31 bits; the reply's randomness, whatever is asked beside it.
+  """
+
+  messages: tuple[records.Message, ...]
+  max_new_tokens: int
+  temperature: float
+  top_p: float
+  seed: int
+
+
+class Completion(NamedTuple):
+  """A reply. `length` means that the limit cut it off; tokens include the EOS."""
+
+  text: str
+  finish_reason: Literal["stop", "length"]
+  prompt_tokens: int
+  completion_tokens: int
+
+
+class Generator(Protocol):
+  """A language model that answers requests, each from its own content and seed alone.
+
+  Attributes:
+    identity: model source and weights digest; part of the journal's keys.
+    prompt_limit: tokens of prompt and reply together that the model can hold.
+  """
+
+  @property
+  def identity(self) -> str: ...
+
+  @property
+  def prompt_limit(self) -> int: ...
+
+  def count_tokens(self, messages: Sequence[records.Message]) -> int:
+    """Length of the prompt that these messages become."""
+
+  def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    """One completion per request, in order.
+
+    Called with one micro-batch at a time, so that the caller can make its results
+    durable before it asks for more. Raises ValueError for a request over the limit:
+    the caller checks before.
+    """
+
+
+@functools.cache
+def identity(source: str) -> str:
+  """The source and a sha256 over the names and content of its files.
+
+  Reads every file once (a few seconds for a model of some gigabytes): a journal that
+  took new weights for old ones would answer with the old model's words.
+  """
+  path = hf.resolve(source)
+  files = [path]
+  if path.is_dir():
+    files = sorted(f for p in hf.HUB_PATTERNS for f in path.rglob(p) if f.is_file())
+  digest = hashlib.sha256()
+  for file in files:
+    name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+    with file.open("rb") as content:
+      digest.update(f"{name}\0".encode())
+      digest.update(hashlib.file_digest(content, "sha256").digest())
+  return f"{source} sha256:{digest.hexdigest()[:16]}"
+
+
+@functools.cache
+def codec(source: str) -> text.Codec:
+  """The model's tokenizer, loaded once a process."""
+  return text.load(source)
+
+
+def jax_engine(source: str, *, dtype: str, batch_size: int) -> Generator:
+  """The built-in sampler on this process's default device.
+
+  Config, tokenizer and weights are loaded when first needed and shared by all engines
+  of the same source and dtype, so that a rewriter, a fusion model and a judge that are
+  one model are one copy.
+
+  Args:
+    source: as for `hf.resolve`.
+    dtype: of weights and activations.
+    batch_size: rows of a compiled batch; shorter micro-batches are filled up, so that
+      each pair of widths compiles once.
+  """
+  return _JaxEngine(source, dtype, batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _JaxEngine:
+  source: str
+  dtype: str
+  batch_size: int
+
+  @property
+  def identity(self) -> str:
+    return f"jax {self.dtype} {identity(self.source)}"
+
+  @property
+  def prompt_limit(self) -> int:
+    return _config(self.source).max_positions
+
+  def count_tokens(self, messages: Sequence[records.Message]) -> int:
+    return len(text.prompt_ids(codec(self.source), messages))
+
+  def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    prompts = [
+      text.prompt_ids(codec(self.source), request.messages) for request in requests
+    ]
+    for request, prompt in zip(requests, prompts, strict=True):
+      if len(prompt) + request.max_new_tokens > self.prompt_limit:
+        raise ValueError(
+          f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
+          f"the model's {self.prompt_limit}"
+        )
+    completions: dict[int, Completion] = {}
+    for rows in _alike(requests, prompts, self.batch_size):
+      finished = self._sample([requests[i] for i in rows], [prompts[i] for i in rows])
+      completions |= zip(rows, finished, strict=True)
+    return [completions[i] for i in range(len(requests))]
+
+  def _sample(
+    self, requests: Sequence[Request], prompts: Sequence[list[int]]
+  ) -> list[Completion]:
+    """One call of the sampler, for requests that share width and sampling."""
+    from raft_jax import sample
+
+    config, words = _config(self.source), codec(self.source)
+    first = requests[0]
+    width = bucket(max(map(len, prompts)))
+    prompt_BP = np.full((self.batch_size, width), words.pad_id, np.int32)
+    length_B = np.empty(self.batch_size, np.int32)
+    seed_B = np.empty(self.batch_size, np.int32)
+    for row in range(self.batch_size):
+      # Rows that fill up the batch repeat the first one: they end when it ends.
+      i = row if row < len(requests) else 0
+      prompt_BP[row, : len(prompts[i])] = prompts[i]
+      length_B[row], seed_B[row] = len(prompts[i]), requests[i].seed
+    rollout = sample.generate(
+      _params(self.source, self.dtype),
+      config,
+      prompt_BP,
+      length_B,
+      seed_B,
+      seed=0,
+      step=0,
+      max_new_tokens=first.max_new_tokens,
+      temperature=first.temperature,
+      top_p=first.top_p,
+      eos_ids=words.eos_ids,
+      pad_id=words.pad_id,
+      dtype=self.dtype,
+    )
+    tokens_BR, length_B, ended_B = map(np.asarray, rollout)
+    return [
+      Completion(
+        text.decode(words, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
+        "stop" if ended_B[i] else "length",
+        len(prompts[i]),
+        int(length_B[i]),
+      )
+      for i in range(len(requests))
+    ]
+
+
+def bucket(tokens: int) -> int:
+  """The width that a prompt is padded to: at most four widths per doubling.
+
+  It depends on the prompt's own length only, so that a reply cannot depend on which
+  prompts happen to share its batch.
+  """
+  step = max(64, 2 ** (max(tokens, 1) - 1).bit_length() // 8)
+  return -(-tokens // step) * step
+
+
+def _alike(
+  requests: Sequence[Request], prompts: Sequence[list[int]], batch_size: int
+) -> Iterator[tuple[int, ...]]:
+  """Indices of requests that can be sampled together, at most `batch_size` a time."""
+
+  def shape(i: int) -> tuple[Any, ...]:
+    request = requests[i]
+    sampling = request.max_new_tokens, request.temperature, request.top_p
+    return (bucket(len(prompts[i])), *sampling)
+
+  for _, group in itertools.groupby(sorted(range(len(requests)), key=shape), shape):
+    while batch := tuple(itertools.islice(group, batch_size)):
+      yield batch
+
+
+@functools.cache
+def _config(source: str) -> Any:
+  return hf.load_config(source)
+
+
+@functools.cache
+def _params(source: str, dtype: str) -> Any:
+  return hf.load_params(source, _config(source), dtype=dtype)

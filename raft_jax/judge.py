@@ -1,0 +1,181 @@
+"""Judges: which replies are usable, prompts that data cannot steer, scores, panels.
+
+A judge scores how well a candidate answer agrees with the original one, on 0..1 (SPEC,
+stage 1). A reply that is not plainly such a score counts as an abstention: it is never
+clamped or guessed at, because a misread reply moves a selection silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import math
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from raft_jax import engines, records
+
+_THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_SCORE_KEY = re.compile(r'"score"\s*:')
+_SCORE = re.compile(r'"score"\s*:\s*(0(?:\.\d+)?|1(?:\.0+)?)[ \t]*(?=[,}\r\n]|\Z)')
+
+
+LEAKS = (
+  "reference answer",
+  "original answer",
+  "rewritten answer",
+  "rewritten version",
+  "rewrite the answer",
+  "in your own words",
+  "final answer",
+  "your response",
+  "my response",
+  "your turn",
+)
+"""Words of a prompt, or about it, that no answer should hold. The last three and the
+first are those of Self-Distillation (Yang et al., ACL 2024, gen_distilled_data.py)."""
+
+REFUSALS = (
+  "i'm sorry",
+  "i am sorry",
+  "sorry,",
+  "i apologize",
+  "i can't",
+  "i cannot",
+  "i'm unable",
+  "i am unable",
+  "i'm not able",
+  "as an ai",
+  "as a language model",
+)
+"""How a model begins when it declines to answer."""
+
+
+def flaw(reply: engines.Completion | None, given: str) -> str | None:
+  """Why a reply is no answer, or None. What `given` says itself is no flaw.
+
+  None for the reply means that its prompt did not fit the model.
+  """
+  if reply is None:
+    return "prompt_too_long"
+  said, given = _plain(reply.text), _plain(given)
+  if not said:
+    return "empty"
+  if "<think>" in said or "</think>" in said:
+    return "thinking"
+  if reply.finish_reason != "stop":
+    return "truncated"
+  if any(said.startswith(r) and r not in given for r in REFUSALS):
+    return "refusal"
+  leaks = any(phrase in said and phrase not in given for phrase in LEAKS)
+  if leaks or said.startswith(("question:", "answer:", "draft:")):
+    return "leak"
+  if steers(said) and not steers(given):
+    return "steers_judge"
+  return None
+
+
+def _plain(said: str) -> str:
+  return said.strip().lower().replace("\u2019", "'")
+
+
+def prompt(question: str, original: str, candidate: str) -> tuple[records.Message, ...]:
+  """The messages that ask a language model for one score.
+
+  The three texts stand between lines that carry a nonce taken from their own hash, so
+  no text can contain the line that would end it.
+  """
+  nonce = _nonce(question, original, candidate)
+  text = template("judge").substitute(
+    nonce=nonce, question=question, original=original, candidate=candidate
+  )
+  return (records.Message("user", text),)
+
+
+def template(name: str) -> string.Template:
+  """The prompt `prompts/<name>.txt`; `$slots` are filled in one pass, so that a slot's
+  name inside the data stays text."""
+  folder = importlib.resources.files("raft_jax") / "prompts"
+  return string.Template((folder / f"{name}.txt").read_text("utf-8").strip())
+
+
+def steers(text: str) -> bool:
+  """Whether a candidate tries to hand the judge its verdict: it holds a score field."""
+  return _SCORE_KEY.search(text) is not None
+
+
+def parse_score(text: str) -> float | None:
+  """The score in a judge's reply, or None when the reply does not plainly hold one.
+
+  Read are, in this order: a JSON object with a number "score", alone or in a fenced
+  block; else exactly one `"score": x` within other text. Thinking is skipped. Booleans,
+  strings, NaN, infinities, numbers outside 0..1 and contradicting scores are None.
+  """
+  text = _THINK.sub("", text)
+  text = text.rpartition("</think>")[2].strip()  # templates that open the block
+  fenced = _FENCED.fullmatch(text)
+  try:
+    reply = json.loads(fenced[1] if fenced else text, object_pairs_hook=_once)
+  except (ValueError, RecursionError):
+    return _score_in_prose(text)
+  return _on_scale(reply.get("score")) if isinstance(reply, dict) else None
+
+
+def panel_mean(scores: Sequence[float | None]) -> float | None:
+  """Mean over the judges that did not abstain; None when all did."""
+  given = [score for score in scores if score is not None]
+  return math.fsum(given) / len(given) if given else None
+
+
+def majority(votes: Sequence[bool | None]) -> bool | None:
+  """What more than half of the whole panel voted for; None means undecided.
+
+  An abstention (None) stays in the denominator: one vote is no majority of three.
+  """
+  for choice in (True, False):
+    if sum(vote is choice for vote in votes) * 2 > len(votes):
+      return choice
+  return None
+
+
+def encoder_score(cosine: float | None) -> float | None:
+  """The sentence encoder as a judge: cosine of original and candidate, clipped to 0..1.
+
+  Clipped and not (1 + cosine) / 2, so that a score means what the same number means as
+  similarity threshold: under the affine map, accept_at 0.8 would let pass a cosine of
+  0.6, an answer that the filter throws away. An undefined cosine is an abstention.
+  """
+  if cosine is None or not math.isfinite(cosine):
+    return None
+  return min(max(cosine, 0.0), 1.0)
+
+
+def _nonce(*texts: str) -> str:
+  digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
+  while any(digest[:12] in text for text in texts):
+    digest = hashlib.sha256(digest.encode()).hexdigest()
+  return digest[:12]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; two scores in one object contradict each other."""
+  if sum(name == "score" for name, _ in pairs) > 1:
+    return {}
+  return dict(pairs)
+
+
+def _score_in_prose(text: str) -> float | None:
+  scores = _SCORE.findall(text)
+  if len(scores) != 1 or len(_SCORE_KEY.findall(text)) != 1:
+    return None
+  return float(scores[0])
+
+
+def _on_scale(value: Any) -> float | None:
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return None
+  return float(value) + 0.0 if 0.0 <= value <= 1.0 else None
