@@ -290,6 +290,13 @@ class _Dumper(yaml.SafeDumper):
 
   yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
+  def represent_str(self, text: str) -> yaml.ScalarNode:
+    # PyYAML's other styles fold line breaks such as U+0085 away.
+    style = None if text.isprintable() else '"'
+    return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _WORDS = {
   "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -626,7 +633,7 @@ def dump(config: Config) -> str:
 
 
 def _yaml(tree: dict[str, Any]) -> str:
-  return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=88)
+  return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _tree(config: Config | dict[str, Any]) -> dict[str, Any]:

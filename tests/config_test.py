@@ -304,7 +304,8 @@ def test_empty_foreign_and_missing_files(tmp_path):
 @hypothesis.given(
   st.text(), st.floats(0, 1e300), st.sampled_from(["1e-5", "no", "~", "1"])
 )
-@hypothesis.settings(max_examples=50)
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.example(text="\U0007b88d]t\x85D", number=1.5, word="1e-5")
 def test_dump_loads_as_the_same_config(tmp_path_factory, text, number, word):
   hypothesis.assume(text.strip() and not any("\ud800" <= c <= "\udfff" for c in text))
   folder = tmp_path_factory.mktemp("dump")

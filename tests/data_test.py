@@ -125,6 +125,10 @@ def test_widths_by_hand():
   assert data.widths(made_rows(lengths), 1) == [(112, 112, 112)]
   # Half of all batches of 16 stay within the 0.5^(1/16) = 0.958 quantile: 96.
   assert data.widths(made_rows(lengths), 2, batch_size=16)[0] == (96, 96, 96)
+  # The quantile 0.5 of 1, 17 lies between them: the higher counts.
+  assert data.widths(made_rows([(1, 1, 1), (17, 17, 17)]), 2, batch_size=1) == [
+    (32, 32, 32)
+  ]
   assert data.widths(made_rows([(16, 17, 1)] * 3), 4) == [(16, 32, 16)]
 
 

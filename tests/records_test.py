@@ -223,6 +223,17 @@ def test_parquet_reads_like_jsonl(tmp_path, law):
   assert f"{path}:21: `answer` is empty" in refused(path)
 
 
+def test_parquet_rows_are_counted_across_its_batches(tmp_path):
+  # pyarrow hands out 65,536 rows at a time.
+  answers = ["a"] * 70_000
+  answers[69_999] = ""
+  table = pyarrow.table({"question": ["q"] * 70_000, "answer": answers})
+  parquet.write_table(table, tmp_path / "q.parquet")
+  assert "q.parquet:70000: `answer`" in refused(
+    tmp_path / "q.parquet", reject_threshold=0
+  )
+
+
 def test_parquet_with_bad_utf8(tmp_path):
   answers = pyarrow.array([b"fine", b"\xff"]).cast(pyarrow.string(), safe=False)
   table = pyarrow.table({"question": ["a", "b"], "answer": answers})
@@ -447,6 +458,18 @@ def test_full_disk_names_file_and_space(tmp_path, monkeypatch):
   with pytest.raises(errors.UserError, match=r"No space left.*MB are free") as caught:
     seal(tmp_path)
   assert "shard-00000" in str(caught.value)
+  assert contents(tmp_path) == {}
+
+
+def test_a_shard_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
+  class Forgetful(records.array_record_module.ArrayRecordWriter):
+    def write(self, record):
+      if b"3" not in record:
+        super().write(record)
+
+  monkeypatch.setattr(records.array_record_module, "ArrayRecordWriter", Forgetful)
+  with pytest.raises(errors.UserError, match=r"shard-00000.*reads back differently"):
+    seal(tmp_path)
   assert contents(tmp_path) == {}
 
 
