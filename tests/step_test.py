@@ -1,0 +1,299 @@
+"""The training step: null settings, the balance inside it, and splitting a batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from raft_jax import balance, data, losses, model, optim, sample, step
+from tests import model_test
+
+CONFIG = model_test.CONFIG
+SETTINGS = step.Settings(decoder=CONFIG, eos_ids=(5,), top_k=20)
+RATE = 1e-3
+
+
+def make_batch(rows=4, prompt=7, answer=6, context=11, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def segment(width, low):
+    length = rng.integers(low, width + 1, rows).astype(np.int32)
+    tokens = rng.integers(6, 97, (rows, width)).astype(np.int32)
+    return np.where(np.arange(width) < length[:, None], tokens, 5), length
+
+  prompts, answers, contexts = (
+    segment(prompt, 2),
+    segment(answer, 1),
+    segment(context, 3),
+  )
+  return data.Batch(*prompts, *answers, *contexts, np.arange(rows, dtype=np.int32))
+
+
+def with_own_prompt_as_context(batch):
+  return batch._replace(
+    teacher_BC=batch.prompt_BP, teacher_length_B=batch.prompt_length_B
+  )
+
+
+def roll_out(params, batch, new=5):
+  rollout = sample.generate(
+    params,
+    CONFIG,
+    batch.prompt_BP,
+    batch.prompt_length_B,
+    batch.row_id_B,
+    seed=0,
+    step=0,
+    max_new_tokens=new,
+    eos_ids=(5,),
+    pad_id=5,
+  )
+  return step.Trajectory(rollout.tokens_BR, rollout.length_B)
+
+
+@jax.jit
+def teach(params, batch, trajectory):
+  return step.teach(
+    params, batch.teacher_BC, batch.teacher_length_B, trajectory, settings=SETTINGS
+  )
+
+
+@functools.cache
+def setting():
+  """Parameters, a teacher that differs, a batch, its rollout and the teacher's view."""
+  params = model_test.random_params()
+  batch = make_batch()
+  trajectory = roll_out(params, batch)
+  return params, batch, trajectory, teach(params, batch, trajectory)
+
+
+def start(params, balancer):
+  optimizer = optim.chain(
+    balancer, optax.constant_schedule(RATE), weight_decay=0.01, clip=1.0
+  )
+  state = step.TrainState(jnp.int32(0), params, optimizer.init(params))
+  update = functools.partial(step.update, optimizer=optimizer, balancer=balancer)
+  return state, jax.jit(update, static_argnames=("settings", "measure"))
+
+
+def assert_trees_close(a, b, tolerance):
+  """Relative, per tensor, in norm."""
+
+  def compare(path, x, y):
+    error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
+    assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error}"
+
+  jax.tree_util.tree_map_with_path(compare, a, b)
+
+
+def assert_trees_identical(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def plain_hidden(params, tokens, length):
+  """One row on its own, without padding or packing."""
+  tokens = jnp.array([tokens[:length]])
+  valid = jnp.ones(tokens.shape, bool)
+  return model.forward(
+    params, CONFIG, tokens, model.positions(valid), model.causal_mask(valid)
+  )[0][0]
+
+
+def test_packed_losses_equal_each_sequence_on_its_own():
+  """Both losses from separate, unpadded forwards and `losses` on whole logits."""
+  params, *whole = setting()
+  # Three rows are enough: every one of them compiles shapes of its own.
+  batch, trajectory, support = jax.tree.map(lambda x: x[:3], whole)
+  teacher = params
+  weights = step.token_weights(batch, trajectory, SETTINGS)
+  terms, _ = step.loss_terms(
+    params, batch, trajectory, support, weights, settings=SETTINGS
+  )
+  sft, kd = [], []
+  for i in range(3):
+    prompt = batch.prompt_BP[i][: batch.prompt_length_B[i]].tolist()
+    answer = batch.answer_BA[i][: batch.answer_length_B[i]].tolist()
+    context = batch.teacher_BC[i][: batch.teacher_length_B[i]].tolist()
+    rollout = trajectory.tokens_BR[i][: trajectory.length_B[i]].tolist()
+
+    def predictions(params, before, after):
+      row = before + after
+      hidden = plain_hidden(params, row, len(row))
+      scores = hidden @ model.output_embedding(params).T
+      return scores[len(before) - 1 : len(row) - 1]
+
+    nll = losses.cross_entropy(predictions(params, prompt, answer), jnp.array(answer))
+    sft.append(nll.mean())
+    divergence = losses.topk_distillation(
+      predictions(params, prompt, rollout),
+      predictions(teacher, context, rollout),
+      k=20,
+      temperature=1.5,
+    )
+    kd.append(divergence.mean())
+  np.testing.assert_allclose(terms["sft"], np.mean(sft), rtol=1e-5)
+  np.testing.assert_allclose(terms["kd"], np.mean(kd), rtol=1e-4)
+
+
+def test_the_trajectory_cannot_see_the_answer():
+  params, batch, trajectory, _ = setting()
+  other = batch._replace(answer_BA=(batch.answer_BA + 1) % 97)
+  _, seen = step.student_hidden(params, batch, trajectory, SETTINGS)
+  _, changed = step.student_hidden(params, other, trajectory, SETTINGS)
+  np.testing.assert_array_equal(seen, changed)
+
+
+def test_teacher_with_the_students_context_gives_no_loss_and_no_gradient():
+  params, batch, trajectory, _ = setting()
+  batch = with_own_prompt_as_context(batch)
+  support = teach(params, batch, trajectory)
+  weights = step.token_weights(batch, trajectory, SETTINGS)
+
+  def kd(params):
+    return step.loss_terms(
+      params, batch, trajectory, support, weights, settings=SETTINGS
+    )[0]["kd"]
+
+  value, gradient = jax.value_and_grad(kd)(params)
+  assert abs(value) < 1e-6
+  assert optax.tree.norm(gradient) < 1e-5
+
+
+def test_step_one_balances_the_two_losses():
+  """λ of the first step is L_SFT / L_KD, so that λ L_KD = L_SFT."""
+  params, batch, trajectory, support = setting()
+  state, update = start(params, balance.balance_by_ema())
+  _, values = update(state, batch, trajectory, support, settings=SETTINGS)
+  np.testing.assert_allclose(
+    values["kd_weight"] * values["loss_kd"], values["loss_sft"], rtol=1e-5
+  )
+  np.testing.assert_allclose(values["kd_ratio"], 1.0, rtol=1e-5)
+
+
+def test_one_pullback_equals_the_two_gradients_weighted():
+  params, batch, trajectory, support = setting()
+  state, update = start(params, balance.balance_by_ema())
+  once, a = update(state, batch, trajectory, support, settings=SETTINGS)
+  apart, b = update(state, batch, trajectory, support, settings=SETTINGS, measure=True)
+  np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
+  assert -1 <= b["grad_cosine"] <= 1
+  weight, sft, kd = b["kd_weight"], b["grad_norm_sft"], b["grad_norm_kd"]
+  # |g_sft + λ g_kd|² by the law of cosines.
+  norm = np.sqrt(sft**2 + (weight * kd) ** 2 + 2 * weight * sft * kd * b["grad_cosine"])
+  np.testing.assert_allclose(norm, b["grad_norm"], rtol=1e-4)
+  assert_trees_close(once.params, apart.params, 1e-4)
+
+
+def test_weight_zero_is_sft_bit_for_bit():
+  """Same program: λ = 0 at run time against a rollout with no token."""
+  params, batch, trajectory, support = setting()
+  state, update = start(params, balance.balance_fixed(0.0))
+  off, values = update(state, batch, trajectory, support, settings=SETTINGS)
+  assert values["loss_kd"] > 0
+  nothing = trajectory._replace(length_B=jnp.zeros_like(trajectory.length_B))
+  never, _ = update(state, batch, nothing, support, settings=SETTINGS)
+  assert_trees_identical(off.params, never.params)
+  on_state, on_update = start(params, balance.balance_fixed(1.0))
+  on, _ = on_update(on_state, batch, trajectory, support, settings=SETTINGS)
+  assert optax.tree.norm(optax.tree.sub(on.params, off.params)) > 0
+
+
+def test_rows_without_rollout_leave_the_mean_and_an_empty_batch_moves_no_average():
+  params, batch, trajectory, support = setting()
+  state, update = start(params, balance.balance_by_ema())
+  some = trajectory._replace(length_B=trajectory.length_B.at[1].set(0))
+  kept = np.array([0, 2, 3])
+  _, all_rows = update(state, batch, some, support, settings=SETTINGS)
+  take = functools.partial(jax.tree.map, lambda x: x[kept])
+  _, three_rows = update(
+    state, take(batch), take(some), take(support), settings=SETTINGS
+  )
+  np.testing.assert_allclose(all_rows["loss_kd"], three_rows["loss_kd"], rtol=1e-5)
+  none = trajectory._replace(length_B=jnp.zeros_like(trajectory.length_B))
+  after, values = update(state, batch, none, support, settings=SETTINGS)
+  assert values["loss_kd"] == 0
+  assert after.opt_state["balance"].counts["kd"] == 0
+  assert after.opt_state["balance"].counts["sft"] == 1
+
+
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_micro_batches_change_nothing(mean):
+  """Same λ and same gradients for 1, 2 and 4 parts; rows differ in length."""
+  params, batch, trajectory, support = setting()
+  results = {}
+  for parts in (1, 2, 4):
+    settings = SETTINGS._replace(micro_batches=parts, loss_mean=mean)
+    weights = step.token_weights(batch, trajectory, settings)
+    balancer = balance.balance_by_ema()
+
+    def weigh(balancer=balancer, **observed):
+      _, advanced = balancer.update({}, balancer.init(params), **observed)
+      return balance.loss_weights(advanced)
+
+    take = step.gradients_together if parts == 1 else step.gradients_apart
+    results[parts] = jax.jit(
+      lambda p, parts, take=take, weigh=weigh, settings=settings: take(
+        p, parts, weigh, settings
+      )
+    )(params, (batch, trajectory, support, weights))
+    results[parts, "weight"] = weigh(
+      losses=results[parts].losses, valid=results[parts].valid
+    )["kd"]
+  for parts in (2, 4):
+    np.testing.assert_allclose(
+      results[parts, "weight"], results[1, "weight"], rtol=1e-5
+    )
+    assert_trees_close(results[parts].balanced, results[1].balanced, 1e-5)
+
+
+def test_state_keeps_its_shape_and_compiles_once():
+  params, batch, trajectory, support = setting()
+  state, update = start(params, balance.balance_by_ema())
+  state = jax.tree.map(jnp.asarray, state)
+  described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+  for _ in range(3):
+    state, _ = update(state, batch, trajectory, support, settings=SETTINGS)
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == described
+  assert update._cache_size() == 1
+  assert int(state.step) == 3
+
+
+def test_order_of_the_rows_is_immaterial():
+  params, batch, trajectory, support = setting()
+  state, update = start(params, balance.balance_by_ema())
+  order = np.array([2, 0, 3, 1])
+  shuffle = functools.partial(jax.tree.map, lambda x: x[order])
+  _, a = update(state, batch, trajectory, support, settings=SETTINGS)
+  _, b = update(
+    state, shuffle(batch), shuffle(trajectory), shuffle(support), settings=SETTINGS
+  )
+  for name in ("loss_sft", "loss_kd", "kd_weight", "grad_norm"):
+    np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+
+
+def test_skip_first_and_mask_eos_drop_their_tokens():
+  _, batch, trajectory, _ = setting()
+  tokens = trajectory.tokens_BR.at[0, 2].set(5)
+  trajectory = step.Trajectory(tokens, trajectory.length_B.at[0].set(3))
+  plain = step.token_weights(batch, trajectory, SETTINGS).kd_BR
+  masked = step.token_weights(
+    batch, trajectory, SETTINGS._replace(skip_first=1, mask_eos=True)
+  ).kd_BR
+  assert (plain[0] > 0).tolist() == [True, True, True, False, False]
+  assert (masked[0] > 0).tolist() == [False, True, False, False, False]
+
+
+def test_training_on_one_batch_fits_it():
+  params, batch, _, _ = setting()
+  state, update = start(params, balance.balance_by_ema(max_weight=100.0))
+  first = None
+  for index in range(15):
+    trajectory = roll_out(state.params, batch)
+    support = teach(params, batch, trajectory)
+    state, values = update(state, batch, trajectory, support, settings=SETTINGS)
+    first = first or values
+    assert np.isfinite(values["loss_kd"]), index
+  assert values["loss_sft"] < 0.9 * first["loss_sft"]
