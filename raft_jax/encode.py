@@ -45,7 +45,7 @@ class Encoder:
       show_progress_bar=False,
       convert_to_numpy=True,
     )
-    return np.asarray(vectors, np.float32).reshape(len(texts), -1)
+    return np.asarray(vectors, np.float32).reshape(len(texts), -1 if texts else 0)
 
   def truncated(self, texts: Sequence[str]) -> list[bool]:
     """For each text, whether it is longer than the model reads."""

@@ -21,7 +21,9 @@ from raft_jax import engines, records
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 _SCORE_KEY = re.compile(r'"score"\s*:')
-_SCORE = re.compile(r'"score"\s*:\s*(0(?:\.\d+)?|1(?:\.0+)?)[ \t]*(?=[,}\r\n]|\Z)')
+_SCORE = re.compile(
+  r'"score"\s*:\s*(0(?:\.\d+)?|1(?:\.0+)?)[ \t]*(?=[}\r\n]|,[\s"]|\Z)'
+)
 
 
 LEAKS = (
@@ -115,12 +117,12 @@ def parse_score(text: str) -> float | None:
   block; else exactly one `"score": x` within other text. Thinking is skipped. Booleans,
   strings, NaN, infinities, numbers outside 0..1 and contradicting scores are None.
   """
-  text = _THINK.sub("", text)
-  text = text.rpartition("</think>")[2].strip()  # templates that open the block
-  fenced = _FENCED.fullmatch(text)
-  try:
-    reply = json.loads(fenced[1] if fenced else text, object_pairs_hook=_once)
-  except (ValueError, RecursionError):
+  reply = _json(text)
+  if reply is None:
+    text = _THINK.sub("", text)
+    text = text.rpartition("</think>")[2]  # some templates open the block themselves
+    reply = _json(text)
+  if reply is None:
     return _score_in_prose(text)
   return _on_scale(reply.get("score")) if isinstance(reply, dict) else None
 
@@ -159,6 +161,16 @@ def _nonce(*texts: str) -> str:
   while any(digest[:12] in text for text in texts):
     digest = hashlib.sha256(digest.encode()).hexdigest()
   return digest[:12]
+
+
+def _json(text: str) -> Any:
+  """The value of a text that is JSON, alone or in one fenced block, else None."""
+  text = text.strip()
+  fenced = _FENCED.fullmatch(text)
+  try:
+    return json.loads(fenced[1] if fenced else text, object_pairs_hook=_once)
+  except (ValueError, RecursionError):
+    return None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
