@@ -391,8 +391,9 @@ def test_claim_refuses_a_foreign_or_damaged_folder(tmp_path):
 
 
 def test_claim_of_an_unknown_key_is_a_programming_error(tmp_path):
-  with pytest.raises(ValueError, match=r"no config key 'train\.bach_size'"):
-    config.claim_output(least(tmp_path), "train", ["train.bach_size"])
+  for key in ("train.bach_size", "train.batch"):
+    with pytest.raises(ValueError, match=f"no config key '{key}'"):
+      config.claim_output(least(tmp_path), "train", [key])
 
 
 # The command line
