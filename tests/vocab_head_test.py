@@ -1,0 +1,340 @@
+"""The chunked head against the formula with a whole [tokens, vocabulary] array."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from raft_jax import losses, vocab_head
+
+WIDTH, VOCABULARY, K = 24, 203, 9  # a prime-ish vocabulary: no block divides it
+
+
+def _inputs(*leading, dtype=jnp.float32, vocabulary=VOCABULARY):
+  rng = np.random.default_rng(0)
+  hidden = jnp.asarray(rng.normal(size=(*leading, WIDTH)), dtype)
+  embedding = jnp.asarray(rng.normal(0, 0.3, (vocabulary, WIDTH)), dtype)
+  targets = jnp.asarray(rng.integers(0, vocabulary, leading), jnp.int32)
+  ids = jnp.asarray(rng.integers(0, vocabulary, (*leading, K)), jnp.int32)
+  return hidden, embedding, targets, ids
+
+
+def _naive_logits(hidden, embedding):
+  return hidden.astype(jnp.float32) @ embedding.astype(jnp.float32).T
+
+
+def _naive_cross_entropy(hidden, embedding, targets):
+  return losses.cross_entropy(_naive_logits(hidden, embedding), targets)
+
+
+def _naive_gather(hidden, embedding, ids, temperature):
+  logits = _naive_logits(hidden, embedding)
+  logsumexp = jax.nn.logsumexp(logits / temperature, -1)
+  return jnp.take_along_axis(logits, ids, -1), logsumexp
+
+
+def _assert_close(got, expected, tolerance=1e-5):
+  """Relative in norm, per tensor."""
+  got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+  assert got.shape == expected.shape
+  assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+CHUNKS = pytest.mark.parametrize("chunk_size", [None, 1, 7, 64])
+LEADING = pytest.mark.parametrize("leading", [(13,), (3, 5), ()], ids=str)
+
+
+@CHUNKS
+@LEADING
+def test_cross_entropy_equals_naive(leading, chunk_size):
+  hidden, embedding, targets, _ = _inputs(*leading)
+  weights = jnp.asarray(np.random.default_rng(1).normal(size=leading), jnp.float32)
+
+  def run(f):
+    def total(hidden, embedding):
+      value = f(hidden, embedding, targets)
+      return jnp.sum(value * weights), value
+
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, embedding)
+
+  got, value = run(functools.partial(vocab_head.cross_entropy, chunk_size=chunk_size))
+  expected, expected_value = run(_naive_cross_entropy)
+  assert value.dtype == jnp.float32
+  jax.tree.map(_assert_close, (value, *got), (expected_value, *expected))
+
+
+@pytest.mark.parametrize("use", ["logits", "logsumexp", "both"])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_gather_equals_naive(use, chunk_size):
+  hidden, embedding, _, ids = _inputs(3, 5)
+  rng = np.random.default_rng(2)
+  by_logits = jnp.asarray(rng.normal(size=(3, 5, K)), jnp.float32)
+  by_logsumexp = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+
+  def run(f):
+    def total(hidden, embedding):
+      logits, logsumexp = f(hidden, embedding)
+      value = jnp.sum(logits * by_logits) if use != "logsumexp" else 0
+      # Under stop_gradient the backward pass takes its short way.
+      weighted = jnp.sum(logsumexp * by_logsumexp)
+      value += jax.lax.stop_gradient(weighted) if use == "logits" else weighted
+      return value, (logits, logsumexp)
+
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, embedding)
+
+  got = run(
+    lambda h, e: vocab_head.gather(
+      h, e, ids, chunk_size=chunk_size, temperature=1.5, return_logsumexp=True
+    )
+  )
+  expected = run(lambda h, e: _naive_gather(h, e, ids, 1.5))
+  jax.tree.map(_assert_close, got, expected)
+
+
+def test_repeated_ids_add_up():
+  hidden, embedding, _, _ = _inputs(4)
+  ids = jnp.full((4, 3), 5)
+  got = jax.grad(lambda e: vocab_head.gather(hidden, e, ids).sum())(embedding)
+  expected = jnp.zeros_like(embedding).at[5].set(3 * hidden.sum(0))
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@CHUNKS
+@LEADING
+def test_topk_equals_naive(leading, chunk_size):
+  hidden, embedding, _, _ = _inputs(*leading)
+  values, ids, logsumexp = vocab_head.topk(
+    hidden, embedding, K, chunk_size=chunk_size, temperature=1.5, return_logsumexp=True
+  )
+  logits = _naive_logits(hidden, embedding)
+  expected_values, expected_ids = jax.lax.top_k(logits, K)
+  np.testing.assert_array_equal(ids, expected_ids)
+  _assert_close(values, expected_values)
+  _assert_close(logsumexp, jax.nn.logsumexp(logits / 1.5, -1))
+
+
+def test_topk_stops_gradients():
+  hidden, embedding, _, _ = _inputs(6)
+  gradients = jax.grad(
+    lambda h, e: (
+      vocab_head.topk(h, e, 3, return_logsumexp=True)[2].sum()
+      + vocab_head.topk(h, e, 3)[0].sum()
+    ),
+    (0, 1),
+  )(hidden, embedding)
+  jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradients)
+
+
+def test_temperature_of_cross_entropy():
+  hidden, embedding, targets, _ = _inputs(6)
+  loss, logsumexp = vocab_head.cross_entropy(
+    hidden, embedding, targets, temperature=0.7, return_logsumexp=True
+  )
+  logits = _naive_logits(hidden, embedding) / 0.7
+  _assert_close(loss, losses.cross_entropy(logits, targets))
+  _assert_close(logsumexp, jax.nn.logsumexp(logits, -1))
+
+
+def test_bfloat16_inputs_give_float32_logits_and_bfloat16_gradients():
+  hidden, embedding, targets, ids = _inputs(40, dtype=jnp.bfloat16)
+  logits = vocab_head.gather(hidden, embedding, ids)
+  assert logits.dtype == jnp.float32
+  _assert_close(logits, _naive_gather(hidden, embedding, ids, 1.0)[0])
+  got, expected = (
+    jax.grad(lambda h, e, f=f: f(h, e, targets).sum(), (0, 1))(hidden, embedding)
+    for f in (vocab_head.cross_entropy, _naive_cross_entropy)
+  )
+  for g, e in zip(got, expected):
+    assert g.dtype == jnp.bfloat16
+    _assert_close(g, e, tolerance=6e-3)  # bfloat16 keeps 8 bits
+
+
+def test_mixed_types_keep_their_own_gradient_type():
+  hidden, _, targets, _ = _inputs(5, dtype=jnp.bfloat16)
+  _, embedding, _, _ = _inputs(5)
+  gradients = jax.grad(
+    lambda h, e: vocab_head.cross_entropy(h, e, targets).sum(), (0, 1)
+  )(hidden, embedding)
+  assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+
+
+def test_embedding_gradient_is_summed_in_float32():
+  # 4096 equal bfloat16 terms of 1/4096: a bfloat16 sum stops growing at about 1/16.
+  hidden = jnp.full((4096, 1), 1 / 4096, jnp.bfloat16)
+  embedding = jnp.ones((8, 1), jnp.bfloat16)
+  gradient = jax.grad(
+    lambda e: vocab_head.gather(
+      hidden, e, jnp.zeros((4096, 1), jnp.int32), chunk_size=64
+    ).sum()
+  )(embedding)
+  np.testing.assert_array_equal(np.asarray(gradient[:, 0], np.float32), [1] + [0] * 7)
+
+
+def test_no_tokens():
+  hidden, embedding, targets, ids = _inputs(0)
+  assert vocab_head.cross_entropy(hidden, embedding, targets).shape == (0,)
+  assert vocab_head.gather(hidden, embedding, ids).shape == (0, K)
+  assert [x.shape for x in vocab_head.topk(hidden, embedding, 2)] == [(0, 2), (0, 2)]
+  gradients = jax.grad(
+    lambda h, e: vocab_head.cross_entropy(h, e, targets).sum(), (0, 1)
+  )(hidden, embedding)
+  assert gradients[0].shape == (0, WIDTH)
+  np.testing.assert_array_equal(gradients[1], 0)
+
+
+def test_vmap_and_jit_equal_plain():
+  hidden, embedding, targets, ids = _inputs(4, 6)
+
+  def total(hidden, embedding, targets, ids):
+    logits, logsumexp = vocab_head.gather(
+      hidden, embedding, ids, chunk_size=4, return_logsumexp=True
+    )
+    loss = vocab_head.cross_entropy(hidden, embedding, targets, chunk_size=4)
+    return jnp.sum(logits**2) + jnp.sum(logsumexp) + jnp.sum(loss)
+
+  f = jax.value_and_grad(total, (0, 1))
+  plain = f(hidden, embedding, targets, ids)
+  jax.tree.map(_assert_close, jax.jit(f)(hidden, embedding, targets, ids), plain)
+  value, (to_hidden, to_embedding) = jax.vmap(f, (0, None, 0, 0))(
+    hidden, embedding, targets, ids
+  )
+  jax.tree.map(_assert_close, (value.sum(), (to_hidden, to_embedding.sum(0))), plain)
+
+
+def test_rematerialised_and_scanned_equal_plain():
+  hidden, embedding, targets, _ = _inputs(4, 6)
+
+  def total(embedding, hidden, targets):
+    return vocab_head.cross_entropy(hidden, embedding, targets, chunk_size=4).sum()
+
+  def scanned(embedding):
+    body = jax.checkpoint(lambda carry, x: (carry + total(embedding, *x), None))
+    return jax.lax.scan(body, jnp.float32(0), (hidden, targets))[0]
+
+  plain = jax.grad(total)(embedding, hidden, targets)
+  _assert_close(jax.grad(scanned)(embedding), plain)
+
+
+# The size of the requirement: 4096 tokens, a vocabulary of 131072, width 512, K 512.
+N, V, D = 4096, 131072, 512
+HIDDEN, EMBEDDING = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, D), (V, D)))
+TARGETS, IDS = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((N,), (N, 512)))
+PROGRAMS = {
+  "cross_entropy": (vocab_head.cross_entropy, TARGETS),
+  "gather": (functools.partial(vocab_head.gather, return_logsumexp=True), IDS),
+  "topk": (lambda h, e, _: vocab_head.topk(h, e, 512, return_logsumexp=True), TARGETS),
+  "cross_entropy_gradient": (
+    jax.value_and_grad(
+      lambda h, e, t: vocab_head.cross_entropy(h, e, t).mean(), (0, 1)
+    ),
+    TARGETS,
+  ),
+  "gather_gradient": (
+    jax.value_and_grad(
+      lambda h, e, i: (vocab_head.gather(h, e, i) ** 2).mean(), (0, 1)
+    ),
+    IDS,
+  ),
+  "gather_and_logsumexp_gradient": (
+    jax.value_and_grad(
+      lambda h, e, i: sum(
+        x.mean() for x in vocab_head.gather(h, e, i, return_logsumexp=True)
+      ),
+      (0, 1),
+    ),
+    IDS,
+  ),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_compiled_temporaries_stay_below_a_sixteenth(name):
+  program, last = PROGRAMS[name]
+  compiled = jax.jit(program).lower(HIDDEN, EMBEDDING, last).compile()
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  assert 0 < temporaries <= N * V * 4 / 16
+
+
+def test_stopped_logsumexp_skips_the_logits_of_the_backward_pass():
+  hidden, embedding, _, ids = _inputs(64, vocabulary=512)
+
+  def matmuls(stop):
+    def total(hidden, embedding):
+      logits, logsumexp = vocab_head.gather(
+        hidden, embedding, ids, chunk_size=16, return_logsumexp=True
+      )
+      logsumexp = jax.lax.stop_gradient(logsumexp) if stop else logsumexp
+      return logits.sum() + logsumexp.sum()
+
+    program = jax.jit(jax.value_and_grad(total, (0, 1)))
+    text = program.lower(hidden, embedding).compile().as_text()
+    return text.count(" dot(")
+
+  # Forward 1, backward 2, and one more where the probabilities are needed again.
+  assert (matmuls(stop=True), matmuls(stop=False)) == (3, 4)
+
+
+def test_tokens_sharded_over_devices_stay_sharded():
+  # Each of 4 devices multiplies its own 64 tokens of a chunk of 256, and nothing but
+  # sums of gradients and losses crosses the devices.
+  code = """
+import re, jax, jax.numpy as jnp
+from raft_jax import vocab_head
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def array(shape, dtype, *spec):
+  sharding = jax.NamedSharding(mesh, jax.P(*spec))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+hidden = array((16, 64, 8), jnp.float32, "data")
+embedding = array((4096, 8), jnp.float32)
+ids = array((16, 64, 5), jnp.int32, "data")
+def total(hidden, embedding, ids):
+  results = vocab_head.gather(
+    hidden, embedding, ids, chunk_size=256, return_logsumexp=True
+  )
+  return sum(x.sum() for x in results)
+program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(hidden, embedding, ids)
+text = program.compile().as_text()
+print("f32[64,4096]" in text, "f32[256,4096]" in text)
+print(*sorted(set(re.findall("all-reduce|all-gather|all-to-all|collective-\\w+", text))))
+"""
+  flag = "--xla_force_host_platform_device_count=4"
+  lines = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+  ).stdout.splitlines()
+  assert lines == ["True False", "all-reduce"]
+
+
+@pytest.mark.parametrize(
+  ("options", "named"),
+  [({"chunk_size": 0}, "chunk_size"), ({"temperature": 0.0}, "temperature")],
+)
+def test_bad_numbers_are_named(options, named):
+  hidden, embedding, targets, ids = _inputs(3)
+  with pytest.raises(ValueError, match=named):
+    vocab_head.cross_entropy(hidden, embedding, targets, **options)
+  with pytest.raises(ValueError, match=named):
+    vocab_head.gather(hidden, embedding, ids, **options)
+  with pytest.raises(ValueError, match=named):
+    vocab_head.topk(hidden, embedding, 2, **options)
+
+
+def test_bad_shapes_are_named():
+  hidden, embedding, targets, ids = _inputs(3)
+  with pytest.raises(ValueError, match="embedding"):
+    vocab_head.cross_entropy(hidden, embedding.T, targets)
+  with pytest.raises(ValueError, match="targets"):
+    vocab_head.cross_entropy(hidden, embedding, targets[:2])
+  with pytest.raises(ValueError, match="ids"):
+    vocab_head.gather(hidden, embedding, ids[:2])
+  for k in (0, VOCABULARY + 1):
+    with pytest.raises(ValueError, match=f"k={k}"):
+      vocab_head.topk(hidden, embedding, k)
