@@ -284,7 +284,7 @@ def measure(
   started = time.monotonic()
   run = functools.partial(finish, log, batch_size=settings.batch_size)
   key = functools.partial(
-    journal.key,
+    journal.content_key,
     model=dataclasses.asdict(config),
     weights=checkpoint.named_fingerprints(params),
     dtype=settings.dtype,
@@ -355,20 +355,25 @@ def summarise(
 
 def show(result: Mapping[str, Any]) -> None:
   """Prints the score table."""
-  title = f"{result['items']} test questions, step {result['checkpoint_step']}"
-  rows = table.Table(title=title, title_justify="left")
+  rows = table.Table(
+    title=f"{result['items']} test questions, checkpoint of step"
+    f" {result['checkpoint_step']}; 95 % intervals; difference paired",
+    title_justify="left",
+    show_lines=True,
+  )
   rows.add_column("score")
   for column in ("base", "trained", "difference"):
-    rows.add_column(f"{column} (95 % interval)", justify="right")
+    rows.add_column(column, justify="right")
 
   def cell(value: float, interval: Mapping[str, Any]) -> str:
-    return f"{value:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
+    return f"{value:.3f}\n{interval['low']:.3f} to {interval['high']:.3f}"
 
   for name, paired in result["paired"].items():
-    pair = [result["scores"][who][name] for who in ("base", "trained")]
+    base, trained = (result["scores"][who][name] for who in ("base", "trained"))
     rows.add_row(
       name.replace("_", " "),
-      *(cell(score["value"], score) for score in pair),
+      cell(base["value"], base),
+      cell(trained["value"], trained),
       cell(paired["difference"], paired),
     )
   console.Console().print(rows)

@@ -37,10 +37,10 @@ CARD = """\
 
 # {name}
 
-{model} fine-tuned with the method `{method}` of raft_jax for {step} steps. RAFT adapts
-an instruction-tuned model to a domain by refining the answers it learns from and by
-distilling from the original model on the student's own rollouts, so that general
-abilities are kept.
+{model}, fine-tuned for {step} steps with the method
+`{method}` of raft_jax. RAFT adapts an instruction-tuned model to a domain by refining the
+answers that it learns from and by distilling from the original model on the student's
+own rollouts, so that general abilities are kept.
 
 ## Use
 

@@ -165,7 +165,7 @@ def test_difference_is_taken_item_by_item():
 
 
 def test_finished_batches_survive_an_interruption(tmp_path):
-  keys = [journal.key(i=i) for i in range(7)]
+  keys = [journal.content_key(i=i) for i in range(7)]
   lengths = [1, 2, 3, 4, 5, 6, 7]
   asked: list[int] = []
 
