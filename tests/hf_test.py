@@ -622,10 +622,12 @@ def test_eos_ids(smollm, complete):
   assert hf.eos_ids(str(complete), hf.load_tokenizer(str(complete))) == (2, 7, 0)
 
 
-def test_turn_end_is_read_from_the_template(smollm):
-  """A base tokenizer's EOS is not what ends a turn; the template says what does."""
-  tokenizer = hf.load_tokenizer(smollm)
+def test_turn_end_is_read_from_the_template(complete):
+  """Config and tokenizer name a base model's EOS; the template says what ends a turn."""
+  edit_config(eos_token_id=0)(complete)
+  (complete / "generation_config.json").unlink()
+  tokenizer = hf.load_tokenizer(str(complete))
   tokenizer.eos_token = "<|endoftext|>"
-  assert hf.eos_ids(smollm, tokenizer)[0] == 2
+  assert hf.eos_ids(str(complete), tokenizer) == (2, 0)
   tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
-  assert hf._turn_end(tokenizer) is None
+  assert hf.eos_ids(str(complete), tokenizer) == (0,)
