@@ -623,7 +623,7 @@ def test_eos_ids(smollm, complete):
 
 
 def test_turn_end_is_read_from_the_template(complete):
-  """Config and tokenizer name a base model's EOS; the template says what ends a turn."""
+  """Config and tokenizer name a base model's EOS; the template has the turn's."""
   edit_config(eos_token_id=0)(complete)
   (complete / "generation_config.json").unlink()
   tokenizer = hf.load_tokenizer(str(complete))
