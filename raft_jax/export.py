@@ -38,9 +38,9 @@ CARD = """\
 # {name}
 
 {model}, fine-tuned for {step} steps with the method
-`{method}` of raft_jax. RAFT adapts an instruction-tuned model to a domain by refining the
-answers that it learns from and by distilling from the original model on the student's
-own rollouts, so that general abilities are kept.
+`{method}` of raft_jax. RAFT adapts an instruction-tuned model to a domain by refining
+the answers that it learns from and by distilling from the original model on the
+student's own rollouts, so that general abilities are kept.
 
 ## Use
 

@@ -165,7 +165,7 @@ def number(value: Any, digits: int = 3) -> str:
     return "–"
   if isinstance(value, int):
     text = f"{value:,}"
-  elif value != 0 and not 10**-digits <= abs(value) < 1e6:
+  elif value != 0 and not 0.5 * 10**-digits <= abs(value) < 1e6:
     text = f"{value:.1e}"
   else:
     text = f"{value:,.{digits}f}"

@@ -85,7 +85,7 @@ def test_card_of_a_run_without_scores_or_records(run, tiny):
     "tags": ["raft", "raft_jax"],
   }
   for words in (
-    "method `raft`",
+    "`raft` of raft_jax",
     "for 7 steps",
     "there are no refined records",
     "This checkpoint was not evaluated.",

@@ -311,6 +311,7 @@ def test_odd_values_do_not_stop_the_page(tmp_path):
 
 def test_numbers_for_readers():
   assert report.number(-0.6254) == "−0.625"
+  assert report.number(0.00073) == "0.001"
   assert report.number(1234567) == "1,234,567"
   assert report.number(0.0000012) == "1.2e−06"
   assert report.number(0.0) == "0.000"
