@@ -52,15 +52,18 @@ def test_counts_and_finish_reasons(engine, requests, replies, smollm):
     assert len(text.encode(codec, reply.text)) <= reply.completion_tokens
 
 
-def test_a_reply_that_ends_is_a_stop_without_control_tokens(engine):
+def test_a_reply_that_ends_is_a_stop_without_control_tokens(engine, smollm):
   ask = (records.Message("user", "Say hello."),)
   (reply,) = engine.generate([engines.Request(ask, 40, 0.0, 1.0, 0)])
   assert reply.finish_reason == "stop"
   assert 1 < reply.completion_tokens < 40
   assert reply.text
   assert "<|" not in reply.text
+  # Every token but the EOS is in the text.
+  assert len(text.encode(text.load(smollm), reply.text)) == reply.completion_tokens - 1
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers(engine, smollm, law):
   """Golden tokens from an independent implementation on the same weights."""
   import torch

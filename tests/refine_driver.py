@@ -1,0 +1,219 @@
+"""Runs refine with scripted models in a process of its own, and kills it at will.
+
+Not a test: `refine_test` starts `python tests/refine_driver.py FOLDER QUESTIONS PLAN`.
+The models are scripted because the matrix needs hundreds of runs; everything durable
+(journal, shards, manifest, lock, signals) is the real code. Each run is a fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from raft_jax import config, encode, engines, journal, refine
+
+FATAL = signal.SIGKILL
+
+
+class Scripted:
+  """A generator whose reply is a function of the request; logs what it is asked."""
+
+  prompt_limit = 10_000
+
+  def __init__(self, source: str, log: pathlib.Path):
+    self.identity, self._log = f"scripted {source}", log
+
+  def count_tokens(self, messages) -> int:
+    return sum(len(m.content.split()) for m in messages)
+
+  def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
+    with self._log.open("a") as log:
+      log.writelines(f"{r.seed}\n" for r in requests)
+    return [self._reply(request) for request in requests]
+
+  def _reply(self, request: engines.Request) -> engines.Completion:
+    dice = random.Random(request.seed)
+    content = request.messages[-1].content
+    if "candidate answer" in content:
+      said = dice.choice([json.dumps({"score": round(dice.random(), 2)}), "no idea"])
+    else:
+      facts = next(x for x in content.splitlines() if "nswer: " in x)
+      words = facts.partition("nswer: ")[2].split()
+      said = " ".join(w for w in words if dice.random() < 0.8)
+      said = dice.choice([said, said, said, said, "", "I cannot say."])
+    reason = "length" if dice.random() < 0.1 else "stop"
+    return engines.Completion(said, reason, 10, len(said.split()))
+
+
+class BagOfWords:
+  """An encoder: hashed word counts."""
+
+  identity = "bag of words"
+
+  def __init__(self, log: pathlib.Path):
+    self._log = log
+
+  def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    with self._log.open("a") as log:
+      log.writelines("embedded\n" for _ in texts)
+    vectors = np.zeros((len(texts), 64), np.float32)
+    for row, text in zip(vectors, texts, strict=True):
+      for word in text.split():
+        row[hashlib.sha256(word.encode()).digest()[0] % 64] += 1
+    return vectors
+
+  def truncated(self, texts: Sequence[str]) -> list[bool]:
+    return [len(text) > 200 for text in texts]
+
+
+def make_config(folder: pathlib.Path, questions: pathlib.Path) -> config.Config:
+  return config.Config.model_validate(
+    {
+      "model": {"source": "some/model"},
+      "data": {"questions": str(questions)},
+      "refine": {
+        "rewriter": {"batch_size": 4},
+        "fusion": {"batch_size": 4},
+        "judges": [{"engine": "encoder"}, {"engine": "jax", "batch_size": 4}],
+        "records_per_shard": 5,
+      },
+      "output": str(folder),
+    }
+  )
+
+
+def script(log: pathlib.Path) -> None:
+  """Puts the scripted models in the place of the real ones, for this process."""
+  engines.jax_engine = lambda source, dtype, batch_size: Scripted(source, log)
+  engines.identity = lambda source: f"scripted {source}"
+  engines.codec = lambda source: types.SimpleNamespace(digest="none")
+  encode.load = lambda source: BagOfWords(log)
+
+
+def forked(work: Callable[[], None]) -> int:
+  """Exit status of `work` done in a fork, negative for a signal."""
+  child = os.fork()
+  if child == 0:
+    status = 1
+    try:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+      os.dup2(1, 2)
+      work()
+      status = 0
+    except SystemExit as stop:
+      status = int(stop.code or 0)
+    finally:
+      os._exit(status)
+  return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def strike(kind: str, number: int, blow: int = FATAL, times: int = 1) -> None:
+  """Arranges for this process to get a signal at an occurrence of something."""
+  seen = 0
+
+  def due() -> bool:
+    nonlocal seen
+    seen += 1
+    return seen == number
+
+  def hit() -> None:
+    for _ in range(times):
+      os.kill(os.getpid(), blow)
+      time.sleep(0.3 if times > 1 else 0)
+
+  def around(real: Callable, before: bool) -> Callable:
+    def call(*args, **kwargs):
+      now = due()
+      if now and before:
+        hit()
+      result = real(*args, **kwargs)
+      if now and not before:
+        hit()
+      return result
+
+    return call
+
+  def tear(book: journal.Journal, finished: dict) -> None:
+    if due():
+      lines = b"".join(journal._line(k, v) for k, v in finished.items())
+      book._file.write(lines[: len(lines) * 2 // 3])
+      hit()
+    real_append(book, finished)
+
+  what, _, when = kind.partition(" ")
+  if what == "tear":
+    real_append, journal.Journal.append = journal.Journal.append, tear
+  elif what == "generate":
+    Scripted.generate = around(Scripted.generate, when == "before")
+  else:
+    setattr(os, what, around(getattr(os, what), when == "before"))
+
+
+def result(folder: pathlib.Path) -> dict[str, str]:
+  """sha256 of everything that the stages after this one read."""
+  refined = folder / "refined"
+  files = [*refined.glob("shard-*"), refined / "MANIFEST.json"]
+  return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def logged(log: pathlib.Path) -> list[str]:
+  return log.read_text().splitlines() if log.exists() else []
+
+
+def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict]:
+  """For each [kind, occurrence, signal, times]: a struck run, another, a verdict."""
+
+  def run(folder: pathlib.Path, log: str, blow: list | None = None) -> int:
+    def work() -> None:
+      script(folder / log)
+      if blow:
+        strike(*blow)
+      refine.fit(make_config(folder / "out", questions))
+
+    folder.mkdir(exist_ok=True)
+    return forked(work)
+
+  whole = root / "whole"
+  assert run(whole, "log") == 0
+  expected = result(whole / "out")
+  verdicts = []
+  for i, blow in enumerate(plan):
+    folder = root / f"struck{i}"
+    first = run(folder, "first", blow)
+    book = folder / "out/refined/journal.jsonl"
+    kept = journal._read(book)[0] if book.exists() else {}
+    second = run(folder, "second")
+    again = logged(folder / "second")
+    seeds = {str(journal.seed_from(k)) for k, v in kept.items() if "text" in v}
+    pairs = sum("cosine" in v for v in kept.values())
+    verdicts.append(
+      {
+        "blow": blow,
+        "first": first,
+        "second": second,
+        "kept": len(kept),
+        "asked_again": len(seeds.intersection(again)),
+        "embedded": again.count("embedded") + 2 * pairs,
+        "same": result(folder / "out") == expected,
+        "left_over": [p.name for p in (folder / "out/refined").glob(".tmp-*")],
+      }
+    )
+  total = logged(whole / "log").count("embedded")
+  return [{**verdict, "expected_embedded": total} for verdict in verdicts]
+
+
+if __name__ == "__main__":
+  root, questions, plan = sys.argv[1:]
+  print(
+    json.dumps(matrix(pathlib.Path(root), pathlib.Path(questions), json.loads(plan)))
+  )
