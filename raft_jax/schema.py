@@ -1,0 +1,317 @@
+"""The keys of a run's YAML file: their types, defaults, bounds and meanings.
+
+Sections mirror the rooms of the package; every key has a default but `model`, `data`
+and `output`. Values marked [P] are printed in the RAFT paper (arXiv 2606.00147), [R]
+come from a published summary of it on a co-author's account, [O] are ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**31)]  # a 32-bit key for jax and grain
+Probability = Annotated[float, pydantic.Field(ge=0.0, le=1.0)]
+
+
+class Section(pydantic.BaseModel):
+  """Immutable, and a misspelt key is an error."""
+
+  model_config = pydantic.ConfigDict(
+    extra="forbid", frozen=True, use_attribute_docstrings=True
+  )
+
+
+class Model(Section):
+  """The model to fine-tune; also the frozen teacher."""
+
+  source: str
+  """A hub name, a folder, or `pkg://PACKAGE/FILE` (a file of an installed package)."""
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of the activations. Parameters and optimizer state are always float32 [P: bf16]."""
+  remat: bool = False
+  """Recompute each layer in the backward pass instead of keeping its activations."""
+  unroll: Annotated[int, pydantic.Field(ge=0)] = 1
+  """Layers per iteration of the scan over layers; 0 means all of them."""
+
+
+class Data(Section):
+  """Where the questions are and how long they may be."""
+
+  questions: str
+  """For training: JSONL or Parquet {id?, domain?, question or messages, answer}."""
+  validation: str | None = None
+  """Questions for the loss while training, in the same form."""
+  test: str | None = None
+  """Held-out questions for `evaluate`, in the same form."""
+  limit: Positive | None = None
+  """Use only the first N questions."""
+  max_prompt_tokens: Positive = 256
+  """Budget of a question in its chat template."""
+  max_answer_tokens: Positive = 256
+  """Budget of an answer with its end-of-turn token."""
+  max_teacher_tokens: Positive = 768
+  """Budget of the teacher's context (answer and question), without the rollout."""
+  too_long: Literal["error", "skip"] = "error"
+  """What to do with a row over a budget; rows are never truncated."""
+  buckets: Positive = 2
+  """Number of padded widths a run may compile for."""
+  reject_threshold: Probability = 0.01
+  """A larger share of unreadable rows stops the run."""
+
+
+class Engine(Section):
+  """Who generates text. `model: null` means the model to be trained."""
+
+  engine: Literal["jax", "vllm", "openai"] = "jax"
+  """The built-in sampler, vLLM in this process, or a server with OpenAI's API."""
+  model: str | None = None
+  """A source, or the server's name for it; null means the model to be trained."""
+  max_new_tokens: Positive = 256
+  """Longest reply; a reply cut off there is not used."""
+  temperature: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Of sampling; 0 takes the most probable token."""
+  top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0
+  """Sample from the most probable tokens that hold this mass."""
+  batch_size: Positive = 16
+  """Requests at a time; finished calls are kept after each batch."""
+
+
+class Fusion(Engine):
+  """Who writes one answer from the original and the rewrite."""
+
+  rounds: Positive = 3
+  """Most answers written for one question [O]."""
+  accept_at: Probability = 0.8
+  """Stop at the first round whose mean judge score reaches this [R]."""
+
+
+class Judge(Section):
+  """A language model, or `encoder`: the sentence encoder's cosine mapped to 0..1."""
+
+  engine: Literal["encoder", "jax", "vllm", "openai"] = "encoder"
+  """`encoder`: the cosine of `refine.encoder` mapped to 0..1; others ask a model."""
+  model: str | None = None
+  """As `refine.rewriter.model`; an `encoder` judge has none."""
+  max_new_tokens: Positive = 64
+  """Longest verdict."""
+  batch_size: Positive = 16
+  """Verdicts at a time."""
+
+
+class Refine(Section):
+  """Stage 1: rewrite, filter, fuse and judge the answers."""
+
+  rewriter: Engine = Engine()
+  encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+  """Sentence encoder: a hub name, a folder, or `pkg://PACKAGE/FOLDER`."""
+  similarity_threshold: Annotated[float, pydantic.Field(ge=-1.0, le=1.0)] = 0.8
+  """Least cosine of answer and rewrite; below it the original answer is kept [R]."""
+  fusion: Fusion = Fusion()
+  judges: Annotated[tuple[Judge, ...], pydantic.Field(min_length=1)] = (Judge(),)
+  """Each scores every fused answer; their mean decides."""
+  seed: Seed = 0
+  """Of all sampling in this stage."""
+  records_per_shard: Positive = 1024
+  """Refined records per file."""
+
+
+class Train(Section):
+  """Stage 2: cross-entropy beside on-policy distillation."""
+
+  epochs: Positive = 3
+  """Passes over the questions [P]."""
+  max_steps: Positive | None = None
+  """Stop after this many steps even if epochs are left."""
+  batch_size: Positive = 16
+  """Questions per step, over all devices [P]."""
+  micro_batches: Positive = 1
+  """Split the batch; the result equals the unsplit step."""
+  learning_rate: Annotated[float, pydantic.Field(ge=0.0)] = 5e-6
+  """Its peak, after the warm-up and before the cosine to 0 [R]."""
+  weight_decay: Annotated[float, pydantic.Field(ge=0.0)] = 0.01
+  """Of AdamW [P]."""
+  warmup_ratio: Probability = 0.03
+  """Share of the steps with a linearly rising learning rate [O]."""
+  clip: Annotated[float, pydantic.Field(gt=0.0)] | None = 1.0
+  """Largest norm of the whole gradient; null for no clipping [O]."""
+  loss_mean: Literal["sequence", "token"] = "sequence"
+  """Mean over sequences of the mean over tokens, or over all tokens alike."""
+  seed: Seed = 0
+  """Of the order of the questions and of the rollouts."""
+  checkpoint_every: Positive = 100
+  """Steps between checkpoints."""
+  keep_checkpoints: Positive = 2
+  """Older checkpoints are deleted."""
+  measure_every: Annotated[int, pydantic.Field(ge=0)] = 20
+  """Every N steps: each loss's gradient norm, their cosine, and the time of each phase;
+  costs one more backward pass. 0 turns it off."""
+  tensorboard: bool = False
+  """Write TensorBoard events too; metrics.jsonl is always written."""
+
+
+class Rollout(Section):
+  """The answers the model being trained samples, on which it is distilled."""
+
+  max_new_tokens: Positive = 256
+  """Longest rollout [O]."""
+  temperature: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Of sampling; 0 takes the most probable token."""
+  top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0
+  """Sample from the most probable tokens that hold this mass."""
+
+
+class Distill(Section):
+  """The distillation loss."""
+
+  top_k: Positive = 512
+  """Tokens compared at each position: the teacher's most probable [P]."""
+  temperature: Annotated[float, pydantic.Field(gt=0.0)] = 1.5
+  """Divides both models' logits in the loss; not the sampling temperature [R]."""
+  direction: Literal["forward", "reverse", "jsd"] = "forward"
+  """`forward` is KL(teacher, student), `reverse` the other way, `jsd` between [R]."""
+  beta: Annotated[float, pydantic.Field(gt=0.0, lt=1.0)] = 0.5
+  """Mixture weight of `jsd`."""
+  tail: Literal["renormalize", "bucket"] = "renormalize"
+  """The tokens outside the top K: left out, or one more class [P]."""
+  scale_by_t2: bool = True
+  """Multiply the loss by the squared temperature [P]."""
+  teacher_context: Literal["chat", "paper", "none"] = "chat"
+  """How the teacher sees the answer: in a chat turn, as raw text [P], or not at all."""
+  trajectory: Literal["rollout", "answer"] = "rollout"
+  """Where teacher and student are compared: the student's rollout, or the answer."""
+  skip_first: Annotated[int, pydantic.Field(ge=0)] = 0
+  """Rollout tokens at the start that the distillation loss leaves out."""
+  mask_eos: bool = False
+  """Leave the rollout's end-of-turn token out of the distillation loss."""
+
+
+class Balance(Section):
+  """The weight of the distillation loss beside the cross-entropy."""
+
+  mode: Literal["ema", "fixed", "schedule", "gradient_norm"] = "ema"
+  """`ema`: the ratio of both losses' moving averages [P]; the others see `weight`."""
+  decay: Annotated[float, pydantic.Field(ge=0.0, lt=1.0)] = 0.9
+  """Of the moving averages [P]."""
+  eps: Annotated[float, pydantic.Field(gt=0.0)] = 1e-8
+  """Added to the divisor [O]."""
+  max_weight: Annotated[float, pydantic.Field(gt=0.0)] | None = 100.0
+  """Upper bound of the weight; null for none [O]."""
+  weight: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """`fixed`: the weight; `schedule`: its value at the end; `gradient_norm`: the target
+  ratio of the two gradients' norms."""
+  start: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
+  """`schedule`: the weight at step 0, from which it moves linearly."""
+
+
+class Mesh(Section):
+  """Devices per axis; one axis may be -1, meaning all that are left."""
+
+  data: int = 1
+  """Copies of the model, each reading a share of the batch."""
+  fsdp: int = -1
+  """Shares of parameters and batch."""
+  tensor: int = 1
+  """Shares of every matrix product."""
+
+
+class Evaluate(Section):
+  """Scores on `data.test`, beside the base model's."""
+
+  limit: Positive | None = None
+  """Use only the first N test questions."""
+  max_new_tokens: Positive = 64
+  """Longest answer."""
+  batch_size: Positive = 16
+  """Questions answered at a time."""
+  samples: Annotated[int, pydantic.Field(ge=0)] = 8
+  """Answers shown in the report."""
+
+
+class Config(Section):
+  """The whole file."""
+
+  model: Model
+  data: Data
+  refine: Refine = Refine()
+  method: str = "raft"
+  """RAFT, or the name of a method it is compared with."""
+  train: Train = Train()
+  rollout: Rollout = Rollout()
+  distill: Distill = Distill()
+  balance: Balance = Balance()
+  mesh: Mesh = Mesh()
+  evaluate: Evaluate = Evaluate()
+  output: str
+  """Folder for everything a run writes; each run needs its own."""
+
+
+# The same as a list, for help texts
+
+_REQUIRED = object()
+
+
+class Key(NamedTuple):
+  name: str  # dotted; [] for each item of a list
+  type: str  # "" for a section
+  default: str
+  meaning: str
+
+
+@functools.cache
+def every_key() -> tuple[Key, ...]:
+  """Every section and key of the file, in its order."""
+  schema = Config.model_json_schema()
+  return tuple(_walk(schema, schema["$defs"], "", {}))
+
+
+def _walk(
+  schema: dict[str, Any], definitions: dict[str, Any], prefix: str, defaults: Any
+) -> Iterator[Key]:
+  for name, field in schema["properties"].items():
+    default = defaults.get(name, field.get("default", _REQUIRED))
+    meaning = " ".join(field.get("description", "").split())
+    key = f"{prefix}{name}"
+    inner = field.get("items", field)
+    if "$ref" not in inner:
+      shown = "required" if default is _REQUIRED else _yaml_word(default)
+      yield Key(key, _type_text(field), shown, meaning)
+      continue
+    section = definitions[inner["$ref"].rsplit("/", 1)[-1]]
+    if "items" in field:
+      yield Key(key, "list of sections", f"{len(default)} with defaults", meaning)
+      yield from _walk(section, definitions, f"{key}[].", {})
+    else:
+      meaning = meaning or " ".join(section.get("description", "").split())
+      yield Key(key, "", "", meaning)
+      given = default if isinstance(default, dict) else {}
+      yield from _walk(section, definitions, f"{key}.", given)
+
+
+def _yaml_word(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def _type_text(field: dict[str, Any]) -> str:
+  if "anyOf" in field:
+    inner = [option for option in field["anyOf"] if option["type"] != "null"]
+    return f"{_type_text(inner[0])}, or null"
+  if "enum" in field:
+    return f"one of {', '.join(field['enum'])}"
+  bounds = [
+    f"{sign} {field[name]:g}"
+    for name, sign in (
+      ("exclusiveMinimum", ">"),
+      ("minimum", ">="),
+      ("exclusiveMaximum", "<"),
+      ("maximum", "<="),
+    )
+    if name in field and abs(field[name]) < 2**31
+  ]
+  names = {"integer": "int", "number": "float", "string": "text", "boolean": "bool"}
+  return f"{names[field['type']]} {' and '.join(bounds)}".strip()
