@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from raft_jax import checkpoint, hf, model, records
+from raft_jax import checkpoint, hf, model, shards
 from raft_jax import config as config_lib
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -120,10 +120,10 @@ def read_license(source: str) -> str | None:
 def describe_data(output: pathlib.Path) -> str:
   """Counts and hash of the refined records that the run learnt from."""
   folder = output / "refined"
-  if not (folder / records.MANIFEST).is_file():
+  if not (folder / shards.MANIFEST).is_file():
     return "Trained on the original answers; there are no refined records."
-  manifest = records.read_manifest(folder)
-  digest = hashlib.sha256((folder / records.MANIFEST).read_bytes()).hexdigest()
+  manifest = shards.read_manifest(folder)
+  digest = hashlib.sha256((folder / shards.MANIFEST).read_bytes()).hexdigest()
   lines = [f"{manifest.records:,} refined records; sha256 of the manifest `{digest}`."]
   summary = _read_json(folder / "summary.json")
   if {"accepted", "questions", "threshold"} <= summary.keys():

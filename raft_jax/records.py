@@ -1,17 +1,15 @@
-"""What the stages hand to each other: frozen records, strict input, sealed shards.
+"""What the stages hand to each other: frozen records, and their strict reading.
 
 Input is JSONL or Parquet with rows `{id?, domain?, question | messages, answer}`; other
 fields are ignored. A row we cannot use is set aside with its line and reason, never
 guessed at. Text is kept byte for byte: no stripping, no Unicode normalisation.
-
-Refined records travel as canonical JSON in ArrayRecord shards beside a MANIFEST.json.
-The bare ArrayRecord reader cannot be trusted: a truncated file may read as "0 records,
-no error". The manifest's counts and sha256 are therefore always checked.
+Refined records travel as canonical JSON.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -20,17 +18,13 @@ import os
 import pathlib
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
-
-from array_record.python import array_record_module
 
 from raft_jax import errors
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("id", "domain", "question", "messages", "answer")
-MANIFEST = "MANIFEST.json"
-MANIFEST_VERSION = 1
 TEMPORARY = ".tmp-"
 
 
@@ -74,23 +68,6 @@ class Refined:
   answer: str
   chosen: str
   reason: str
-
-
-class ShardFile(NamedTuple):
-  name: str
-  records: int
-  sha256: str
-  bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-  """What a sealed folder of shards holds; `meta` is the writer's own."""
-
-  version: int
-  records: int
-  files: tuple[ShardFile, ...]
-  meta: dict[str, Any]
 
 
 class _Reject(Exception):
@@ -307,7 +284,8 @@ def _write_rejects(path: pathlib.Path, rejects: list[dict[str, Any]]) -> None:
     path.unlink(missing_ok=True)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  _replace(path, b"".join(_canonical(reject) + b"\n" for reject in rejects))
+  with replacing(path) as temporary:
+    temporary.write_bytes(b"".join(_canonical(reject) + b"\n" for reject in rejects))
 
 
 def _check_rejects(
@@ -385,64 +363,28 @@ def _canonical(value: Any) -> bytes:
   return text.encode("utf-8")
 
 
-# Shards
+# Whole files
 
 
-def write_shards(
-  folder: str | os.PathLike[str],
-  records: Sequence[bytes],
-  *,
-  records_per_shard: int,
-  meta: Mapping[str, Any],
-) -> Manifest:
-  """Writes the records as ArrayRecord shards, sealed by a manifest written last.
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a temporary path; the file written there becomes `path`, durably.
 
-  The bytes on disk are a pure function of the arguments. A kill at any instant leaves
-  either no manifest or a whole folder; leftovers are removed by the next call.
+  A kill at any instant leaves the old file, or the new one whole.
 
   Raises:
-    ValueError: there is nothing to write, or `meta` is not JSON.
-    errors.UserError: the disk is full or unwritable (names the file and free space).
+    errors.UserError: the disk is full or unwritable (names the file and free space),
+      or the body raised RuntimeError.
   """
-  if not records or records_per_shard < 1:
-    raise ValueError("write_shards needs records and a positive records_per_shard")
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  # Without its manifest a folder is unfinished: readers refuse it until the new one.
-  (folder / MANIFEST).unlink(missing_ok=True)
-  for stale in [*folder.glob(f"{TEMPORARY}*"), *folder.glob("shard-*.array_record")]:
-    stale.unlink()
-  chunks = [
-    records[start : start + records_per_shard]
-    for start in range(0, len(records), records_per_shard)
-  ]
-  files = tuple(
-    _write_shard(folder / f"shard-{i:05d}-of-{len(chunks):05d}.array_record", chunk)
-    for i, chunk in enumerate(chunks)
-  )
-  manifest = Manifest(MANIFEST_VERSION, len(records), files, dict(meta))
-  tree = dataclasses.asdict(manifest) | {"files": [file._asdict() for file in files]}
-  text = json.dumps(tree, sort_keys=True, indent=2, allow_nan=False) + "\n"
-  _replace(folder / MANIFEST, text.encode())
-  return manifest
-
-
-def _write_shard(path: pathlib.Path, chunk: Sequence[bytes]) -> ShardFile:
   temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
   try:
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    for record in chunk:
-      writer.write(record)
-    writer.close()  # the first call that reports a full disk
-    if _read_records(temporary) != list(chunk):
-      raise RuntimeError("reads back differently from what was written")
+    yield temporary
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)
   except (OSError, RuntimeError) as e:
     temporary.unlink(missing_ok=True)
     raise errors.UserError(_write_failure(path, e)) from e
-  return ShardFile(path.name, len(chunk), _sha256(path), path.stat().st_size)
 
 
 def _write_failure(path: pathlib.Path, e: Exception) -> str:
@@ -453,108 +395,9 @@ def _write_failure(path: pathlib.Path, e: Exception) -> str:
   )
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-  """The manifest of a folder of shards, after checking every shard against it.
-
-  Raises:
-    errors.UserError: no manifest (the stage has not finished), a damaged one, or a
-      shard whose presence, size, sha256 or record count differs from it.
-  """
-  path = pathlib.Path(folder) / MANIFEST
-  if not path.is_file():
-    raise errors.UserError(
-      f"{path}: not there, so the refined data are not complete; run "
-      f"`python -m raft_jax.refine` with this config (it continues where it stopped)"
-    )
-  manifest = _parse_manifest(path)
-  for file in manifest.files:
-    _check_shard(path.parent / file.name, file)
-  return manifest
-
-
-def _parse_manifest(path: pathlib.Path) -> Manifest:
-  try:
-    tree = json.loads(path.read_bytes())
-    files = tuple(ShardFile(**file) for file in tree.pop("files"))
-    manifest = Manifest(files=files, **tree)
-    if manifest.version != MANIFEST_VERSION:
-      raise ValueError(f"version {manifest.version}, expected {MANIFEST_VERSION}")
-    if manifest.records != sum(file.records for file in files):
-      raise ValueError("its record counts do not add up")
-    if any(pathlib.PurePath(file.name).name != file.name for file in files):
-      raise ValueError("a shard's name is a path")
-  except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-    raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
-  return manifest
-
-
-_REDO = "run the refine stage again (it rewrites the shards without new model calls)"
-
-
-def _check_shard(path: pathlib.Path, file: ShardFile) -> None:
-  if not path.is_file():
-    raise errors.UserError(f"{path}: missing, named by {MANIFEST}; {_REDO}")
-  found: tuple[tuple[str, Any, Any], ...] = (
-    ("bytes", file.bytes, path.stat().st_size),
-    ("sha256", file.sha256, _sha256(path)),
-  )
-  for what, expected, got in found:
-    if expected != got:
-      raise errors.UserError(
-        f"{path}: damaged: expected {what} {expected}, got {got}; {_REDO}"
-      )
-  _checked_records(path, file)
-
-
-def _checked_records(path: pathlib.Path, file: ShardFile) -> list[bytes]:
-  try:
-    records = _read_records(path)
-  except RuntimeError as e:
-    raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
-  if len(records) != file.records:
-    raise errors.UserError(
-      f"{path}: damaged: expected {file.records} records, got {len(records)}; {_REDO}"
-    )
-  return records
-
-
-def read_shards(folder: str | os.PathLike[str]) -> list[bytes]:
-  """All records of a sealed folder, in order. Raises as `read_manifest` does."""
-  folder = pathlib.Path(folder)
-  files = read_manifest(folder).files
-  return [r for file in files for r in _checked_records(folder / file.name, file)]
-
-
-def _read_records(path: pathlib.Path) -> list[bytes]:
-  reader = array_record_module.ArrayRecordReader(str(path))
-  try:
-    count = reader.num_records()
-    return list(reader.read_all()) if count else []
-  finally:
-    reader.close()
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sync(path: pathlib.Path) -> None:
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-  """Writes the whole file or nothing, durably."""
-  temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-  try:
-    temporary.write_bytes(data)
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-  except OSError as e:
-    temporary.unlink(missing_ok=True)
-    raise errors.UserError(_write_failure(path, e)) from e

@@ -31,6 +31,7 @@ from raft_jax import (
   journal,
   judge,
   records,
+  shards,
 )
 
 CLAIMED = (
@@ -371,7 +372,7 @@ def _complete(folder: pathlib.Path, inputs: str) -> bool:
   if not (folder / "summary.json").exists():
     return False
   try:
-    manifest = records.read_manifest(folder)
+    manifest = shards.read_manifest(folder)
   except errors.UserError:
     return False  # not there, or damaged: the journal rebuilds it
   return manifest.meta.get("inputs") == inputs
@@ -419,7 +420,7 @@ def _write(
   temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
   os.replace(temporary, folder / "summary.json")
   settings = {"model": run.model.source, "refine": run.refine.model_dump(mode="json")}
-  records.write_shards(
+  shards.write_shards(
     folder,
     [records.to_json(r) for r in refined],
     records_per_shard=run.refine.records_per_shard,

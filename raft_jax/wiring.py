@@ -26,6 +26,7 @@ from raft_jax import (
   records,
   sample,
   sharding,
+  shards,
   text,
 )
 from raft_jax import config as config_lib
@@ -80,8 +81,7 @@ def read_examples(
         f"{folder}: no refined records, which method {config.method!r} learns from; "
         "run `python -m raft_jax.refine` with this config first (or method=sft)"
       )
-    records.read_manifest(folder)
-    refined = [records.from_json(raw) for raw in records.read_shards(folder)]
+    refined = [records.from_json(raw) for raw in shards.read_shards(folder)]
     examples = [(r.question.messages, method.answer(r)) for r in refined]
     names = [r.question.id for r in refined]
   else:

@@ -10,7 +10,7 @@ import torch
 import transformers
 import yaml
 
-from raft_jax import errors, export, hf, model, records, text
+from raft_jax import errors, export, hf, model, records, shards, text
 from tests import tiny_run
 
 
@@ -108,7 +108,7 @@ def test_card_tells_the_data_and_the_scores_of_this_checkpoint(run, tiny):
   tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
   question = records.Question("a", "law", (records.Message("user", "q"),), "y")
   refined = records.Refined(question, "r", 0.5, (), "y", "original", "below_threshold")
-  records.write_shards(
+  shards.write_shards(
     output / "refined", [records.to_json(refined)], records_per_shard=8, meta={}
   )
   (output / "refined/summary.json").write_text(
