@@ -38,15 +38,16 @@ class BalanceState(NamedTuple):
 
 
 def loss_weights(state: BalanceState) -> dict[str, jax.Array]:
-  """Weights of the losses, `{"sft": 1, "kd": λ}`, float32 scalars without gradient.
+  """Weights of the losses, `{"sft": 1, "kd": λ}`, float32 scalars.
 
   Args:
     state: State of a balancer.
 
   Returns:
     The weight of each loss, ready to be the cotangent of `{"sft": ..., "kd": ...}`.
+    Updates stop the gradient of what they are given, so these carry none.
   """
-  return jax.lax.stop_gradient(state.weights)
+  return state.weights
 
 
 def ema_init(weight: jax.typing.ArrayLike = 0.0) -> BalanceState:

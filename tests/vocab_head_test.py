@@ -300,7 +300,8 @@ def total(hidden, embedding, ids):
 program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(hidden, embedding, ids)
 text = program.compile().as_text()
 print("f32[64,4096]" in text, "f32[256,4096]" in text)
-print(*sorted(set(re.findall("all-reduce|all-gather|all-to-all|collective-\\w+", text))))
+names = "all-reduce|all-gather|all-to-all|collective-\\w+"
+print(*sorted(set(re.findall(names, text))))
 """
   flag = "--xla_force_host_platform_device_count=4"
   lines = subprocess.run(
