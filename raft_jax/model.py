@@ -192,7 +192,7 @@ def axes(config: DecoderConfig) -> Params:
 
 def output_embedding(params: Params) -> Array:
   """The [V, D] matrix whose rows score the vocabulary."""
-  return params.get("head", params["embed"])
+  return params["head"] if "head" in params else params["embed"]
 
 
 def init_cache(

@@ -65,7 +65,7 @@ class Examples(NamedTuple):
 class Programs(NamedTuple):
   """The three compiled parts of a step."""
 
-  roll_out: Callable[..., step_lib.Trajectory] | None
+  roll_out: Callable[..., tuple[step_lib.Trajectory, jax.Array | None]] | None
   teach: Callable[..., step_lib.Support] | None
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
 
