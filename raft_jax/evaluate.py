@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -379,12 +378,6 @@ def show(result: Mapping[str, Any]) -> None:
   console.Console().print(rows)
 
 
-def _write(path: pathlib.Path, content: str) -> None:
-  temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-  temporary.write_text(content, encoding="utf-8")
-  os.replace(temporary, path)
-
-
 def read_items(
   config: config_lib.Config, codec: text.Codec
 ) -> tuple[list[records.Question], list[data.Row]]:
@@ -461,8 +454,10 @@ def main(config: config_lib.Config) -> None:
     }
     for i, question in enumerate(questions[: config.evaluate.samples])
   ]
-  _write(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
-  _write(folder / "scores.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+  with records.replacing(folder / "samples.jsonl") as path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+  with records.replacing(folder / "scores.json") as path:
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
   show(result)
 
 

@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import pathlib
 import re
 import statistics
@@ -31,7 +30,7 @@ import yaml
 from matplotlib.axes import Axes
 
 from raft_jax import config as config_lib
-from raft_jax import errors
+from raft_jax import errors, records
 
 SCORES = {
   "held_out_loss": ("Held-out loss, nats per token", -1),
@@ -501,10 +500,9 @@ def write(output: pathlib.Path) -> pathlib.Path:
   """Writes `report.html` into a run's output folder and returns its path."""
   page = render(read(output), title=output.name)
   path = output / "report.html"
-  # A lone surrogate, possible in JSON, is not encodable: show it as "?".
-  temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-  temporary.write_bytes(page.encode("utf-8", errors="replace"))
-  os.replace(temporary, path)
+  with records.replacing(path) as temporary:
+    # A lone surrogate, possible in JSON, is not encodable: show it as "?".
+    temporary.write_bytes(page.encode("utf-8", errors="replace"))
   return path
 
 

@@ -76,13 +76,21 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law):
   network = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )
-  expected = []
-  for row in rows:
-    ids = torch.tensor([[*row.prompt, *row.answer]])
-    labels = ids.clone()
-    labels[:, : len(row.prompt)] = -100
-    with torch.no_grad():
-      expected.append(float(network(ids, labels=labels).loss))
+  joined = [torch.tensor([*row.prompt, *row.answer]) for row in rows]
+  ids = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=0)
+  seen = torch.zeros_like(ids)
+  for i, row in enumerate(joined):
+    seen[i, : len(row)] = 1
+  with torch.no_grad():
+    log_p = network(ids, attention_mask=seen).logits.log_softmax(-1)
+  expected = [
+    -float(
+      torch.stack(
+        [log_p[i, len(row.prompt) + t - 1, token] for t, token in enumerate(row.answer)]
+      ).mean()
+    )
+    for i, row in enumerate(rows)
+  ]
   decoder = hf.load_config(smollm)
   params = hf.load_params(smollm, decoder)
   settings = SETTINGS._replace(batch_size=5)
