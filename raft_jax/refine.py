@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -416,9 +415,8 @@ def _write(
   inputs: str,
 ) -> None:
   """Summary first, then shards, and the manifest that seals both last."""
-  temporary = folder / f".tmp-{os.getpid()}-summary.json"
-  temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-  os.replace(temporary, folder / "summary.json")
+  with records.replacing(folder / "summary.json") as temporary:
+    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
   settings = {"model": run.model.source, "refine": run.refine.model_dump(mode="json")}
   shards.write_shards(
     folder,
