@@ -60,7 +60,11 @@ def named_fingerprints(tree: Any) -> dict[str, list[int]]:
   """Fingerprints by the path of the leaf, ready for JSON."""
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(fingerprints(tree)))
   return {
-    jax.tree_util.keystr(path): [int(part) for part in value] for path, value in leaves
+    # Simple names: those of a NamedTuple and of the dict that Orbax makes of it agree.
+    jax.tree_util.keystr(path, simple=True, separator="/"): [
+      int(part) for part in value
+    ]
+    for path, value in leaves
   }
 
 
@@ -83,45 +87,25 @@ def restore(orbax: Any, abstract: Any, identity: dict[str, Any]) -> tuple[Any, i
   """
   step = orbax.latest_step()
   folder = orbax.directory / str(step)
-  meta = orbax.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-  saved = meta["identity"]
-  for key in sorted({*saved, *identity}):
-    if saved.get(key) != identity.get(key):
-      raise errors.UserError(
-        f"{folder}: saved by a run whose {key} was {saved.get(key)!r}, now "
-        f"{identity.get(key)!r}; choose another `output`, or delete the folder"
-      )
-  state = _restore_state(orbax, step, abstract)
-  changed = [
-    name
-    for name, value in named_fingerprints(state).items()
-    if meta["fingerprints"].get(name) != value
-  ]
-  if changed:
-    raise errors.UserError(
-      f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not "
-      "those that were saved; delete this folder to resume from the step before"
-    )
+  meta = _restore_meta(orbax, step)
+  check_identity(folder, meta["identity"], identity)
+  with _readable(folder):
+    state = orbax.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    ).state
+  check_fingerprints(folder, meta["fingerprints"], named_fingerprints(state))
   return state, step
 
 
-def _restore_state(orbax: Any, step: int, abstract: Any) -> Any:
-  try:
-    return orbax.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    ).state
-  except (ValueError, KeyError, OSError) as error:
-    reason = str(error).splitlines()[0]
-    raise errors.UserError(
-      f"{orbax.directory / str(step)}: cannot be restored ({reason}); delete this "
-      "step's folder to resume from the one before"
-    ) from error
-
-
 def restore_params(
-  output: str | pathlib.Path, config: model.DecoderConfig
+  output: str | pathlib.Path, config: model.DecoderConfig, source: str
 ) -> tuple[model.Params, int]:
   """The parameters of a run's newest checkpoint, for evaluation and export.
+
+  Args:
+    output: the run's folder.
+    config: shapes of the parameters.
+    source: `model.source`, which must be the one that was trained.
 
   Returns:
     The float32 parameter tree and the step it was saved at.
@@ -136,22 +120,71 @@ def restore_params(
       f"{folder}: no checkpoint; run `python -m raft_jax.train` with this config first"
     )
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    model.shapes(config),
-  )
-  with manager(output, keep=len(steps)) as orbax:
+  abstract = {
+    "params": jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      model.shapes(config),
+    )
+  }
+  # Not `manager`: reading must not clean up what a running training writes.
+  with ocp.CheckpointManager(folder) as orbax:
     step = orbax.latest_step()
-    restored = orbax.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          {"params": abstract},
-          restore_args=ocp.checkpoint_utils.construct_restore_args(
-            {"params": abstract}
+    place, meta = folder / str(step), _restore_meta(orbax, step)
+    check_identity(place, meta["identity"], meta["identity"] | {"model": source})
+    with _readable(place):
+      restored = orbax.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
           ),
-          partial_restore=True,
         ),
-      ),
-    ).state
+      ).state
+  check_fingerprints(place, meta["fingerprints"], named_fingerprints(restored))
   return restored["params"], step
+
+
+def check_identity(
+  folder: pathlib.Path, saved: dict[str, Any], identity: dict[str, Any]
+) -> None:
+  """Raises UserError naming the first part in which two runs differ."""
+  for key in sorted({*saved, *identity}):
+    if saved.get(key) != identity.get(key):
+      raise errors.UserError(
+        f"{folder}: saved by a run whose {key} was {saved.get(key)!r}, now "
+        f"{identity.get(key)!r}; choose another `output`, or delete the folder"
+      )
+
+
+def check_fingerprints(
+  folder: pathlib.Path, saved: dict[str, list[int]], found: dict[str, list[int]]
+) -> None:
+  """Raises UserError when restored arrays are not bit for bit those saved."""
+  changed = [name for name, value in found.items() if saved.get(name) != value]
+  if changed:
+    raise errors.UserError(
+      f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not "
+      "those that were saved; delete this folder to go on from the step before"
+    )
+
+
+def _restore_meta(orbax: Any, step: int) -> dict[str, Any]:
+  with _readable(orbax.directory / str(step)):
+    return orbax.restore(
+      step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+    ).meta
+
+
+@contextlib.contextmanager
+def _readable(folder: Any) -> Iterator[None]:
+  """Turns Orbax's many ways to fail on damaged files into one clear error."""
+  try:
+    yield
+  except Exception as error:  # Orbax raises bare ones, too, for damaged files
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(
+      f"{folder}: cannot be restored ({reason[:200]}); delete this folder to go on "
+      "from the step before"
+    ) from error

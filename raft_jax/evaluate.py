@@ -424,7 +424,7 @@ def main(config: config_lib.Config) -> None:
     unroll=config.model.unroll,
   )
   # One model in memory at a time, and a missing checkpoint is seen first.
-  params, step = checkpoint.restore_params(config.output, decoder)
+  params, step = checkpoint.restore_params(config.output, decoder, config.model.source)
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   with journal.open_journal(folder / "journal.jsonl") as log:

@@ -204,7 +204,7 @@ def export(config: config_lib.Config) -> Exported:
   """Writes `output/export`; an export of an earlier checkpoint there is replaced."""
   folder = pathlib.Path(config.output) / "export"
   decoder = hf.load_config(config.model.source)
-  params, step = checkpoint.restore_params(config.output, decoder)
+  params, step = checkpoint.restore_params(config.output, decoder, config.model.source)
   hf.save(
     folder,
     params,

@@ -301,5 +301,9 @@ def prepare(config: config_lib.Config) -> Prepared:
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
-  identity = {"data": examples.digest, "tokenizer": codec.digest}
+  identity = {
+    "model": config.model.source,
+    "data": examples.digest,
+    "tokenizer": codec.digest,
+  }
   return Prepared(method, codec, decoder, mesh, dataset, len(dataset), identity)
