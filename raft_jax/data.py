@@ -7,12 +7,15 @@ The whole set is tokenised once (a few thousand rows). A batch is a pure functio
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from raft_jax import errors, records, text
+
+# Numpy's or a device's: the same for all who read a batch.
+Array = Any
 
 WIDTH_MULTIPLE = 16
 READ_THREADS = 2  # collating is light; more would only fight over Python's lock
@@ -31,16 +34,17 @@ class Row(NamedTuple):
 class Batch(NamedTuple):
   """int32 arrays, right-padded with the pad id; lengths count the tokens that are real.
 
-  B batch, P prompt width, A answer width, C teacher-context width.
+  B batch, P prompt width, A answer width, C teacher-context width. Made of numpy
+  arrays; inside a training step they are the devices'.
   """
 
-  prompt_BP: np.ndarray
-  prompt_length_B: np.ndarray
-  answer_BA: np.ndarray
-  answer_length_B: np.ndarray
-  teacher_BC: np.ndarray
-  teacher_length_B: np.ndarray
-  row_id_B: np.ndarray
+  prompt_BP: Array
+  prompt_length_B: Array
+  answer_BA: Array
+  answer_length_B: Array
+  teacher_BC: Array
+  teacher_length_B: Array
+  row_id_B: Array
 
 
 def encode_rows(

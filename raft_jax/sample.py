@@ -36,11 +36,11 @@ class Rollout(NamedTuple):
 class DecodeState(NamedTuple):
   """Carry of the decode loop."""
 
-  index: Array  # [] int32, tokens decided so far
+  decided: Array  # [] int32, tokens decided so far
   logits_BV: Array  # float32, for the token to decide next
   tokens_BR: Array
   done_B: Array
-  cache: dict[str, Array]
+  cache: dict[str, Array] | None  # never None here; `forward` also works without
 
 
 def row_keys(seed: Array | int, step: Array | int, row_id_B: Array) -> Array:
@@ -149,36 +149,36 @@ def generate(
     )
 
   def decide(state: DecodeState) -> tuple[Array, Array, Array]:
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.index)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.decided)
     token_B = choose(state.logits_BV, keys, temperature, top_p)
     token_B = jnp.where(state.done_B, pad_id, token_B)
     ended_B = jnp.isin(token_B, jnp.array(eos_ids)) & ~state.done_B
     tokens_BR = jax.lax.dynamic_update_index_in_dim(
-      state.tokens_BR, token_B, state.index, axis=1
+      state.tokens_BR, token_B, state.decided, axis=1
     )
     return token_B, tokens_BR, state.done_B | ended_B
 
   def decode(state: DecodeState) -> DecodeState:
     token_B, tokens_BR, done_B = decide(state)
-    decoded_S = (column >= width) & (column <= width + state.index)
+    decoded_S = (column >= width) & (column <= width + state.decided)
     hidden_BTD, cache = run(
       token_B[:, None],
-      (prompt_length_B + state.index)[:, None],
+      (prompt_length_B + state.decided)[:, None],
       (prompt_key_BS | decoded_S)[:, None, :],
       cache=state.cache,
-      cache_index=width + state.index,
+      cache_index=width + state.decided,
     )
     return DecodeState(
-      state.index + 1, head(hidden_BTD[:, 0]), tokens_BR, done_B, cache
+      state.decided + 1, head(hidden_BTD[:, 0]), tokens_BR, done_B, cache
     )
 
   def unfinished(state: DecodeState) -> Any:
     # The last token needs no forward pass: nothing is predicted from it.
-    return (state.index < max_new_tokens - 1) & ~jnp.all(state.done_B)
+    return (state.decided < max_new_tokens - 1) & ~jnp.all(state.done_B)
 
   state = jax.lax.while_loop(unfinished, decode, prefill())
   _, tokens_BR, ended_B = decide(state)
-  written_BR = jnp.arange(max_new_tokens) <= state.index
+  written_BR = jnp.arange(max_new_tokens) <= state.decided
   tokens_BR = jnp.where(written_BR, tokens_BR, pad_id)
   is_eos_BR = jnp.isin(tokens_BR, jnp.array(eos_ids)) & written_BR
   length_B = jnp.where(

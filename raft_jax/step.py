@@ -43,9 +43,9 @@ class Settings(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """All that a step changes."""
+  """All that a step changes; a tree of arrays, of their shapes or of shardings."""
 
-  step: Array  # [] int32, steps taken
+  step: Any  # [] int32, steps taken
   params: model.Params  # float32
   opt_state: Any
 

@@ -36,7 +36,7 @@ def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: floa
   params = hf.load_params(source, hf.load_config(source))
   params = jax.tree.map(lambda leaf: leaf * scale, params)
   with checkpoint.manager(output, keep=2) as orbax:
-    checkpoint.save(orbax, step, {"params": params}, {})
+    checkpoint.save(orbax, step, {"params": params}, {"model": source})
   (output / "config").mkdir(exist_ok=True)
   return params
 
