@@ -6,6 +6,7 @@ TensorBoard is optional, and its failure never stops a run.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -47,10 +48,12 @@ class Log:
     self._file.flush()
     if self._board is not None:
       try:
-        for name, value in values.items():
-          self._board.add_scalar(f"{split}/{name}", value, step)
+        self._board.write(
+          step, {f"{split}/{name}": value for name, value in values.items()}
+        )
       except OSError as error:
         warnings.warn(f"TensorBoard is off from here on: {error}", stacklevel=2)
+        self._board.close()
         self._board = None
 
   def close(self) -> None:
@@ -60,12 +63,49 @@ class Log:
       self._board.close()
 
 
-def board(folder: pathlib.Path) -> Any:
+class Board:
+  """Appends scalars to a TensorBoard event file, in the caller's thread.
+
+  tensorboardX's `SummaryWriter` leaves that to a thread of its own: once a full disk
+  has ended the thread, nobody empties its queue and the next scalar waits for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Starts a file. ImportError without tensorboardX, OSError where none can be."""
+    import tensorboardX
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    self._event: Any = event_pb2.Event
+    self._summary: Any = summary_pb2.Summary
+    folder.mkdir(parents=True, exist_ok=True)
+    # TensorBoard merges the files of a folder, so that a run that goes on adds one.
+    path = folder / f"events.out.tfevents.{time.time():.6f}"
+    self._records = tensorboardX.RecordWriter(str(path))
+    self._append(file_version="brain.Event:2")
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Adds one value to each named curve. OSError when that fails."""
+    scalars = [
+      self._summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+    ]
+    self._append(step=step, summary=self._summary(value=scalars))
+
+  def close(self) -> None:
+    # Every event was flushed by `write`, or said that it could not be.
+    with contextlib.suppress(OSError):
+      self._records.close()
+
+  def _append(self, **fields: Any) -> None:
+    event = self._event(wall_time=time.time(), **fields)
+    self._records.write(event.SerializeToString())
+    self._records.flush()
+
+
+def board(folder: pathlib.Path) -> Board | None:
   """A TensorBoard writer, or None with a warning where there can be none."""
   try:
-    import tensorboardX
-
-    return tensorboardX.SummaryWriter(str(folder))
+    return Board(folder)
   except (ImportError, OSError) as error:
     warnings.warn(
       f"no TensorBoard ({error}); install raft_jax[tensorboard]", stacklevel=2

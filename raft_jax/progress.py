@@ -22,13 +22,13 @@ class Progress:
     self._bar = None
     if self._console.is_terminal:
       self._bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[note]}"),
+        progress.TextColumn("{task.fields[note]}", markup=False),
         console=self._console,
       )
       self._task = self._bar.add_task(title, total=total, completed=done, note="")
@@ -47,6 +47,7 @@ class Progress:
         f"{self._title}: {done}/{self._total} {self._unit}s, "
         f"{rate:.3g} {self._unit}s/s, {clock(left)} left  {note}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
       )
 
