@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -122,23 +122,27 @@ def check(
       f"{config.model.source}: the tokenizer has {len(codec.tokenizer)} tokens, the "
       f"model's vocabulary {decoder.vocab_size}; they do not belong together"
     )
-  longest = (
-    max(
-      config.data.max_prompt_tokens + config.data.max_answer_tokens,
-      config.data.max_teacher_tokens,
-    )
-    + config.rollout.max_new_tokens
-  )
-  if longest > decoder.max_positions:
-    raise errors.UserError(
-      f"data.max_*_tokens and rollout.max_new_tokens: rows of up to {longest} tokens, "
-      f"but {config.model.source} was made for {decoder.max_positions}; lower them"
-    )
   parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
   if config.train.batch_size % parts:
     raise errors.UserError(
       f"train.batch_size: {config.train.batch_size} rows do not divide into {parts} "
       "parts (mesh.data x mesh.fsdp x train.micro_batches); change one of them"
+    )
+
+
+def check_lengths(
+  rows: Sequence[data.Row], new_tokens: int, decoder: model.DecoderConfig, source: str
+) -> None:
+  """Whether every row, rollout included, fits into the model's positions."""
+  longest = max(
+    max(len(row.prompt) + max(len(row.answer), new_tokens) for row in rows),
+    max(len(row.teacher) for row in rows) + new_tokens,
+  )
+  if longest > decoder.max_positions:
+    raise errors.UserError(
+      f"rollout.max_new_tokens: with {new_tokens} new tokens the longest row has "
+      f"{longest}, but {source} was made for {decoder.max_positions}; lower it, or "
+      "lower data.max_*_tokens and set data.too_long=skip"
     )
 
 
@@ -282,6 +286,8 @@ def prepare(config: config_lib.Config) -> Prepared:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   check(config, decoder, codec, mesh)
   examples = read_examples(config, method, codec)
+  new_tokens = config.rollout.max_new_tokens if distills(config, method) else 0
+  check_lengths(examples.rows, new_tokens, decoder, config.model.source)
   dataset = data.dataset(
     examples.rows,
     batch_size=config.train.batch_size,

