@@ -342,7 +342,11 @@ class Calls:
         for start in range(0, len(rows), batch_size):
           batch = rows[start : start + batch_size]
           began = time.monotonic()
-          values = worker.submit(work, batch).result()
+          future = worker.submit(work, batch)
+          while not future.done():
+            # Waking up is what lets Python handle a signal that another thread got.
+            concurrent.futures.wait([future], timeout=0.2)
+          values = future.result()
           seconds = round((time.monotonic() - began) / len(batch), 6)
           self.book.append(
             {

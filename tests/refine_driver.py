@@ -129,7 +129,8 @@ def strike(kind: str, number: int, blow: int = FATAL, times: int = 1) -> None:
   def hit() -> None:
     for _ in range(times):
       os.kill(os.getpid(), blow)
-      time.sleep(0.3 if times > 1 else 0)
+      # Time for the main thread to hear it before the next, or before the work ends.
+      time.sleep(1.5 if times > 1 else 0.5)
 
   def around(real: Callable, before: bool) -> Callable:
     def call(*args, **kwargs):
