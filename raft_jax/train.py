@@ -15,13 +15,12 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from raft_jax import (
   checkpoint,
@@ -30,7 +29,6 @@ from raft_jax import (
   hf,
   metrics,
   model,
-  optim,
   progress,
   sharding,
   text,
@@ -169,63 +167,112 @@ def note(values: dict[str, float]) -> str:
 
 
 def first_state(
-  config: config_lib.Config,
-  run: wiring.Prepared,
-  optimizer: optax.GradientTransformationExtraArgs,
-  abstract: step_lib.TrainState,
-  shardings: step_lib.TrainState,
-  orbax: Any,
-  *,
-  distil: bool,
+  config: config_lib.Config, run: wiring.Prepared, built: wiring.Built, orbax: Any
 ) -> tuple[step_lib.TrainState, model.Params | None, int]:
   """The state to go on from, the frozen base model (the teacher), and the step."""
   resumes = orbax.latest_step() is not None
   base = None
-  if distil or not resumes:
+  if built.distils or not resumes:
     base = hf.load_params(
-      config.model.source, run.decoder, dtype="float32", shardings=shardings.params
+      config.model.source,
+      run.decoder,
+      dtype="float32",
+      shardings=built.shardings.params,
     )
   if resumes:
-    state, step = checkpoint.restore(orbax, abstract, run.identity)
+    state, step = checkpoint.restore(orbax, built.abstract, run.identity)
     print(f"resuming after step {step} of {run.total_steps}")
   else:
 
-    @functools.partial(jax.jit, out_shardings=shardings)
+    @functools.partial(jax.jit, out_shardings=built.shardings)
     def start(params: model.Params) -> step_lib.TrainState:
       # A copy: the step donates the student's buffers, the teacher keeps its own.
       params = jax.tree.map(jnp.copy, params)
-      return step_lib.TrainState(jnp.int32(0), params, optimizer.init(params))
+      return step_lib.TrainState(jnp.int32(0), params, built.optimizer.init(params))
 
     state, step = start(base), 0
-  if base is None or not distil:
+  if base is None or not built.distils:
     return state, None, step
   teacher = jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), base)
   return state, teacher, step
 
 
+def reporter(
+  run: wiring.Prepared,
+  built: wiring.Built,
+  leaks: tuple[str, ...],
+  log: metrics.Log,
+  bar: progress.Progress,
+) -> Callable[[Dispatched], None]:
+  """A function that waits for a step, logs it and moves the bar."""
+  last = time.perf_counter()
+
+  def report(dispatched: Dispatched) -> None:
+    nonlocal last
+    values = fetch(dispatched, run.codec, leaks)
+    now = time.perf_counter()
+    values["step_seconds"], last = now - last, now
+    values["learning_rate"] = float(built.rates[dispatched.step])
+    log.write(dispatched.step + 1, values)
+    bar.advance(dispatched.step + 1, note(values))
+
+  return report
+
+
+def loop(
+  settings: config_lib.Train,
+  run: wiring.Prepared,
+  built: wiring.Built,
+  state: step_lib.TrainState,
+  teacher_params: model.Params | None,
+  start: int,
+  *,
+  report: Callable[[Dispatched], None],
+  save: Callable[[int, step_lib.TrainState], None],
+  stop: list[int],
+) -> int:
+  """Trains from step `start` to the end or to a signal; returns the steps done."""
+  every = settings.measure_every
+  warm: set[Any] = set()
+  pending: Dispatched | None = None
+  done = start
+  for step, batch in enumerate(data.iterate(run.dataset, start_step=start), start):
+    shape = batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
+    measure = every > 0 and step % every == 0
+    # A step that compiles says nothing about speed.
+    timed = every > 0 and step % every == every // 2 and (shape, measure) in warm
+    if timed and pending is not None:
+      report(pending)  # or its wait would be counted into this step's phases
+      pending = None
+    state, dispatched = run_step(
+      built.programs,
+      state,
+      teacher_params,
+      jax.device_put(batch, sharding.batch(run.mesh)),
+      step,
+      measure=measure,
+      timed=timed,
+    )
+    warm.add((shape, measure))
+    if pending is not None:
+      report(pending)
+    pending, done = dispatched, step + 1
+    if done == run.total_steps or stop or done % settings.checkpoint_every == 0:
+      # The metrics of a step are read before it is saved: a NaN never is.
+      report(pending)
+      pending = None
+      save(done, state)
+    if stop:
+      break
+  return done
+
+
 def fit(config: config_lib.Config) -> None:
   """Trains a model as the config says; continues where an earlier run stopped."""
   run = wiring.prepare(config)
+  built = wiring.build(config, run)
   output = pathlib.Path(config.output)
-  settings = wiring.make_settings(config, run.decoder, run.codec)
-  balancer = wiring.make_balancer(config.balance, run.total_steps)
-  schedule = optim.warmup_cosine(
-    config.train.learning_rate, run.total_steps, config.train.warmup_ratio
-  )
-  rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.total_steps)))
-  optimizer = optim.chain(
-    balancer,
-    schedule,
-    weight_decay=config.train.weight_decay,
-    clip=config.train.clip,
-  )
-  distil = wiring.distills(config, run.method)
-  abstract, shardings = wiring.state_shardings(run.mesh, run.decoder, optimizer)
-  programs = wiring.compile_programs(
-    config, settings, run.codec, optimizer, balancer, shardings, distil=distil
-  )
   leaks = text.leak_phrases(config.distill.teacher_context)
-  every = config.train.measure_every
   with (
     stop_signals() as stop,
     jax.set_mesh(run.mesh),
@@ -234,50 +281,27 @@ def fit(config: config_lib.Config) -> None:
     if orbax.latest_step() == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
-    state, teacher_params, start = first_state(
-      config, run, optimizer, abstract, shardings, orbax, distil=distil
-    )
-    log = metrics.Log(output, resume_step=start, tensorboard=config.train.tensorboard)
-    bar = progress.Progress("train", run.total_steps, done=start)
-    began = last_report = time.perf_counter()
-    pending: Dispatched | None = None
-
-    def report(dispatched: Dispatched) -> None:
-      nonlocal last_report
-      values = fetch(dispatched, run.codec, leaks)
-      now = time.perf_counter()
-      values["step_seconds"], last_report = now - last_report, now
-      values["learning_rate"] = float(rates[dispatched.step])
-      log.write(dispatched.step + 1, values)
-      bar.advance(dispatched.step + 1, note(values))
-
-    warm: set[Any] = set()
-    for step, batch in enumerate(data.iterate(run.dataset, start_step=start), start):
-      shape = batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
-      measure = every > 0 and step % every == 0
-      state, dispatched = run_step(
-        programs,
+    state, teacher_params, start = first_state(config, run, built, orbax)
+    began = time.perf_counter()
+    with (
+      contextlib.closing(
+        metrics.Log(output, resume_step=start, tensorboard=config.train.tensorboard)
+      ) as log,
+      contextlib.closing(
+        progress.Progress("train", run.total_steps, done=start)
+      ) as bar,
+    ):
+      done = loop(
+        config.train,
+        run,
+        built,
         state,
         teacher_params,
-        jax.device_put(batch, sharding.batch(run.mesh)),
-        step,
-        measure=measure,
-        # A step that compiles says nothing about speed.
-        timed=every > 0 and step % every == every // 2 and (shape, measure) in warm,
+        start,
+        report=reporter(run, built, leaks, log, bar),
+        save=lambda step, state: checkpoint.save(orbax, step, state, run.identity),
+        stop=stop,
       )
-      warm.add((shape, measure))
-      if pending is not None:
-        report(pending)
-      pending, done = dispatched, step + 1
-      if done == run.total_steps or stop or done % config.train.checkpoint_every == 0:
-        # The metrics of a step are read before it is saved: a NaN never is.
-        report(pending)
-        pending = None
-        checkpoint.save(orbax, done, state, run.identity)
-      if stop:
-        break
-    bar.close()
-    log.close()
   finish(output, start, done, run.total_steps, time.perf_counter() - began, stop)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -23,6 +24,7 @@ from raft_jax import (
   hf,
   methods,
   model,
+  optim,
   records,
   sample,
   sharding,
@@ -134,10 +136,9 @@ def check_lengths(
   rows: Sequence[data.Row], new_tokens: int, decoder: model.DecoderConfig, source: str
 ) -> None:
   """Whether every row, rollout included, fits into the model's positions."""
-  longest = max(
-    max(len(row.prompt) + max(len(row.answer), new_tokens) for row in rows),
-    max(len(row.teacher) for row in rows) + new_tokens,
-  )
+  read = [len(row.prompt) + max(len(row.answer), new_tokens) for row in rows]
+  taught = [len(row.teacher) + new_tokens for row in rows]
+  longest = max(read + taught)
   if longest > decoder.max_positions:
     raise errors.UserError(
       f"rollout.max_new_tokens: with {new_tokens} new tokens the longest row has "
@@ -313,3 +314,47 @@ def prepare(config: config_lib.Config) -> Prepared:
     "tokenizer": codec.digest,
   }
   return Prepared(method, codec, decoder, mesh, dataset, len(dataset), identity)
+
+
+class Built(NamedTuple):
+  """What a run computes with.
+
+  Attributes:
+    rates: float32 [steps], the learning rate of every step, on the host.
+    abstract: shapes and shardings of the train state, to restore into.
+    distils: whether there is a distillation term.
+  """
+
+  programs: Programs
+  optimizer: optax.GradientTransformationExtraArgs
+  rates: np.ndarray
+  abstract: step_lib.TrainState
+  shardings: step_lib.TrainState
+  distils: bool
+
+
+def build(config: config_lib.Config, run: Prepared) -> Built:
+  """Optimizer, shardings and programs of a run; allocates nothing."""
+  balancer = make_balancer(config.balance, run.total_steps)
+  schedule = optim.warmup_cosine(
+    config.train.learning_rate, run.total_steps, config.train.warmup_ratio
+  )
+  optimizer = optim.chain(
+    balancer,
+    schedule,
+    weight_decay=config.train.weight_decay,
+    clip=config.train.clip,
+  )
+  distil = distills(config, run.method)
+  abstract, shardings = state_shardings(run.mesh, run.decoder, optimizer)
+  programs = compile_programs(
+    config,
+    make_settings(config, run.decoder, run.codec),
+    run.codec,
+    optimizer,
+    balancer,
+    shardings,
+    distil=distil,
+  )
+  rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.total_steps)))
+  return Built(programs, optimizer, rates, abstract, shardings, distil)
