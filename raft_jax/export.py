@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from raft_jax import checkpoint, hf, model, shards
+from raft_jax import checkpoint, hf, hf_export, model, shards
 from raft_jax import config as config_lib
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -205,7 +205,7 @@ def export(config: config_lib.Config) -> Exported:
   folder = pathlib.Path(config.output) / "export"
   decoder = hf.load_config(config.model.source)
   params, step = checkpoint.restore_params(config.output, decoder, config.model.source)
-  hf.save(
+  hf_export.save(
     folder,
     params,
     decoder,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from raft_jax import errors, hf
+from raft_jax import errors, hf_tokenizer
 
 if TYPE_CHECKING:
   import transformers
@@ -51,13 +51,13 @@ def load(source: str) -> Codec:
   Raises:
     UserError: the tokenizer has no chat template or no end token.
   """
-  tokenizer = hf.load_tokenizer(source)
+  tokenizer = hf_tokenizer.load(source)
   if not isinstance(tokenizer.chat_template, str):
     raise errors.UserError(
       f"model {source}: the tokenizer has no chat template; use an instruction-tuned "
       "model, or add chat_template to tokenizer_config.json"
     )
-  eos_ids = hf.eos_ids(source, tokenizer)
+  eos_ids = hf_tokenizer.eos_ids(source, tokenizer)
   if not eos_ids:
     raise errors.UserError(
       f"model {source}: no token ends an answer; set eos_token in tokenizer_config.json"

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from raft_jax import errors, hf, model
+from raft_jax import errors, families, hf, hf_export, hf_tokenizer, model
 
 TINY = {
   "vocab_size": 96,
@@ -83,7 +83,7 @@ def reference(smollm):
 def tokenizer_folder(smollm, tmp_path_factory) -> pathlib.Path:
   """The files of the real tokenizer, to complete tiny checkpoints with."""
   folder = tmp_path_factory.mktemp("tokenizer")
-  hf.load_tokenizer(smollm).save_pretrained(folder)
+  hf_tokenizer.load(smollm).save_pretrained(folder)
   return folder
 
 
@@ -123,7 +123,7 @@ def test_gguf_weights_are_transformers_bit_for_bit(smollm, reference):
 def test_gguf_export_is_read_by_transformers(smollm, reference, tmp_path):
   config = hf.load_config(smollm)
   params = hf.load_params(smollm, config)
-  hf.save(tmp_path / "out", params, config, smollm, card="# card\n")
+  hf_export.save(tmp_path / "out", params, config, smollm, card="# card\n")
   again = theirs(tmp_path / "out")
   for name, tensor in tensors_of(reference).items():
     np.testing.assert_array_equal(tensor, tensors_of(again)[name], err_msg=name)
@@ -136,7 +136,7 @@ def test_gguf_export_is_read_by_transformers(smollm, reference, tmp_path):
   assert hf.load_config(str(tmp_path / "out")) == config
   text = "Torts in 1999:\n\n  42 cases <|im_end|>"
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-  ours = hf.load_tokenizer(smollm)
+  ours = hf_tokenizer.load(smollm)
   assert tokenizer(text).input_ids == ours(text).input_ids
   assert tokenizer.chat_template == ours.chat_template
   assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
@@ -274,7 +274,7 @@ def test_folder_round_trip(tmp_path, tokenizer_folder, tied, save):
 
   out = tmp_path / "out"
   limit = {"max_shard_bytes": 8192} if save else {}
-  hf.save(out, params, config, str(source), card="x", **limit)
+  hf_export.save(out, params, config, str(source), card="x", **limit)
   written = len(list(out.glob("*.safetensors")))
   assert written > 3 if save else written == 1
   assert_same(params, theirs(out))
@@ -294,7 +294,9 @@ def test_bfloat16(complete, tmp_path):
   config = hf.load_config(str(complete))
   params = hf.load_params(str(complete), config, dtype="bfloat16")
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
-  hf.save(tmp_path / "o", params, config, str(complete), dtype="bfloat16", card="")
+  hf_export.save(
+    tmp_path / "o", params, config, str(complete), dtype="bfloat16", card=""
+  )
   want = theirs(complete).to(torch.bfloat16).float()
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o")
   assert again.dtype == torch.bfloat16
@@ -322,7 +324,7 @@ def test_blocks_of_a_leaf():
       asked.append((layer, index))
       return leaf[layer][index]
 
-    return hf.Stored((4, 5), read)
+    return families.Stored((4, 5), read)
 
   index = (slice(1, None), slice(1, 3), slice(None))
   pieces = [stored(i) for i in range(3)]
@@ -335,7 +337,7 @@ def test_host_memory_is_about_one_leaf(smollm):
   """numpy's and Python's allocations on top of what is kept, in the real model."""
   config = hf.load_config(smollm)
   largest = max(x.size for x in jax.tree.leaves(model.shapes(config))) * 4
-  hf.load_tokenizer(smollm)  # parses the GGUF metadata, which stays cached
+  hf_tokenizer.load(smollm)  # parses the GGUF metadata, which stays cached
   gc.collect()
   tracemalloc.start()
   try:
@@ -554,7 +556,7 @@ def test_save_needs_contiguous_tensors_no_longer(complete, tmp_path):
   params["embed"] = np.asfortranarray(params["embed"])
   params["layers"]["q"] = np.ascontiguousarray(params["layers"]["q"].T).T
   assert not params["layers"]["q"][0].flags.c_contiguous
-  hf.save(tmp_path / "out", params, config, str(complete), card="")
+  hf_export.save(tmp_path / "out", params, config, str(complete), card="")
   assert_same(params, theirs(tmp_path / "out"))
 
 
@@ -571,7 +573,7 @@ def test_save_notices_wrong_bytes(complete, tmp_path, monkeypatch):
 
   monkeypatch.setattr(safetensors.numpy, "save_file", flip)
   with pytest.raises(OSError, match="was not written as it should be"):
-    hf.save(tmp_path / "out", params, config, str(complete), card="")
+    hf_export.save(tmp_path / "out", params, config, str(complete), card="")
   assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
@@ -580,7 +582,9 @@ def test_save_refuses_what_is_there(complete, tmp_path):
   params = hf.load_params(str(complete), config)
 
   def save(**options):
-    hf.save(tmp_path / "out", params, config, str(complete), card="new", **options)
+    hf_export.save(
+      tmp_path / "out", params, config, str(complete), card="new", **options
+    )
 
   (tmp_path / "out").mkdir()
   (tmp_path / "out/thesis.txt").write_text("mine")
@@ -597,7 +601,9 @@ def test_save_refuses_what_is_there(complete, tmp_path):
   assert {p.name for p in tmp_path.iterdir()} == {"source", "out"}
   (tmp_path / "link").symlink_to(tmp_path / "out")
   with pytest.raises(errors.UserError, match="is not a folder"):
-    hf.save(tmp_path / "link", params, config, str(complete), card="", overwrite=True)
+    hf_export.save(
+      tmp_path / "link", params, config, str(complete), card="", overwrite=True
+    )
 
 
 def test_save_refuses_non_finite(complete, tmp_path):
@@ -607,7 +613,7 @@ def test_save_refuses_non_finite(complete, tmp_path):
   with pytest.raises(
     errors.UserError, match="layers/up has values that are not finite"
   ):
-    hf.save(tmp_path / "out", params, config, str(complete), card="")
+    hf_export.save(tmp_path / "out", params, config, str(complete), card="")
   assert not (tmp_path / "out").exists()
 
 
@@ -616,18 +622,22 @@ def test_save_refuses_non_finite(complete, tmp_path):
 
 def test_eos_ids(smollm, complete):
   """<|im_end|> (2) ends a turn and <|endoftext|> (0) a document of SmolLM2."""
-  tokenizer = hf.load_tokenizer(smollm)
-  assert hf.eos_ids(smollm, tokenizer) == (2, 0)
+  tokenizer = hf_tokenizer.load(smollm)
+  assert hf_tokenizer.eos_ids(smollm, tokenizer) == (2, 0)
   (complete / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
-  assert hf.eos_ids(str(complete), hf.load_tokenizer(str(complete))) == (2, 7, 0)
+  assert hf_tokenizer.eos_ids(str(complete), hf_tokenizer.load(str(complete))) == (
+    2,
+    7,
+    0,
+  )
 
 
 def test_turn_end_is_read_from_the_template(complete):
   """Config and tokenizer name a base model's EOS; the template has the turn's."""
   edit_config(eos_token_id=0)(complete)
   (complete / "generation_config.json").unlink()
-  tokenizer = hf.load_tokenizer(str(complete))
+  tokenizer = hf_tokenizer.load(str(complete))
   tokenizer.eos_token = "<|endoftext|>"
-  assert hf.eos_ids(str(complete), tokenizer) == (2, 0)
+  assert hf_tokenizer.eos_ids(str(complete), tokenizer) == (2, 0)
   tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
-  assert hf.eos_ids(str(complete), tokenizer) == (0,)
+  assert hf_tokenizer.eos_ids(str(complete), tokenizer) == (0,)

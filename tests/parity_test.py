@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from raft_jax import hf, model, sample, text
+from raft_jax import hf, hf_export, model, sample, text
 from raft_jax.records import Message
 
 PROMPTS = 20
@@ -146,7 +146,7 @@ def test_greedy_answers_are_the_same_tokens(real):
 
 
 def test_exported_folder_gives_the_same_logits(real, tmp_path):
-  hf.save(tmp_path / "out", real.params, real.config, real.source, card="")
+  hf_export.save(tmp_path / "out", real.params, real.config, real.source, card="")
   again = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "out", dtype=torch.float32
   ).eval()

@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from hypothesis import strategies
 
-from raft_jax import errors, hf, text
+from raft_jax import errors, hf, hf_tokenizer, text
 from raft_jax.records import Message
 
 IM_START, IM_END, ENDOFTEXT = 1, 2, 0  # of SmolLM2
@@ -132,7 +132,7 @@ def test_ids_around_digits_are_the_original(codec, theirs, content, tokens, same
 )
 def test_splitters(pre, pieces):
   """Digits: as one, alone, by three, alone (the models' own tokenizer.json)."""
-  backend = hf._byte_level_bpe({"a": 0}, [], hf.SPLITTERS[pre])
+  backend = hf_tokenizer.byte_level_bpe({"a": 0}, [], hf_tokenizer.SPLITTERS[pre])
   cut = backend.pre_tokenizer.pre_tokenize_str("Don't pay 1234.  X")
   assert [piece for piece, _ in cut] == pieces
 

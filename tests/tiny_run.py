@@ -6,12 +6,12 @@ import jax
 import torch
 import transformers
 
-from raft_jax import checkpoint, config, hf, text
+from raft_jax import checkpoint, config, hf, hf_tokenizer, text
 
 
 def save_model(folder: pathlib.Path, smollm: str) -> pathlib.Path:
   """A Llama of 2 layers with SmolLM2's tokenizer, as transformers saves it."""
-  tokenizer = hf.load_tokenizer(smollm)
+  tokenizer = hf_tokenizer.load(smollm)
   torch.manual_seed(0)
   network = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(

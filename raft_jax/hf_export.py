@@ -1,0 +1,242 @@
+"""Models out: a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+import raft_jax
+from raft_jax import errors, families, hf, hf_tokenizer
+
+if TYPE_CHECKING:
+  import transformers
+
+  from raft_jax import model
+
+Shard = list[families.Piece]
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "chat_template.json",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer.model",
+)
+MARK = "raft_jax_version"
+"""The key of config.json by which `save` knows a folder that it wrote."""
+
+
+def save(
+  folder: str | os.PathLike[str],
+  params: model.Params,
+  config: model.DecoderConfig,
+  source: str,
+  *,
+  dtype: str = "float32",
+  card: str,
+  overwrite: bool = False,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a folder that transformers and vLLM load: weights, config, tokenizer, card.
+
+  Everything is written beside the target, each tensor read back and compared bit for
+  bit, synced to disk, and only then renamed. The config and tokenizer are the source's;
+  a folder's tokenizer files are copied byte for byte.
+
+  Args:
+    folder: the target. An existing one that is not empty is refused; `overwrite`
+      replaces it, and only if its config.json has the mark of an earlier `save`.
+    params: tree as `model.shapes(config)`.
+    source: where the model came from, as for `hf.resolve`.
+    dtype: of the written weights.
+    card: content of README.md.
+
+  Raises:
+    UserError: the target is taken, the disk is full, or a parameter is not finite.
+  """
+  target = pathlib.Path(folder).expanduser().absolute()
+  _check_target(target, overwrite)
+  if hf.load_config(source) != config:
+    raise ValueError(f"the config is not that of {source}")
+  path = hf.resolve(source)
+  fields = hf.fields(path)
+  tokenizer = hf_tokenizer.load(source)
+  family, kind = families.of(fields, source), hf.DTYPES[dtype]
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
+  plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  need = sum(map(_size, plan)) * kind.itemsize
+  free = shutil.disk_usage(target.parent).free
+  if need > free:
+    raise errors.UserError(
+      f"{target}: the export needs {need:,} bytes and {free:,} are free; make room or "
+      "choose another folder"
+    )
+  temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+  shutil.rmtree(temporary, ignore_errors=True)
+  try:
+    temporary.mkdir()
+    _write_weights(temporary, leaves, plan, kind)
+    _write_config(temporary, fields, config, dtype)
+    ends = hf_tokenizer.eos_ids(source, tokenizer)
+    _write_generation_config(temporary, path, tokenizer, ends)
+    _write_tokenizer(temporary, path, tokenizer)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    _sync(temporary)
+    _replace(target, temporary)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _size(shard: Shard) -> int:
+  """Number of elements."""
+  return sum(math.prod(piece.shape) for piece in shard)
+
+
+def _plan_shards(
+  pieces: list[families.Piece], itemsize: int, limit: int
+) -> list[Shard]:
+  """Cuts the tensors into files of at most `limit` bytes (a tensor is never cut)."""
+  shards: list[Shard] = [[]]
+  for piece in pieces:
+    if shards[-1] and _size([*shards[-1], piece]) * itemsize > limit:
+      shards.append([])
+    shards[-1].append(piece)
+  return shards
+
+
+def _write_weights(
+  folder: pathlib.Path,
+  leaves: Mapping[str, Any],
+  plan: list[Shard],
+  dtype: np.dtype,
+) -> None:
+  weight_map = {}
+  for number, shard in enumerate(plan, 1):
+    file = "model.safetensors"
+    if len(plan) > 1:
+      file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+    tensors = dict(_host_tensors(leaves, shard, dtype))
+    safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+    with safetensors.safe_open(folder / file, framework="numpy") as written:
+      for name, tensor in tensors.items():
+        weight_map[name] = file
+        back = written.get_tensor(name)
+        if back.shape != tensor.shape or back.tobytes() != tensor.tobytes():
+          raise OSError(f"{folder / file}: {name} was not written as it should be")
+  if len(plan) > 1:
+    total = sum(map(_size, plan)) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _host_tensors(
+  leaves: Mapping[str, Any], shard: Shard, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+  for path, pieces in itertools.groupby(shard, lambda piece: piece.path):
+    leaf = np.asarray(leaves[path])
+    if not np.isfinite(leaf).all():
+      raise errors.UserError(
+        f"parameter {path} has values that are not finite; the run diverged: export an "
+        "earlier checkpoint"
+      )
+    for piece in pieces:
+      tensor = leaf if piece.layer is None else leaf[piece.layer]
+      # safetensors writes the buffer as it lies, strides or not.
+      yield piece.name, np.ascontiguousarray(tensor, dtype)
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(
+  folder: pathlib.Path, fields: families.Fields, config: model.DecoderConfig, dtype: str
+) -> None:
+  fields = {name: value for name, value in fields.items() if name != "_name_or_path"}
+  fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
+  fields["tie_word_embeddings"] = config.tie_embeddings
+  _write_json(folder / "config.json", {**fields, MARK: raft_jax.__version__})
+
+
+def _write_generation_config(
+  folder: pathlib.Path,
+  path: pathlib.Path,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  ends: tuple[int, ...],
+) -> None:
+  file = path / "generation_config.json"
+  bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+  base = {"bos_token_id": bos, "pad_token_id": pad}
+  base = {name: value for name, value in base.items() if value is not None}
+  if path.is_dir() and file.is_file():
+    base = hf.read_json(file)
+  _write_json(folder / "generation_config.json", {**base, "eos_token_id": list(ends)})
+
+
+def _write_tokenizer(
+  folder: pathlib.Path,
+  path: pathlib.Path,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+) -> None:
+  if path.is_dir():
+    for name in TOKENIZER_FILES:
+      if (path / name).is_file():
+        shutil.copyfile(path / name, folder / name)
+    return
+  tokenizer.save_pretrained(folder)
+  # The class's name in transformers 4 and vLLM; transformers 5 knows both.
+  file = folder / "tokenizer_config.json"
+  _write_json(
+    file, {**hf.read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"}
+  )
+
+
+def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+  if target.is_symlink() or (target.exists() and not target.is_dir()):
+    raise errors.UserError(f"{target}: exists and is not a folder; choose another name")
+  if not target.exists() or not any(target.iterdir()):
+    return
+  file = target / "config.json"
+  ours = file.is_file() and MARK in hf.read_json(file)
+  if not ours:
+    raise errors.UserError(
+      f"{target}: not empty, and not an earlier export; choose another folder"
+    )
+  if not overwrite:
+    raise errors.UserError(
+      f"{target}: holds an earlier export; overwrite it explicitly or choose another "
+      "folder"
+    )
+
+
+def _sync(folder: pathlib.Path) -> None:
+  for path in (*folder.iterdir(), folder):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def _replace(target: pathlib.Path, temporary: pathlib.Path) -> None:
+  old = target.with_name(f".{target.name}.old-{os.getpid()}")
+  if target.exists():
+    target.rename(old)
+  temporary.rename(target)
+  shutil.rmtree(old, ignore_errors=True)
