@@ -175,7 +175,7 @@ def _suggest(name: str, parents: Sequence[str | int], section: type[Section]) ->
 
 def _missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
   data = tree.get("data")
-  for name in ("questions", "validation", "test"):
+  for name in ("questions", "test"):
     value = data.get(name) if isinstance(data, dict) else None
     if isinstance(value, str) and not pathlib.Path(value).is_file():
       yield (

@@ -305,19 +305,9 @@ def check(run: config.Config) -> None:
   """What can be wrong about a refinement before any file is read.
 
   Raises:
-    UserError: an engine of another version, or a rewriter that is not the model that
-      will be trained (its rewrites would not be in that model's words).
+    UserError: a rewriter that is not the model that will be trained: its rewrites
+      would not be in that model's words.
   """
-  stages: dict[str, Any] = {
-    "refine.rewriter": run.refine.rewriter,
-    "refine.fusion": run.refine.fusion,
-    **{f"refine.judges[{i}]": each for i, each in enumerate(run.refine.judges)},
-  }
-  for key, stage in stages.items():
-    if stage.engine not in ("jax", "encoder"):
-      raise errors.UserError(
-        f"{key}.engine: engine {stage.engine} is not available in this version; use jax"
-      )
   model = run.refine.rewriter.model
   if model not in (None, run.model.source):
     raise errors.UserError(

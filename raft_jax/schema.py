@@ -45,8 +45,6 @@ class Data(Section):
 
   questions: str
   """For training: JSONL or Parquet {id?, domain?, question or messages, answer}."""
-  validation: str | None = None
-  """Questions for the loss while training, in the same form."""
   test: str | None = None
   """Held-out questions for `evaluate`, in the same form."""
   limit: Positive | None = None
@@ -68,10 +66,10 @@ class Data(Section):
 class Engine(Section):
   """Who generates text. `model: null` means the model to be trained."""
 
-  engine: Literal["jax", "vllm", "openai"] = "jax"
-  """The built-in sampler, vLLM in this process, or a server with OpenAI's API."""
+  engine: Literal["jax"] = "jax"
+  """The built-in sampler."""
   model: str | None = None
-  """A source, or the server's name for it; null means the model to be trained."""
+  """A source like `model.source`; null means the model to be trained."""
   max_new_tokens: Positive = 256
   """Longest reply; a reply cut off there is not used."""
   temperature: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
@@ -94,8 +92,8 @@ class Fusion(Engine):
 class Judge(Section):
   """A language model, or `encoder`: the sentence encoder's cosine mapped to 0..1."""
 
-  engine: Literal["encoder", "jax", "vllm", "openai"] = "encoder"
-  """`encoder`: the cosine of `refine.encoder` mapped to 0..1; others ask a model."""
+  engine: Literal["encoder", "jax"] = "encoder"
+  """`encoder`: the cosine of `refine.encoder` mapped to 0..1; `jax` asks a model."""
   model: str | None = None
   """As `refine.rewriter.model`; an `encoder` judge has none."""
   max_new_tokens: Positive = 64

@@ -511,24 +511,16 @@ def test_summary_adds_up(scripted):
   assert json.loads((folder / "MANIFEST.json").read_text())["meta"]["tokenizer"]
 
 
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    ({"rewriter": {"engine": "vllm"}}, "refine.rewriter.engine: engine vllm is not av"),
-    ({"fusion": {"engine": "openai"}}, "refine.fusion.engine: engine openai is not"),
-    ({"judges": [{}, {"engine": "vllm"}]}, r"refine.judges\[1\].engine: engine vllm"),
-    ({"rewriter": {"model": "other"}}, "refine.rewriter.model: other is not model.so"),
-  ],
-)
-def test_wrong_engines_are_refused_before_any_file_is_read(tmp_path, change, message):
+def test_another_rewriter_is_refused_before_any_file_is_read(tmp_path):
   run = config.Config.model_validate(
     {
       "model": {"source": "m"},
       "data": {"questions": "absent.jsonl"},
-      "refine": change,
+      "refine": {"rewriter": {"model": "other"}},
       "output": str(tmp_path / "out"),
     }
   )
+  message = "refine.rewriter.model: other is not model.source"
   with pytest.raises(errors.UserError, match=message):
     refine.fit(run)
   assert not (tmp_path / "out").exists()

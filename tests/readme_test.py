@@ -1,0 +1,74 @@
+"""What the README says of the code is what the code says.
+
+`python -m tests.readme_test` writes the generated parts anew.
+"""
+
+import ast
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from raft_jax import config
+from tests import imports_test
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def rooms() -> str:
+  """The table of rooms: name, and the first line of its docstring."""
+  lines = ["| module | what lives there |", "| --- | --- |"]
+  for room in imports_test.ROOMS:
+    path = ROOT / "raft_jax" / f"{room}.py"
+    if path.exists():
+      summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+      lines.append(f"| `{room}` | {summary.replace('|', chr(92) + '|')} |")
+  return "\n".join(lines) + "\n"
+
+
+GENERATED = {"config reference": config.reference, "rooms": rooms}
+
+
+def block(name: str) -> re.Pattern[str]:
+  return re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+  for name, make in GENERATED.items():
+    text, count = block(name).subn(
+      lambda match, make=make: match[1] + make() + match[2], text
+    )
+    assert count == 1, f"README.md: no place for {name}"
+  return text
+
+
+def test_generated_parts_are_up_to_date():
+  text = README.read_text(encoding="utf-8")
+  assert filled(text) == text, "run `python -m tests.readme_test`"
+
+
+def test_every_file_that_the_readme_names_exists():
+  named = re.findall(r"`?((?:launch|configs|tests)/[\w./-]+\w)`?", README.read_text())
+  assert named
+  for name in set(named):
+    assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")))
+def test_scripts_parse(script):
+  assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+def test_every_config_loads():
+  paths = sorted((ROOT / "configs").glob("*.yaml"))
+  assert paths
+  for path in paths:
+    assert config.load(path).output
+    header = path.read_text().split("\n\n")[0]
+    assert header.startswith("# "), f"{path}: say command, hardware, time, result"
+
+
+if __name__ == "__main__":
+  README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
