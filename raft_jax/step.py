@@ -41,6 +41,12 @@ class Settings(NamedTuple):
   skip_first: int = 0
   mask_eos: bool = False
 
+  @property
+  def mass_temperature(self) -> float:
+    """Of the probability mass on the support: the tail bucket needs it at the loss's
+    temperature; otherwise it is only logged, for the distribution that is sampled."""
+    return self.temperature if self.tail == "bucket" else 1.0
+
 
 class TrainState(NamedTuple):
   """All that a step changes; a tree of arrays, of their shapes or of shardings."""
@@ -108,7 +114,7 @@ def teach(
     read(hidden_BTD, context_length_B - 1, width, steps),
     model.output_embedding(teacher_params).astype(settings.dtype),
     settings.top_k,
-    temperature=settings.temperature,
+    temperature=settings.mass_temperature,
     return_logsumexp=True,
   )
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
@@ -204,7 +210,7 @@ def loss_terms(
     rollout_BRD,
     embedding_VD,
     support.ids_BRK,
-    temperature=settings.temperature,
+    temperature=settings.mass_temperature,
     return_logsumexp=True,
   )
   bucket = settings.tail == "bucket"
@@ -221,7 +227,9 @@ def loss_terms(
     teacher_logsumexp=support.logsumexp_BR if bucket else None,
   )
   terms["kd"] = losses.weighted_sum(divergence_BR, weights.kd_BR)
-  mass = functools.partial(losses.mass_on_support, temperature=settings.temperature)
+  mass = functools.partial(
+    losses.mass_on_support, temperature=settings.mass_temperature
+  )
   student_mass_BR = mass(logits_BRK, logsumexp_BR)
   teacher_mass_BR = mass(support.logits_BRK, support.logsumexp_BR)
   seen = {

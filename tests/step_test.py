@@ -297,3 +297,32 @@ def test_training_on_one_batch_fits_it():
     first = first or values
     assert np.isfinite(values["loss_kd"]), index
   assert values["loss_sft"] < 0.9 * first["loss_sft"]
+
+
+def test_logged_mass_is_of_the_distribution_that_is_sampled():
+  """Softmax of whole logits at temperature 1, summed over the teacher's top K."""
+  params, batch, trajectory, support = setting()
+  weights = step.token_weights(batch, trajectory, SETTINGS)
+  _, seen = step.loss_terms(
+    params, batch, trajectory, support, weights, settings=SETTINGS
+  )
+  length = int(batch.teacher_length_B[0])
+  row = [
+    *batch.teacher_BC[0][:length].tolist(),
+    *trajectory.tokens_BR[0][: trajectory.length_B[0]].tolist(),
+  ]
+  hidden = plain_hidden(params, row, len(row))
+  scores = np.array(hidden @ model.output_embedding(params).T, np.float64)
+  p = np.exp(scores - scores.max(-1, keepdims=True))
+  p = np.sort(p / p.sum(-1, keepdims=True), axis=-1)[length - 1 : -1, -20:]
+  first_row = step.teach(
+    params,
+    batch.teacher_BC[:1],
+    batch.teacher_length_B[:1],
+    jax.tree.map(lambda x: x[:1], trajectory),
+    settings=SETTINGS,
+  )
+  mass = losses.mass_on_support(first_row.logits_BRK, first_row.logsumexp_BR)[0]
+  np.testing.assert_allclose(mass[: len(p)], p.sum(-1), rtol=1e-4)
+  assert 0 < seen["student_mass_in_support"] < 1
+  assert 0 < seen["teacher_mass_in_support"] < 1
