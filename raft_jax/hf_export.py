@@ -133,6 +133,7 @@ def _write_weights(
       file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
     tensors = dict(_host_tensors(leaves, shard, dtype))
     safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+    (folder / file).chmod(0o644)  # the library makes it private to its writer
     with safetensors.safe_open(folder / file, framework="numpy") as written:
       for name, tensor in tensors.items():
         weight_map[name] = file
