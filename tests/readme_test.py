@@ -7,7 +7,10 @@ import ast
 import pathlib
 import re
 import subprocess
+import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from raft_jax import config
@@ -47,6 +50,28 @@ def filled(text: str) -> str:
 def test_generated_parts_are_up_to_date():
   text = README.read_text(encoding="utf-8")
   assert filled(text) == text, "run `python -m tests.readme_test`"
+
+
+def test_the_losses_example_runs():
+  """As printed, with a one-layer model in the place of the reader's."""
+  code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+  namespace = {"apply": lambda params, batch: params["embed"][batch.tokens]}
+  exec(code, namespace)
+  rng = np.random.default_rng(0)
+  batch = types.SimpleNamespace(
+    tokens=rng.integers(0, 11, (2, 5)),
+    targets=rng.integers(0, 11, (2, 5)),
+    teacher_ids=rng.integers(0, 11, (2, 5, 3)),
+    teacher_logits=rng.normal(size=(2, 5, 3)),
+    answer_mask=np.arange(5) < np.array([[2], [3]]),
+    rollout_mask=np.arange(5) > np.array([[2], [1]]),
+  )
+  params = {"embed": jnp.array(rng.normal(size=(11, 4)), jnp.float32)}
+  opt_state = namespace["tx"].init(params)
+  moved, opt_state, terms = namespace["train_step"](params, opt_state, batch)
+  weight = terms["sft"] / (terms["kd"] + 1e-8)
+  np.testing.assert_allclose(opt_state["balance"].weights["kd"], weight, rtol=1e-5)
+  assert not np.array_equal(moved["embed"], params["embed"])
 
 
 def test_every_file_that_the_readme_names_exists():
