@@ -1,6 +1,6 @@
 """Sentence embeddings by sentence-transformers, behind one function.
 
-The only room that imports torch, and only when the first text is embedded. It runs on
+The only room that imports torch, and only when an encoder is loaded. It runs on
 the CPU, where equal input gives equal bits, and beside an accelerator that belongs to
 the language model.
 """
@@ -8,8 +8,8 @@ the language model.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +23,13 @@ class Encoder:
   """Texts to unit vectors: `encoder(texts)`. Made by `load`.
 
   Attributes:
-    source: what `load` was given.
     identity: source and digest of the model's files; equal identities, equal vectors.
     batch_size: texts encoded together.
   """
 
-  source: str
   identity: str
   batch_size: int
+  _model: Any = dataclasses.field(repr=False)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Embeddings as float32 [len(texts), width], each of length 1.
@@ -55,24 +54,6 @@ class Encoder:
     ids = self._model.tokenizer(list(texts), truncation=False, verbose=False)
     return [len(row) > limit for row in ids["input_ids"]]
 
-  @functools.cached_property
-  def _model(self) -> Any:
-    import sentence_transformers
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    folder = hf.resolve(self.source)
-    try:
-      return sentence_transformers.SentenceTransformer(
-        str(folder), device="cpu", trust_remote_code=False, local_files_only=True
-      )
-    except (OSError, ValueError, KeyError) as error:
-      reason = str(error).strip().split("\n")[0]
-      raise errors.UserError(
-        f"refine.encoder {self.source}: sentence-transformers cannot load it "
-        f"({reason}); name a sentence-embedding model"
-      ) from error
-
 
 def load(source: str, *, batch_size: int = 1) -> Encoder:
   """The encoder that a source names: `pkg://PACKAGE/FOLDER`, a folder or a hub name.
@@ -84,20 +65,52 @@ def load(source: str, *, batch_size: int = 1) -> Encoder:
       with the same scores; on 2 CPU cores it costs 22 ms a text instead of 7.
 
   Raises:
-    UserError: sentence-transformers is not installed, or there is no such model. The
-      weights themselves are loaded when the first text is embedded.
+    UserError: sentence-transformers is not installed, there is no such model, or its
+      files are damaged or a pickle: seen here, before hours of other models' work.
   """
-  if importlib.util.find_spec("sentence_transformers") is None:
+  for package in ("sentence_transformers", "torch"):
+    if importlib.util.find_spec(package) is None:
+      raise errors.UserError(
+        f"refine.encoder needs {package}; pip install 'raft_jax[refine]'"
+      )
+  try:
+    folder = hf.resolve(source)
+  except errors.UserError as error:
+    raise errors.UserError(f"refine.encoder: {error}") from error
+  # Without that file the library would make a mean of any model's word vectors.
+  if not (folder / "modules.json").is_file():
     raise errors.UserError(
-      "refine.encoder needs sentence-transformers; pip install 'raft_jax[refine]'"
-    )
-  folder = hf.resolve(source)
-  if not (folder / "config.json").is_file():
-    raise errors.UserError(
-      f"refine.encoder {source}: {folder} has no config.json; name the folder of a "
+      f"refine.encoder {source}: {folder} has no modules.json; name the folder of a "
       "sentence-transformers model"
     )
-  return Encoder(source, engines.identity(source), batch_size)
+  return Encoder(engines.identity(source), batch_size, _load_model(source, folder))
+
+
+def _load_model(source: str, folder: pathlib.Path) -> Any:
+  import sentence_transformers
+  import transformers
+
+  transformers.utils.logging.disable_progress_bar()
+  try:
+    model = sentence_transformers.SentenceTransformer(
+      str(folder),
+      device="cpu",
+      trust_remote_code=False,
+      local_files_only=True,
+      model_kwargs={"use_safetensors": True},  # a pickle is never opened
+    )
+    words = model.tokenizer.vocab_size - len(model.tokenizer.all_special_ids)
+  except Exception as error:  # each library below raises kinds of its own
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(
+      f"refine.encoder {source}: sentence-transformers cannot load it ({reason}); "
+      "fetch it again, or name another sentence-transformers model with safetensors"
+    ) from error
+  if words <= 0:  # the library is content without the tokenizer's files
+    raise errors.UserError(
+      f"refine.encoder {source}: {folder} has no vocabulary; fetch tokenizer.json again"
+    )
+  return model
 
 
 def cosine(left_NE: np.ndarray, right_NE: np.ndarray) -> np.ndarray:

