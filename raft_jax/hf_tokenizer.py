@@ -58,12 +58,19 @@ def load(source: str) -> transformers.PreTrainedTokenizerFast:
       "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
     )
   import transformers
+  from huggingface_hub import errors as hub_errors
 
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       path, trust_remote_code=False, use_fast=True
     )
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    hub_errors.StrictDataclassError,  # a field of config.json of another type
+  ) as error:
     reason = str(error).strip().split("\n")[0]
     raise errors.UserError(
       f"{path}: transformers cannot load this tokenizer ({reason}); fetch its files "
@@ -149,7 +156,7 @@ def eos_ids(
   `<|endoftext|>` where it is a control token (a base model's end of document).
   """
   path = hf.resolve(source)
-  found: list[Any] = [_turn_end(tokenizer)]
+  found: list[Any] = [_turn_end(source, tokenizer)]
   if path.is_dir():
     for file in ("generation_config.json", "config.json"):
       if (path / file).is_file():
@@ -164,7 +171,9 @@ def eos_ids(
   return tuple(dict.fromkeys(i for i in found if i is not None))
 
 
-def _turn_end(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
+def _turn_end(
+  source: str, tokenizer: transformers.PreTrainedTokenizerFast
+) -> int | None:
   """Id of the control token that follows an assistant's message in the template."""
   if not tokenizer.chat_template:
     return None
@@ -176,8 +185,8 @@ def _turn_end(tokenizer: transformers.PreTrainedTokenizerFast) -> int | None:
     text = tokenizer.apply_chat_template(turns, tokenize=False)
   except jinja2.TemplateError as error:
     raise errors.UserError(
-      f"the chat template cannot render a question and an answer ({error}); mend "
-      "chat_template in tokenizer_config.json"
+      f"model {source}: the chat template cannot render a question and an answer "
+      f"({error}); mend chat_template.jinja, or chat_template in tokenizer_config.json"
     ) from error
   rest = str(text).rpartition(answer)[2].lstrip()
   ends = [

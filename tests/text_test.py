@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import unicodedata
@@ -360,6 +361,19 @@ def test_no_end_token(folder):
   data["added_tokens"] = []
   (folder / "tokenizer.json").write_text(json.dumps(data))
   with pytest.raises(errors.UserError, match="no token ends an answer"):
+    text.load(str(folder))
+
+
+def test_a_template_that_does_not_parse_is_named_with_its_model(folder):
+  (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content")
+  with pytest.raises(errors.UserError, match=re.escape(f"model {folder}: the chat")):
+    text.load(str(folder))
+
+
+def test_a_config_field_of_another_type(folder):
+  fields = {"model_type": "llama", "num_attention_heads": "four"}
+  (folder / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(errors.UserError, match=r"num_attention_heads.*fetch its files"):
     text.load(str(folder))
 
 
