@@ -509,9 +509,9 @@ def write(output: pathlib.Path) -> pathlib.Path:
 def main(config: config_lib.Config) -> None:
   """Writes the report of the run whose output folder the config names."""
   output = pathlib.Path(config.output)
-  if not output.is_dir():
+  if not (output / "config").is_dir():
     raise errors.UserError(
-      f"output: {output} does not exist, so there is nothing to report; run"
+      f"output: {output} holds no run of raft_jax, so there is nothing to report; run"
       " `python -m raft_jax.train` with this config first"
     )
   print(f"report: {write(output)}")

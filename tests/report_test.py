@@ -5,7 +5,9 @@ import json
 import math
 import pathlib
 
-from raft_jax import report
+import pytest
+
+from raft_jax import config, errors, report
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
@@ -156,6 +158,18 @@ class _Page(html.parser.HTMLParser):
   def handle_data(self, data):
     if self.tags[-1:] != ["style"]:
       self.words.append(data)
+
+
+@pytest.mark.parametrize("present", [[], ["mine.txt"]])
+def test_a_folder_of_no_run_is_refused_and_left_alone(tmp_path, present):
+  for name in present:
+    (tmp_path / name).write_text("mine")
+  run = config.Config.model_validate(
+    {"model": {"source": "m"}, "data": {"questions": "q"}, "output": str(tmp_path)}
+  )
+  with pytest.raises(errors.UserError, match="holds no run"):
+    report.main(run)
+  assert [path.name for path in tmp_path.iterdir()] == present
 
 
 def _page(output: pathlib.Path) -> _Page:
