@@ -138,10 +138,13 @@ class Draft:
     """Sets one dotted key to a value read by the rules of the file."""
     where = "command line"
     value = self.read(text, key, lambda line: where)
+    self.places[key] = where
     *parents, last = key.split(".")
     node = self.tree
-    for part in parents:
+    for depth, part in enumerate(parents, start=1):
       if isinstance(node, dict):
+        if part not in node:
+          self.places[".".join(parents[:depth])] = where
         node = node.setdefault(part, {})
       elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
         node = node[int(part)]

@@ -36,7 +36,9 @@ def test_overrides_reach_into_sections_and_lists():
   draft.tree, _ = read("a: [{b: 1}]")
   draft.override("a.0.b", "2")
   draft.override("c.d", "[x]")
-  assert draft.tree == {"a": [{"b": 2}], "c": {"d": ["x"]}}
+  draft.override("e", "")
+  assert draft.tree == {"a": [{"b": 2}], "c": {"d": ["x"]}, "e": None}
+  assert {draft.places[key] for key in ("a.0.b", "c", "e")} == {"command line"}
   draft.override("a.7.b", "2")
   (problem,) = draft.problems
   assert (problem.where, problem.key) == ("command line", "a.7.b")
