@@ -7,11 +7,13 @@ claiming an output folder; the command line of every stage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import hashlib
 import json
 import os
 import pathlib
+import signal
 import sys
 import textwrap
 import typing
@@ -20,6 +22,7 @@ from typing import Any
 
 import pydantic
 
+import raft_jax
 from raft_jax import errors, schema, strict_yaml
 from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config
@@ -140,8 +143,9 @@ def _explain(fault: Any) -> str:
   if fault["type"] == "extra_forbidden":
     return f"unknown key; {_suggest(name, fault['loc'][:-1], section)}"
   if fault["type"] == "missing":
-    meaning = section.model_fields[name].description or "a section"
-    return f"is required: {meaning}"
+    field = section.model_fields[name]
+    meaning = (field.description or str(field.annotation.__doc__)).rstrip(".")
+    return f"is required: {meaning}; add it"
   must = _MUST.get(fault["type"], fault["msg"].replace("Input should be", "must be"))
   if fault["input"] == "encoder" and name == "engine":
     must += " (only a judge can be the encoder)"
@@ -190,6 +194,8 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
   for key, text in (("model.source", config.model.source), ("output", config.output)):
     if not text.strip():
       yield key, "is empty; give a name"
+  if pathlib.Path(config.output).exists() and not pathlib.Path(config.output).is_dir():
+    yield "output", f"{config.output} is not a folder; choose another output"
   sizes = config.mesh.model_dump()
   for axis, size in sizes.items():
     if size < 1 and size != -1:
@@ -360,7 +366,7 @@ def run(
   """Runs `python -m raft_jax.<stage> --config FILE [key=value ...] [--print-config]`.
 
   Bad input is a message on stderr and exit code 2, Ctrl-C a hint and exit code 130;
-  neither shows a traceback.
+  neither shows a traceback. A second Ctrl-C ends the process at once.
   """
   parser = argparse.ArgumentParser(
     prog=f"python -m raft_jax.{stage}",
@@ -369,28 +375,68 @@ def run(
     epilog=_help_table(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
+    exit_on_error=False,
   )
   parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
   parser.add_argument(
     "--print-config", action="store_true", help="print every key's value and stop"
   )
-  options, overrides = parser.parse_known_args(argv)
+  with _listening() as signals:
+    try:
+      options, overrides = parser.parse_known_args(argv)
+      if options.config is None:
+        raise errors.UserError(
+          f"--config is missing; e.g. {parser.prog} --config configs/quickstart.yaml"
+        )
+      config = load(options.config, overrides)
+      if options.print_config:
+        print(dump(config), end="")
+      else:
+        main(config)
+    except (Exception, KeyboardInterrupt) as error:
+      if signals or isinstance(error, KeyboardInterrupt):
+        # Whatever a library made of it while it was loading.
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+      text = _user_fault(error)
+      if text is None:
+        raise
+      print(f"error: {text}", file=sys.stderr)
+      sys.exit(2)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[int]]:
+  """The SIGINTs that came: the first raises KeyboardInterrupt, the second exits."""
+  signals: list[int] = []
+
+  def note(number: int, frame: Any) -> None:
+    if signals:
+      raft_jax.interrupted(number, frame)
+    signals.append(number)
+    raise KeyboardInterrupt
+
+  before = signal.getsignal(signal.SIGINT)
+  if before not in (signal.default_int_handler, raft_jax.interrupted):
+    yield signals  # ignored, as under nohup, or somebody else's
+    return
+  signal.signal(signal.SIGINT, note)
   try:
-    if options.config is None:
-      raise errors.UserError(
-        f"--config is missing; e.g. {parser.prog} --config configs/quickstart.yaml"
-      )
-    config = load(options.config, overrides)
-    if options.print_config:
-      print(dump(config), end="")
-    else:
-      main(config)
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("interrupted; run the same command again to continue", file=sys.stderr)
-    sys.exit(130)
+    yield signals
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _user_fault(error: BaseException) -> str | None:
+  """What the user can mend about an exception, or None: then it is a defect."""
+  if isinstance(error, errors.UserError):
+    return str(error)
+  if isinstance(error, argparse.ArgumentError):
+    return f"command line: {error}; see --help"
+  if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    place = str(error.filename)[:200]
+    return f"{place}: {error.strerror}; check the path, its rights and the free space"
+  return None
 
 
 # The reference

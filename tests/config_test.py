@@ -386,7 +386,7 @@ def test_claim_refuses_a_foreign_or_damaged_folder(tmp_path):
     claim(foreign)
   (tmp_path / "g").mkdir()
   (tmp_path / "g/run").write_text("a file")
-  with pytest.raises(errors.UserError, match="cannot write"):
+  with pytest.raises(errors.UserError, match="is not a folder"):
     claim(tmp_path / "g")
 
 
@@ -428,6 +428,9 @@ def test_command_runs_without_jax(tmp_path):
     (["--config", "{path}", "method=bad"], "error: q.jsonl:3: is empty"),
     (["--config", "none.yaml"], "error: none.yaml: cannot read"),
     ([], "error: --config is missing; e.g. python -m raft_jax.train --config"),
+    (["--config"], "error: command line: argument --config: expected one argument"),
+    (["--config", "{path}", "output={path}"], "is not a folder; choose another output"),
+    (["--config", "{path}", "data.questions=" + 999 * "a"], "aaa: File name too long;"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, says):
@@ -442,6 +445,42 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, says):
 
 def test_interrupt_gives_a_hint_and_130(tmp_path):
   command = [sys.executable, "-c", STAGE, "--config", write(tmp_path, LEAST)]
+  process = subprocess.Popen(
+    [*command, "method=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  _, complaint = process.communicate(timeout=20)
+  assert process.returncode == 130
+  assert complaint == "interrupted; run the same command again to continue\n"
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.25])
+def test_interrupt_while_a_stage_is_being_imported(delay):
+  """Python itself takes some 0.05 s before it comes to the package."""
+  command = [sys.executable, "-X", "importtime", "-m", "raft_jax.refine"]
+  process = subprocess.Popen([*command, "--help"], stderr=subprocess.PIPE, text=True)
+  assert process.stderr is not None
+  while "raft_jax" not in process.stderr.readline():
+    pass  # the package itself is imported
+  time.sleep(delay)
+  process.send_signal(signal.SIGINT)
+  complaint = process.communicate(timeout=20)[1]
+  if process.returncode == 0:
+    pytest.skip("the import was faster")
+  assert process.returncode == 130
+  assert complaint.endswith("interrupted; run the same command again to continue\n")
+
+
+def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
+  code = STAGE.replace(
+    "time.sleep(60)",
+    """try: time.sleep(60)
+    except KeyboardInterrupt: raise ImportError("half loaded") from None""",
+  )
+  command = [sys.executable, "-c", code, "--config", write(tmp_path, LEAST)]
   process = subprocess.Popen(
     [*command, "method=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
