@@ -2,7 +2,7 @@
 
 A step is listed once it is complete on disk, so a killed run finds either the previous
 checkpoint or the next, never half of one. Beside the arrays lies `meta`: what the run
-is (config, data, tokenizer) and a fingerprint of every leaf, because Orbax restores a
+is (model, data, tokenizer) and a fingerprint of every leaf, because Orbax restores a
 flipped bit in array data without noticing (seen with orbax 0.12.8).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,9 @@ def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
   )
   with ocp.CheckpointManager(folder, options=options) as orbax:
     yield orbax
-    orbax.wait_until_finished()
-    orbax.check_for_errors()
+    with _writable(folder):
+      orbax.wait_until_finished()
+      orbax.check_for_errors()
 
 
 @jax.jit
@@ -71,24 +73,39 @@ def named_fingerprints(tree: Any) -> dict[str, list[int]]:
 def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
   """Starts saving `state` under `step`; returns once the arrays may be donated."""
   meta = {"identity": identity, "fingerprints": named_fingerprints(state)}
-  orbax.save(
-    step,
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-    ),
-  )
+  with _writable(orbax.directory):
+    orbax.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+      ),
+    )
 
 
-def restore(orbax: Any, abstract: Any, identity: dict[str, Any]) -> tuple[Any, int]:
-  """Restores the newest checkpoint into the shapes and shardings of `abstract`.
+def check_latest(orbax: Any, identity: dict[str, Any]) -> int | None:
+  """The newest step, if there is one, after checking that it is of this run.
 
   Raises:
-    errors.UserError: when it belongs to another run, or its bytes changed on disk.
+    errors.UserError: it belongs to another run; nothing large was read.
+  """
+  step = orbax.latest_step()
+  if step is not None:
+    saved = _restore_meta(orbax, step)["identity"]
+    check_identity(orbax.directory / str(step), saved, identity)
+  return step
+
+
+def restore(orbax: Any, abstract: Any) -> tuple[Any, int]:
+  """Restores the newest checkpoint into the shapes and shardings of `abstract`.
+
+  Ask `check_latest` first whether it is of this run.
+
+  Raises:
+    errors.UserError: when its bytes changed on disk.
   """
   step = orbax.latest_step()
   folder = orbax.directory / str(step)
   meta = _restore_meta(orbax, step)
-  check_identity(folder, meta["identity"], identity)
   with _readable(folder):
     state = orbax.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -98,14 +115,14 @@ def restore(orbax: Any, abstract: Any, identity: dict[str, Any]) -> tuple[Any, i
 
 
 def restore_params(
-  output: str | pathlib.Path, config: model.DecoderConfig, source: str
+  output: str | pathlib.Path, config: model.DecoderConfig, identity: str
 ) -> tuple[model.Params, int]:
   """The parameters of a run's newest checkpoint, for evaluation and export.
 
   Args:
     output: the run's folder.
     config: shapes of the parameters.
-    source: `model.source`, which must be the one that was trained.
+    identity: `engines.identity` of the model, which must be the one that was trained.
 
   Returns:
     The float32 parameter tree and the step it was saved at.
@@ -130,7 +147,7 @@ def restore_params(
   with ocp.CheckpointManager(folder) as orbax:
     step = orbax.latest_step()
     place, meta = folder / str(step), _restore_meta(orbax, step)
-    check_identity(place, meta["identity"], meta["identity"] | {"model": source})
+    check_identity(place, meta["identity"], meta["identity"] | {"model": identity})
     with _readable(place):
       restored = orbax.restore(
         step,
@@ -175,6 +192,20 @@ def _restore_meta(orbax: Any, step: int) -> dict[str, Any]:
     return orbax.restore(
       step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
     ).meta
+
+
+@contextlib.contextmanager
+def _writable(folder: Any) -> Iterator[None]:
+  """Turns Orbax's many ways to fail on a full or read-only disk into one error."""
+  try:
+    yield
+  except Exception as error:  # a failed write surfaces as whatever its thread raised
+    free = shutil.disk_usage(folder).free / 2**30
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(
+      f"{folder}: the checkpoint was not saved ({reason[:200]}; {free:.1f} GiB free); "
+      "earlier ones are whole: mend the disk and rerun the same command"
+    ) from error
 
 
 @contextlib.contextmanager

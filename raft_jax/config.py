@@ -210,6 +210,8 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
     )
   if config.balance.mode == "gradient_norm" and not config.train.measure_every:
     yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
+  if config.balance.mode == "gradient_norm" and not config.balance.weight:
+    yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
   yield from _unused(config)
   seen = set()
   for i, judge in enumerate(config.refine.judges):
@@ -289,10 +291,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   return {prefix: tree}
 
 
-def claim_output(config: Config, stage: str, keys: Sequence[str]) -> None:
-  """Records the config in output/config/<stage>.yaml, or refuses a foreign folder.
-
-  Call it in one process only, holding the folder's lock if there is one.
+def check_output(config: Config, stage: str, keys: Sequence[str]) -> None:
+  """Refuses a folder that holds something else than this run; writes nothing.
 
   Args:
     config: the run's.
@@ -307,9 +307,26 @@ def claim_output(config: Config, stage: str, keys: Sequence[str]) -> None:
     if not any(_under(name, [key]) for name in _flat(_tree(config))):
       raise ValueError(f"no config key {key!r}")
   output = pathlib.Path(config.output)
-  path = output / "config" / f"{stage}.yaml"
   try:
-    _check_claim(output, path, config, stage, keys)
+    _check_claim(output, _claim_path(config, stage), config, stage, keys)
+  except OSError as e:
+    raise errors.UserError(
+      f"output: cannot use {output}: {e.strerror}; choose another output"
+    ) from e
+
+
+def claim_output(config: Config, stage: str, keys: Sequence[str]) -> None:
+  """Records the config in output/config/<stage>.yaml, after `check_output`.
+
+  Call it in one process only, holding the folder's lock if there is one, and when the
+  stage is about to write: a run that never began should not bind the next one.
+
+  Raises:
+    errors.UserError: as `check_output`, or the folder cannot be written.
+  """
+  check_output(config, stage, keys)
+  path = _claim_path(config, stage)
+  try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_text(dump(config), encoding="utf-8")
@@ -318,6 +335,10 @@ def claim_output(config: Config, stage: str, keys: Sequence[str]) -> None:
     raise errors.UserError(
       f"output: cannot write {path}: {e.strerror}; choose another output"
     ) from e
+
+
+def _claim_path(config: Config, stage: str) -> pathlib.Path:
+  return pathlib.Path(config.output) / "config" / f"{stage}.yaml"
 
 
 def _check_claim(
@@ -335,7 +356,8 @@ def _check_claim(
       f"output: {output} is not empty (e.g. {present[0].name}) and no run of raft_jax "
       f"made it; choose another output or empty the folder"
     )
-  if not path.exists():
+  # Where nothing but claims was left, no run came further than its first checks.
+  if not path.exists() or [item.name for item in present] == ["config"]:
     return
   draft = strict_yaml.Draft()
   old = draft.read(_read_text(path), "", lambda line: f"{path}:{line}")

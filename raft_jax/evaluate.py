@@ -30,6 +30,7 @@ from raft_jax import (
   checkpoint,
   data,
   encode,
+  engines,
   errors,
   hf,
   journal,
@@ -392,7 +393,7 @@ def read_items(
     limit=config.evaluate.limit,
     reject_threshold=config.data.reject_threshold,
   )
-  rows, _ = data.encode_rows(
+  rows, skipped = data.encode_rows(
     [(question.messages, question.answer) for question in questions],
     codec=codec,
     teacher_context="none",
@@ -402,6 +403,8 @@ def read_items(
     too_long=config.data.too_long,
     names=[question.id for question in questions],
   )
+  if skipped:
+    print(f"{len(skipped)} test questions are over a length budget and were skipped")
   return [questions[row.row_id] for row in rows], rows
 
 
@@ -410,11 +413,13 @@ def main(config: config_lib.Config) -> None:
   codec = text.load(config.model.source)
   questions, rows = read_items(config, codec)
   decoder = hf.load_config(config.model.source)
-  longest = max(len(row.prompt) for row in rows) + config.evaluate.max_new_tokens
+  new = config.evaluate.max_new_tokens
+  longest = max(len(row.prompt) + max(len(row.answer), new) for row in rows)
   if longest > decoder.max_positions:
     raise errors.UserError(
-      f"evaluate.max_new_tokens: prompt and answer take up to {longest} tokens, but"
-      f" {config.model.source} was made for {decoder.max_positions}; lower it"
+      f"evaluate.max_new_tokens={new}, data.max_*_tokens: prompt and answer take up to"
+      f" {longest} tokens, but {config.model.source} was made for"
+      f" {decoder.max_positions}; lower them (with data.too_long=skip)"
     )
   embed = encode.load(config.refine.encoder)
   settings = Settings(
@@ -424,7 +429,9 @@ def main(config: config_lib.Config) -> None:
     unroll=config.model.unroll,
   )
   # One model in memory at a time, and a missing checkpoint is seen first.
-  params, step = checkpoint.restore_params(config.output, decoder, config.model.source)
+  params, step = checkpoint.restore_params(
+    config.output, decoder, engines.identity(config.model.source)
+  )
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   with journal.open_journal(folder / "journal.jsonl") as log:

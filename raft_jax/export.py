@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from raft_jax import checkpoint, hf, hf_export, model, shards
+from raft_jax import checkpoint, engines, hf, hf_export, methods, model, shards, wiring
 from raft_jax import config as config_lib
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -117,10 +117,10 @@ def read_license(source: str) -> str | None:
   return value if isinstance(value, str) else None
 
 
-def describe_data(output: pathlib.Path) -> str:
+def describe_data(output: pathlib.Path, method: methods.Method) -> str:
   """Counts and hash of the refined records that the run learnt from."""
   folder = output / "refined"
-  if not (folder / shards.MANIFEST).is_file():
+  if not method.refined or not (folder / shards.MANIFEST).is_file():
     return "Trained on the original answers; there are no refined records."
   manifest = shards.read_manifest(folder)
   digest = hashlib.sha256((folder / shards.MANIFEST).read_bytes()).hexdigest()
@@ -186,7 +186,7 @@ def card(config: config_lib.Config, step: int) -> str:
     model=name,
     method=config.method,
     step=f"{step:,}",
-    data=describe_data(output),
+    data=describe_data(output, methods.get(config.method)),
     hyperparameters=yaml.safe_dump(shown, sort_keys=False),
     evaluation=describe_scores(_read_json(output / "evaluation" / "scores.json"), step),
   )
@@ -203,8 +203,12 @@ def count_tensors(params: model.Params) -> int:
 def export(config: config_lib.Config) -> Exported:
   """Writes `output/export`; an export of an earlier checkpoint there is replaced."""
   folder = pathlib.Path(config.output) / "export"
+  # The card states this config: it must be the one that was trained.
+  config_lib.check_output(config, "train", wiring.CLAIMED)
   decoder = hf.load_config(config.model.source)
-  params, step = checkpoint.restore_params(config.output, decoder, config.model.source)
+  params, step = checkpoint.restore_params(
+    config.output, decoder, engines.identity(config.model.source)
+  )
   hf_export.save(
     folder,
     params,

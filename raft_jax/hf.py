@@ -179,25 +179,8 @@ def load_params(
   import jax
   from flax import traverse_util
 
-  from raft_jax import model
-
-  path = resolve(source)
-  in_gguf = path.is_file()
-  family = families.of(fields(path), _config_place(path))
-  stored = gguf_file.tensors(path) if in_gguf else _open_safetensors(path)
-  names = families.file_names(family, in_gguf=in_gguf)
-  leaves = traverse_util.flatten_dict(model.shapes(config), sep="/")
+  stored, pieces, leaves = _matched(source, config)
   places = traverse_util.flatten_dict(shardings or {}, sep="/")
-  pieces = families.pieces(leaves, names)
-  tied = names["head"] if config.tie_embeddings else None
-  _check_fit(path, stored, pieces, family, tied)
-  if tied in stored:
-    _check_tied(path, stored[names["embed"]], stored[tied], tied)
-  if in_gguf:
-    for piece in pieces:
-      if piece.path in family.interleaved:
-        heads = config.n_heads if piece.path.endswith("/q") else config.n_kv_heads
-        stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads)
 
   def load_leaf(name: str, shape: tuple[int, ...]) -> jax.Array:
     tensors = [stored[piece.name] for piece in pieces if piece.path == name]
@@ -211,6 +194,42 @@ def load_params(
 
   loaded = {name: load_leaf(name, leaf.shape) for name, leaf in leaves.items()}
   return traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def check_params(source: str, config: model.DecoderConfig) -> None:
+  """Raises what `load_params` would, from the headers alone: no weight is read.
+
+  Raises:
+    UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
+  """
+  _matched(source, config)
+
+
+def _matched(
+  source: str, config: model.DecoderConfig
+) -> tuple[dict[str, families.Stored], list[families.Piece], dict[str, Any]]:
+  """The stored tensors, which of them makes up what, and the leaves by path."""
+  from flax import traverse_util
+
+  from raft_jax import model
+
+  path = resolve(source)
+  in_gguf = path.is_file()
+  family = families.of(fields(path), _config_place(path))
+  stored = gguf_file.tensors(path) if in_gguf else _open_safetensors(path)
+  names = families.file_names(family, in_gguf=in_gguf)
+  leaves = traverse_util.flatten_dict(model.shapes(config), sep="/")
+  pieces = families.pieces(leaves, names)
+  tied = names["head"] if config.tie_embeddings else None
+  _check_fit(path, stored, pieces, family, tied)
+  if tied in stored:
+    _check_tied(path, stored[names["embed"]], stored[tied], tied)
+  if in_gguf:
+    for piece in pieces:
+      if piece.path in family.interleaved:
+        heads = config.n_heads if piece.path.endswith("/q") else config.n_kv_heads
+        stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads)
+  return stored, pieces, leaves
 
 
 def _read_block(

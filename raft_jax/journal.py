@@ -115,7 +115,7 @@ def open_journal(path: str | os.PathLike[str]) -> Iterator[Journal]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with _locked(path):
+  with locked(path):
     calls, good_bytes, dropped = _read(path)
     # Unbuffered: what a failed write leaves behind must not be flushed on close.
     with open(path, "ab", buffering=0) as file:
@@ -172,7 +172,12 @@ def _crc32(body: str) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
+  """Holds `path`.lock, for one process at a time.
+
+  Raises:
+    UserError: another process holds it; it is named.
+  """
   # The holder's name has a file of its own: some versions of filelock empty the lock
   # file on every attempt to take it.
   lock_path = path.with_name(path.name + ".lock")

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -117,6 +118,13 @@ def read_questions(
     _write_rejects(pathlib.Path(rejects_path), rejects)
   _check_rejects(path, len(kept), rejects, reject_threshold, rejects_path)
   _check_ids(path, kept)
+  if rejects:
+    first = rejects[0]
+    print(
+      f"{path}: {len(rejects)} unusable rows were left out; the first is line "
+      f"{first['line']}: {first['reason']}",
+      file=sys.stderr,
+    )
   return [question for _, question in kept]
 
 

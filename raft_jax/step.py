@@ -281,13 +281,19 @@ def gradients_together(
 
 
 def gradients_apart(
-  params: model.Params, parts: Parts, weigh: Any, settings: Settings
+  params: model.Params,
+  parts: Parts,
+  weigh: Any,
+  settings: Settings,
+  *,
+  measure: bool = False,
 ) -> Gradients:
   """One gradient tree a loss, summed over micro-batches until the weights are known.
 
   The weights depend on the losses of the whole batch, which is why the trees cannot be
   added earlier. Costs one more backward pass and one more tree than
-  `gradients_together`, and gives both norms and their cosine.
+  `gradients_together`. With `measure` it also gives both norms and their cosine; not
+  otherwise, so that a batch in parts is weighted as the whole one is.
   """
 
   def of_micro_batch(part: Parts):
@@ -303,7 +309,10 @@ def gradients_apart(
   # Rows i, i + M, ... form micro-batch i: a batch spread over devices in blocks of rows
   # is then split without moving a row.
   stacked = jax.tree.map(
-    lambda x: x.reshape(-1, settings.micro_batches, *x.shape[1:]).swapaxes(0, 1), parts
+    lambda x: x.reshape(
+      x.shape[0] // settings.micro_batches, settings.micro_batches, *x.shape[1:]
+    ).swapaxes(0, 1),
+    parts,
   )
   first = jax.tree.map(lambda x: x[0], stacked)
   zeros = jax.tree.map(
@@ -315,15 +324,17 @@ def gradients_apart(
     stacked,
   )
   valid = any_token(parts[-1])
-  norms = {name: optax.tree.norm(tree) for name, tree in trees.items()}
+  norms = cosine = None
+  if measure and "kd" in trees:
+    norms = {name: optax.tree.norm(tree) for name, tree in trees.items()}
+    product = jnp.maximum(norms["sft"] * norms["kd"], 1e-30)
+    cosine = optax.tree.vdot(trees["sft"], trees["kd"]) / product
   weights = weigh(losses=terms, valid=valid, gradient_norms=norms)
-  if "kd" not in trees:
-    return Gradients(trees["sft"], terms, valid, None, None, seen)
-  balanced = jax.tree.map(
-    lambda sft, kd: weights["sft"] * sft + weights["kd"] * kd, trees["sft"], trees["kd"]
-  )
-  product = norms["sft"] * norms["kd"]
-  cosine = optax.tree.vdot(trees["sft"], trees["kd"]) / jnp.maximum(product, 1e-30)
+  balanced = trees["sft"]
+  if "kd" in trees:
+    balanced = jax.tree.map(
+      lambda sft, kd: weights["sft"] * sft + weights["kd"] * kd, balanced, trees["kd"]
+    )
   return Gradients(balanced, terms, valid, norms, cosine, seen)
 
 
@@ -361,9 +372,11 @@ def update(
     _, advanced = balancer.update({}, state.opt_state["balance"], **observed)
     return balance.loss_weights(advanced)
 
-  apart = measure or settings.micro_batches > 1
-  take = gradients_apart if apart else gradients_together
-  taken = take(state.params, (batch, trajectory, support, weights), weigh, settings)
+  parts = (batch, trajectory, support, weights)
+  if measure or settings.micro_batches > 1:
+    taken = gradients_apart(state.params, parts, weigh, settings, measure=measure)
+  else:
+    taken = gradients_together(state.params, parts, weigh, settings)
   updates, opt_state = optimizer.update(
     taken.balanced,
     state.opt_state,
@@ -387,15 +400,20 @@ def describe(
   }
   if not taken.seen:
     return out
-  seen, kd_weight = dict(taken.seen), balance.loss_weights(balance_state)["kd"]
+  seen, kd_weight = taken.seen, balance.loss_weights(balance_state)["kd"]
   out |= {
     "loss_kd": taken.losses["kd"],
     "ema_sft": balance_state.ema["sft"],
     "ema_kd": balance_state.ema["kd"],
     "kd_weight": kd_weight,
     "kd_ratio": kd_weight * taken.losses["kd"] / taken.losses["sft"],
-    "teacher_mass_in_support": seen.pop("teacher_mass_in_support"),
-    "student_mass_outside_support": 1.0 - seen.pop("student_mass_in_support"),
+    # NaN is logged as null: without a rollout there is no mass to speak of.
+    "teacher_mass_in_support": jnp.where(
+      taken.valid["kd"], seen["teacher_mass_in_support"], jnp.nan
+    ),
+    "student_mass_outside_support": jnp.where(
+      taken.valid["kd"], 1.0 - seen["student_mass_in_support"], jnp.nan
+    ),
     "rollout_length": jnp.mean(trajectory.length_B.astype(jnp.float32)),
     "rollout_empty": jnp.mean(trajectory.length_B == 0),
   }

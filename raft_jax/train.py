@@ -27,6 +27,7 @@ from raft_jax import (
   data,
   errors,
   hf,
+  journal,
   metrics,
   model,
   progress,
@@ -131,8 +132,9 @@ def fetch(
   for name in ("loss_sft", "loss_kd", "grad_norm"):
     if not math.isfinite(values.get(name, 0.0)):
       raise errors.UserError(
-        f"step {dispatched.step}: {name} is {values[name]}; nothing of this step was "
-        "saved. Lower train.learning_rate, or try model.dtype=float32, and rerun"
+        f"step {dispatched.step + 1}: {name} is {values[name]}; nothing of it was "
+        "saved. Start again in another `output` with a lower train.learning_rate, or "
+        "with model.dtype=float32"
       )
   batch, seconds = jax.device_get(dispatched.batch), dispatched.seconds
   tokens = {"update": batch.prompt_length_B.sum() + batch.answer_length_B.sum()}
@@ -180,7 +182,7 @@ def first_state(
       shardings=built.shardings.params,
     )
   if resumes:
-    state, step = checkpoint.restore(orbax, built.abstract, run.identity)
+    state, step = checkpoint.restore(orbax, built.abstract)
     print(f"resuming after step {step} of {run.total_steps}")
   else:
 
@@ -257,12 +259,13 @@ def loop(
     if pending is not None:
       report(pending)
     pending, done = dispatched, step + 1
-    if done == run.total_steps or stop or done % settings.checkpoint_every == 0:
+    stopping = bool(stop)  # once: a signal may come between two looks
+    if done == run.total_steps or stopping or done % settings.checkpoint_every == 0:
       # The metrics of a step are read before it is saved: a NaN never is.
       report(pending)
       pending = None
       save(done, state)
-    if stop:
+    if stopping:
       break
   return done
 
@@ -274,11 +277,12 @@ def fit(config: config_lib.Config) -> None:
   output = pathlib.Path(config.output)
   leaks = text.leak_phrases(config.distill.teacher_context)
   with (
+    journal.locked(output / ".train"),
     stop_signals() as stop,
     jax.set_mesh(run.mesh),
     checkpoint.manager(output, keep=config.train.keep_checkpoints) as orbax,
   ):
-    if orbax.latest_step() == run.total_steps:
+    if checkpoint.check_latest(orbax, run.identity) == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
     state, teacher_params, start = first_state(config, run, built, orbax)

@@ -1,6 +1,7 @@
 """From the run's config to the values and programs of a step.
 
-Everything that can be wrong about a run is found here, before a weight is read.
+What can be wrong about config, data and tokenizer is found here, before a weight is
+read.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from jax.sharding import Mesh
 from raft_jax import (
   balance,
   data,
+  engines,
   errors,
   hf,
   methods,
   model,
   optim,
   records,
+  refine,
   sample,
   sharding,
   shards,
@@ -56,6 +59,10 @@ CLAIMED = (
 """Keys that make a run what it is: a resumed run may not change them."""
 
 
+REFINED = (*refine.CLAIMED, "data.limit")
+"""Keys that decide the refined records which a run learns from."""
+
+
 class Examples(NamedTuple):
   """The training data, tokenised, and what identifies it."""
 
@@ -73,7 +80,11 @@ class Programs(NamedTuple):
 
 
 def read_examples(
-  config: config_lib.Config, method: methods.Method, codec: text.Codec
+  config: config_lib.Config,
+  method: methods.Method,
+  codec: text.Codec,
+  *,
+  distil: bool,
 ) -> Examples:
   """Reads and tokenises what `method` learns from."""
   if method.refined:
@@ -83,6 +94,8 @@ def read_examples(
         f"{folder}: no refined records, which method {config.method!r} learns from; "
         "run `python -m raft_jax.refine` with this config first (or method=sft)"
       )
+    # The records are of the questions and the model that this config names.
+    config_lib.check_output(config, "refine", REFINED)
     refined = [records.from_json(raw) for raw in shards.read_shards(folder)]
     examples = [(r.question.messages, method.answer(r)) for r in refined]
     names = [r.question.id for r in refined]
@@ -97,7 +110,7 @@ def read_examples(
   rows, skipped = data.encode_rows(
     examples,
     codec=codec,
-    teacher_context=config.distill.teacher_context if method.distills else "none",
+    teacher_context=config.distill.teacher_context if distil else "none",
     max_prompt_tokens=config.data.max_prompt_tokens,
     max_answer_tokens=config.data.max_answer_tokens,
     max_teacher_tokens=config.data.max_teacher_tokens,
@@ -112,9 +125,11 @@ def check(
   decoder: model.DecoderConfig,
   codec: text.Codec,
   mesh: Mesh,
+  *,
+  distil: bool,
 ) -> None:
   """What can be wrong about a run before any weight is read."""
-  if config.distill.top_k > decoder.vocab_size:
+  if distil and config.distill.top_k > decoder.vocab_size:
     raise errors.UserError(
       f"distill.top_k: {config.distill.top_k} is larger than the vocabulary of "
       f"{config.model.source} ({decoder.vocab_size}); lower it"
@@ -133,17 +148,26 @@ def check(
 
 
 def check_lengths(
-  rows: Sequence[data.Row], new_tokens: int, decoder: model.DecoderConfig, source: str
+  config: config_lib.Config,
+  rows: Sequence[data.Row],
+  decoder: model.DecoderConfig,
+  *,
+  distil: bool,
 ) -> None:
   """Whether every row, rollout included, fits into the model's positions."""
-  read = [len(row.prompt) + max(len(row.answer), new_tokens) for row in rows]
-  taught = [len(row.teacher) + new_tokens for row in rows]
-  longest = max(read + taught)
+  new = config.rollout.max_new_tokens
+  on_answer = config.distill.trajectory == "answer"
+  longest = 0
+  for row in rows:
+    longest = max(longest, len(row.prompt) + len(row.answer))
+    if distil:
+      compared = len(row.answer) if on_answer else new
+      longest = max(longest, max(len(row.prompt), len(row.teacher)) + compared)
   if longest > decoder.max_positions:
     raise errors.UserError(
-      f"rollout.max_new_tokens: with {new_tokens} new tokens the longest row has "
-      f"{longest}, but {source} was made for {decoder.max_positions}; lower it, or "
-      "lower data.max_*_tokens and set data.too_long=skip"
+      f"rollout.max_new_tokens={new}, data.max_*_tokens: the longest row has {longest} "
+      f"tokens, but {config.model.source} was made for {decoder.max_positions}; lower "
+      "the rollout, or lower the budgets and set data.too_long=skip"
     )
 
 
@@ -283,12 +307,13 @@ def prepare(config: config_lib.Config) -> Prepared:
   """Checks config, data and tokenizer, and claims the output folder."""
   method = methods.get(config.method)
   decoder = hf.load_config(config.model.source)
+  hf.check_params(config.model.source, decoder)
   codec = text.load(config.model.source)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  check(config, decoder, codec, mesh)
-  examples = read_examples(config, method, codec)
-  new_tokens = config.rollout.max_new_tokens if distills(config, method) else 0
-  check_lengths(examples.rows, new_tokens, decoder, config.model.source)
+  distil = distills(config, method)
+  check(config, decoder, codec, mesh, distil=distil)
+  examples = read_examples(config, method, codec, distil=distil)
+  check_lengths(config, examples.rows, decoder, distil=distil)
   dataset = data.dataset(
     examples.rows,
     batch_size=config.train.batch_size,
@@ -309,7 +334,7 @@ def prepare(config: config_lib.Config) -> Prepared:
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
   identity = {
-    "model": config.model.source,
+    "model": engines.identity(config.model.source),
     "data": examples.digest,
     "tokenizer": codec.digest,
   }

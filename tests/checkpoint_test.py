@@ -1,5 +1,6 @@
 """Checkpoints: whole round trips, and every way in which one may not be what it was."""
 
+import resource
 import shutil
 
 import jax
@@ -49,7 +50,8 @@ def saved(tmp_path):
 
 def restore(folder, state, identity=IDENTITY):
   with checkpoint.manager(folder, keep=2) as orbax:
-    return checkpoint.restore(orbax, abstract(state), identity)
+    checkpoint.check_latest(orbax, identity)
+    return checkpoint.restore(orbax, abstract(state))
 
 
 def test_everything_comes_back_bit_for_bit_and_old_steps_go(saved):
@@ -85,6 +87,20 @@ def test_parameters_of_another_model_are_refused(saved):
   folder, _ = saved
   with pytest.raises(errors.UserError, match="whose model was 'some/model'"):
     checkpoint.restore_params(folder, CONFIG, "other/model")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
+  state = make_state()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # as on a full disk
+  try:
+    with (
+      pytest.raises(errors.UserError, match=r"was not saved .* GiB free"),
+      checkpoint.manager(tmp_path, keep=2) as orbax,
+    ):
+      checkpoint.save(orbax, 7, state, IDENTITY)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def data_files(folder):

@@ -202,6 +202,12 @@ BAD_FILES = {
     "train.measure_every",
     "above 0 for balance.mode=gradient_norm",
   ),
+  "no ratio to reach": (
+    "balance: {mode: gradient_norm, weight: 0.0}",
+    4,
+    "balance.weight",
+    "above 0 for balance.mode=gradient_norm",
+  ),
   "beta unread": ("distill: {beta: 0.1}", 4, "distill.beta", "direction=jsd only"),
   "start unread": ("balance: {start: 1}", 4, "balance.start", "mode=schedule only"),
   "weight unread": ("balance: {weight: 2}", 4, "balance.weight", "balance.mode=ema"),
@@ -360,6 +366,9 @@ def test_claim_records_and_compares(tmp_path):
   assert config.load(recorded) == least(tmp_path, f"output={tmp_path / 'run'}")
   claim(tmp_path, "evaluate.limit=3")  # no key of the claim: allowed, and recorded
   assert config.load(recorded).evaluate.limit == 3
+  claim(tmp_path, "train.batch_size=4")  # nothing was made under the first claim
+  claim(tmp_path)
+  (tmp_path / "run/metrics.jsonl").touch()
   claim(tmp_path, "train.seed=5", stage="refine")  # each stage has its own record
   with pytest.raises(errors.UserError) as caught:
     claim(tmp_path, "train.batch_size=8", "model.source=other", "mesh.fsdp=1")
@@ -377,6 +386,7 @@ def test_claim_refuses_a_foreign_or_damaged_folder(tmp_path):
   (run / ".lock").touch()  # hidden files do not count
   claim(tmp_path)
   (run / "config/train.yaml").write_text("model: {")
+  (run / "metrics.jsonl").touch()
   with pytest.raises(errors.UserError, match="damaged"):
     claim(tmp_path)
   foreign = tmp_path / "f"

@@ -6,7 +6,7 @@ import jax
 import torch
 import transformers
 
-from raft_jax import checkpoint, config, hf, hf_tokenizer, text
+from raft_jax import checkpoint, config, engines, hf, hf_tokenizer, text
 
 
 def save_model(folder: pathlib.Path, smollm: str) -> pathlib.Path:
@@ -36,7 +36,9 @@ def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: floa
   params = hf.load_params(source, hf.load_config(source))
   params = jax.tree.map(lambda leaf: leaf * scale, params)
   with checkpoint.manager(output, keep=2) as orbax:
-    checkpoint.save(orbax, step, {"params": params}, {"model": source})
+    checkpoint.save(
+      orbax, step, {"params": params}, {"model": engines.identity(source)}
+    )
   (output / "config").mkdir(exist_ok=True)
   return params
 

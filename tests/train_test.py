@@ -12,7 +12,18 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax import checkpoint, config, errors, hf, records, shards, train
+from raft_jax import (
+  checkpoint,
+  config,
+  engines,
+  errors,
+  hf,
+  journal,
+  records,
+  refine,
+  shards,
+  train,
+)
 from tests import tiny_run
 
 STEPS = 6
@@ -69,7 +80,9 @@ def run(path, *overrides, **options):
 
 
 def final_params(output, source):
-  params, step = checkpoint.restore_params(output, hf.load_config(source), source)
+  params, step = checkpoint.restore_params(
+    output, hf.load_config(source), engines.identity(source)
+  )
   assert step == STEPS
   return params
 
@@ -214,7 +227,10 @@ def test_sft_reads_the_questions_themselves(tmp_path, source, law):
   [
     (["method=rafd"], "did you mean 'raft'"),
     (["method=raft"], r"raft_jax\.refine"),
-    (["distill.top_k=60000"], r"distill\.top_k: 60000 is larger than the vocabulary"),
+    (
+      ["method=raft", "distill.top_k=60000"],
+      r"distill\.top_k: 60000 is larger",
+    ),
     (["method=sft", "data.max_answer_tokens=3"], r"data\.max_answer_tokens"),
     (["method=sft", "data.max_prompt_tokens=20"], r"data\.max_prompt_tokens"),
     (["method=sft", "train.batch_size=1000"], r"train\.batch_size=1000"),
@@ -240,7 +256,51 @@ def test_rows_longer_than_the_model_reads_are_refused(tmp_path, source, law):
   output = tmp_path / "long"
   write_refined(output, law)
   _, settings = make_config(output, source, law, "rollout.max_new_tokens=500")
-  with pytest.raises(errors.UserError, match=r"rollout\.max_new_tokens.*for 512"):
+  with pytest.raises(errors.UserError, match=r"rollout\.max_new_tokens=500.*for 512"):
+    train.fit(settings)
+
+
+def test_records_refined_by_another_config_are_refused(tmp_path, source, law):
+  output = tmp_path / "elsewhere"
+  write_refined(output, law)
+  _, settings = make_config(output, source, law)
+  config.claim_output(settings, "refine", refine.CLAIMED)
+  train.fit(make_config(output, source, law, "train.max_steps=1")[1])
+  other = str(law.parent / "web/train.jsonl")
+  _, changed = make_config(output, source, law, f"data.questions={other}")
+  with pytest.raises(errors.UserError, match=r"refine run of another.*data\.questions"):
+    train.fit(changed)
+
+
+def test_edited_data_do_not_pass_for_a_finished_run(tmp_path, source, law):
+  output = tmp_path / "edited"
+  questions = tmp_path / "q.jsonl"
+  questions.write_text((law / "test.jsonl").read_text())
+  overrides = ["method=sft", f"data.questions={questions}", "train.max_steps=1"]
+  _, settings = make_config(output, source, law, *overrides)
+  train.fit(settings)
+  lines = (law / "validation.jsonl").read_text().splitlines()
+  questions.write_text("\n".join(lines))
+  with pytest.raises(errors.UserError, match="whose data was"):
+    train.fit(settings)
+
+
+def test_micro_batches_work_without_distillation(tmp_path, source, law):
+  output = tmp_path / "parts"
+  overrides = ["method=sft", "train.micro_batches=2", "train.max_steps=2"]
+  _, settings = make_config(output, source, law, *overrides)
+  train.fit(settings)
+  assert len(rows(output)) == 2
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path, source, law):
+  output = tmp_path / "shared"
+  output.mkdir()
+  _, settings = make_config(output, source, law, "method=sft")
+  with (
+    journal.locked(output / ".train"),
+    pytest.raises(errors.UserError, match="in use by pid"),
+  ):
     train.fit(settings)
 
 
