@@ -98,7 +98,10 @@ def _from_hub(name: str) -> pathlib.Path:
 
   try:
     return pathlib.Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS)
+      # The README holds the licence, which an exported model's card passes on.
+      huggingface_hub.snapshot_download(
+        name, allow_patterns=[*HUB_PATTERNS, "README.md"]
+      )
     )
   except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
     reason = str(error).strip().split("\n")[0]

@@ -257,8 +257,10 @@ def encoder_judge(encoder: encode.Encoder) -> Judge:
 def fit(run: config.Config) -> None:
   """Refines `data.questions` into `output/refined`: shards, manifest, summary."""
   check(run)
-  config.claim_output(run, "refine", CLAIMED)
+  config.check_output(run, "refine", CLAIMED)
   folder = pathlib.Path(run.output) / "refined"
+  # The mark of a run's folder; rejects are the first that is written there.
+  (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   questions = records.read_questions(
     run.data.questions,
     limit=run.data.limit,
@@ -271,6 +273,8 @@ def fit(run: config.Config) -> None:
   judges = [_judge(each, run, encoder) for each in run.refine.judges]
   inputs = _inputs(run, questions, encoder)
   with journal.open_journal(folder / "journal.jsonl") as book:
+    # Not before: what was wrong with the input so far binds no later run.
+    config.claim_output(run, "refine", CLAIMED)
     if _complete(folder, inputs):
       print(f"{folder}: already complete, nothing to do")
       return
@@ -317,9 +321,15 @@ def check(run: config.Config) -> None:
 
 
 def _role(name: str, stage: config.Engine, run: config.Config) -> journal.Role:
+  source = stage.model or run.model.source
   generator = engines.jax_engine(
-    stage.model or run.model.source, dtype=run.model.dtype, batch_size=stage.batch_size
+    source, dtype=run.model.dtype, batch_size=stage.batch_size
   )
+  if stage.max_new_tokens >= generator.prompt_limit:
+    raise errors.UserError(
+      f"refine: {name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
+      f"prompt: {source} was made for {generator.prompt_limit} tokens; lower it"
+    )
   return journal.Role(
     name,
     generator,
