@@ -98,16 +98,21 @@ def codec(source: str) -> text.Codec:
 def jax_engine(source: str, *, dtype: str, batch_size: int) -> Generator:
   """The built-in sampler on this process's default device.
 
-  Config, tokenizer and weights are loaded when first needed and shared by all engines
-  of the same source and dtype, so that a rewriter, a fusion model and a judge that are
-  one model are one copy.
+  The weights are loaded when first needed and shared by all engines of the same source
+  and dtype, so that a rewriter, a fusion model and a judge that are one model are one
+  copy.
 
   Args:
     source: as for `hf.resolve`.
     dtype: of weights and activations.
     batch_size: rows of a compiled batch; shorter micro-batches are filled up, so that
       each pair of widths compiles once.
+
+  Raises:
+    UserError: config, tokenizer or the weights' headers cannot be used.
   """
+  hf.check_params(source, _config(source))
+  codec(source)
   return _JaxEngine(source, dtype, batch_size)
 
 

@@ -285,9 +285,10 @@ class Calls:
     for i, count in tokens.items():
       if count > limit and names is not None:
         raise errors.UserError(
-          f"question {names[i]}: the {role.name} prompt has {count} tokens, and with "
-          f"{role.max_new_tokens} new ones the model holds {limit}; shorten the row, "
-          "or set data.too_long=skip to keep its original answer"
+          f"question {names[i]}: the {role.name} prompt has {count} tokens and "
+          f"max_new_tokens is {role.max_new_tokens}, but the model holds "
+          f"{role.generator.prompt_limit} in all; lower max_new_tokens, shorten the "
+          "row, or set data.too_long=skip to keep its original answer"
         )
     # Longest first: memory runs out at once or not at all.
     fitting = sorted(

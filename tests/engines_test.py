@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from raft_jax import engines, hf, records, text
+from raft_jax import engines, errors, hf, records, text
+from tests import tiny_run
 
 BATCH = 4
 
@@ -95,6 +96,19 @@ def test_one_model_is_one_copy(engine, smollm):
   assert engines.jax_engine(smollm, dtype="bfloat16", batch_size=2).identity != (
     engine.identity
   )
+
+
+def test_a_model_that_cannot_be_used_is_refused_when_it_is_named(tmp_path, smollm):
+  folder = tiny_run.save_model(tmp_path, smollm)
+  weights = folder / "model.safetensors"
+  whole = weights.read_bytes()
+  weights.write_bytes(whole[:-1000])
+  with pytest.raises(errors.UserError, match=r"model\.safetensors: damaged"):
+    engines.jax_engine(str(folder), dtype="float32", batch_size=1)
+  weights.write_bytes(whole)
+  (folder / "chat_template.jinja").unlink()
+  with pytest.raises(errors.UserError, match="no chat template"):
+    engines.jax_engine(str(folder), dtype="float32", batch_size=1)
 
 
 def test_over_the_limit_is_refused(engine):

@@ -24,6 +24,7 @@ from raft_jax import (
   judge,
   records,
   refine,
+  schema,
   shards,
 )
 from tests import refine_driver
@@ -487,6 +488,17 @@ def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scri
   fusion = run.refine.fusion.model_copy(update={"batch_size": 3})
   refine.fit(changed(fusion=fusion))
   assert log.read_text() == asked
+
+
+def test_bad_questions_bind_no_later_run(scripted, tmp_path):
+  run, _ = scripted
+  bad = tmp_path / "bad.jsonl"
+  bad.write_text('{"question": "x", "answer": ""}\n')
+  with pytest.raises(errors.UserError, match=r"bad\.jsonl:1: `answer` is empty"):
+    refine.fit(run.model_copy(update={"data": schema.Data(questions=str(bad))}))
+  assert (pathlib.Path(run.output) / "refined/rejects.jsonl").exists()
+  refine.fit(run)
+  assert not (pathlib.Path(run.output) / "refined/rejects.jsonl").exists()
 
 
 def test_summary_adds_up(scripted):
