@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import jax
 import yaml
 
-from raft_jax import checkpoint, engines, hf, hf_export, methods, model, shards, wiring
+from raft_jax import (
+  checkpoint,
+  engines,
+  errors,
+  hf,
+  hf_export,
+  methods,
+  model,
+  shards,
+  wiring,
+)
 from raft_jax import config as config_lib
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -136,7 +146,18 @@ def describe_data(output: pathlib.Path, method: methods.Method) -> str:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+  if not path.is_file():
+    return {}
+  try:
+    found = json.loads(path.read_bytes())
+  except ValueError:
+    found = None
+  if not isinstance(found, dict):
+    raise errors.UserError(
+      f"{path}: damaged; run the stage that wrote it again, or delete the file to "
+      "export without it"
+    )
+  return found
 
 
 def describe_scores(scores: Mapping[str, Any], step: int) -> str:

@@ -167,6 +167,16 @@ def test_no_checkpoint_and_foreign_folders_are_refused(run, tiny):
   assert (output / "export" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("text", ["{nope", "[1]"])
+def test_damaged_scores_are_refused_by_name(run, tiny, text):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
+  (output / "evaluation").mkdir()
+  (output / "evaluation/scores.json").write_text(text)
+  with pytest.raises(errors.UserError, match=r"scores\.json: damaged; run"):
+    export.main(run)
+
+
 def test_damaged_model_cards_have_no_license(tmp_path):
   (tmp_path / "README.md").write_text("# no front matter\n---\nlicense: mit\n---\n")
   assert export.read_license(str(tmp_path)) is None
