@@ -1,23 +1,16 @@
-"""What is known of each supported family of models: names, layout, config.
+"""What is known of each supported family of models: names, layout, config fields.
 
 A family is data: `FAMILIES` is the one table, used for loading and for export, and the
-place to add a family. Nothing here opens a file. `config.json` and GGUF metadata both
-arrive as the same dict of Hugging Face config fields, so that every rule is written
-once.
+place to add a family. Nothing here opens a file.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-from raft_jax import errors
-
-if TYPE_CHECKING:
-  from raft_jax import model
 
 Fields = dict[str, Any]
 """Hugging Face config fields, as in config.json."""
@@ -25,7 +18,11 @@ Index = tuple[slice, ...]
 
 
 class Name(NamedTuple):
-  """What one parameter is called outside; `{}` stands for the layer's number."""
+  """What one parameter is called outside; `{}` stands for the layer's number.
+
+  Parameters of the same name are fused: their rows follow each other in one tensor, in
+  the order of the table. An empty `gguf`: not read from GGUF files.
+  """
 
   hf: str
   gguf: str
@@ -37,61 +34,253 @@ class Family(NamedTuple):
   Attributes:
     architecture: the class name in config.json.
     names: our path in the tree -> names in files.
+    defaults: config fields that a config.json may leave out, as in transformers' class.
     only: config field -> the values `model` computes; anything else is refused.
-    defaults: config fields that a config.json may leave out.
+    extra: config -> fields of `model.DecoderConfig` in which it differs from Llama.
+    ropes: kinds of rotary scaling that are read.
+    slides: config and layer -> whether a window limits the layer; None: never.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of old checkpoints that hold no parameter.
   """
 
   architecture: str
   names: Mapping[str, Name]
-  only: Mapping[str, tuple[Any, ...]]
   defaults: Mapping[str, Any]
-  interleaved: frozenset[str]
-  ignored: re.Pattern[str]
+  only: Mapping[str, tuple[Any, ...]]
+  extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
+  ropes: tuple[str, ...] = ("default", "llama3")
+  slides: Callable[[Fields, int], bool] | None = None
+  interleaved: frozenset[str] = frozenset()
+  ignored: re.Pattern[str] = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+  )
+
+  @property
+  def in_gguf(self) -> bool:
+    """Whether its GGUF files are read."""
+    return all(name.gguf for name in self.names.values())
 
 
-_LAYER, _BLOCK = "model.layers.{}.", "blk.{}."
+_OUTER = {
+  "embed": Name("model.embed_tokens.weight", "token_embd.weight"),
+  "final_norm": Name("model.norm.weight", "output_norm.weight"),
+  "head": Name("lm_head.weight", "output.weight"),
+}
+_PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
+_MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_GGUF = {
+  "attn_norm": "attn_norm",
+  "q": "attn_q",
+  "k": "attn_k",
+  "v": "attn_v",
+  "o": "attn_output",
+  "mlp_norm": "ffn_norm",
+  "gate": "ffn_gate",
+  "up": "ffn_up",
+  "down": "ffn_down",
+}
+
+
+def _names(
+  *layer: Mapping[str, str], in_gguf: Mapping[str, str] | None = None
+) -> dict[str, Name]:
+  """The name table; `layer` gives the module of every parameter of a layer."""
+  table = dict(_OUTER)
+  for path, module in (item for part in layer for item in part.items()):
+    kind = "bias" if path.endswith("_bias") else "weight"
+    theirs = f"blk.{{}}.{in_gguf[path]}.weight" if in_gguf else ""
+    table[f"layers/{path}"] = Name(f"model.layers.{{}}.{module}.{kind}", theirs)
+  return table
+
+
+_LLAMA_LIKE = _names(_PRE_NORMS, _ATTENTION, _MLP)
+_NO_BIAS = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False, None),
+  "mlp_bias": (False, None),
+  "partial_rotary_factor": (1, None),
+}
+_COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+
+
+def _by_layer_type(default: Callable[[Fields, int], bool]):
+  """Whether `layer_types`, or what stands in for it, limits the layer by a window."""
+
+  def slides(fields: Fields, layer: int) -> bool:
+    kinds = fields.get("layer_types")
+    return kinds[layer] == "sliding_attention" if kinds else default(fields, layer)
+
+  return slides
+
+
+_qwen_slides = _by_layer_type(lambda fields, i: i >= fields["max_window_layers"])
+_QWEN = {
+  **_COMMON,
+  "max_position_embeddings": 32768,
+  "use_sliding_window": False,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+}
+
+_GEMMA_NORMS = {
+  "attn_norm": "input_layernorm",
+  "attn_post_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
+_GEMMA = {
+  **_COMMON,
+  "head_dim": 256,
+  "tie_word_embeddings": True,
+  "query_pre_attn_scalar": 256,
+  "sliding_window": 4096,
+  "attn_logit_softcapping": None,
+  "final_logit_softcapping": None,
+}
+_GEMMA_ONLY = {
+  "hidden_activation": ("gelu_pytorch_tanh",),
+  "attention_bias": (False, None),
+  "use_bidirectional_attention": (False, None),
+  "partial_rotary_factor": (1, None),
+}
+
+
+def _gemma(fields: Fields) -> dict[str, Any]:
+  return {
+    "post_norms": True,
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "embed_scale": float(fields["hidden_size"]) ** 0.5,
+    "query_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
+    "attention_softcap": fields["attn_logit_softcapping"],
+    "logit_softcap": fields["final_logit_softcapping"],
+  }
+
+
 FAMILIES = {
   "llama": Family(
     architecture="LlamaForCausalLM",
-    names={
-      "embed": Name("model.embed_tokens.weight", "token_embd.weight"),
-      "final_norm": Name("model.norm.weight", "output_norm.weight"),
-      "head": Name("lm_head.weight", "output.weight"),
-      **{
-        f"layers/{ours}": Name(f"{_LAYER}{hf}.weight", f"{_BLOCK}{theirs}.weight")
-        for ours, hf, theirs in (
-          ("attn_norm", "input_layernorm", "attn_norm"),
-          ("q", "self_attn.q_proj", "attn_q"),
-          ("k", "self_attn.k_proj", "attn_k"),
-          ("v", "self_attn.v_proj", "attn_v"),
-          ("o", "self_attn.o_proj", "attn_output"),
-          ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
-          ("gate", "mlp.gate_proj", "ffn_gate"),
-          ("up", "mlp.up_proj", "ffn_up"),
-          ("down", "mlp.down_proj", "ffn_down"),
-        )
-      },
+    names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
+    defaults={**_COMMON, "max_position_embeddings": 2048},
+    only=_NO_BIAS,
+    # llama.cpp's convert_hf_to_gguf.py permutes these two (LlamaModel.permute).
+    interleaved=frozenset({"layers/q", "layers/k"}),
+  ),
+  "qwen2": Family(
+    architecture="Qwen2ForCausalLM",
+    names=_names(
+      _PRE_NORMS,
+      _ATTENTION,
+      {f"{name}_bias": f"self_attn.{name}_proj" for name in "qkv"},
+      _MLP,
+    ),
+    defaults=_QWEN,
+    only={name: _NO_BIAS[name] for name in ("hidden_act", "partial_rotary_factor")},
+    extra=lambda fields: {"qkv_bias": True},
+    slides=_qwen_slides,
+  ),
+  "qwen3": Family(
+    architecture="Qwen3ForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    defaults={**_QWEN, "head_dim": 128},
+    only=_NO_BIAS,
+    extra=lambda fields: {"qk_norm": "head"},
+    slides=_qwen_slides,
+  ),
+  "mistral": Family(
+    architecture="MistralForCausalLM",
+    names=_LLAMA_LIKE,
+    defaults={
+      **_COMMON,
+      "max_position_embeddings": 131072,
+      "sliding_window": 4096,
     },
+    only=_NO_BIAS,
+    slides=lambda fields, layer: True,
+  ),
+  "smollm3": Family(
+    architecture="SmolLM3ForCausalLM",
+    names=_LLAMA_LIKE,
+    defaults={
+      **_COMMON,
+      "rope_theta": 2000000.0,
+      "max_position_embeddings": 32768,
+      "tie_word_embeddings": True,
+      "no_rope_layer_interval": 4,
+      "use_sliding_window": False,
+    },
+    only=_NO_BIAS,
+    slides=_by_layer_type(
+      lambda fields, layer: not turns(fields, layer) and fields["use_sliding_window"]
+    ),
+  ),
+  "olmo2": Family(
+    architecture="Olmo2ForCausalLM",
+    names=_names(
+      _ATTENTION,
+      _QK_NORMS,
+      {
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+      },
+      _MLP,
+    ),
+    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    only=_NO_BIAS,
+    extra=lambda fields: {
+      "qk_norm": "projection",
+      "pre_norms": False,
+      "post_norms": True,
+    },
+  ),
+  "phi3": Family(
+    architecture="Phi3ForCausalLM",
+    names=_names(
+      _PRE_NORMS,
+      {
+        **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+        "o": "self_attn.o_proj",
+        **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+        "down": "mlp.down_proj",
+      },
+    ),
+    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     only={
       "hidden_act": ("silu",),
       "attention_bias": (False, None),
       "mlp_bias": (False, None),
-      "partial_rotary_factor": (1, None),
+      "lm_head_bias": (False, None),
     },
-    # transformers.LlamaConfig's own.
+    ropes=("default", "longrope"),
+    slides=lambda fields, layer: True,
+  ),
+  "gemma3_text": Family(
+    architecture="Gemma3ForCausalLM",
+    names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP),
     defaults={
-      "rms_norm_eps": 1e-6,
-      "rope_theta": 10000.0,
-      "max_position_embeddings": 2048,
-      "tie_word_embeddings": False,
+      **_GEMMA,
+      "rope_theta": 1000000.0,
+      "rope_local_base_freq": 10000.0,
+      "max_position_embeddings": 131072,
+      "sliding_window_pattern": 6,
     },
-    # llama.cpp's convert_hf_to_gguf.py permutes these two (LlamaModel.permute).
-    interleaved=frozenset({"layers/q", "layers/k"}),
-    ignored=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
+    only=_GEMMA_ONLY,
+    extra=lambda fields: {**_gemma(fields), "qk_norm": "head"},
+    ropes=("default", "linear"),
+    slides=_by_layer_type(lambda f, i: (i + 1) % f["sliding_window_pattern"] != 0),
   ),
 }
+
+
+def turns(fields: Fields, layer: int) -> bool:
+  """Whether a layer has rotary positions at all."""
+  given = fields.get("no_rope_layers")
+  if given:
+    return bool(given[layer])
+  interval = fields.get("no_rope_layer_interval")
+  return not interval or (layer + 1) % interval != 0
 
 
 # --- Tensors --------------------------------------------------------------------------
@@ -109,14 +298,16 @@ class Piece(NamedTuple):
 
   Attributes:
     name: in the file.
-    path: of the leaf, like "layers/q".
-    layer: its row of the stacked leaf; None: it is the whole leaf.
+    paths: of the leaf, like ("layers/q",); of several where the tensor is fused.
+    layer: its row of the stacked leaves; None: it is the whole leaf.
+    rows: of each leaf in the tensor.
     shape: of the tensor in the file.
   """
 
   name: str
-  path: str
+  paths: tuple[str, ...]
   layer: int | None
+  rows: tuple[int, ...]
   shape: tuple[int, ...]
 
 
@@ -134,98 +325,30 @@ def pieces(leaves: Mapping[str, Any], names: Mapping[str, str]) -> list[Piece]:
     leaves: path -> array, or anything with its shape.
     names: from `file_names`.
   """
+  groups: dict[str, tuple[str, ...]] = {names[path]: () for path in leaves}
+  for path, name in names.items():  # in order of the table, which is that of the rows
+    if path in leaves:
+      groups[name] += (path,)
   result = []
-  for path, leaf in leaves.items():
-    name, shape = names[path], tuple(leaf.shape)
-    if "{}" in name:
-      layers = range(shape[0])
-      result += [Piece(name.format(i), path, i, shape[1:]) for i in layers]
-    else:
-      result.append(Piece(name, path, None, shape))
+  for name, paths in groups.items():
+    stacked = "{}" in name
+    shapes = [tuple(leaves[path].shape)[stacked:] for path in paths]
+    rows = tuple(shape[0] for shape in shapes)
+    shape = (sum(rows), *shapes[0][1:])
+    layers = range(leaves[paths[0]].shape[0]) if stacked else (None,)
+    result += [Piece(name.format(i), paths, i, rows, shape) for i in layers]
   return result
 
 
-# --- Config ---------------------------------------------------------------------------
+def part(tensor: Stored, piece: Piece, path: str) -> Stored:
+  """The rows of one leaf in a tensor, which is all of them unless it is fused."""
+  if len(piece.paths) == 1:
+    return tensor
+  place = piece.paths.index(path)
+  start, count = sum(piece.rows[:place]), piece.rows[place]
 
+  def read(index: Index) -> np.ndarray:
+    first, stop, step = index[0].indices(count)
+    return tensor.read((slice(start + first, start + stop, step), *index[1:]))
 
-def of(fields: Fields, place: str) -> Family:
-  """The family of a model, refusing what `model` does not compute.
-
-  Args:
-    fields: the model's config.
-    place: where the config was read, for messages.
-
-  Raises:
-    UserError: the family or a feature of it is not supported; the message names it.
-  """
-  if fields.get("auto_map"):
-    raise errors.UserError(
-      f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
-      "is never done; use a model of a supported family"
-    )
-  if fields.get("quantization_config"):
-    raise errors.UserError(
-      f"{place}: quantization_config: quantised weights cannot be trained; use the "
-      "unquantised checkpoint"
-    )
-  family = FAMILIES.get(fields.get("model_type", ""))
-  architectures = fields.get("architectures") or []
-  if family is None or (architectures and family.architecture not in architectures):
-    known = ", ".join(f.architecture for f in FAMILIES.values())
-    raise errors.UserError(
-      f"{place}: architecture {', '.join(map(str, architectures)) or 'unknown'} "
-      f"(model_type {fields.get('model_type')!r}) is not supported; supported: {known}"
-    )
-  for field, values in family.only.items():
-    if field in fields and fields[field] not in values:
-      raise errors.UserError(
-        f"{place}: {field} = {fields[field]!r} is not supported (only {values[0]!r}); "
-        "use another model"
-      )
-  for field in ("rope_scaling", "rope_parameters"):
-    rope = fields.get(field) or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1:
-      raise errors.UserError(
-        f"{place}: rope scaling {kind!r} is not supported; use a model without it"
-      )
-  return family
-
-
-def decoder_config(fields: Fields, place: str) -> model.DecoderConfig:
-  """The decoder's shape; arguments and errors as for `of`."""
-  from raft_jax import model  # imports jax
-
-  rope = fields.get("rope_parameters") or {}
-  fields = {**of(fields, place).defaults, **rope, **fields}
-
-  def number(name: str, kind: type, default: Any = None) -> Any:
-    value = fields.get(name)
-    value = default if value is None else value
-    good = isinstance(value, int if kind is int else int | float)
-    if not good or isinstance(value, bool) or not value > 0:
-      raise errors.UserError(
-        f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
-      )
-    return kind(value)
-
-  heads, width = number("num_attention_heads", int), number("hidden_size", int)
-  config = model.DecoderConfig(
-    vocab_size=number("vocab_size", int),
-    d_model=width,
-    n_layers=number("num_hidden_layers", int),
-    n_heads=heads,
-    n_kv_heads=number("num_key_value_heads", int, heads),
-    head_dim=number("head_dim", int, width // heads),
-    d_ff=number("intermediate_size", int),
-    rms_eps=number("rms_norm_eps", float),
-    rope_theta=number("rope_theta", float),
-    max_positions=number("max_position_embeddings", int),
-    tie_embeddings=bool(fields["tie_word_embeddings"]),
-  )
-  if config.n_heads % config.n_kv_heads or config.head_dim % 2:
-    raise errors.UserError(
-      f"{place}: {config.n_heads} heads, {config.n_kv_heads} key/value heads of width "
-      f"{config.head_dim} do not fit together; fetch the file again"
-    )
-  return config
+  return Stored((count, *tensor.shape[1:]), read)

@@ -63,7 +63,9 @@ def config_fields(path: pathlib.Path) -> families.Fields:
   if meta("expert_count"):
     raise errors.UserError(f"{path}: mixture of experts is not supported; use another")
   fields = {
-    "architectures": [known.architecture] if known else [f"GGUF {family}"],
+    "architectures": (
+      [known.architecture] if known and known.in_gguf else [f"GGUF {family}"]
+    ),
     "model_type": family,
     "hidden_act": "silu",
     "attention_bias": False,

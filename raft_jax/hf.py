@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from raft_jax import errors, families, gguf_file
+from raft_jax import errors, families, family_config, gguf_file
 
 if TYPE_CHECKING:
   import jax
@@ -121,7 +121,7 @@ def load_config(source: str) -> model.DecoderConfig:
     UserError: the family or a feature of it is not supported; the message names it.
   """
   path = resolve(source)
-  return families.decoder_config(fields(path), _config_place(path))
+  return family_config.decoder_config(fields(path), _config_place(path))
 
 
 def _config_place(path: pathlib.Path) -> str:
@@ -186,7 +186,11 @@ def load_params(
   places = traverse_util.flatten_dict(shardings or {}, sep="/")
 
   def load_leaf(name: str, shape: tuple[int, ...]) -> jax.Array:
-    tensors = [stored[piece.name] for piece in pieces if piece.path == name]
+    tensors = [
+      families.part(stored[piece.name], piece, name)
+      for piece in pieces
+      if name in piece.paths
+    ]
 
     def block(index: families.Index | None) -> np.ndarray:
       return _read_block(tensors, shape, index, DTYPES[dtype])
@@ -218,7 +222,7 @@ def _matched(
 
   path = resolve(source)
   in_gguf = path.is_file()
-  family = families.of(fields(path), _config_place(path))
+  family = family_config.of(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else _open_safetensors(path)
   names = families.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(model.shapes(config), sep="/")
@@ -229,8 +233,9 @@ def _matched(
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
   if in_gguf:
     for piece in pieces:
-      if piece.path in family.interleaved:
-        heads = config.n_heads if piece.path.endswith("/q") else config.n_kv_heads
+      if piece.paths[0] in family.interleaved:
+        is_query = piece.paths[0].endswith("/q")
+        heads = config.n_heads if is_query else config.n_kv_heads
         stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads)
   return stored, pieces, leaves
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 import raft_jax
-from raft_jax import errors, families, hf, hf_tokenizer
+from raft_jax import errors, families, family_config, hf, hf_tokenizer
 
 if TYPE_CHECKING:
   import transformers
@@ -75,7 +75,7 @@ def save(
   path = hf.resolve(source)
   fields = hf.fields(path)
   tokenizer = hf_tokenizer.load(source)
-  family, kind = families.of(fields, source), hf.DTYPES[dtype]
+  family, kind = family_config.of(fields, source), hf.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
   pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
@@ -149,15 +149,17 @@ def _write_weights(
 def _host_tensors(
   leaves: Mapping[str, Any], shard: Shard, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-  for path, pieces in itertools.groupby(shard, lambda piece: piece.path):
-    leaf = np.asarray(leaves[path])
-    if not np.isfinite(leaf).all():
-      raise errors.UserError(
-        f"parameter {path} has values that are not finite; the run diverged: export an "
-        "earlier checkpoint"
-      )
+  for paths, pieces in itertools.groupby(shard, lambda piece: piece.paths):
+    whole = [np.asarray(leaves[path]) for path in paths]
+    for path, leaf in zip(paths, whole, strict=True):
+      if not np.isfinite(leaf).all():
+        raise errors.UserError(
+          f"parameter {path} has values that are not finite; the run diverged: export "
+          "an earlier checkpoint"
+        )
     for piece in pieces:
-      tensor = leaf if piece.layer is None else leaf[piece.layer]
+      parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in whole]
+      tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
       # safetensors writes the buffer as it lies, strides or not.
       yield piece.name, np.ascontiguousarray(tensor, dtype)
 
@@ -169,7 +171,9 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 def _write_config(
   folder: pathlib.Path, fields: families.Fields, config: model.DecoderConfig, dtype: str
 ) -> None:
-  fields = {name: value for name, value in fields.items() if name != "_name_or_path"}
+  # auto_map names files of code, which are not exported.
+  left = ("_name_or_path", "auto_map")
+  fields = {name: value for name, value in fields.items() if name not in left}
   fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
   fields["tie_word_embeddings"] = config.tie_embeddings
   _write_json(folder / "config.json", {**fields, MARK: raft_jax.__version__})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,19 +20,45 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from raft_jax import rotary
+
 Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "silu": jax.nn.silu,
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+UNLIMITED = 2**30
+"""A window that no distance reaches."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Everything that shapes the network.
+  """Everything that shapes the network. The defaults are Llama's.
 
   Attributes:
     rms_eps: added to the mean square in RMS normalisation.
     rope_theta: base of the rotary frequencies.
     max_positions: longest sequence the model was made for.
     tie_embeddings: the output head is the input embedding.
+    ropes: the rotary embeddings; none: a plain one at `rope_theta`. All turn the same
+      width of a head.
+    layer_ropes: each layer's index into `ropes`; none: the first for all.
+    windows: how many positions each layer sees, its own included; 0: all; none: all for
+      all layers.
+    qkv_bias: the projections to queries, keys and values have biases.
+    qk_norm: width of the RMS norm on queries and keys: of each "head" with one scale
+      for all heads, or of the whole "projection".
+    pre_norms: norms before attention and feed-forward.
+    post_norms: norms after attention and feed-forward, before they are added.
+    norm_offset: added to the scale of every norm.
+    activation: a key of `ACTIVATIONS`.
+    embed_scale: multiplies the embeddings on their way in.
+    query_scale: multiplies the scores; None: head_dim ** -0.5.
+    attention_softcap: c in c * tanh(scores / c), or None.
+    logit_softcap: c in c * tanh(logits / c), or None; the head is not this module's.
   """
 
   vocab_size: int
@@ -45,40 +72,65 @@ class DecoderConfig:
   rope_theta: float
   max_positions: int
   tie_embeddings: bool
+  ropes: tuple[rotary.Rope, ...] = ()
+  layer_ropes: tuple[int, ...] = ()
+  windows: tuple[int, ...] = ()
+  qkv_bias: bool = False
+  qk_norm: str | None = None
+  pre_norms: bool = True
+  post_norms: bool = False
+  norm_offset: float = 0.0
+  activation: str = "silu"
+  embed_scale: float = 1.0
+  query_scale: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+
+  @property
+  def reads_key_positions(self) -> bool:
+    """Whether a layer needs to know where its keys stand."""
+    return any(self.windows) or any(rope.long_divisors for rope in self.ropes)
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
   """Root mean square normalisation over the last axis, computed in float32.
 
   Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
   """
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+  if offset:
+    # In bfloat16 the sum would lose most of a scale that is near 0.
+    return (x32 * inverse * (offset + scale.astype(jnp.float32))).astype(x.dtype)
   return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotary_angles(positions_BT: Array, config: DecoderConfig) -> tuple[Array, Array]:
-  """Cosine and sine [B, T, 1, h/2] of the rotary embedding, float32.
-
-  Su et al., "RoFormer", arXiv 2104.09864.
-  """
-  exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  inverse_frequency = 1.0 / (config.rope_theta**exponent)
-  angle = positions_BT[..., None].astype(jnp.float32) * inverse_frequency
-  return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
-
-
-def rotate(x_BTHh: Array, cos: Array, sin: Array) -> Array:
-  """Applies the rotary embedding; halves of a head are rotated against each other."""
-  first, second = jnp.split(x_BTHh.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
+def attention(
+  q_BTHh: Array, k_BSNh: Array, v_BSNh: Array, mask_BTS: Array, config: DecoderConfig
+) -> Array:
+  """Softmax attention; query heads share key/value heads in consecutive groups."""
+  cap = config.attention_softcap
+  if cap is None:
+    return jax.nn.dot_product_attention(
+      q_BTHh, k_BSNh, v_BSNh, mask=mask_BTS[:, None], scale=config.query_scale
+    )
+  batch, length, heads, width = q_BTHh.shape
+  q_BTNGh = q_BTHh.reshape(batch, length, config.n_kv_heads, -1, width)
+  scores_BNGTS = jnp.einsum(
+    "btngh,bsnh->bngts", q_BTNGh, k_BSNh, preferred_element_type=jnp.float32
   )
-  return rotated.astype(x_BTHh.dtype)
+  scores_BNGTS *= width**-0.5 if config.query_scale is None else config.query_scale
+  scores_BNGTS = cap * jnp.tanh(scores_BNGTS / cap)
+  # Finite, so that a row of padding that sees nothing gets no NaN.
+  lowest = jnp.finfo(jnp.float32).min
+  scores_BNGTS = jnp.where(mask_BTS[:, None, None], scores_BNGTS, lowest)
+  share_BNGTS = jax.nn.softmax(scores_BNGTS, axis=-1).astype(v_BSNh.dtype)
+  out_BTNGh = jnp.einsum("bngts,bsnh->btngh", share_BNGTS, v_BSNh)
+  return out_BTNGh.reshape(batch, length, heads, width)
 
 
 class Block(nnx.Module):
-  """One pre-norm transformer layer."""
+  """One transformer layer."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
     d, f = config.d_model, config.d_ff
@@ -87,35 +139,58 @@ class Block(nnx.Module):
     def kernel(out: int, inp: int) -> nnx.Param:
       return nnx.Param(jax.random.normal(rngs.params(), (out, inp)) * inp**-0.5)
 
+    def norm(width: int) -> nnx.Param:
+      return nnx.Param(jnp.full(width, 1.0 - config.norm_offset))
+
     self.config = config
-    self.attn_norm = nnx.Param(jnp.ones(d))
     self.q, self.k, self.v = kernel(heads, d), kernel(kv, d), kernel(kv, d)
     self.o = kernel(d, heads)
-    self.mlp_norm = nnx.Param(jnp.ones(d))
     self.gate, self.up, self.down = kernel(f, d), kernel(f, d), kernel(d, f)
+    if config.pre_norms:
+      self.attn_norm, self.mlp_norm = norm(d), norm(d)
+    if config.post_norms:
+      self.attn_post_norm, self.mlp_post_norm = norm(d), norm(d)
+    if config.qkv_bias:
+      self.q_bias = nnx.Param(jnp.zeros(heads))
+      self.k_bias, self.v_bias = nnx.Param(jnp.zeros(kv)), nnx.Param(jnp.zeros(kv))
+    if config.qk_norm == "head":
+      self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
+    if config.qk_norm == "projection":
+      self.q_norm, self.k_norm = norm(heads), norm(kv)
 
-  def __call__(self, x_BTD, angles, mask_BTS, cache, layer, cache_index):
-    c = self.config
+  def __call__(self, x_BTD, rotation, mask_BTS, cache, layer, cache_index):
     attended, cache = self.attend(
-      rms_norm(x_BTD, self.attn_norm[...], c.rms_eps),
-      angles,
-      mask_BTS,
-      cache,
-      layer,
-      cache_index,
+      self.norm(x_BTD, "attn_norm"), rotation, mask_BTS, cache, layer, cache_index
     )
-    x_BTD = x_BTD + attended
-    normed = rms_norm(x_BTD, self.mlp_norm[...], c.rms_eps)
-    gated = jax.nn.silu(project(normed, self.gate)) * project(normed, self.up)
-    return x_BTD + project(gated, self.down), cache
+    x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
+    normed = self.norm(x_BTD, "mlp_norm")
+    activation = ACTIVATIONS[self.config.activation]
+    gated = activation(project(normed, self.gate)) * project(normed, self.up)
+    return x_BTD + self.norm(project(gated, self.down), "mlp_post_norm"), cache
 
-  def attend(self, x_BTD, angles, mask_BTS, cache, layer, cache_index):
+  def norm(self, x: Array, name: str) -> Array:
+    """The norm of that name, over as much of the last axis as it is wide; or none."""
+    if not hasattr(self, name):
+      return x
+    scale, c = getattr(self, name)[...], self.config
+    parts = x.reshape(*x.shape[:-1], -1, scale.shape[-1])
+    parts = x if parts.shape[-2] == 1 else parts
+    return rms_norm(parts, scale, c.rms_eps, c.norm_offset).reshape(x.shape)
+
+  def heads(self, x_BTD: Array, name: str, count: int) -> Array:
+    """Queries, keys or values [B, T, count, h]."""
+    x = project(x_BTD, getattr(self, name))
+    if self.config.qkv_bias:
+      x = x + getattr(self, f"{name}_bias")[...].astype(x.dtype)
+    x = self.norm(x, f"{name}_norm")
+    return x.reshape(*x.shape[:-1], count, self.config.head_dim)
+
+  def attend(self, x_BTD, rotation, mask_BTS, cache, layer, cache_index):
     c = self.config
-    batch, length, _ = x_BTD.shape
-    q_BTHh = project(x_BTD, self.q).reshape(batch, length, c.n_heads, c.head_dim)
-    k_BTNh = project(x_BTD, self.k).reshape(batch, length, c.n_kv_heads, c.head_dim)
-    v_BTNh = project(x_BTD, self.v).reshape(batch, length, c.n_kv_heads, c.head_dim)
-    q_BTHh, k_BTNh = rotate(q_BTHh, *angles), rotate(k_BTNh, *angles)
+    q_BTHh = self.heads(x_BTD, "q", c.n_heads)
+    k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads)
+    v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads)
+    q_BTHh, k_BTNh = rotary.rotate(q_BTHh, *rotation), rotary.rotate(k_BTNh, *rotation)
     if cache is not None:
       # Written in place at [layer, :, cache_index:]: the cache travels as the scan's
       # carry, so that a decode step moves one token's worth of it, not all.
@@ -130,10 +205,8 @@ class Block(nnx.Module):
       }
       k_BTNh = cache["k"][layer].astype(x_BTD.dtype)
       v_BTNh = cache["v"][layer].astype(x_BTD.dtype)
-    out_BTHh = jax.nn.dot_product_attention(
-      q_BTHh, k_BTNh, v_BTNh, mask=mask_BTS[:, None]
-    )
-    return project(out_BTHh.reshape(batch, length, -1), self.o), cache
+    out_BTHh = attention(q_BTHh, k_BTNh, v_BTNh, mask_BTS, c)
+    return project(out_BTHh.reshape(*x_BTD.shape[:-1], -1), self.o), cache
 
 
 class Decoder(nnx.Module):
@@ -148,7 +221,7 @@ class Decoder(nnx.Module):
     vocabulary = (config.vocab_size, config.d_model)
     self.embed = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
     self.layers = stack(rngs)
-    self.final_norm = nnx.Param(jnp.ones(config.d_model))
+    self.final_norm = nnx.Param(jnp.full(config.d_model, 1.0 - config.norm_offset))
     if not config.tie_embeddings:
       self.head = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
 
@@ -170,20 +243,31 @@ def shapes(config: DecoderConfig) -> Params:
 
 def axes(config: DecoderConfig) -> Params:
   """Logical axis names of every parameter, for `sharding.tree`."""
+  wide, queries = ("layers", "embed"), ("layers", "heads")
+  keys, up = ("layers", "kv_heads"), ("layers", "mlp", "embed")
+  layers: dict[str, tuple[str, ...]] = {
+    "q": (*queries, "embed"),
+    "k": (*keys, "embed"),
+    "v": (*keys, "embed"),
+    "o": ("layers", "embed", "heads"),
+    "gate": up,
+    "up": up,
+    "down": ("layers", "embed", "mlp"),
+  }
+  if config.pre_norms:
+    layers |= {"attn_norm": wide, "mlp_norm": wide}
+  if config.post_norms:
+    layers |= {"attn_post_norm": wide, "mlp_post_norm": wide}
+  if config.qkv_bias:
+    layers |= {"q_bias": queries, "k_bias": keys, "v_bias": keys}
+  if config.qk_norm == "head":
+    layers |= dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim"))
+  if config.qk_norm == "projection":
+    layers |= {"q_norm": queries, "k_norm": keys}
   names: Params = {
     "embed": ("vocab", "embed"),
     "final_norm": ("embed",),
-    "layers": {
-      "attn_norm": ("layers", "embed"),
-      "q": ("layers", "heads", "embed"),
-      "k": ("layers", "kv_heads", "embed"),
-      "v": ("layers", "kv_heads", "embed"),
-      "o": ("layers", "embed", "heads"),
-      "mlp_norm": ("layers", "embed"),
-      "gate": ("layers", "mlp", "embed"),
-      "up": ("layers", "mlp", "embed"),
-      "down": ("layers", "embed", "mlp"),
-    },
+    "layers": layers,
   }
   if not config.tie_embeddings:
     names["head"] = ("vocab", "embed")
@@ -198,9 +282,15 @@ def output_embedding(params: Params) -> Array:
 def init_cache(
   config: DecoderConfig, batch: int, length: int, dtype: str = "float32"
 ) -> dict[str, Array]:
-  """Empty key/value cache {"k", "v"}, each [L, B, S, N, h]."""
+  """Empty key/value cache {"k", "v"}, each [L, B, S, N, h].
+
+  Where the config reads key positions, also {"positions"}, int32 [B, S].
+  """
   shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
-  return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+  cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+  if config.reads_key_positions:
+    cache["positions"] = jnp.zeros((batch, length), jnp.int32)
+  return cache
 
 
 @functools.lru_cache
@@ -224,6 +314,7 @@ def forward(
   *,
   cache: dict[str, Array] | None = None,
   cache_index: Array | int = 0,
+  reach_B: Array | None = None,
   dtype: str = "float32",
   remat: bool = False,
   unroll: int = 1,
@@ -238,6 +329,8 @@ def forward(
       cache's length.
     cache: from `init_cache`; this call's keys and values are written at columns
       `cache_index` .. `cache_index + T`.
+    reach_B: int32, the length that a row whose cache is being filled may come to; read
+      where the rotary embedding depends on a row's length. None: as long as it is.
     dtype: of the activations.
     remat: recompute each layer in the backward pass.
     unroll: layers per iteration of the scan; 0 means all.
@@ -246,24 +339,71 @@ def forward(
     hidden_BTD in `dtype`, and the updated cache (None without one).
   """
   x_BTD = params["embed"][tokens_BT].astype(dtype)
-  angles = rotary_angles(positions_BT, config)
+  if config.embed_scale != 1.0:
+    x_BTD = x_BTD * jnp.asarray(config.embed_scale, dtype)
+  keys, cache = _key_positions(positions_BT, cache, cache_index)
+  ropes = config.ropes or (rotary.Rope(config.rope_theta),)
+  reach_B = _reach(keys, mask_BTS, reach_B) if config.reads_key_positions else None
+  rotations = [
+    rotary.rotation(rope, positions_BT, config.head_dim, reach_B) for rope in ropes
+  ]
+  tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
+  distance_BTS = positions_BT[:, :, None] - keys[:, None, :]
 
   def layer(carry, inputs):
-    x_BTD, cache = carry
-    layer_params, index = inputs
-    x_BTD, cache = _apply_block(
-      config, layer_params, x_BTD, angles, mask_BTS, cache, index, cache_index
+    x_BTD, kv = carry
+    layer_params, index, own = inputs
+    rotation, seen_BTS = rotations[0], mask_BTS
+    if "rope" in own:
+      rotation = jax.tree.map(lambda table: table[own["rope"]], tables)
+    if "window" in own:
+      seen_BTS = mask_BTS & (distance_BTS < own["window"])
+    x_BTD, kv = _apply_block(
+      config, layer_params, x_BTD, rotation, seen_BTS, kv, index, cache_index
     )
-    return (x_BTD, cache), None
+    return (x_BTD, kv), None
 
   body = jax.checkpoint(layer) if remat else layer
-  (x_BTD, cache), _ = jax.lax.scan(
+  kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+  (x_BTD, kv), _ = jax.lax.scan(
     body,
-    (x_BTD, cache),
-    (params["layers"], jnp.arange(config.n_layers)),
+    (x_BTD, kv),
+    (params["layers"], jnp.arange(config.n_layers), _layer_data(config)),
     unroll=unroll or config.n_layers,
   )
-  return rms_norm(x_BTD, params["final_norm"], config.rms_eps), cache
+  if cache is not None and kv is not None:
+    cache = {**cache, **kv}
+  final_norm = params["final_norm"]
+  return rms_norm(x_BTD, final_norm, config.rms_eps, config.norm_offset), cache
+
+
+def _layer_data(config: DecoderConfig) -> dict[str, Array]:
+  """What differs between layers, each [L]: the scan's body stays one."""
+  data = {}
+  if config.layer_ropes:
+    data["rope"] = jnp.array(config.layer_ropes)
+  if any(config.windows):
+    data["window"] = jnp.array([window or UNLIMITED for window in config.windows])
+  return data
+
+
+def _key_positions(
+  positions_BT: Array, cache: dict[str, Array] | None, cache_index: Array | int
+) -> tuple[Array, dict[str, Array] | None]:
+  """Position of every key [B, S], and the cache with this call's written."""
+  if cache is None or "positions" not in cache:
+    return positions_BT, cache
+  keys_BS = jax.lax.dynamic_update_slice(
+    cache["positions"], positions_BT.astype(jnp.int32), (0, cache_index)
+  )
+  return keys_BS, {**cache, "positions": keys_BS}
+
+
+def _reach(keys_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
+  """Length of each row in positions: padding, which nobody sees, does not count."""
+  seen_BS = jnp.any(mask_BTS, axis=1)
+  length_B = jnp.max(jnp.where(seen_BS, keys_BS, 0), axis=1) + 1
+  return length_B if reach_B is None else jnp.maximum(length_B, reach_B)
 
 
 def positions(valid_BT: Array) -> Array:

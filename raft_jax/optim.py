@@ -28,9 +28,9 @@ def warmup_cosine(
 
 
 def decays(params: Any) -> Any:
-  """Mask tree: True where weight decay applies, which is everything but norm scales."""
+  """Mask tree: True where weight decay applies: all but norm scales and biases."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not str(path[-1].key).endswith("norm"), params
+    lambda path, _: not str(path[-1].key).endswith(("norm", "bias")), params
   )
 
 

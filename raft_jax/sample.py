@@ -122,7 +122,14 @@ def generate(
   batch, width = prompt_BP.shape
   embedding = model.output_embedding(params).astype(dtype)
   keys_B = row_keys(seed, step, row_id_B)
-  run = functools.partial(model.forward, params, config, dtype=dtype, unroll=unroll)
+  run = functools.partial(
+    model.forward,
+    params,
+    config,
+    reach_B=prompt_length_B + max_new_tokens,
+    dtype=dtype,
+    unroll=unroll,
+  )
   column = jnp.arange(width + max_new_tokens)
   prompt_key_BS = column < prompt_length_B[:, None]
 

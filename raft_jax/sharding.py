@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "mlp": "tensor",
+  "head_dim": None,
 }
 """Logical axis to mesh axes. A name that is not here is an error, not a default."""
 

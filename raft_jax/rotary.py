@@ -1,0 +1,75 @@
+"""Rotary position embeddings: frequencies, their scaling for long texts, the rotation.
+
+A rotary embedding is data, a `Rope`: every published scaling is a divisor of each
+frequency. Shapes: B rows, T tokens, H heads, h head width, K frequencies (half of the
+width that turns).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+Rotation = tuple[Array, Array]
+"""Cosine and sine [B, T, 1, K], float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """One rotary embedding.
+
+  Attributes:
+    theta: base of the frequencies.
+    width: the leading part of a head that turns; None: the whole head.
+    divisors: of the frequencies: none, one for all, or one each. A frequency divided by
+      infinity does not turn: (inf,) is a layer without positions.
+    long_divisors: take the place of `divisors` in rows that are longer than
+      `long_after` positions (Ding et al., "LongRoPE", arXiv 2402.13753).
+    scale: of cosine and sine.
+  """
+
+  theta: float
+  width: int | None = None
+  divisors: tuple[float, ...] = ()
+  long_divisors: tuple[float, ...] = ()
+  long_after: int = 0
+  scale: float = 1.0
+
+
+def rotation(
+  rope: Rope, positions_BT: Array, head_dim: int, reach_B: Array | None = None
+) -> Rotation:
+  """Cosine and sine of every position's angles.
+
+  Su et al., "RoFormer", arXiv 2104.09864.
+
+  Args:
+    reach_B: int32, the length of each row in positions; read with `long_divisors` only.
+  """
+  width = rope.width or head_dim
+  exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
+  period = rope.theta**exponent
+  if rope.divisors:
+    period = jnp.array(rope.divisors, jnp.float32) * period
+  inverse_frequency = 1.0 / period
+  if rope.long_divisors and reach_B is not None:
+    long = 1.0 / (jnp.array(rope.long_divisors, jnp.float32) * rope.theta**exponent)
+    is_long_B11 = (reach_B > rope.long_after)[:, None, None]
+    inverse_frequency = jnp.where(is_long_B11, long, inverse_frequency)
+  angle = positions_BT[..., None].astype(jnp.float32) * inverse_frequency
+  cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+  if rope.scale != 1.0:
+    cos, sin = cos * rope.scale, sin * rope.scale
+  return cos, sin
+
+
+def rotate(x_BTHh: Array, cos: Array, sin: Array) -> Array:
+  """Turns the leading 2K of each head, its halves against each other."""
+  turning, still = jnp.split(x_BTHh, [2 * cos.shape[-1]], axis=-1)
+  first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  ).astype(x_BTHh.dtype)
+  return jnp.concatenate([rotated, still], axis=-1) if still.shape[-1] else rotated
