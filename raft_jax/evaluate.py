@@ -133,7 +133,9 @@ def answer_losses(
     unroll=unroll,
   )
   embedding_VD = model.output_embedding(params).astype(dtype)
-  nll_BT = vocab_head.cross_entropy(hidden_BTD[:, :-1], embedding_VD, tokens_BT[:, 1:])
+  nll_BT = vocab_head.cross_entropy(
+    hidden_BTD[:, :-1], embedding_VD, tokens_BT[:, 1:], softcap=config.logit_softcap
+  )
   answer_BT = (valid_BT & (column >= prompt_length_B[:, None]))[:, 1:]
   total_B = jnp.sum(jnp.where(answer_BT, nll_BT, 0.0), axis=-1)
   return total_B / jnp.maximum(jnp.sum(answer_BT, axis=-1), 1)

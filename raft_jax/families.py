@@ -256,6 +256,20 @@ FAMILIES = {
     ropes=("default", "longrope"),
     slides=lambda fields, layer: True,
   ),
+  "gemma2": Family(
+    architecture="Gemma2ForCausalLM",
+    names=_names(_GEMMA_NORMS, _ATTENTION, _MLP),
+    defaults={
+      **_GEMMA,
+      "max_position_embeddings": 8192,
+      "attn_logit_softcapping": 50.0,
+      "final_logit_softcapping": 30.0,
+    },
+    only=_GEMMA_ONLY,
+    extra=_gemma,
+    ropes=("default",),
+    slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
+  ),
   "gemma3_text": Family(
     architecture="Gemma3ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP),

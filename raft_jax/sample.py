@@ -134,9 +134,11 @@ def generate(
   prompt_key_BS = column < prompt_length_B[:, None]
 
   def head(hidden_BD: Array) -> Array:
-    return jnp.einsum(
+    logits_BV = jnp.einsum(
       "bd,vd->bv", hidden_BD, embedding, preferred_element_type=jnp.float32
     )
+    cap = config.logit_softcap
+    return cap * jnp.tanh(logits_BV / cap) if cap else logits_BV
 
   def prefill() -> DecodeState:
     causal_TS = column[None, :] <= jnp.arange(width)[:, None]

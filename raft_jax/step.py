@@ -115,6 +115,7 @@ def teach(
     model.output_embedding(teacher_params).astype(settings.dtype),
     settings.top_k,
     temperature=settings.mass_temperature,
+    softcap=settings.decoder.logit_softcap,
     return_logsumexp=True,
   )
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
@@ -202,7 +203,10 @@ def loss_terms(
   """
   answer_BAD, rollout_BRD = student_hidden(params, batch, trajectory, settings)
   embedding_VD = model.output_embedding(params).astype(settings.dtype)
-  nll_BA = vocab_head.cross_entropy(answer_BAD, embedding_VD, batch.answer_BA)
+  softcap = settings.decoder.logit_softcap
+  nll_BA = vocab_head.cross_entropy(
+    answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
+  )
   terms = {"sft": losses.weighted_sum(nll_BA, weights.sft_BA), "kd": jnp.float32(0)}
   if support is None:
     return terms, {}
@@ -211,6 +215,7 @@ def loss_terms(
     embedding_VD,
     support.ids_BRK,
     temperature=settings.mass_temperature,
+    softcap=softcap,
     return_logsumexp=True,
   )
   bucket = settings.tail == "bucket"

@@ -9,7 +9,8 @@ log-sum-exp minus a gather of one id, and `topk` is the teacher's side: no gradi
 Cost, for N tokens, vocabulary V, width D:
   forward   2·N·V·D FLOPs, chunks of tokens under `lax.scan`.
   backward  6·N·V·D FLOPs: logits again, then both gradients. 4·N·V·D if nothing
-            differentiates the log-sum-exp (as under `stop_gradient`): no logits needed.
+            differentiates the log-sum-exp (as under `stop_gradient`): no logits needed
+            (but for a soft-cap, whose slope is theirs).
             It goes over blocks of the vocabulary with all tokens, so that each row of
             the embedding's gradient is summed in one float32 product and written once;
             over chunks of tokens it would be read, added to and written per chunk.
@@ -45,6 +46,7 @@ def cross_entropy(
   *,
   chunk_size: int | None = ...,
   temperature: float = ...,
+  softcap: float | None = ...,
   return_logsumexp: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -57,6 +59,7 @@ def cross_entropy(
   *,
   chunk_size: int | None = ...,
   temperature: float = ...,
+  softcap: float | None = ...,
   return_logsumexp: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -68,6 +71,7 @@ def cross_entropy(
   *,
   chunk_size: int | None = None,
   temperature: float = 1.0,
+  softcap: float | None = None,
   return_logsumexp: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """`losses.cross_entropy` of the head's logits.
@@ -81,6 +85,8 @@ def cross_entropy(
       the token any valid id will do.
     chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
     temperature: Softmax temperature T > 0, static.
+    softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
+      > 0, static.
     return_logsumexp: Also return the log-sum-exp.
 
   Returns:
@@ -90,10 +96,10 @@ def cross_entropy(
   Raises:
     ValueError: If shapes disagree or a number is out of range.
   """
-  _check(hidden, embedding, chunk_size, temperature)
+  _check(hidden, embedding, chunk_size, temperature, softcap)
   _check_leading("targets", jnp.shape(targets), hidden)
   logits, logsumexp = _gather(
-    hidden, embedding, targets[..., None], chunk_size, temperature
+    hidden, embedding, targets[..., None], chunk_size, temperature, softcap
   )
   loss = logsumexp - logits[..., 0] / temperature
   return (loss, logsumexp) if return_logsumexp else loss
@@ -107,6 +113,7 @@ def gather(
   *,
   chunk_size: int | None = ...,
   temperature: float = ...,
+  softcap: float | None = ...,
   return_logsumexp: Literal[False] = ...,
 ) -> jax.Array: ...
 
@@ -119,6 +126,7 @@ def gather(
   *,
   chunk_size: int | None = ...,
   temperature: float = ...,
+  softcap: float | None = ...,
   return_logsumexp: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -130,6 +138,7 @@ def gather(
   *,
   chunk_size: int | None = None,
   temperature: float = 1.0,
+  softcap: float | None = None,
   return_logsumexp: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """The head's logits at given ids, as of the student at the teacher's top-K.
@@ -140,6 +149,8 @@ def gather(
     ids: Token ids in [0, V), `[..., K]`; an id may occur twice.
     chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
+      > 0, static.
     return_logsumexp: Also return the log-sum-exp. It is differentiable; under
       `stop_gradient` the backward pass needs no logits.
 
@@ -151,9 +162,9 @@ def gather(
   Raises:
     ValueError: If shapes disagree or a number is out of range.
   """
-  _check(hidden, embedding, chunk_size, temperature)
+  _check(hidden, embedding, chunk_size, temperature, softcap)
   _check_leading("ids", jnp.shape(ids)[:-1], hidden)
-  logits, logsumexp = _gather(hidden, embedding, ids, chunk_size, temperature)
+  logits, logsumexp = _gather(hidden, embedding, ids, chunk_size, temperature, softcap)
   return (logits, logsumexp) if return_logsumexp else logits
 
 
@@ -164,6 +175,7 @@ def topk(
   *,
   chunk_size: int | None = None,
   temperature: float = 1.0,
+  softcap: float | None = None,
   return_logsumexp: bool = False,
 ) -> tuple[jax.Array, ...]:
   """The k largest of the head's logits and their ids: the teacher's side.
@@ -177,6 +189,8 @@ def topk(
     k: How many, 1..V.
     chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
+      > 0, static.
     return_logsumexp: Also return the log-sum-exp.
 
   Returns:
@@ -187,14 +201,14 @@ def topk(
   Raises:
     ValueError: If shapes disagree or a number is out of range.
   """
-  _check(hidden, embedding, chunk_size, temperature)
+  _check(hidden, embedding, chunk_size, temperature, softcap)
   vocabulary = jnp.shape(embedding)[0]
   if not 1 <= k <= vocabulary:
     raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
   embedding = jax.lax.stop_gradient(embedding)
 
   def of_chunk(hidden_CD):
-    logits_CV = _logits(hidden_CD, embedding)
+    logits_CV = _capped(_logits(hidden_CD, embedding), softcap)
     values_CK, ids_CK = jax.lax.top_k(logits_CV, k)
     return values_CK, ids_CK, _logsumexp(logits_CV, temperature)
 
@@ -212,34 +226,35 @@ def _gather(
   ids: jax.Array,
   chunk_size: int | None,
   temperature: float,
+  softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
   """`_logits_at` for any leading dimensions."""
   chunk = _chunk(chunk_size, jnp.shape(embedding)[0])
   logits_NK, logsumexp_N = _logits_at(
-    chunk, temperature, _flat(hidden, 1), embedding, _flat(ids, 1)
+    chunk, temperature, softcap, _flat(hidden, 1), embedding, _flat(ids, 1)
   )
   return logits_NK.reshape(jnp.shape(ids)), logsumexp_N.reshape(jnp.shape(ids)[:-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _logits_at(chunk, temperature, hidden_ND, embedding_VD, ids_NK):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _logits_at(chunk, temperature, softcap, hidden_ND, embedding_VD, ids_NK):
   """Logits at ids `[N, K]` and log Σ exp(logits / temperature) `[N]`."""
 
   def of_chunk(hidden_CD, ids_CK):
-    logits_CV = _logits(hidden_CD, embedding_VD)
+    logits_CV = _capped(_logits(hidden_CD, embedding_VD), softcap)
     at_ids_CK = jnp.take_along_axis(logits_CV, ids_CK, axis=1)
     return at_ids_CK, _logsumexp(logits_CV, temperature)
 
   return _over_chunks(of_chunk, chunk, hidden_ND, ids_NK)
 
 
-def _logits_at_forward(chunk, temperature, hidden_ND, embedding_VD, ids_NK):
+def _logits_at_forward(chunk, temperature, softcap, hidden_ND, embedding_VD, ids_NK):
   primals = hidden_ND.value, embedding_VD.value, ids_NK.value
-  logits_NK, logsumexp_N = _logits_at(chunk, temperature, *primals)
+  logits_NK, logsumexp_N = _logits_at(chunk, temperature, softcap, *primals)
   return (logits_NK, logsumexp_N), (*primals, logsumexp_N)
 
 
-def _logits_at_backward(chunk, temperature, residuals, cotangents):
+def _logits_at_backward(chunk, temperature, softcap, residuals, cotangents):
   """Both gradients, block by block of the vocabulary (see the module's text)."""
   hidden_ND, embedding_VD, ids_NK, logsumexp_N = residuals
   d_at_ids_NK, d_logsumexp_N = cotangents
@@ -257,14 +272,17 @@ def _logits_at_backward(chunk, temperature, residuals, cotangents):
     # states' only what is new.
     start = jnp.minimum(index * block, vocabulary - block)
     rows = jax.lax.dynamic_slice_in_dim(embedding_VD, start, block)
-    if isinstance(d_logsumexp_N, SymbolicZero):
-      d_logits = jnp.zeros((n_tokens, block), logsumexp_N.dtype)
-    else:
-      scaled = _logits(hidden_ND, rows) / temperature
-      probs = jnp.exp(scaled - logsumexp_N[:, None])
+    d_logits = jnp.zeros((n_tokens, block), logsumexp_N.dtype)
+    no_logsumexp = isinstance(d_logsumexp_N, SymbolicZero)
+    if softcap or not no_logsumexp:
+      logits = _capped(_logits(hidden_ND, rows), softcap)
+    if not no_logsumexp:
+      probs = jnp.exp(logits / temperature - logsumexp_N[:, None])
       d_logits = probs * (d_logsumexp_N / temperature)[:, None]
     if not isinstance(d_at_ids_NK, SymbolicZero):
       d_logits = _add_at(d_logits, ids_NK - start, d_at_ids_NK)
+    if softcap:
+      d_logits *= 1.0 - jnp.square(logits / softcap)
     d_logits = d_logits.astype(jnp.result_type(hidden_ND, embedding_VD))
     is_new = start + jnp.arange(block) >= index * block
     new_rows = jnp.where(is_new[:, None], rows, 0)
@@ -296,6 +314,10 @@ def _add_at(d_logits: jax.Array, columns_NK: jax.Array, values_NK: jax.Array):
 def _logits(hidden_ND: jax.Array, embedding_VD: jax.Array) -> jax.Array:
   dtype = jnp.promote_types(jnp.result_type(hidden_ND, embedding_VD), jnp.float32)
   return jnp.einsum("nd,vd->nv", hidden_ND, embedding_VD, preferred_element_type=dtype)
+
+
+def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+  return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 def _logsumexp(logits_CV: jax.Array, temperature: float) -> jax.Array:
@@ -335,7 +357,7 @@ def _flat(x: jax.Array, kept: int) -> jax.Array:
   return x.reshape(tokens, *x.shape[x.ndim - kept :])
 
 
-def _check(hidden, embedding, chunk_size, temperature) -> None:
+def _check(hidden, embedding, chunk_size, temperature, softcap) -> None:
   if jnp.ndim(embedding) != 2 or jnp.shape(hidden)[-1:] != jnp.shape(embedding)[1:]:
     raise ValueError(
       f"embedding has shape {jnp.shape(embedding)}, but hidden {jnp.shape(hidden)} "
@@ -345,6 +367,8 @@ def _check(hidden, embedding, chunk_size, temperature) -> None:
     raise ValueError(f"chunk_size={chunk_size} must be >= 1")
   if temperature <= 0:
     raise ValueError(f"temperature={temperature} must be > 0")
+  if softcap is not None and softcap <= 0:
+    raise ValueError(f"softcap={softcap} must be > 0")
 
 
 def _check_leading(name: str, leading: tuple[int, ...], hidden: jax.Array) -> None:

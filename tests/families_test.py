@@ -117,6 +117,18 @@ CASES = {
     },
     ("ropes",),
   ),
+  "gemma2": Case(
+    {
+      "head_dim": 16,
+      "sliding_window": 6,
+      "query_pre_attn_scalar": 20,
+      "attn_logit_softcapping": 2.0,
+      "final_logit_softcapping": 3.0,
+      "hidden_activation": "gelu_pytorch_tanh",
+      "tie_word_embeddings": True,
+    },
+    ("attention_softcap", "logit_softcap", "windows"),
+  ),
   "gemma3_text": Case(
     {
       "num_hidden_layers": 4,

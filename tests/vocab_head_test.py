@@ -96,6 +96,54 @@ def test_gather_equals_naive(use, chunk_size):
   jax.tree.map(_assert_close, got, expected)
 
 
+@pytest.mark.parametrize("use", ["logits", "logsumexp", "both"])
+def test_softcap_equals_naive(use):
+  """Values and gradients; logits of a few units under a cap of 2 bend well."""
+  hidden, embedding, targets, ids = _inputs(3, 5)
+  rng = np.random.default_rng(2)
+  by_logits = jnp.asarray(rng.normal(size=(3, 5, K)), jnp.float32)
+  by_logsumexp = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+
+  def naive(hidden, embedding):
+    logits = 2.0 * jnp.tanh(_naive_logits(hidden, embedding) / 2.0)
+    logsumexp = jax.nn.logsumexp(logits / 1.5, -1)
+    return jnp.take_along_axis(logits, ids, -1), logsumexp
+
+  def ours(hidden, embedding):
+    return vocab_head.gather(
+      hidden,
+      embedding,
+      ids,
+      temperature=1.5,
+      softcap=2.0,
+      return_logsumexp=True,
+      chunk_size=4,
+    )
+
+  def run(f):
+    def total(hidden, embedding):
+      logits, logsumexp = f(hidden, embedding)
+      value = 0.0
+      if use != "logsumexp":
+        value += jnp.sum(logits * by_logits)
+      if use != "logits":
+        value += jnp.sum(logsumexp * by_logsumexp)
+      return value, (logits, logsumexp)
+
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, embedding)
+
+  got, expected = run(ours), run(naive)
+  jax.tree.map(_assert_close, got, expected)
+  (plain, _), (capped, _) = (
+    vocab_head.topk(hidden, embedding, 7),
+    vocab_head.topk(hidden, embedding, 7, softcap=2.0),
+  )
+  _assert_close(capped, 2.0 * np.tanh(np.asarray(plain) / 2.0))
+  loss = vocab_head.cross_entropy(hidden, embedding, targets, softcap=2.0)
+  bent = 2.0 * jnp.tanh(_naive_logits(hidden, embedding) / 2.0)
+  _assert_close(loss, losses.cross_entropy(bent, targets))
+
+
 def test_repeated_ids_add_up():
   hidden, embedding, _, _ = _inputs(4)
   ids = jnp.full((4, 3), 5)
