@@ -9,6 +9,7 @@ flipped bit in array data without noticing (seen with orbax 0.12.8).
 from __future__ import annotations
 
 import contextlib
+import logging
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
   Leaving the context waits for the last save and raises what it raised: a failed save
   is never swallowed.
   """
+  _hush()
   folder = pathlib.Path(output).resolve() / FOLDER
   policies = ocp.checkpoint_managers
   options = ocp.CheckpointManagerOptions(
@@ -40,6 +42,11 @@ def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
     with _writable(folder):
       orbax.wait_until_finished()
       orbax.check_for_errors()
+
+
+def _hush() -> None:
+  """Orbax logs what it also raises: a page of traceback around our one line."""
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @jax.jit
@@ -143,6 +150,7 @@ def restore_params(
       model.shapes(config),
     )
   }
+  _hush()
   # Not `manager`: reading must not clean up what a running training writes.
   with ocp.CheckpointManager(folder) as orbax:
     step = orbax.latest_step()

@@ -362,7 +362,10 @@ def _check_claim(
   draft = strict_yaml.Draft()
   old = draft.read(_read_text(path), "", lambda line: f"{path}:{line}")
   if draft.problems or not isinstance(old, dict):
-    raise errors.UserError(f"{path}: damaged; choose another output or delete {output}")
+    raise errors.UserError(
+      f"{path}: damaged; delete it if {output} was made with this config, else choose "
+      "another output"
+    )
   changes = {k: v for k, v in diff(old, config).items() if _under(k, keys)}
   if changes:
     shown = "; ".join(f"{key}: {a} -> {b}" for key, (a, b) in changes.items())

@@ -140,3 +140,12 @@ def test_fingerprints_see_a_flipped_bit_and_a_swapped_row():
   assert checkpoint.named_fingerprints(flipped) != plain
   assert checkpoint.named_fingerprints(swapped) != plain
   assert checkpoint.named_fingerprints({"a": leaf + 0}) == plain
+
+
+def test_damage_is_not_logged_beside_the_error_that_is_raised(saved, caplog):
+  folder, _ = saved
+  (folder / "checkpoints/7/_CHECKPOINT_METADATA").write_text("junk")
+  shutil.rmtree(folder / "checkpoints/7/state")
+  with pytest.raises(errors.UserError, match="cannot be restored"):
+    checkpoint.restore_params(folder, CONFIG, IDENTITY["model"])
+  assert caplog.records == []
