@@ -20,7 +20,10 @@ def interrupted(number: int, frame: object) -> None:
 
 # `python -m raft_jax.STAGE` imports for seconds before `config.run` listens. A
 # KeyboardInterrupt there ends in a page of traceback, or is lost inside a library.
-if sys.argv[:1] == ["-m"] and (
-  signal.getsignal(signal.SIGINT) is signal.default_int_handler
+# Only for our own commands: another program's Ctrl-C is its own, whatever it imports.
+if (
+  sys.argv[:1] == ["-m"]
+  and any(argument.startswith("raft_jax.") for argument in sys.orig_argv[1:3])
+  and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
   signal.signal(signal.SIGINT, interrupted)

@@ -1,6 +1,7 @@
 """Who may import whom: the order of the rooms and the fences around libraries."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -226,3 +227,24 @@ def test_light_rooms_really_start_without_jax(room):
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert done.stdout == "False\n"
+
+
+def test_another_programs_ctrl_c_stays_its_own(tmp_path):
+  """Its `python -m` may import our losses while it starts."""
+  (tmp_path / "their_stack.py").write_text(
+    "import signal\n"
+    "import raft_jax.losses\n"
+    "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+  )
+  (tmp_path / "their_package").mkdir()
+  (tmp_path / "their_package/__init__.py").write_text("from their_stack import *\n")
+  (tmp_path / "their_package/run.py").write_text("")
+  done = subprocess.run(
+    [sys.executable, "-m", "their_package.run"],
+    check=False,
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+  )
+  assert done.returncode == 0, done.stderr
