@@ -23,7 +23,10 @@ def interrupted(number: int, frame: object) -> None:
 # Only for our own commands: another program's Ctrl-C is its own, whatever it imports.
 if (
   sys.argv[:1] == ["-m"]
-  and any(argument.startswith("raft_jax.") for argument in sys.orig_argv[1:3])
+  and any(
+    option == "-m" and module.startswith("raft_jax.")
+    for option, module in zip(sys.orig_argv, sys.orig_argv[1:])
+  )
   and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
   signal.signal(signal.SIGINT, interrupted)
