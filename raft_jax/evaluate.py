@@ -28,6 +28,7 @@ from rouge_score import rouge_scorer
 
 from raft_jax import (
   checkpoint,
+  command_line,
   data,
   encode,
   engines,
@@ -471,4 +472,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  config_lib.run("evaluate", main, "Score the trained model beside the base model.")
+  command_line.run("evaluate", main, "Score the trained model beside the base model.")

@@ -18,6 +18,7 @@ import yaml
 
 from raft_jax import (
   checkpoint,
+  command_line,
   engines,
   errors,
   hf,
@@ -252,4 +253,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  config_lib.run("export", main, "Write the trained model as a Hugging Face folder.")
+  command_line.run("export", main, "Write the trained model as a Hugging Face folder.")

@@ -23,6 +23,7 @@ import rich.table
 
 import raft_jax
 from raft_jax import (
+  command_line,
   config,
   encode,
   engines,
@@ -455,7 +456,9 @@ def show(summary: Mapping[str, Any], calls: journal.Calls) -> None:
 
 
 def main() -> None:
-  config.run("refine", fit, "Rewrite, filter, fuse and judge the training answers.")
+  command_line.run(
+    "refine", fit, "Rewrite, filter, fuse and judge the training answers."
+  )
 
 
 if __name__ == "__main__":

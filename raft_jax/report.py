@@ -29,8 +29,8 @@ import matplotlib.ticker
 import yaml
 from matplotlib.axes import Axes
 
+from raft_jax import command_line, errors, records
 from raft_jax import config as config_lib
-from raft_jax import errors, records
 
 SCORES = {
   "held_out_loss": ("Held-out loss, nats per token", -1),
@@ -518,4 +518,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  config_lib.run("report", main, "Draw a run as one self-contained HTML page.")
+  command_line.run("report", main, "Draw a run as one self-contained HTML page.")

@@ -24,6 +24,7 @@ import numpy as np
 
 from raft_jax import (
   checkpoint,
+  command_line,
   data,
   errors,
   hf,
@@ -329,7 +330,7 @@ def finish(
 
 def main() -> None:
   """Command line."""
-  config_lib.run("train", fit, __doc__)
+  command_line.run("train", fit, __doc__)
 
 
 if __name__ == "__main__":

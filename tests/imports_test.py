@@ -38,6 +38,7 @@ ROOMS = [
   "encode",
   "schema",
   "config",
+  "command_line",
   "progress",
   "journal",
   "judge",
@@ -82,7 +83,7 @@ ALONE_LIBRARIES = {"jax", "optax", "numpy"}
 # Rooms that start without jax, whatever they import; grain imports jax.
 LIGHT = {
   *("errors", "strict_yaml", "records", "shards", "text", "engines", "encode"),
-  *("schema", "config", "journal", "judge", "refine"),
+  *("schema", "config", "command_line", "journal", "judge", "refine"),
 }
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "chex"}
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import config
+from raft_jax import command_line, config
 from tests import imports_test
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def rooms() -> str:
   return "\n".join(lines) + "\n"
 
 
-GENERATED = {"config reference": config.reference, "rooms": rooms}
+GENERATED = {"config reference": command_line.reference, "rooms": rooms}
 
 
 def block(name: str) -> re.Pattern[str]:

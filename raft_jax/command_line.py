@@ -1,0 +1,125 @@
+"""The command line of every stage, and the keys of the config written out.
+
+Bad input is one message and exit code 2; Ctrl-C a hint and 130; never a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import raft_jax
+from raft_jax import config, errors, schema
+
+
+def run(
+  stage: str,
+  main: Callable[[config.Config], None],
+  description: str,
+  argv: Sequence[str] | None = None,
+) -> None:
+  """Runs `python -m raft_jax.<stage> --config FILE [key=value ...] [--print-config]`.
+
+  Bad input is a message on stderr and exit code 2, Ctrl-C a hint and exit code 130;
+  neither shows a traceback. A second Ctrl-C ends the process at once.
+  """
+  parser = argparse.ArgumentParser(
+    prog=f"python -m raft_jax.{stage}",
+    usage="%(prog)s --config FILE [key=value ...] [--print-config]",
+    description=description,
+    epilog=_help_table(),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    exit_on_error=False,
+  )
+  parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
+  parser.add_argument(
+    "--print-config", action="store_true", help="print every key's value and stop"
+  )
+  with _listening() as signals:
+    try:
+      options, overrides = parser.parse_known_args(argv)
+      if options.config is None:
+        raise errors.UserError(
+          f"--config is missing; e.g. {parser.prog} --config configs/quickstart.yaml"
+        )
+      settings = config.load(options.config, overrides)
+      if options.print_config:
+        print(config.dump(settings), end="")
+      else:
+        main(settings)
+    except (Exception, KeyboardInterrupt) as error:
+      if signals or isinstance(error, KeyboardInterrupt):
+        # Whatever a library made of it while it was loading.
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+      text = _user_fault(error)
+      if text is None:
+        raise
+      print(f"error: {text}", file=sys.stderr)
+      sys.exit(2)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[int]]:
+  """The SIGINTs that came: the first raises KeyboardInterrupt, the second exits."""
+  signals: list[int] = []
+
+  def note(number: int, frame: Any) -> None:
+    if signals:
+      raft_jax.interrupted(number, frame)
+    signals.append(number)
+    raise KeyboardInterrupt
+
+  before = signal.getsignal(signal.SIGINT)
+  if before not in (signal.default_int_handler, raft_jax.interrupted):
+    yield signals  # ignored, as under nohup, or somebody else's
+    return
+  signal.signal(signal.SIGINT, note)
+  try:
+    yield signals
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def _user_fault(error: BaseException) -> str | None:
+  """What the user can mend about an exception, or None: then it is a defect."""
+  if isinstance(error, errors.UserError):
+    return str(error)
+  if isinstance(error, argparse.ArgumentError):
+    return f"command line: {error}; see --help"
+  if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    place = str(error.filename)[:200]
+    return f"{place}: {error.strerror}; check the path, its rights and the free space"
+  return None
+
+
+# The reference
+
+
+def _help_table() -> str:
+  lines = ["every key, its type and default:"]
+  for key in schema.every_key():
+    head = f"  {key.name}" + (f"  {key.type} = {key.default}" if key.type else "")
+    lines += [head] if key.type else ["", head]
+    indent = "      "
+    lines += textwrap.wrap(
+      key.meaning, 84, initial_indent=indent, subsequent_indent=indent
+    )
+  return "\n".join(lines)
+
+
+def reference() -> str:
+  """A Markdown table of all keys; the README holds it verbatim."""
+  rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+  for key in schema.every_key():
+    name = f"`{key.name}`" if key.type else f"**`{key.name}`**"
+    default = f"`{key.default}`" if key.default not in ("", "required") else key.default
+    meaning = key.meaning.replace("|", "\\|")
+    rows.append(f"| {name} | {key.type} | {default} | {meaning} |")
+  return "\n".join(rows) + "\n"

@@ -1,0 +1,143 @@
+"""The command line: one line for the user's faults, one for Ctrl-C, and the help."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from raft_jax import command_line, config
+from tests import config_test
+
+STAGE = """
+import sys, time
+from raft_jax import command_line, errors
+def main(c):
+  if c.method == "bad": raise errors.UserError("q.jsonl:3: is empty")
+  if c.method == "slow":
+    print("ready", flush=True)
+    time.sleep(60)
+  print("ran", c.train.batch_size, "jax" in sys.modules)
+command_line.run("train", main, "Trains the model.")
+"""
+
+
+def least_file(folder: pathlib.Path) -> pathlib.Path:
+  return config_test.write(folder, config_test.LEAST)
+
+
+def stage(*arguments: object) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-c", STAGE, *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_command_runs_without_jax(tmp_path):
+  done = stage("--config", least_file(tmp_path), "train.batch_size=8")
+  assert (done.returncode, done.stdout, done.stderr) == (0, "ran 8 False\n", "")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    (["--config", "{path}", "--train.bach_size", "8"], "`train.batch_size`?"),
+    (["--config", "{path}", "method=bad"], "error: q.jsonl:3: is empty"),
+    (["--config", "none.yaml"], "error: none.yaml: cannot read"),
+    ([], "error: --config is missing; e.g. python -m raft_jax.train --config"),
+    (["--config"], "error: command line: argument --config: expected one argument"),
+    (["--config", "{path}", "output={path}"], "is not a folder; choose another output"),
+    (["--config", "{path}", "data.questions=" + 999 * "a"], "aaa: File name too long;"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, says):
+  path = least_file(tmp_path)
+  done = stage(*[argument.format(path=path) for argument in arguments])
+  assert done.returncode == 2
+  assert done.stdout == ""
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ")
+  assert says in line
+
+
+def test_interrupt_gives_a_hint_and_130(tmp_path):
+  command = [
+    sys.executable,
+    "-c",
+    STAGE,
+    "--config",
+    least_file(tmp_path),
+  ]
+  process = subprocess.Popen(
+    [*command, "method=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  _, complaint = process.communicate(timeout=20)
+  assert process.returncode == 130
+  assert complaint == "interrupted; run the same command again to continue\n"
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.25])
+def test_interrupt_while_a_stage_is_being_imported(delay):
+  """Python itself takes some 0.05 s before it comes to the package."""
+  command = [sys.executable, "-X", "importtime", "-m", "raft_jax.refine"]
+  process = subprocess.Popen([*command, "--help"], stderr=subprocess.PIPE, text=True)
+  assert process.stderr is not None
+  while "raft_jax" not in process.stderr.readline():
+    pass  # the package itself is imported
+  time.sleep(delay)
+  process.send_signal(signal.SIGINT)
+  complaint = process.communicate(timeout=20)[1]
+  if process.returncode == 0:
+    pytest.skip("the import was faster")
+  assert process.returncode == 130
+  assert complaint.endswith("interrupted; run the same command again to continue\n")
+
+
+def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
+  code = STAGE.replace(
+    "time.sleep(60)",
+    """try: time.sleep(60)
+    except KeyboardInterrupt: raise ImportError("half loaded") from None""",
+  )
+  command = [
+    sys.executable,
+    "-c",
+    code,
+    "--config",
+    least_file(tmp_path),
+  ]
+  process = subprocess.Popen(
+    [*command, "method=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  assert process.stdout is not None
+  assert process.stdout.readline() == "ready\n"
+  time.sleep(0.1)
+  process.send_signal(signal.SIGINT)
+  _, complaint = process.communicate(timeout=20)
+  assert process.returncode == 130
+  assert complaint == "interrupted; run the same command again to continue\n"
+
+
+def test_print_config_shows_every_value_and_stops(tmp_path):
+  path = least_file(tmp_path)
+  done = stage("--config", path, "--print-config", "train.seed=3")
+  assert done.returncode == 0
+  assert done.stdout == config.dump(config.load(path, ["train.seed=3"]))
+
+
+def test_help_and_reference_list_every_key(tmp_path):
+  leaves = set(config._flat(config_test.least(tmp_path).model_dump(mode="json")))
+  leaves = {leaf.replace("judges.0", "judges[]") for leaf in leaves}
+  help_text = stage("--help").stdout
+  table = command_line.reference()
+  for leaf in leaves:
+    assert f"\n  {leaf}  " in help_text
+    assert f"\n| `{leaf}` | " in table
+  assert "train.batch_size  int > 0 = 16\n      Questions per step" in help_text
+  assert "| `train.learning_rate` | float >= 0 | `5e-06` | Its peak" in table
+  assert "| `data.questions` | text | required | For training: JSONL" in table
+  rows = [line.split(" | ") for line in table.splitlines()[2:]]
+  assert all(len(row) == 4 and row[3].strip(" |") for row in rows)  # each has a meaning
