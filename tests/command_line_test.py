@@ -1,5 +1,6 @@
 """The command line: one line for the user's faults, one for Ctrl-C, and the help."""
 
+import pathlib
 import signal
 import subprocess
 import sys
