@@ -175,7 +175,7 @@ def _missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
   data = tree.get("data")
   for name in ("questions", "test"):
     value = data.get(name) if isinstance(data, dict) else None
-    if isinstance(value, str) and not os.path.isfile(value):
+    if isinstance(value, str) and not pathlib.Path(value).is_file():
       yield (
         f"data.{name}",
         f"{value!r} is not a file (looked in {pathlib.Path.cwd()}); give a .jsonl or "
