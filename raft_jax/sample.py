@@ -74,19 +74,43 @@ def choose(logits_BV: Array, keys_B: Array, temperature: float, top_p: float) ->
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    "config",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "eos_ids",
-    "pad_id",
-    "dtype",
-    "unroll",
-  ),
+def score(hidden_BD: Array, embedding_VD: Array, softcap: float | None) -> Array:
+  """Logits [B, V] in float32 for the next token of each row."""
+  logits_BV = jnp.einsum(
+    "bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32
+  )
+  return softcap * jnp.tanh(logits_BV / softcap) if softcap else logits_BV
+
+
+def finish(
+  state: DecodeState,
+  tokens_BR: Array,
+  ended_B: Array,
+  eos_ids: Sequence[int],
+  pad_id: int,
+) -> Rollout:
+  """Lengths, and the pad id wherever the loop ended before it wrote."""
+  limit = tokens_BR.shape[1]
+  written_BR = jnp.arange(limit) <= state.decided
+  tokens_BR = jnp.where(written_BR, tokens_BR, pad_id)
+  is_eos_BR = jnp.isin(tokens_BR, jnp.array(eos_ids)) & written_BR
+  length_B = jnp.where(ended_B, jnp.argmax(is_eos_BR, axis=1) + 1, limit)
+  return Rollout(tokens_BR, length_B.astype(jnp.int32), ended_B)
+
+
+STATIC = (
+  "config",
+  "max_new_tokens",
+  "temperature",
+  "top_p",
+  "eos_ids",
+  "pad_id",
+  "dtype",
+  "unroll",
 )
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def generate(
   params: model.Params,
   config: model.DecoderConfig,
@@ -120,7 +144,11 @@ def generate(
     A `Rollout`; no gradient flows through it.
   """
   batch, width = prompt_BP.shape
-  embedding = model.output_embedding(params).astype(dtype)
+  # Cast once: inside the loop it would be every token's work.
+  embedding_VD = model.output_embedding(params).astype(dtype)
+  head = functools.partial(
+    score, embedding_VD=embedding_VD, softcap=config.logit_softcap
+  )
   keys_B = row_keys(seed, step, row_id_B)
   run = functools.partial(
     model.forward,
@@ -132,13 +160,6 @@ def generate(
   )
   column = jnp.arange(width + max_new_tokens)
   prompt_key_BS = column < prompt_length_B[:, None]
-
-  def head(hidden_BD: Array) -> Array:
-    logits_BV = jnp.einsum(
-      "bd,vd->bv", hidden_BD, embedding, preferred_element_type=jnp.float32
-    )
-    cap = config.logit_softcap
-    return cap * jnp.tanh(logits_BV / cap) if cap else logits_BV
 
   def prefill() -> DecodeState:
     causal_TS = column[None, :] <= jnp.arange(width)[:, None]
@@ -154,7 +175,11 @@ def generate(
     )[:, 0]
     tokens_BR = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
     return DecodeState(
-      jnp.int32(0), head(last_BD), tokens_BR, jnp.zeros(batch, bool), cache
+      jnp.int32(0),
+      head(last_BD),
+      tokens_BR,
+      jnp.zeros(batch, bool),
+      cache,
     )
 
   def decide(state: DecodeState) -> tuple[Array, Array, Array]:
@@ -177,9 +202,8 @@ def generate(
       cache=state.cache,
       cache_index=width + state.decided,
     )
-    return DecodeState(
-      state.decided + 1, head(hidden_BTD[:, 0]), tokens_BR, done_B, cache
-    )
+    logits_BV = head(hidden_BTD[:, 0])
+    return DecodeState(state.decided + 1, logits_BV, tokens_BR, done_B, cache)
 
   def unfinished(state: DecodeState) -> Any:
     # The last token needs no forward pass: nothing is predicted from it.
@@ -187,10 +211,4 @@ def generate(
 
   state = jax.lax.while_loop(unfinished, decode, prefill())
   _, tokens_BR, ended_B = decide(state)
-  written_BR = jnp.arange(max_new_tokens) <= state.decided
-  tokens_BR = jnp.where(written_BR, tokens_BR, pad_id)
-  is_eos_BR = jnp.isin(tokens_BR, jnp.array(eos_ids)) & written_BR
-  length_B = jnp.where(
-    ended_B, jnp.argmax(is_eos_BR, axis=1) + 1, max_new_tokens
-  ).astype(jnp.int32)
-  return Rollout(tokens_BR, length_B, ended_B)
+  return finish(state, tokens_BR, ended_B, eos_ids, pad_id)
