@@ -58,7 +58,6 @@ CLAIMED = (
 )
 """Keys that make a run what it is: a resumed run may not change them."""
 
-
 REFINED = (*refine.CLAIMED, "data.limit")
 """Keys that decide the refined records which a run learns from."""
 
@@ -89,7 +88,7 @@ def read_examples(
   """Reads and tokenises what `method` learns from."""
   if method.refined:
     folder = pathlib.Path(config.output) / "refined"
-    if not (folder / "MANIFEST.json").exists():
+    if not (folder / shards.MANIFEST).exists():
       raise errors.UserError(
         f"{folder}: no refined records, which method {config.method!r} learns from; "
         "run `python -m raft_jax.refine` with this config first (or method=sft)"
