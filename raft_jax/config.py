@@ -21,8 +21,10 @@ from raft_jax import errors, schema, strict_yaml
 from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config
 from raft_jax.schema import Engine as Engine
+from raft_jax.schema import Evaluate as Evaluate
 from raft_jax.schema import Fusion as Fusion
 from raft_jax.schema import Judge as Judge
+from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
 

@@ -218,8 +218,45 @@ class Mesh(Section):
   """Shares of every matrix product."""
 
 
+class Ifeval(Section):
+  """Verifiable instructions (IFEval), beside the base model's score."""
+
+  items: str | None = None
+  """A JSONL or Parquet file, or `google/IFEval` on the hub; null leaves it out."""
+  limit: Positive | None = None
+  """Use only the first N prompts."""
+  max_new_tokens: Positive = 1280
+  """Longest answer; 1280 is lm-evaluation-harness' limit."""
+  nltk_data: str | None = None
+  """Folder with tokenizers/punkt_tab; null looks where NLTK does."""
+
+
+class Mmlu(Section):
+  """Multiple-choice questions (MMLU), answered by the most probable letter."""
+
+  items: str | None = None
+  """A JSONL or Parquet file, or `cais/mmlu` on the hub; null leaves it out."""
+  examples: str | None = None
+  """Solved questions shown first; null means the hub dataset's own."""
+  shots: Annotated[int, pydantic.Field(ge=0)] = 5
+  """Solved questions per prompt [P]."""
+  limit: Positive | None = None
+  """Use only the first N questions."""
+
+
+class Drift(Section):
+  """How far the model moved from the base model's distribution, KL(base, trained)."""
+
+  prompts: str | None = None
+  """General prompts, JSONL or Parquet {prompt}; null leaves it out."""
+  limit: Positive | None = 64
+  """Use only the first N prompts."""
+  max_new_tokens: Positive = 64
+  """Tokens of the base model's answers on which both are compared."""
+
+
 class Evaluate(Section):
-  """Scores on `data.test`, beside the base model's."""
+  """Scores on `data.test` and of general abilities, beside the base model's."""
 
   limit: Positive | None = None
   """Use only the first N test questions."""
@@ -229,6 +266,9 @@ class Evaluate(Section):
   """Questions answered at a time."""
   samples: Annotated[int, pydantic.Field(ge=0)] = 8
   """Answers shown in the report."""
+  ifeval: Ifeval = Ifeval()
+  mmlu: Mmlu = Mmlu()
+  drift: Drift = Drift()
 
 
 class Config(Section):

