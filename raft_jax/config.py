@@ -47,11 +47,26 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
   elif not draft.problems:
     what = "is empty" if tree is None else "is not a list of `key: value` lines"
     raise errors.UserError(f"{path}: {what}; start from a file in configs/")
+  return _checked(draft, str(path), overrides)
+
+
+def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+  """Checks a config that `Config.model_dump(mode="json")` gave, with overrides.
+
+  Raises:
+    errors.UserError: as `load`.
+  """
+  draft = strict_yaml.Draft()
+  draft.tree = tree
+  return _checked(draft, "config", overrides)
+
+
+def _checked(draft: strict_yaml.Draft, path: str, overrides: Sequence[str]) -> Config:
   for key, text in _pairs(overrides):
     draft.override(key, text)
   config = None
   if not draft.problems or draft.tree:
-    config = _validate(draft, str(path))
+    config = _validate(draft, path)
   if draft.problems:
     raise errors.UserError(_message(draft.problems))
   assert config is not None
@@ -264,6 +279,11 @@ def digest(config: Config | dict[str, Any]) -> str:
   """sha256 (hex) of the values, whatever the order of the keys."""
   text = json.dumps(_tree(config), sort_keys=True, allow_nan=False)
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
+  """Dotted key -> value of these keys and of all keys in these sections."""
+  return {k: v for k, v in _flat(_tree(config)).items() if _under(k, keys)}
 
 
 ABSENT = "(absent)"

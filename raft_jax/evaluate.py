@@ -382,13 +382,15 @@ def main(config: config_lib.Config) -> None:
   )
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
+  folder.mkdir(exist_ok=True)
   base_params = hf.load_params(config.model.source, decoder)
   subject = functools.partial(
     measure.subject, config=decoder, codec=codec, settings=settings
   )
   trained_model = subject(params, title=f"step {step}")
   base_model = subject(base_params, title="base model")
-  with journal.open_journal(folder / "journal.jsonl") as log:
+  kept = config.evaluate.journal or folder / "journal.jsonl"
+  with journal.open_journal(pathlib.Path(kept)) as log:
     trained, base = (
       measure_model(who, domain, general, config.evaluate, log, embed)
       for who in (trained_model, base_model)

@@ -266,9 +266,37 @@ class Evaluate(Section):
   """Questions answered at a time."""
   samples: Annotated[int, pydantic.Field(ge=0)] = 8
   """Answers shown in the report."""
+  journal: str | None = None
+  """File of finished items; null means one in `output`. Runs that share it measure the
+  base model once."""
   ifeval: Ifeval = Ifeval()
   mmlu: Mmlu = Mmlu()
   drift: Drift = Drift()
+
+
+class SweepRun(Section):
+  """A run of a sweep, or several."""
+
+  name: Annotated[str, pydantic.Field(pattern=r"[A-Za-z0-9][\w.+-]*")]
+  """Names its folder and its line in the tables."""
+  set: dict[str, Any] = {}
+  """Dotted keys of this file and the values they get."""
+  over: dict[str, Annotated[list[Any], pydantic.Field(min_length=1)]] = {}
+  """Dotted keys and lists of values: one run for each combination."""
+
+
+class Sweep(Section):
+  """Many runs of this config (`raft_jax.sweep`), each in a folder under `output`."""
+
+  stages: tuple[Literal["refine", "train", "evaluate", "export", "report"], ...] = (
+    "refine",
+    "train",
+    "evaluate",
+  )
+  """What is done of each run, in this order."""
+  only: Positive | None = None
+  """Run only the Nth run (from 1), as one task of an array job."""
+  runs: tuple[SweepRun, ...] = ()
 
 
 class Config(Section):
@@ -285,6 +313,7 @@ class Config(Section):
   balance: Balance = Balance()
   mesh: Mesh = Mesh()
   evaluate: Evaluate = Evaluate()
+  sweep: Sweep = Sweep()
   output: str
   """Folder for everything a run writes; each run needs its own."""
 
@@ -351,5 +380,9 @@ def _type_text(field: dict[str, Any]) -> str:
     )
     if name in field and abs(field[name]) < 2**31
   ]
+  if field["type"] == "array":
+    return f"list of {_type_text(field['items'])}"
+  if field["type"] == "object":
+    return "mapping"
   names = {"integer": "int", "number": "float", "string": "text", "boolean": "bool"}
   return f"{names[field['type']]} {' and '.join(bounds)}".strip()

@@ -1,0 +1,238 @@
+"""Many runs of one config: `python -m raft_jax.sweep --config C`.
+
+The `sweep` section of a run's file names the runs: what each sets, and over what it is
+repeated (seeds, learning rates). They are done one after the other, or one per task of
+an array job (`sweep.only=N`). Every stage of every run continues where it was stopped.
+Refinement is done once for all runs that share its settings, and so is the evaluation
+of the base model. At the end the scores stand side by side in `sweep.json`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich import console, table
+
+from raft_jax import command_line, config, errors, methods, records, refine, wiring
+
+INTERRUPTED = (75, 130, 143)
+"""Exit codes of a stage that was stopped and can be continued."""
+
+
+class Planned(NamedTuple):
+  """One run of a sweep.
+
+  Attributes:
+    group: the run's name in the file; its repetitions share it.
+    config: what it runs, with a folder of its own as output.
+  """
+
+  name: str
+  group: str
+  overrides: dict[str, Any]
+  config: config.Config
+
+
+def expand(base: config.Config) -> list[Planned]:
+  """All runs of a sweep, checked.
+
+  Raises:
+    errors.UserError: no runs, two of one name, or a setting that no config has.
+  """
+  if not base.sweep.runs:
+    raise errors.UserError(
+      "sweep.runs: no run is named, so there is nothing to sweep; add e.g."
+      " `sweep: {runs: [{name: sft, set: {method: sft}}]}`"
+    )
+  planned: list[Planned] = []
+  for run in base.sweep.runs:
+    for point in _grid(run.over):
+      overrides = {**run.set, **point}
+      words = [_word(key, value) for key, value in point.items()]
+      name = "-".join([run.name, *words])
+      settings = _override(base, name, overrides)
+      planned.append(Planned(name, run.name, overrides, settings))
+  names = [run.name for run in planned]
+  twice = {name for name in names if names.count(name) > 1}
+  if twice:
+    raise errors.UserError(
+      f"sweep.runs: two runs are named {sorted(twice)[0]!r}; give each its own name"
+    )
+  return planned
+
+
+def _grid(over: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+  for values in itertools.product(*over.values()):
+    yield dict(zip(over, values))
+
+
+def _word(key: str, value: Any) -> str:
+  """`train.seed`, 3 -> `seed_3`; fit for a folder's name."""
+  text = f"{key.rsplit('.', 1)[-1]}_{value}"
+  return re.sub(r"[^\w.+-]", "_", text)
+
+
+def _override(
+  base: config.Config, name: str, overrides: Mapping[str, Any]
+) -> config.Config:
+  tree = base.model_dump(mode="json")
+  del tree["sweep"]
+  output = pathlib.Path(base.output)
+  tree["output"] = str(output / name)
+  tree["evaluate"]["journal"] = str(output / "evaluation.jsonl")
+  items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+  try:
+    return config.from_tree(tree, items)
+  except errors.UserError as error:
+    raise errors.UserError(f"sweep run {name!r}: {error}") from error
+
+
+# Running
+
+
+def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
+  """Runs what is not finished; returns the names of the runs that failed."""
+  stages, failed = base.sweep.stages, []
+  for number, run in enumerate(runs, start=1):
+    title = f"run {number} of {len(runs)}, {run.name}"
+    folder = pathlib.Path(run.config.output)
+    if _finished(run, stages):
+      print(f"{title}: finished before", flush=True)
+      continue
+    try:
+      for stage in stages:
+        print(f"{title}: {stage}", flush=True)
+        if stage == "refine":
+          _refine_once(base, run)
+        else:
+          _stage(stage, run.config, folder.parent / f"{run.name}.yaml")
+    except errors.UserError as error:
+      print(f"error: {error}", file=sys.stderr, flush=True)
+      failed.append(run.name)
+    else:
+      with records.replacing(folder / "finished.json") as path:
+        path.write_text(json.dumps(_mark(run, stages)))
+  return failed
+
+
+def _mark(run: Planned, stages: Sequence[str]) -> dict[str, Any]:
+  return {"config": config.digest(run.config), "stages": list(stages)}
+
+
+def _finished(run: Planned, stages: Sequence[str]) -> bool:
+  path = pathlib.Path(run.config.output) / "finished.json"
+  return path.exists() and json.loads(path.read_text()) == _mark(run, stages)
+
+
+def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> None:
+  """One stage in a process of its own, so that no run sees another's memory."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with records.replacing(file) as path:
+    path.write_text(config.dump(settings), encoding="utf-8")
+  command = [sys.executable, "-m", f"raft_jax.{stage}", "--config", str(file)]
+  code = subprocess.run(command, check=False).returncode
+  if code in INTERRUPTED or code < 0:
+    raise SystemExit(code if code > 0 else 128 - code)
+  if code:
+    raise errors.UserError(f"{stage} of {file.stem} failed with exit code {code}")
+
+
+def _refine_once(base: config.Config, run: Planned) -> None:
+  """The refined records of a run, made for the first of those that can share them."""
+  if not methods.get(run.config.method).refined:
+    return
+  folder = pathlib.Path(run.config.output)
+  if (folder / "refined").exists():
+    return
+  values = config.values(run.config, wiring.REFINED)
+  name = f"refined-{config.digest(values)[:12]}"
+  shared = pathlib.Path(base.output) / name
+  settings = run.config.model_copy(update={"output": str(shared)})
+  _stage("refine", settings, shared.with_suffix(".yaml"))
+  temporary = folder / ".tmp-refined"
+  shutil.rmtree(temporary, ignore_errors=True)
+  # Not the journal: it is of use only where refinement goes on.
+  shutil.copytree(
+    shared / "refined", temporary, ignore=shutil.ignore_patterns("journal*")
+  )
+  config.claim_output(run.config, "refine", refine.CLAIMED)
+  temporary.rename(folder / "refined")
+
+
+# Collecting
+
+
+def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
+  """What was measured of every run; a run without scores is left out."""
+  rows = []
+  for run in runs:
+    path = pathlib.Path(run.config.output) / "evaluation" / "scores.json"
+    if path.exists():
+      scores = json.loads(path.read_text(encoding="utf-8"))
+      scores["weight_distance"].pop("tensors", None)
+      rows.append(
+        {
+          "name": run.name,
+          "group": run.group,
+          "method": run.config.method,
+          "set": run.overrides,
+          "config_digest": config.digest(run.config),
+          "scores": scores,
+        }
+      )
+  return rows
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+  """Prints one line a run: its scores and, first, the base model's."""
+  names = list(rows[0]["scores"]["paired"])
+  shown = table.Table(title="95 % intervals below each score", title_justify="left")
+  shown.add_column("run")
+  for name in [*names, "drift"]:
+    shown.add_column(name.replace("_", " "), justify="right")
+
+  def cell(score: Mapping[str, Any]) -> str:
+    if not score:
+      return "–"
+    return f"{score['value']:.3f}\n{score['low']:.3f}–{score['high']:.3f}"
+
+  base = rows[0]["scores"]["scores"]["base"]
+  shown.add_row("base model", *(cell(base[name]) for name in names), "0")
+  for row in rows:
+    trained = row["scores"]["scores"]["trained"]
+    cells = [cell(trained.get(name, {})) for name in names]
+    shown.add_row(row["name"], *cells, cell(row["scores"]["drift"]))
+  console.Console().print(shown)
+
+
+def main(base: config.Config) -> None:
+  """Runs, resumes and collects a sweep."""
+  runs, only = expand(base), base.sweep.only
+  if only is not None and only > len(runs):
+    raise errors.UserError(f"sweep.only: {only}, but there are runs 1 to {len(runs)}")
+  todo = runs if only is None else [runs[only - 1]]
+  failed = run_all(base, todo)
+  rows = collect(runs)
+  output = pathlib.Path(base.output)
+  if rows:
+    with records.replacing(output / "sweep.json") as path:
+      path.write_text(json.dumps(rows, indent=2) + "\n")
+    show(rows)
+  print(f"{len(rows)} of {len(runs)} runs have scores: {output / 'sweep.json'}")
+  if failed:
+    raise errors.UserError(
+      f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}; what each said"
+      " stands above. Rerun the same command to try them again"
+    )
+
+
+if __name__ == "__main__":
+  command_line.run("sweep", main, "Run, resume and collect many runs of one config.")
