@@ -122,14 +122,14 @@ def restore(orbax: Any, abstract: Any) -> tuple[Any, int]:
 
 
 def restore_params(
-  output: str | pathlib.Path, config: model.DecoderConfig, identity: str
+  output: str | pathlib.Path, shapes: model.Params, identity: dict[str, Any]
 ) -> tuple[model.Params, int]:
-  """The parameters of a run's newest checkpoint, for evaluation and export.
+  """The trained parameters of a run's newest checkpoint, for evaluation and export.
 
   Args:
     output: the run's folder.
-    config: shapes of the parameters.
-    identity: `engines.identity` of the model, which must be the one that was trained.
+    shapes: tree of the parameters that the run trains.
+    identity: those parts of the run's that must be as they were saved.
 
   Returns:
     The float32 parameter tree and the step it was saved at.
@@ -147,7 +147,7 @@ def restore_params(
   abstract = {
     "params": jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      model.shapes(config),
+      shapes,
     )
   }
   _hush()
@@ -155,7 +155,7 @@ def restore_params(
   with ocp.CheckpointManager(folder) as orbax:
     step = orbax.latest_step()
     place, meta = folder / str(step), _restore_meta(orbax, step)
-    check_identity(place, meta["identity"], meta["identity"] | {"model": identity})
+    check_identity(place, meta["identity"], meta["identity"] | identity)
     with _readable(place):
       restored = orbax.restore(
         step,

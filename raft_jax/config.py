@@ -24,6 +24,7 @@ from raft_jax.schema import Engine as Engine
 from raft_jax.schema import Evaluate as Evaluate
 from raft_jax.schema import Fusion as Fusion
 from raft_jax.schema import Judge as Judge
+from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
@@ -255,6 +256,8 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
       "balance.weight",
       "is not read with balance.mode=ema; change that or delete it",
     )
+  if config.export.adapter and config.lora is None:
+    yield "export.adapter", "needs a `lora` section; add it, or delete this line"
   length = config.rollout.max_new_tokens
   if distill.trajectory == "rollout" and distill.skip_first >= length:
     yield (

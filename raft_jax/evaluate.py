@@ -31,7 +31,6 @@ from raft_jax import (
   data,
   distance,
   encode,
-  engines,
   errors,
   hf,
   journal,
@@ -40,6 +39,7 @@ from raft_jax import (
   records,
   statistics,
   text,
+  wiring,
 )
 from raft_jax import config as config_lib
 
@@ -377,9 +377,7 @@ def main(config: config_lib.Config) -> None:
   )
   # A missing checkpoint is seen first. Both models are in memory at once, less than
   # training needs: the drift compares them token by token.
-  params, step = checkpoint.restore_params(
-    config.output, decoder, engines.identity(config.model.source)
-  )
+  params, step = wiring.trained(config, decoder)
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)

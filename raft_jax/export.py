@@ -2,6 +2,7 @@
 
 The folder is what transformers and vLLM load: float32 safetensors (the master weights,
 unrounded), config, tokenizer with its chat template, generation config and README.md.
+Or, of a model trained with LoRA, an adapter that PEFT lays over the base model.
 """
 
 from __future__ import annotations
@@ -13,18 +14,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import yaml
 
 from raft_jax import (
   checkpoint,
   command_line,
-  engines,
   errors,
   hf,
   hf_export,
   methods,
-  model,
   shards,
   wiring,
 )
@@ -35,6 +33,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 HYPERPARAMETERS: Any = {
   "train": True,
+  "lora": True,
   "rollout": True,
   "distill": True,
   "balance": True,
@@ -55,27 +54,7 @@ student's own rollouts, so that general abilities are kept.
 
 ## Use
 
-The model keeps the chat template of the model that it was made from. `FOLDER` is where
-this file lies.
-
-```python
-import transformers
-
-folder = "FOLDER"
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Your question"}}],
-    add_generation_prompt=True, return_dict=True, return_tensors="pt",
-)
-answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
-start = prompt["input_ids"].shape[1]
-print(tokenizer.decode(answer[0, start:], skip_special_tokens=True))
-```
-
-```sh
-vllm serve FOLDER
-```
+{use}
 
 ## Data
 
@@ -104,12 +83,59 @@ vllm serve FOLDER
 """
 
 
+ANSWER = """\
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Your question"}],
+    add_generation_prompt=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**prompt, max_new_tokens=256, do_sample=False)
+start = prompt["input_ids"].shape[1]
+print(tokenizer.decode(answer[0, start:], skip_special_tokens=True))
+"""
+
+USE_MODEL = f"""\
+The model keeps the chat template of the model that it was made from. `FOLDER` is where
+this file lies.
+
+```python
+import transformers
+
+folder = "FOLDER"
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+{ANSWER}```
+
+```sh
+vllm serve FOLDER
+```"""
+
+USE_ADAPTER = f"""\
+This is a LoRA adapter (arXiv 2106.09685). `BASE` is the model that it was trained on,
+`FOLDER` is where this file lies.
+
+```python
+import peft
+import transformers
+
+base, folder = "BASE", "FOLDER"
+tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+model = transformers.AutoModelForCausalLM.from_pretrained(base)
+model = peft.PeftModel.from_pretrained(model, folder)
+{ANSWER}```"""
+
+
 class Exported(NamedTuple):
   """What was written: the folder, bytes of all its files, tensors in it."""
 
   folder: pathlib.Path
   size: int
   tensors: int
+
+
+def hub_name(source: str) -> str | None:
+  """The source, if it is the name of a model on the hub."""
+  named = HUB_NAME.fullmatch(source) and not pathlib.Path(source).exists()
+  return source if named else None
 
 
 def read_license(source: str) -> str | None:
@@ -189,13 +215,15 @@ def describe_scores(scores: Mapping[str, Any], step: int) -> str:
 def card(config: config_lib.Config, step: int) -> str:
   """README.md of the exported folder, with the hub's front matter."""
   source, output = config.model.source, pathlib.Path(config.output)
+  adapter = config.export.adapter
   front: dict[str, Any] = {
-    "library_name": "transformers",
+    "library_name": "peft" if adapter else "transformers",
     "pipeline_tag": "text-generation",
     "tags": sorted({"raft", "raft_jax", config.method}),
   }
-  if HUB_NAME.fullmatch(source) and not pathlib.Path(source).exists():
-    front["base_model"] = source
+  base = hub_name(source)
+  if base is not None:
+    front["base_model"] = base
   license_name = read_license(source)
   if license_name is not None:
     front["license"] = license_name
@@ -208,39 +236,45 @@ def card(config: config_lib.Config, step: int) -> str:
     model=name,
     method=config.method,
     step=f"{step:,}",
+    use=USE_ADAPTER if adapter else USE_MODEL,
     data=describe_data(output, methods.get(config.method)),
     hyperparameters=yaml.safe_dump(shown, sort_keys=False),
     evaluation=describe_scores(_read_json(output / "evaluation" / "scores.json"), step),
   )
 
 
-def count_tensors(params: model.Params) -> int:
-  """Tensors in the files: a leaf of the layers' stack is one a layer."""
-  layers = jax.tree.leaves(params["layers"])
-  return (
-    sum(leaf.shape[0] for leaf in layers) + len(jax.tree.leaves(params)) - len(layers)
-  )
-
-
 def export(config: config_lib.Config) -> Exported:
-  """Writes `output/export`; an export of an earlier checkpoint there is replaced."""
-  folder = pathlib.Path(config.output) / "export"
+  """Writes `output/export`, or the adapter alone to `output/adapter`.
+
+  An export of an earlier checkpoint there is replaced.
+  """
   # The card states this config: it must be the one that was trained.
   config_lib.check_output(config, "train", wiring.CLAIMED)
-  decoder = hf.load_config(config.model.source)
-  params, step = checkpoint.restore_params(
-    config.output, decoder, engines.identity(config.model.source)
-  )
-  hf_export.save(
-    folder,
-    params,
-    decoder,
-    config.model.source,
-    card=card(config, step),
-    overwrite=True,
-  )
+  output, source = pathlib.Path(config.output), config.model.source
+  decoder = hf.load_config(source)
+  if config.export.adapter and config.lora is not None:
+    folder = output / "adapter"
+    shapes = wiring.make_split(config, decoder).shapes
+    params, step = checkpoint.restore_params(output, shapes, wiring.identity(config))
+    hf_export.save_adapter(
+      folder,
+      params["lora"],
+      decoder,
+      source,
+      rank=config.lora.rank,
+      alpha=config.lora.alpha,
+      base_name=hub_name(source),
+      card=card(config, step),
+      overwrite=True,
+    )
+  else:
+    folder = output / "export"
+    params, step = wiring.trained(config, decoder)
+    hf_export.save(
+      folder, params, decoder, source, card=card(config, step), overwrite=True
+    )
   size = sum(path.stat().st_size for path in folder.iterdir())
-  return Exported(folder, size, count_tensors(params))
+  return Exported(folder, size, hf_export.count_tensors(folder))
 
 
 def main(config: config_lib.Config) -> None:

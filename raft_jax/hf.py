@@ -124,6 +124,12 @@ def load_config(source: str) -> model.DecoderConfig:
   return family_config.decoder_config(fields(path), _config_place(path))
 
 
+def family(source: str) -> families.Family:
+  """What is known of the source's family."""
+  path = resolve(source)
+  return family_config.of(fields(path), _config_place(path))
+
+
 def _config_place(path: pathlib.Path) -> str:
   return str(path / "config.json" if path.is_dir() else path)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 import raft_jax
-from raft_jax import errors, families, family_config, hf, hf_tokenizer
+from raft_jax import errors, families, family_config, hf, hf_tokenizer, lora
 
 if TYPE_CHECKING:
   import transformers
@@ -37,7 +38,8 @@ TOKENIZER_FILES = (
   "tokenizer.model",
 )
 MARK = "raft_jax_version"
-"""The key of config.json by which `save` knows a folder that it wrote."""
+"""The key by which a folder is known to be an earlier export."""
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def save(
@@ -69,7 +71,7 @@ def save(
     UserError: the target is taken, the disk is full, or a parameter is not finite.
   """
   target = pathlib.Path(folder).expanduser().absolute()
-  _check_target(target, overwrite)
+  _check_target(target, overwrite, _wrote_model)
   if hf.load_config(source) != config:
     raise ValueError(f"the config is not that of {source}")
   path = hf.resolve(source)
@@ -79,8 +81,61 @@ def save(
   leaves = traverse_util.flatten_dict(params, sep="/")
   pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
+  with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
+    _write_weights(temporary, leaves, plan, kind)
+    _write_config(temporary, fields, config, dtype)
+    ends = hf_tokenizer.eos_ids(source, tokenizer)
+    _write_generation_config(temporary, path, tokenizer, ends)
+    _write_tokenizer(temporary, path, tokenizer)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_adapter(
+  folder: str | os.PathLike[str],
+  adapters: Mapping[str, Mapping[str, Any]],
+  config: model.DecoderConfig,
+  source: str,
+  *,
+  rank: int,
+  alpha: float,
+  base_name: str | None,
+  card: str,
+  overwrite: bool = False,
+) -> None:
+  """Writes a folder that `peft.PeftModel.from_pretrained` lays over the base model.
+
+  Written, compared and renamed as by `save`.
+
+  Args:
+    folder: the target, as of `save`.
+    adapters: kernel -> {"a", "b"}, from `lora`.
+    config: of the base model.
+    source: the base model, as for `hf.resolve`.
+    base_name: what the adapter's config calls the base model.
+    card: content of README.md.
+
+  Raises:
+    UserError: the target is taken, the disk is full, or a parameter is not finite.
+  """
+  target = pathlib.Path(folder).expanduser().absolute()
+  _check_target(target, overwrite, _wrote_adapter)
+  for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items():
+    _check_finite(f"lora/{path}", np.asarray(leaf))
+  family = hf.family(source)
+  tensors = dict(lora.peft_tensors(family, config, adapters))
+  described = lora.peft_config(family, tuple(adapters), rank=rank, alpha=alpha)
+  described["base_model_name_or_path"] = base_name
+  need = sum(tensor.nbytes for tensor in tensors.values())
+  with _replacing(target, need) as temporary:
+    _write_tensors(temporary / ADAPTER_FILE, tensors)
+    _write_json(temporary / "adapter_config.json", described)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
+  """A new folder beside the target, which takes its place once it is whole."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  need = sum(map(_size, plan)) * kind.itemsize
   free = shutil.disk_usage(target.parent).free
   if need > free:
     raise errors.UserError(
@@ -91,12 +146,7 @@ def save(
   shutil.rmtree(temporary, ignore_errors=True)
   try:
     temporary.mkdir()
-    _write_weights(temporary, leaves, plan, kind)
-    _write_config(temporary, fields, config, dtype)
-    ends = hf_tokenizer.eos_ids(source, tokenizer)
-    _write_generation_config(temporary, path, tokenizer, ends)
-    _write_tokenizer(temporary, path, tokenizer)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    yield temporary
     _sync(temporary)
     _replace(target, temporary)
   finally:
@@ -126,24 +176,37 @@ def _write_weights(
   plan: list[Shard],
   dtype: np.dtype,
 ) -> None:
-  weight_map = {}
+  weight_map: dict[str, str] = {}
   for number, shard in enumerate(plan, 1):
     file = "model.safetensors"
     if len(plan) > 1:
       file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
     tensors = dict(_host_tensors(leaves, shard, dtype))
-    safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / file).chmod(0o644)  # the library makes it private to its writer
-    with safetensors.safe_open(folder / file, framework="numpy") as written:
-      for name, tensor in tensors.items():
-        weight_map[name] = file
-        back = written.get_tensor(name)
-        if back.shape != tensor.shape or back.tobytes() != tensor.tobytes():
-          raise OSError(f"{folder / file}: {name} was not written as it should be")
+    _write_tensors(folder / file, tensors)
+    weight_map |= dict.fromkeys(tensors, file)
   if len(plan) > 1:
     total = sum(map(_size, plan)) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  metadata = {"format": "pt", MARK: raft_jax.__version__}
+  safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
+  path.chmod(0o644)  # the library makes it private to its writer
+  with safetensors.safe_open(path, framework="numpy") as written:
+    for name, tensor in tensors.items():
+      back = written.get_tensor(name)
+      if back.shape != tensor.shape or back.tobytes() != tensor.tobytes():
+        raise OSError(f"{path}: {name} was not written as it should be")
+
+
+def _check_finite(path: str, leaf: np.ndarray) -> None:
+  if not np.isfinite(leaf).all():
+    raise errors.UserError(
+      f"parameter {path} has values that are not finite; the run diverged: export "
+      "an earlier checkpoint"
+    )
 
 
 def _host_tensors(
@@ -152,11 +215,7 @@ def _host_tensors(
   for paths, pieces in itertools.groupby(shard, lambda piece: piece.paths):
     whole = [np.asarray(leaves[path]) for path in paths]
     for path, leaf in zip(paths, whole, strict=True):
-      if not np.isfinite(leaf).all():
-        raise errors.UserError(
-          f"parameter {path} has values that are not finite; the run diverged: export "
-          "an earlier checkpoint"
-        )
+      _check_finite(path, leaf)
     for piece in pieces:
       parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in whole]
       tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -212,14 +271,42 @@ def _write_tokenizer(
   )
 
 
-def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+def count_tensors(folder: pathlib.Path) -> int:
+  """Tensors in the weight files of a folder."""
+  count = 0
+  for file in folder.glob("*.safetensors"):
+    with safetensors.safe_open(file, framework="numpy") as written:
+      count += len(written.keys())
+  return count
+
+
+def _wrote_model(folder: pathlib.Path) -> bool:
+  """Whether an earlier `save` wrote this folder."""
+  file = folder / "config.json"
+  return file.is_file() and MARK in hf.read_json(file)
+
+
+def _wrote_adapter(folder: pathlib.Path) -> bool:
+  """Whether an earlier `save_adapter` did. PEFT warns of a key that it does not know,
+  so that the mark lies in the weights' metadata."""
+  file = folder / ADAPTER_FILE
+  if not file.is_file():
+    return False
+  try:
+    with safetensors.safe_open(file, framework="numpy") as written:
+      return MARK in (written.metadata() or {})
+  except safetensors.SafetensorError:
+    return False
+
+
+def _check_target(
+  target: pathlib.Path, overwrite: bool, ours: Callable[[pathlib.Path], bool]
+) -> None:
   if target.is_symlink() or (target.exists() and not target.is_dir()):
     raise errors.UserError(f"{target}: exists and is not a folder; choose another name")
   if not target.exists() or not any(target.iterdir()):
     return
-  file = target / "config.json"
-  ours = file.is_file() and MARK in hf.read_json(file)
-  if not ours:
+  if not ours(target):
     raise errors.UserError(
       f"{target}: not empty, and not an earlier export; choose another folder"
     )

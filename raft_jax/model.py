@@ -158,15 +158,18 @@ class Block(nnx.Module):
     if config.qk_norm == "projection":
       self.q_norm, self.k_norm = norm(heads), norm(kv)
 
-  def __call__(self, x_BTD, rotation, mask_BTS, cache, layer, cache_index):
+  def __call__(self, x_BTD, lora, rotation, mask_BTS, cache, layer, cache_index):
+    normed = self.norm(x_BTD, "attn_norm")
     attended, cache = self.attend(
-      self.norm(x_BTD, "attn_norm"), rotation, mask_BTS, cache, layer, cache_index
+      normed, lora, rotation, mask_BTS, cache, layer, cache_index
     )
     x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
     normed = self.norm(x_BTD, "mlp_norm")
-    activation = ACTIVATIONS[self.config.activation]
-    gated = activation(project(normed, self.gate)) * project(normed, self.up)
-    return x_BTD + self.norm(project(gated, self.down), "mlp_post_norm"), cache
+    gate = project(normed, self.gate, lora.get("gate"))
+    up = project(normed, self.up, lora.get("up"))
+    gated = ACTIVATIONS[self.config.activation](gate) * up
+    down = project(gated, self.down, lora.get("down"))
+    return x_BTD + self.norm(down, "mlp_post_norm"), cache
 
   def norm(self, x: Array, name: str) -> Array:
     """The norm of that name, over as much of the last axis as it is wide; or none."""
@@ -177,19 +180,19 @@ class Block(nnx.Module):
     parts = x if parts.shape[-2] == 1 else parts
     return rms_norm(parts, scale, c.rms_eps, c.norm_offset).reshape(x.shape)
 
-  def heads(self, x_BTD: Array, name: str, count: int) -> Array:
+  def heads(self, x_BTD: Array, name: str, count: int, lora: Params) -> Array:
     """Queries, keys or values [B, T, count, h]."""
-    x = project(x_BTD, getattr(self, name))
+    x = project(x_BTD, getattr(self, name), lora.get(name))
     if self.config.qkv_bias:
       x = x + getattr(self, f"{name}_bias")[...].astype(x.dtype)
     x = self.norm(x, f"{name}_norm")
     return x.reshape(*x.shape[:-1], count, self.config.head_dim)
 
-  def attend(self, x_BTD, rotation, mask_BTS, cache, layer, cache_index):
+  def attend(self, x_BTD, lora, rotation, mask_BTS, cache, layer, cache_index):
     c = self.config
-    q_BTHh = self.heads(x_BTD, "q", c.n_heads)
-    k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads)
-    v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads)
+    q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
+    k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
+    v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
     q_BTHh, k_BTNh = rotary.rotate(q_BTHh, *rotation), rotary.rotate(k_BTNh, *rotation)
     if cache is not None:
       # Written in place at [layer, :, cache_index:]: the cache travels as the scan's
@@ -206,7 +209,8 @@ class Block(nnx.Module):
       k_BTNh = cache["k"][layer].astype(x_BTD.dtype)
       v_BTNh = cache["v"][layer].astype(x_BTD.dtype)
     out_BTHh = attention(q_BTHh, k_BTNh, v_BTNh, mask_BTS, c)
-    return project(out_BTHh.reshape(*x_BTD.shape[:-1], -1), self.o), cache
+    out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
+    return project(out_BTI, self.o, lora.get("o")), cache
 
 
 class Decoder(nnx.Module):
@@ -226,9 +230,20 @@ class Decoder(nnx.Module):
       self.head = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
 
 
-def project(x_BTI: Array, kernel_OI: Array | nnx.Param) -> Array:
-  """Linear map by a Hugging Face kernel [out, in], in the dtype of the activations."""
-  return jnp.einsum("...i,oi->...o", x_BTI, kernel_OI[...].astype(x_BTI.dtype))
+def project(
+  x_BTI: Array, kernel_OI: Array | nnx.Param, adapter: Params | None = None
+) -> Array:
+  """Linear map by a Hugging Face kernel [out, in], in the dtype of the activations.
+
+  With an adapter {"a": [r, in], "b": [out, r], "scale": []} that of kernel + scale b a,
+  a sum that is never formed (Hu et al., "LoRA", arXiv 2106.09685).
+  """
+  out_BTO = jnp.einsum("...i,oi->...o", x_BTI, kernel_OI[...].astype(x_BTI.dtype))
+  if adapter is None:
+    return out_BTO
+  adapter = {name: leaf.astype(x_BTI.dtype) for name, leaf in adapter.items()}
+  low_BTr = jnp.einsum("...i,ri->...r", x_BTI, adapter["a"]) * adapter["scale"]
+  return out_BTO + jnp.einsum("...r,or->...o", low_BTr, adapter["b"])
 
 
 def init(key: Array, config: DecoderConfig) -> Params:
@@ -322,7 +337,8 @@ def forward(
   """Runs the decoder up to the final norm; the head is `vocab_head`'s business.
 
   Args:
-    params: tree as `shapes(config)`; float32 masters are cast layer by layer.
+    params: tree as `shapes(config)`; float32 masters are cast layer by layer. Under
+      "lora" it may hold adapters: name of a kernel -> `project`'s, stacked like it.
     tokens_BT: int32 ids.
     positions_BT: int32 rotary positions, which need not follow the column.
     mask_BTS: True where a query may attend to a key; S = T without a cache, else the
@@ -352,23 +368,24 @@ def forward(
 
   def layer(carry, inputs):
     x_BTD, kv = carry
-    layer_params, index, own = inputs
+    layer_params, lora, index, own = inputs
     rotation, seen_BTS = rotations[0], mask_BTS
     if "rope" in own:
       rotation = jax.tree.map(lambda table: table[own["rope"]], tables)
     if "window" in own:
       seen_BTS = mask_BTS & (distance_BTS < own["window"])
     x_BTD, kv = _apply_block(
-      config, layer_params, x_BTD, rotation, seen_BTS, kv, index, cache_index
+      config, layer_params, x_BTD, lora, rotation, seen_BTS, kv, index, cache_index
     )
     return (x_BTD, kv), None
 
   body = jax.checkpoint(layer) if remat else layer
   kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+  lora = params.get("lora", {})
   (x_BTD, kv), _ = jax.lax.scan(
     body,
     (x_BTD, kv),
-    (params["layers"], jnp.arange(config.n_layers), _layer_data(config)),
+    (params["layers"], lora, jnp.arange(config.n_layers), _layer_data(config)),
     unroll=unroll or config.n_layers,
   )
   if cache is not None and kv is not None:

@@ -153,6 +153,21 @@ class Train(Section):
   """Write TensorBoard events too; metrics.jsonl is always written."""
 
 
+class Lora(Section):
+  """LoRA: trains low-rank updates of a frozen model (arXiv 2106.09685); `{}` for the
+  defaults. null: full fine-tuning. Wants a learning rate about 40 times as high."""
+
+  rank: Positive = 16
+  """Of each update [O]."""
+  alpha: Annotated[float, pydantic.Field(gt=0.0)] = 32.0
+  """An update is multiplied by alpha / rank [O]."""
+  targets: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+  )
+  """The projections that get an update, by their Hugging Face names."""
+
+
 class Rollout(Section):
   """The answers the model being trained samples, on which it is distilled."""
 
@@ -299,6 +314,14 @@ class Sweep(Section):
   runs: tuple[SweepRun, ...] = ()
 
 
+class Export(Section):
+  """What `export` writes."""
+
+  adapter: bool = False
+  """With `lora`: a PEFT adapter for the base model, in `output/adapter`, instead of the
+  whole model in `output/export`."""
+
+
 class Config(Section):
   """The whole file."""
 
@@ -308,12 +331,14 @@ class Config(Section):
   method: str = "raft"
   """RAFT, or the name of a method it is compared with."""
   train: Train = Train()
+  lora: Lora | None = None
   rollout: Rollout = Rollout()
   distill: Distill = Distill()
   balance: Balance = Balance()
   mesh: Mesh = Mesh()
   evaluate: Evaluate = Evaluate()
   sweep: Sweep = Sweep()
+  export: Export = Export()
   output: str
   """Folder for everything a run writes; each run needs its own."""
 
@@ -344,7 +369,7 @@ def _walk(
     default = defaults.get(name, field.get("default", _REQUIRED))
     meaning = " ".join(field.get("description", "").split())
     key = f"{prefix}{name}"
-    inner = field.get("items", field)
+    inner = field.get("items", _unless_null(field))
     if "$ref" not in inner:
       shown = "required" if default is _REQUIRED else _yaml_word(default)
       yield Key(key, _type_text(field), shown, meaning)
@@ -355,9 +380,18 @@ def _walk(
       yield from _walk(section, definitions, f"{key}[].", {})
     else:
       meaning = meaning or " ".join(section.get("description", "").split())
-      yield Key(key, "", "", meaning)
+      optional = ("section, or null", "null") if default is None else ("", "")
+      yield Key(key, *optional, meaning)
       given = default if isinstance(default, dict) else {}
       yield from _walk(section, definitions, f"{key}.", given)
+
+
+def _unless_null(field: dict[str, Any]) -> dict[str, Any]:
+  """What a value may be beside null."""
+  options = [
+    option for option in field.get("anyOf", ()) if option.get("type") != "null"
+  ]
+  return options[0] if options else field
 
 
 def _yaml_word(value: Any) -> str:
@@ -366,8 +400,9 @@ def _yaml_word(value: Any) -> str:
 
 def _type_text(field: dict[str, Any]) -> str:
   if "anyOf" in field:
-    inner = [option for option in field["anyOf"] if option["type"] != "null"]
-    return f"{_type_text(inner[0])}, or null"
+    return f"{_type_text(_unless_null(field))}, or null"
+  if "items" in field:
+    return f"list of {_type_text(field['items'])}"
   if "enum" in field:
     return f"one of {', '.join(field['enum'])}"
   bounds = [

@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "kv_heads": "tensor",
   "mlp": "tensor",
   "head_dim": None,
+  "rank": None,
 }
 """Logical axis to mesh axes. A name that is not here is an error, not a default."""
 

@@ -12,6 +12,7 @@ width, K support size, D model width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raft_jax import balance, data, losses, model, vocab_head
+from raft_jax import balance, data, losses, model, trainable, vocab_head
 
 
 class Settings(NamedTuple):
@@ -52,7 +53,7 @@ class TrainState(NamedTuple):
   """All that a step changes; a tree of arrays, of their shapes or of shardings."""
 
   step: Any  # [] int32, steps taken
-  params: model.Params  # float32
+  params: model.Params  # the trainable tree, float32
   opt_state: Any
 
 
@@ -271,26 +272,27 @@ class Gradients(NamedTuple):
 
 
 Parts = tuple[data.Batch, Trajectory, Support | None, Weights]
+Losses = Callable[[model.Params, Parts], tuple[dict[str, Array], dict[str, Array]]]
+"""`loss_terms` of what is trained and of a batch, or of a part of it."""
 
 
 def gradients_together(
-  params: model.Params, parts: Parts, weigh: Any, settings: Settings
+  loss: Losses, params: model.Params, parts: Parts, weigh: Any
 ) -> Gradients:
   """One backward pass: both losses, one pullback, the weights, and (1, lambda) back."""
-  terms, pullback, seen = jax.vjp(
-    lambda p: loss_terms(p, *parts, settings=settings), params, has_aux=True
-  )
+  terms, pullback, seen = jax.vjp(lambda p: loss(p, parts), params, has_aux=True)
   valid = any_token(parts[-1])
   balanced = pullback(weigh(losses=terms, valid=valid))[0]
   return Gradients(balanced, terms, valid, None, None, seen)
 
 
 def gradients_apart(
+  loss: Losses,
   params: model.Params,
   parts: Parts,
   weigh: Any,
-  settings: Settings,
   *,
+  micro_batches: int = 1,
   measure: bool = False,
 ) -> Gradients:
   """One gradient tree a loss, summed over micro-batches until the weights are known.
@@ -302,9 +304,7 @@ def gradients_apart(
   """
 
   def of_micro_batch(part: Parts):
-    terms, pullback, seen = jax.vjp(
-      lambda p: loss_terms(p, *part, settings=settings), params, has_aux=True
-    )
+    terms, pullback, seen = jax.vjp(lambda p: loss(p, part), params, has_aux=True)
     one, zero = jnp.float32(1), jnp.float32(0)
     trees = {"sft": pullback({"sft": one, "kd": zero})[0]}
     if part[2] is not None:
@@ -315,7 +315,7 @@ def gradients_apart(
   # is then split without moving a row.
   stacked = jax.tree.map(
     lambda x: x.reshape(
-      x.shape[0] // settings.micro_batches, settings.micro_batches, *x.shape[1:]
+      x.shape[0] // micro_batches, micro_batches, *x.shape[1:]
     ).swapaxes(0, 1),
     parts,
   )
@@ -350,6 +350,7 @@ def any_token(weights: Weights) -> dict[str, Array]:
 
 def update(
   state: TrainState,
+  frozen: model.Params,
   batch: data.Batch,
   trajectory: Trajectory,
   support: Support | None,
@@ -362,6 +363,7 @@ def update(
   """Moves the parameters by one optimizer step.
 
   Args:
+    frozen: parameters beside the trained ones; see `trainable`.
     support: None trains on the answers alone.
     optimizer: from `optim.chain`, with `balancer` under the name `balance`.
     measure: take the two gradients apart, for their norms and cosine.
@@ -377,11 +379,21 @@ def update(
     _, advanced = balancer.update({}, state.opt_state["balance"], **observed)
     return balance.loss_weights(advanced)
 
+  def loss(params: model.Params, part: Parts):
+    return loss_terms(trainable.combine(frozen, params), *part, settings=settings)
+
   parts = (batch, trajectory, support, weights)
   if measure or settings.micro_batches > 1:
-    taken = gradients_apart(state.params, parts, weigh, settings, measure=measure)
+    taken = gradients_apart(
+      loss,
+      state.params,
+      parts,
+      weigh,
+      micro_batches=settings.micro_batches,
+      measure=measure,
+    )
   else:
-    taken = gradients_together(state.params, parts, weigh, settings)
+    taken = gradients_together(loss, state.params, parts, weigh)
   updates, opt_state = optimizer.update(
     taken.balanced,
     state.opt_state,

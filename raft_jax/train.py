@@ -91,6 +91,7 @@ class Dispatched(NamedTuple):
 def run_step(
   programs: wiring.Programs,
   state: step_lib.TrainState,
+  frozen: model.Params,
   teacher_params: model.Params | None,
   batch: data.Batch,
   step: int,
@@ -105,16 +106,18 @@ def run_step(
       jnp.zeros((len(batch.row_id_B), 0), jnp.int32),
       jnp.zeros(len(batch.row_id_B), jnp.int32),
     )
-    state, values = programs.update(state, batch, nothing, None, measure=False)
+    state, values = programs.update(state, frozen, batch, nothing, None, measure=False)
     clock.lap("update", values)
     return state, Dispatched(step, values, batch, None, None, clock.seconds)
-  trajectory, ended_B = programs.roll_out(state.params, batch, step)
+  trajectory, ended_B = programs.roll_out(state.params, frozen, batch, step)
   clock.lap("rollout", trajectory)
   support = programs.teach(
     teacher_params, batch.teacher_BC, batch.teacher_length_B, trajectory
   )
   clock.lap("teacher", support)
-  state, values = programs.update(state, batch, trajectory, support, measure=measure)
+  state, values = programs.update(
+    state, frozen, batch, trajectory, support, measure=measure
+  )
   clock.lap("update", values)
   return state, Dispatched(step, values, batch, trajectory, ended_B, clock.seconds)
 
@@ -171,16 +174,21 @@ def note(values: dict[str, float]) -> str:
 
 def first_state(
   config: config_lib.Config, run: wiring.Prepared, built: wiring.Built, orbax: Any
-) -> tuple[step_lib.TrainState, model.Params | None, int]:
-  """The state to go on from, the frozen base model (the teacher), and the step."""
+) -> tuple[step_lib.TrainState, model.Params, model.Params | None, int]:
+  """The state to go on from, the frozen parameters, the teacher's, and the step.
+
+  Frozen parameters and teacher are the base model; where both are wanted they are the
+  same buffers.
+  """
+  split, dtype = run.split, config.model.dtype
   resumes = orbax.latest_step() is not None
   base = None
-  if built.distils or not resumes:
+  if built.distils or split.freeze or not resumes:
     base = hf.load_params(
       config.model.source,
       run.decoder,
-      dtype="float32",
-      shardings=built.shardings.params,
+      dtype="float32" if split.trains_base else dtype,
+      shardings=built.base_shardings,
     )
   if resumes:
     state, step = checkpoint.restore(orbax, built.abstract)
@@ -188,16 +196,16 @@ def first_state(
   else:
 
     @functools.partial(jax.jit, out_shardings=built.shardings)
-    def start(params: model.Params) -> step_lib.TrainState:
-      # A copy: the step donates the student's buffers, the teacher keeps its own.
-      params = jax.tree.map(jnp.copy, params)
+    def start(base: model.Params) -> step_lib.TrainState:
+      params = split.start(base)
       return step_lib.TrainState(jnp.int32(0), params, built.optimizer.init(params))
 
     state, step = start(base), 0
-  if base is None or not built.distils:
-    return state, None, step
-  teacher = jax.tree.map(lambda leaf: leaf.astype(config.model.dtype), base)
-  return state, teacher, step
+  if base is None or not (built.distils or split.freeze):
+    return state, {}, None, step
+  base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+  frozen = split.freeze(base) if split.freeze else {}
+  return state, frozen, base if built.distils else None, step
 
 
 def reporter(
@@ -227,6 +235,7 @@ def loop(
   run: wiring.Prepared,
   built: wiring.Built,
   state: step_lib.TrainState,
+  frozen: model.Params,
   teacher_params: model.Params | None,
   start: int,
   *,
@@ -250,6 +259,7 @@ def loop(
     state, dispatched = run_step(
       built.programs,
       state,
+      frozen,
       teacher_params,
       jax.device_put(batch, sharding.batch(run.mesh)),
       step,
@@ -286,7 +296,7 @@ def fit(config: config_lib.Config) -> None:
     if checkpoint.check_latest(orbax, run.identity) == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
-    state, teacher_params, start = first_state(config, run, built, orbax)
+    state, frozen, teacher_params, start = first_state(config, run, built, orbax)
     began = time.perf_counter()
     with (
       contextlib.closing(
@@ -301,6 +311,7 @@ def fit(config: config_lib.Config) -> None:
         run,
         built,
         state,
+        frozen,
         teacher_params,
         start,
         report=reporter(run, built, leaks, log, bar),

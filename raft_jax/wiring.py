@@ -20,10 +20,12 @@ from jax.sharding import Mesh
 
 from raft_jax import (
   balance,
+  checkpoint,
   data,
   engines,
   errors,
   hf,
+  lora,
   methods,
   model,
   optim,
@@ -33,6 +35,7 @@ from raft_jax import (
   sharding,
   shards,
   text,
+  trainable,
 )
 from raft_jax import config as config_lib
 from raft_jax import step as step_lib
@@ -52,6 +55,7 @@ CLAIMED = (
     for key in config_lib.Train.model_fields
     if key not in ("checkpoint_every", "keep_checkpoints", "tensorboard")
   ),
+  "lora",
   "rollout",
   "distill",
   "balance",
@@ -170,6 +174,46 @@ def check_lengths(
     )
 
 
+def make_split(
+  config: config_lib.Config, decoder: model.DecoderConfig
+) -> trainable.Split:
+  """What the config trains; allocates nothing."""
+  if config.lora is None:
+    return trainable.everything(decoder)
+  # Beside the keys of the rollouts, which fold a step into the seed.
+  key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
+  kernels = lora.targets(hf.family(config.model.source), config.lora.targets)
+  return lora.split(
+    decoder, kernels, rank=config.lora.rank, alpha=config.lora.alpha, key=key
+  )
+
+
+def identity(config: config_lib.Config) -> dict[str, Any]:
+  """What the trained parameters belong to, as it is saved beside them."""
+  return {
+    "model": engines.identity(config.model.source),
+    "lora": config.lora and config.lora.model_dump(mode="json"),
+  }
+
+
+def trained(
+  config: config_lib.Config, decoder: model.DecoderConfig
+) -> tuple[model.Params, int]:
+  """The whole model of the newest checkpoint, float32, and the step it was saved at.
+
+  Raises:
+    errors.UserError: when there is no checkpoint, or it is of another run.
+  """
+  split = make_split(config, decoder)
+  params, step = checkpoint.restore_params(
+    config.output, split.shapes, identity(config)
+  )
+  if split.freeze is None:
+    return params, step
+  base = hf.load_params(config.model.source, decoder)
+  return lora.merge(trainable.combine(split.freeze(base), params)), step
+
+
 def make_balancer(
   config: config_lib.Balance, total_steps: int
 ) -> optax.GradientTransformationExtraArgs:
@@ -237,11 +281,13 @@ def compile_programs(
   if not distil:
     return Programs(None, None, update)
 
-  def roll_out(params: model.Params, batch: data.Batch, step: int):
+  def roll_out(
+    params: model.Params, frozen: model.Params, batch: data.Batch, step: int
+  ):
     if config.distill.trajectory == "answer":
       return step_lib.Trajectory(batch.answer_BA, batch.answer_length_B), None
     rollout = sample.generate(
-      params,
+      trainable.combine(frozen, params),
       settings.decoder,
       batch.prompt_BP,
       batch.prompt_length_B,
@@ -264,12 +310,12 @@ def compile_programs(
 
 def state_shardings(
   mesh: Mesh,
-  decoder: model.DecoderConfig,
+  split: trainable.Split,
   optimizer: optax.GradientTransformationExtraArgs,
 ) -> tuple[step_lib.TrainState, step_lib.TrainState]:
   """Shapes and shardings of the whole train state; allocates nothing."""
-  params = model.shapes(decoder)
-  placed = sharding.tree(mesh, model.axes(decoder), params)
+  params = split.shapes
+  placed = sharding.tree(mesh, split.axes, params)
   whole = sharding.replicated(mesh)
   opt_shapes = jax.eval_shape(optimizer.init, params)
   opt_placed = optax.tree.map_params(
@@ -297,6 +343,7 @@ class Prepared(NamedTuple):
   codec: text.Codec
   decoder: model.DecoderConfig
   mesh: Mesh
+  split: trainable.Split
   dataset: Any
   total_steps: int
   identity: dict[str, Any]
@@ -307,6 +354,7 @@ def prepare(config: config_lib.Config) -> Prepared:
   method = methods.get(config.method)
   decoder = hf.load_config(config.model.source)
   hf.check_params(config.model.source, decoder)
+  split = make_split(config, decoder)
   codec = text.load(config.model.source)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   distil = distills(config, method)
@@ -332,12 +380,8 @@ def prepare(config: config_lib.Config) -> Prepared:
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
-  identity = {
-    "model": engines.identity(config.model.source),
-    "data": examples.digest,
-    "tokenizer": codec.digest,
-  }
-  return Prepared(method, codec, decoder, mesh, dataset, len(dataset), identity)
+  own = {**identity(config), "data": examples.digest, "tokenizer": codec.digest}
+  return Prepared(method, codec, decoder, mesh, split, dataset, len(dataset), own)
 
 
 class Built(NamedTuple):
@@ -346,6 +390,7 @@ class Built(NamedTuple):
   Attributes:
     rates: float32 [steps], the learning rate of every step, on the host.
     abstract: shapes and shardings of the train state, to restore into.
+    base_shardings: of the base model's parameters.
     distils: whether there is a distillation term.
   """
 
@@ -354,6 +399,7 @@ class Built(NamedTuple):
   rates: np.ndarray
   abstract: step_lib.TrainState
   shardings: step_lib.TrainState
+  base_shardings: model.Params
   distils: bool
 
 
@@ -370,7 +416,10 @@ def build(config: config_lib.Config, run: Prepared) -> Built:
     clip=config.train.clip,
   )
   distil = distills(config, run.method)
-  abstract, shardings = state_shardings(run.mesh, run.decoder, optimizer)
+  abstract, shardings = state_shardings(run.mesh, run.split, optimizer)
+  base_shardings = sharding.tree(
+    run.mesh, model.axes(run.decoder), model.shapes(run.decoder)
+  )
   programs = compile_programs(
     config,
     make_settings(config, run.decoder, run.codec),
@@ -381,4 +430,4 @@ def build(config: config_lib.Config, run: Prepared) -> Built:
     distil=distil,
   )
   rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.total_steps)))
-  return Built(programs, optimizer, rates, abstract, shardings, distil)
+  return Built(programs, optimizer, rates, abstract, shardings, base_shardings, distil)

@@ -13,6 +13,7 @@ from raft_jax import balance, checkpoint, errors, model, optim, step
 from tests import model_test
 
 CONFIG = model_test.CONFIG
+SHAPES = model.shapes(CONFIG)
 IDENTITY = {"model": "some/model", "data": "d1", "tokenizer": "t1"}
 
 
@@ -66,14 +67,14 @@ def test_everything_comes_back_bit_for_bit_and_old_steps_go(saved):
 
 def test_parameters_alone_come_back(saved):
   folder, state = saved
-  params, number = checkpoint.restore_params(folder, CONFIG, "some/model")
+  params, number = checkpoint.restore_params(folder, SHAPES, {"model": "some/model"})
   assert number == 7
   jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
 def test_no_checkpoint_says_what_to_run(tmp_path):
   with pytest.raises(errors.UserError, match=r"no checkpoint.*raft_jax\.train"):
-    checkpoint.restore_params(tmp_path, CONFIG, "some/model")
+    checkpoint.restore_params(tmp_path, SHAPES, {"model": "some/model"})
 
 
 @pytest.mark.parametrize("key", list(IDENTITY))
@@ -86,7 +87,7 @@ def test_another_run_is_refused_by_name(saved, key):
 def test_parameters_of_another_model_are_refused(saved):
   folder, _ = saved
   with pytest.raises(errors.UserError, match="whose model was 'some/model'"):
-    checkpoint.restore_params(folder, CONFIG, "other/model")
+    checkpoint.restore_params(folder, SHAPES, {"model": "other/model"})
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
@@ -124,7 +125,7 @@ def test_damaged_array_data_never_passes(saved, damage):
   with pytest.raises(errors.UserError, match="checkpoints/7"):
     restore(folder, state)
   with pytest.raises(errors.UserError, match="checkpoints/7"):
-    checkpoint.restore_params(folder, CONFIG, "some/model")
+    checkpoint.restore_params(folder, SHAPES, {"model": "some/model"})
   # The remedy that the message names works.
   shutil.rmtree(folder / "checkpoints/7")
   assert restore(folder, state)[1] == 6
@@ -147,5 +148,5 @@ def test_damage_is_not_logged_beside_the_error_that_is_raised(saved, caplog):
   (folder / "checkpoints/7/_CHECKPOINT_METADATA").write_text("junk")
   shutil.rmtree(folder / "checkpoints/7/state")
   with pytest.raises(errors.UserError, match="cannot be restored"):
-    checkpoint.restore_params(folder, CONFIG, IDENTITY["model"])
+    checkpoint.restore_params(folder, SHAPES, IDENTITY)
   assert caplog.records == []

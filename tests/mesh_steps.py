@@ -25,6 +25,7 @@ from raft_jax import (
   step,
   text,
   train,
+  trainable,
   wiring,
 )
 
@@ -106,7 +107,7 @@ def steps(sizes: tuple[int, int, int], micro_batches: int) -> dict[str, np.ndarr
   optimizer = optim.chain(
     balancer, optim.warmup_cosine(RATE, STEPS), weight_decay=0.01, clip=1.0
   )
-  _, shardings = wiring.state_shardings(mesh, DECODER, optimizer)
+  _, shardings = wiring.state_shardings(mesh, trainable.everything(DECODER), optimizer)
   programs = wiring.compile_programs(
     run,
     wiring.make_settings(run, DECODER, codec),
@@ -126,7 +127,7 @@ def steps(sizes: tuple[int, int, int], micro_batches: int) -> dict[str, np.ndarr
     for index in range(STEPS):
       batch = jax.device_put(make_batch(index), sharding.batch(mesh))
       state, seen = train.run_step(
-        programs, state, teacher, batch, index, measure=False, timed=False
+        programs, state, {}, teacher, batch, index, measure=False, timed=False
       )
       # jax 0.10.2 on CPU locks up when many collectives are queued.
       jax.block_until_ready(state)

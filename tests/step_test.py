@@ -75,7 +75,12 @@ def start(params, balancer):
     balancer, optax.constant_schedule(RATE), weight_decay=0.01, clip=1.0
   )
   state = step.TrainState(jnp.int32(0), params, optimizer.init(params))
-  update = functools.partial(step.update, optimizer=optimizer, balancer=balancer)
+
+  def update(state, *batch, **static):
+    return step.update(
+      state, {}, *batch, optimizer=optimizer, balancer=balancer, **static
+    )
+
   return state, jax.jit(update, static_argnames=("settings", "measure"))
 
 
@@ -233,12 +238,16 @@ def test_micro_batches_change_nothing(mean):
       _, advanced = balancer.update({}, balancer.init(params), **observed)
       return balance.loss_weights(advanced)
 
-    take = step.gradients_together if parts == 1 else step.gradients_apart
-    results[parts] = jax.jit(
-      lambda p, parts, take=take, weigh=weigh, settings=settings: take(
-        p, parts, weigh, settings
+    def loss(p, part, settings=settings):
+      return step.loss_terms(p, *part, settings=settings)
+
+    take = functools.partial(step.gradients_together, loss, weigh=weigh)
+    if parts > 1:
+      take = functools.partial(
+        step.gradients_apart, loss, weigh=weigh, micro_batches=parts
       )
-    )(params, (batch, trajectory, support, weights))
+    whole = (batch, trajectory, support, weights)
+    results[parts] = jax.jit(take)(params, whole)
     results[parts, "weight"] = weigh(
       losses=results[parts].losses, valid=results[parts].valid
     )["kd"]

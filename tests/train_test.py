@@ -19,6 +19,7 @@ from raft_jax import (
   errors,
   hf,
   journal,
+  model,
   records,
   refine,
   shards,
@@ -81,7 +82,9 @@ def run(path, *overrides, **options):
 
 def final_params(output, source):
   params, step = checkpoint.restore_params(
-    output, hf.load_config(source), engines.identity(source)
+    output,
+    model.shapes(hf.load_config(source)),
+    {"model": engines.identity(source)},
   )
   assert step == STEPS
   return params
