@@ -22,6 +22,7 @@ from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config
 from raft_jax.schema import Engine as Engine
 from raft_jax.schema import Evaluate as Evaluate
+from raft_jax.schema import Export as Export
 from raft_jax.schema import Fusion as Fusion
 from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora

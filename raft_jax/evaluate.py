@@ -26,7 +26,6 @@ from rouge_score import rouge_scorer
 
 from raft_jax import (
   benchmarks,
-  checkpoint,
   command_line,
   data,
   distance,

@@ -18,6 +18,7 @@ from raft_jax import (
   balance,
   config,
   data,
+  lora,
   model,
   optim,
   schema,
@@ -46,6 +47,7 @@ DECODER = model.DecoderConfig(
 )
 ROWS, STEPS, RATE = 8, 2, 1e-2
 ONE = "one device"
+ADAPTERS, ONE_ADAPTERS = "all, adapters", "one device, adapters"
 MESHES = {
   ONE: ((1, 1, 1), 1),
   "data": ((8, 1, 1), 1),
@@ -55,6 +57,8 @@ MESHES = {
   "all, batch in two parts": ((2, 2, 2), 2),
 }
 """Name: sizes of the axes, micro-batches."""
+ADAPTER_MESHES = {ONE_ADAPTERS: ((1, 1, 1), 1), ADAPTERS: ((2, 2, 2), 1)}
+"""The same, to train adapters of a frozen model."""
 
 
 def run_config(micro_batches: int) -> schema.Config:
@@ -94,7 +98,19 @@ def flat(name: str, tree) -> dict[str, np.ndarray]:
   }
 
 
-def steps(sizes: tuple[int, int, int], micro_batches: int) -> dict[str, np.ndarray]:
+def adapter_split() -> trainable.Split:
+  """Adapters that start away from 0, so that both halves have a gradient."""
+  split = lora.split(DECODER, lora.KERNELS, rank=4, alpha=8.0, key=jax.random.key(0))
+  rng = np.random.default_rng(0)
+  start = jax.tree.map(
+    lambda leaf: np.float32(0.2 * rng.normal(size=leaf.shape)), split.shapes
+  )
+  return split._replace(start=lambda base: start)
+
+
+def steps(
+  sizes: tuple[int, int, int], micro_batches: int, split: trainable.Split
+) -> dict[str, np.ndarray]:
   """Trains as `train.fit` does; what came out, by name."""
   if sizes == (1, 1, 1):
     one = np.array(jax.devices()[:1]).reshape(sizes)
@@ -107,7 +123,7 @@ def steps(sizes: tuple[int, int, int], micro_batches: int) -> dict[str, np.ndarr
   optimizer = optim.chain(
     balancer, optim.warmup_cosine(RATE, STEPS), weight_decay=0.01, clip=1.0
   )
-  _, shardings = wiring.state_shardings(mesh, trainable.everything(DECODER), optimizer)
+  _, shardings = wiring.state_shardings(mesh, split, optimizer)
   programs = wiring.compile_programs(
     run,
     wiring.make_settings(run, DECODER, codec),
@@ -119,15 +135,17 @@ def steps(sizes: tuple[int, int, int], micro_batches: int) -> dict[str, np.ndarr
   )
   out = {}
   with jax.set_mesh(mesh):
-    params = base_params()
-    teacher = jax.device_put(params, shardings.params)
+    placed = sharding.tree(mesh, model.axes(DECODER), model.shapes(DECODER))
+    teacher = jax.device_put(base_params(), placed)
+    frozen = split.freeze(teacher) if split.freeze else {}
+    params = split.start(base_params())
     state = jax.device_put(
       step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
     )
     for index in range(STEPS):
       batch = jax.device_put(make_batch(index), sharding.batch(mesh))
       state, seen = train.run_step(
-        programs, state, {}, teacher, batch, index, measure=False, timed=False
+        programs, state, frozen, teacher, batch, index, measure=False, timed=False
       )
       # jax 0.10.2 on CPU locks up when many collectives are queued.
       jax.block_until_ready(state)
@@ -145,7 +163,12 @@ def steps(sizes: tuple[int, int, int], micro_batches: int) -> dict[str, np.ndarr
 def main() -> None:
   out = flat("start ", base_params())
   for name, (sizes, micro_batches) in MESHES.items():
-    out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches).items()}
+    split = trainable.everything(DECODER)
+    out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
+  out |= flat("start of adapters ", adapter_split().start({}))
+  for name, (sizes, micro_batches) in ADAPTER_MESHES.items():
+    split = adapter_split()
+    out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
   np.savez(sys.argv[1], **out)
 
 

@@ -204,3 +204,25 @@ def test_after_a_step_each_device_still_holds_its_share_only(arrived, kind):
     for name, shape in shards.items():
       found = arrived[f"{mesh}: shards ['{kind}']{name}"]
       assert tuple(found) == shape, (mesh, name)
+
+
+def test_adapters_train_the_same_on_eight_devices(arrived):
+  """Rollouts token for token, losses, and each half of an adapter."""
+  mesh, one = f"{mesh_steps.ADAPTERS}: ", f"{mesh_steps.ONE_ADAPTERS}: "
+  for name, tokens in named(arrived, f"{one}rollout ").items():
+    np.testing.assert_array_equal(arrived[f"{mesh}rollout {name}"], tokens, name)
+  for name, value in named(arrived, f"{one}values ").items():
+    ours = arrived[f"{mesh}values {name}"]
+    np.testing.assert_allclose(ours, value, rtol=1e-5, err_msg=name)
+  starts = named(arrived, "start of adapters ")
+  assert len(starts) == 2 * 7
+  for name, start in starts.items():
+    ours, theirs = (arrived[f"{which}params {name}"] for which in (mesh, one))
+    moved = np.linalg.norm(theirs - start)
+    assert moved > 1e-3 * np.linalg.norm(start), name
+    assert np.linalg.norm(ours - theirs) < 1e-2 * moved, name
+  a, b = ("['lora']['q']['a']", "['lora']['q']['b']")
+  for kind in ("params", "adam"):
+    # Rank 4 stays whole; 32 of the model's width over fsdp, 32 of the heads' over tensor.
+    assert tuple(arrived[f"{mesh}shards ['{kind}']{a}"]) == (2, 4, 16)
+    assert tuple(arrived[f"{mesh}shards ['{kind}']{b}"]) == (2, 16, 4)
