@@ -165,7 +165,7 @@ def main() -> None:
   for name, (sizes, micro_batches) in MESHES.items():
     split = trainable.everything(DECODER)
     out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
-  out |= flat("start of adapters ", adapter_split().start({}))
+  out |= flat("adapters at start ", adapter_split().start({}))
   for name, (sizes, micro_batches) in ADAPTER_MESHES.items():
     split = adapter_split()
     out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}

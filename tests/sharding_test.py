@@ -214,7 +214,7 @@ def test_adapters_train_the_same_on_eight_devices(arrived):
   for name, value in named(arrived, f"{one}values ").items():
     ours = arrived[f"{mesh}values {name}"]
     np.testing.assert_allclose(ours, value, rtol=1e-5, err_msg=name)
-  starts = named(arrived, "start of adapters ")
+  starts = named(arrived, "adapters at start ")
   assert len(starts) == 2 * 7
   for name, start in starts.items():
     ours, theirs = (arrived[f"{which}params {name}"] for which in (mesh, one))
@@ -223,6 +223,6 @@ def test_adapters_train_the_same_on_eight_devices(arrived):
     assert np.linalg.norm(ours - theirs) < 1e-2 * moved, name
   a, b = ("['lora']['q']['a']", "['lora']['q']['b']")
   for kind in ("params", "adam"):
-    # Rank 4 stays whole; 32 of the model's width over fsdp, 32 of the heads' over tensor.
+    # The rank stays whole; the model's width lies over fsdp, the heads over tensor.
     assert tuple(arrived[f"{mesh}shards ['{kind}']{a}"]) == (2, 4, 16)
     assert tuple(arrived[f"{mesh}shards ['{kind}']{b}"]) == (2, 16, 4)
