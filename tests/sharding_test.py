@@ -124,7 +124,7 @@ def arrived(tmp_path_factory):
   subprocess.run(
     [sys.executable, "-m", "tests.mesh_steps", str(path)],
     check=True,
-    timeout=300,
+    timeout=600,
     cwd=pathlib.Path(__file__).parents[1],
     env={
       **os.environ,
