@@ -6,6 +6,7 @@ place to add a family. Nothing here opens a file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,11 @@ import numpy as np
 
 Fields = dict[str, Any]
 """Hugging Face config fields, as in config.json."""
-Index = tuple[slice, ...]
+Index = tuple[Any, ...]
+"""A slice for every axis; the first may be an array of row numbers."""
+
+
+_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 
 class Name(NamedTuple):
@@ -51,9 +56,7 @@ class Family(NamedTuple):
   ropes: tuple[str, ...] = ("default", "llama3")
   slides: Callable[[Fields, int], bool] | None = None
   interleaved: frozenset[str] = frozenset()
-  ignored: re.Pattern[str] = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-  )
+  ignored: re.Pattern[str] = re.compile(_BUFFERS)
 
   @property
   def in_gguf(self) -> bool:
@@ -151,6 +154,7 @@ def _gemma(fields: Fields) -> dict[str, Any]:
   return {
     "post_norms": True,
     "norm_offset": 1.0,
+    "norm_rounds_last": True,
     "activation": "gelu_tanh",
     "embed_scale": float(fields["hidden_size"]) ** 0.5,
     "query_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
@@ -167,6 +171,7 @@ FAMILIES = {
     only=_NO_BIAS,
     # llama.cpp's convert_hf_to_gguf.py permutes these two (LlamaModel.permute).
     interleaved=frozenset({"layers/q", "layers/k"}),
+    ignored=re.compile(_BUFFERS + r"|rope_freqs\.weight"),  # the config's in GGUF
   ),
   "qwen2": Family(
     architecture="Qwen2ForCausalLM",
@@ -231,6 +236,7 @@ FAMILIES = {
     only=_NO_BIAS,
     extra=lambda fields: {
       "qk_norm": "projection",
+      "norm_rounds_last": True,
       "pre_norms": False,
       "post_norms": True,
     },
@@ -295,6 +301,38 @@ def turns(fields: Fields, layer: int) -> bool:
     return bool(given[layer])
   interval = fields.get("no_rope_layer_interval")
   return not interval or (layer + 1) % interval != 0
+
+
+LLAMA3_NUMBERS = (
+  "factor",
+  "low_freq_factor",
+  "high_freq_factor",
+  "original_max_position_embeddings",
+)
+
+
+def llama3_divisors(
+  periods: np.ndarray,
+  *,
+  factor: float,
+  low_freq_factor: float,
+  high_freq_factor: float,
+  original_max_position_embeddings: float,
+) -> tuple[float, ...]:
+  """Divisors of the rotary frequencies in the rope scaling `llama3`.
+
+  Waves that turn fewer than `low_freq_factor` times within the original length are
+  slowed by `factor`, those above `high_freq_factor` not, those between in part
+  (transformers/modeling_rope_utils.py).
+
+  Args:
+    periods: positions in which each frequency turns by one radian.
+  """
+  turns = original_max_position_embeddings / (2 * math.pi * periods)
+  share = np.clip(
+    (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1
+  )
+  return tuple((1 / ((1 - share) / factor + share)).tolist())
 
 
 # --- Tensors --------------------------------------------------------------------------

@@ -31,11 +31,12 @@ def of(fields: families.Fields, place: str) -> families.Family:
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
-  if fields.get("quantization_config"):
-    raise errors.UserError(
-      f"{place}: quantization_config: quantised weights cannot be trained; use the "
-      "unquantised checkpoint"
-    )
+  for name in ("quantization_config", "quantization"):  # the second is MLX's
+    if fields.get(name):
+      raise errors.UserError(
+        f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
+        "checkpoint"
+      )
   family = families.FAMILIES.get(fields.get("model_type", ""))
   architectures = fields.get("architectures") or []
   if family is None or (architectures and family.architecture not in architectures):
@@ -194,13 +195,8 @@ def _rope(
   if kind == "linear":
     return dataclasses.replace(rope, divisors=(number("factor"),))
   if kind == "llama3":
-    divisors = _llama3_divisors(
-      config.rope_theta**exponents,
-      number("factor"),
-      number("low_freq_factor"),
-      number("high_freq_factor"),
-      number("original_max_position_embeddings"),
-    )
+    numbers = {name: number(name) for name in families.LLAMA3_NUMBERS}
+    divisors = families.llama3_divisors(config.rope_theta**exponents, **numbers)
     return dataclasses.replace(rope, divisors=divisors)
   if kind == "longrope":
     original = number("original_max_position_embeddings", int)
@@ -229,15 +225,6 @@ def _local_theta(fields: families.Fields, place: str) -> float:
   if own:
     fields = {**fields, "rope_local_base_freq": own.get("rope_theta")}
   return _number(fields, place, "rope_local_base_freq", float)
-
-
-def _llama3_divisors(
-  periods: np.ndarray, factor: float, low: float, high: float, original: float
-) -> tuple[float, ...]:
-  """Long waves are slowed by `factor`, short ones not, those between in part."""
-  turns = original / (2 * math.pi * periods)
-  share = np.clip((turns - low) / (high - low), 0, 1)
-  return tuple((1 / ((1 - share) / factor + share)).tolist())
 
 
 def _layer_ropes(

@@ -6,6 +6,7 @@ The only room that knows the format, and the `gguf` package.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import pathlib
 from typing import Any, NamedTuple
 
@@ -26,8 +27,10 @@ def _mapped(path: str, mtime: int, size: int) -> gguf.GGUFReader:
   try:
     return gguf.GGUFReader(path)
   except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+    version = importlib.metadata.version("gguf")
     raise errors.UserError(
-      f"{path}: damaged or truncated GGUF file ({error}); fetch it again"
+      f"{path}: damaged or truncated GGUF file, or of a kind that gguf {version} does "
+      f"not know ({error}); fetch it again, or pip install --upgrade gguf"
     ) from error
 
 
@@ -57,9 +60,6 @@ def config_fields(path: pathlib.Path) -> families.Fields:
     return _value(reader, f"tokenizer.ggml.{name}_token_id")
 
   known = families.FAMILIES.get(family)
-  scaling = meta("rope.scaling.type")
-  if "rope_freqs.weight" in tensors:
-    scaling = "llama3 (rope_freqs.weight)"
   if meta("expert_count"):
     raise errors.UserError(f"{path}: mixture of experts is not supported; use another")
   fields = {
@@ -91,9 +91,42 @@ def config_fields(path: pathlib.Path) -> families.Fields:
     fields["partial_rotary_factor"] = rotary / fields["head_dim"]
   # Both spellings: transformers 5 reads the second, 4 and vLLM the first.
   theta = fields.setdefault("rope_theta", 10000.0)
-  kind = scaling if scaling not in (None, "none") else "default"
-  fields["rope_parameters"] = {"rope_theta": theta, "rope_type": kind}
+  kind = meta("rope.scaling.type") or "none"
+  fields["rope_parameters"] = {
+    "rope_theta": theta,
+    "rope_type": "default" if kind == "none" else kind,
+  }
+  if "rope_freqs.weight" in tensors:
+    scaling = _llama3_scaling(reader, path, theta)
+    fields["rope_scaling"] = scaling
+    fields["rope_parameters"] = {"rope_theta": theta, **scaling}
   return fields
+
+
+def _llama3_scaling(
+  reader: gguf.GGUFReader, path: pathlib.Path, theta: float
+) -> families.Fields:
+  """The scaling whose divisors of the frequencies are the tensor `rope_freqs.weight`.
+
+  The file holds what llama.cpp's converter computed from the four numbers of the
+  config. All Llama 3 models share three of them; the fourth is the largest divisor.
+  """
+  (tensor,) = (t for t in reader.tensors if t.name == "rope_freqs.weight")
+  divisors = gguf.dequantize(tensor.data, tensor.tensor_type)
+  numbers = {
+    "factor": float(divisors.max()),
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+  }
+  exponents = np.arange(len(divisors)) / len(divisors)
+  expected = families.llama3_divisors(theta**exponents, **numbers)
+  if not np.allclose(divisors, expected, rtol=1e-4):
+    raise errors.UserError(
+      f"{path}: rope_freqs.weight is not the rope scaling 'llama3' with the numbers of "
+      "the published Llama 3 models; use the safetensors folder"
+    )
+  return {"rope_type": "llama3", **numbers}
 
 
 def tensors(path: pathlib.Path) -> dict[str, families.Stored]:
@@ -117,7 +150,9 @@ def tensors(path: pathlib.Path) -> dict[str, families.Stored]:
     def read(
       index: families.Index, data=tensor.data, kind=tensor.tensor_type
     ) -> np.ndarray:
-      return gguf.dequantize(data, kind)[index]
+      if len(index) == 1:  # a part of a vector may begin within a block
+        return gguf.dequantize(data, kind)[index]
+      return gguf.dequantize(data[index[0]], kind)[:, *index[1:]]
 
     # GGUF lists the fastest dimension first.
     shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -127,11 +162,11 @@ def tensors(path: pathlib.Path) -> dict[str, families.Stored]:
 
 def uninterleaved(tensor: families.Stored, heads: int) -> families.Stored:
   """Rows from interleaved rotary order (pairs 2i, 2i + 1) back to halves."""
+  pairs = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
+  order = pairs.swapaxes(1, 2).reshape(-1)
 
   def read(index: families.Index) -> np.ndarray:
-    whole = tensor.read((slice(None),) * len(tensor.shape))
-    pairs = whole.reshape(heads, -1, 2, *whole.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(whole.shape)[index]
+    return tensor.read((order[index[0]], *index[1:]))
 
   return families.Stored(tensor.shape, read)
 

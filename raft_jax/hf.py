@@ -13,7 +13,7 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -32,6 +32,8 @@ DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 HUB_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt", "tokenizer.model"]
+STRIP_BYTES = 1 << 24
+"""Of a tensor that are read, converted and checked at a time."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
   "pickle weights are never opened; convert them where you trust them: python -c "
@@ -170,43 +172,89 @@ def load_params(
 ) -> model.Params:
   """The model's parameters, as the tree `model.shapes(config)`.
 
-  Strict: every tensor of the checkpoint is used once, none is missing, shapes agree. A
-  `lm_head.weight` beside tied embeddings is accepted only if it equals the embedding.
-  One stacked leaf is filled at a time, so that the host holds about one leaf beyond the
-  destination; with shardings only the blocks that this host's devices need are read.
+  Strict: every tensor of the checkpoint is used once, none is missing, shapes agree,
+  every value is finite. A `lm_head.weight` beside tied embeddings is accepted only if
+  it equals the embedding. Tensors are read one at a time, in strips, and only the
+  blocks that this host's devices need; a layer's goes straight to its row of the
+  stacked leaf on the devices. Beyond the destination the host thus holds one tensor of
+  the embeddings' size, or two of a layer's.
 
   Args:
     source: as for `resolve`.
     config: from `load_config`.
     dtype: of the parameters, "float32" or "bfloat16".
-    shardings: tree of `jax.sharding.Sharding` like the parameters'; None puts them on
-      the default device.
+    shardings: tree of `jax.sharding.NamedSharding` like the parameters'; None puts them
+      on the default device.
 
   Raises:
     UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
   """
-  import jax
   from flax import traverse_util
 
-  stored, pieces, leaves = _matched(source, config)
+  path = resolve(source)
+  stored, pieces, leaves = _matched(path, config)
   places = traverse_util.flatten_dict(shardings or {}, sep="/")
 
   def load_leaf(name: str, shape: tuple[int, ...]) -> jax.Array:
-    tensors = [
-      families.part(stored[piece.name], piece, name)
-      for piece in pieces
-      if name in piece.paths
-    ]
+    parts = [piece for piece in pieces if name in piece.paths]
+    place = places.get(name)
+    if parts[0].layer is None:
+      return load_tensor(parts[0], name, shape, place)
+    rows = (
+      functools.partial(load_tensor, part, name, shape[1:], _of_layer(place))
+      for part in parts
+    )
+    return _stacked(rows, shape, DTYPES[dtype], place)
+
+  def load_tensor(
+    piece: families.Piece, name: str, shape: tuple[int, ...], place: Any
+  ) -> jax.Array:
+    import jax
+
+    tensor = families.part(stored[piece.name], piece, name)
 
     def block(index: families.Index | None) -> np.ndarray:
-      return _read_block(tensors, shape, index, DTYPES[dtype])
+      index = index or (slice(None),) * len(shape)
+      return _read_block(tensor, index, DTYPES[dtype], f"{path}: {piece.name}")
 
-    if name in places:
-      return jax.make_array_from_callback(shape, places[name], block)
-    return jax.device_put(block(None))
+    if place is None:
+      return jax.device_put(block(None))
+    return jax.make_array_from_callback(shape, place, block)
 
   loaded = {name: load_leaf(name, leaf.shape) for name, leaf in leaves.items()}
   return traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def _of_layer(place: Any) -> Any:
+  """The sharding of one row of a leaf that is stacked on axis 0."""
+  import jax
+
+  if place is None:
+    return None
+  return jax.sharding.NamedSharding(place.mesh, jax.P(*place.spec[1:]))
+
+
+def _stacked(
+  rows: Iterable[Callable[[], jax.Array]],
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  place: Any,
+) -> jax.Array:
+  """Stacks what the functions return, without a second copy of what has come."""
+  import jax
+  import jax.numpy as jnp
+
+  fill = jax.jit(
+    jax.lax.dynamic_update_index_in_dim,
+    static_argnums=3,
+    donate_argnums=0,
+    out_shardings=place,
+  )
+  stack = jnp.zeros(shape, dtype, device=place)
+  for layer, row in enumerate(rows):
+    # A row has arrived before the next is read; jax lets go of it during that.
+    stack = fill(stack, row(), np.int32(layer), 0).block_until_ready()
+  return stack
 
 
 def check_params(source: str, config: model.DecoderConfig) -> None:
@@ -215,18 +263,17 @@ def check_params(source: str, config: model.DecoderConfig) -> None:
   Raises:
     UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
   """
-  _matched(source, config)
+  _matched(resolve(source), config)
 
 
 def _matched(
-  source: str, config: model.DecoderConfig
+  path: pathlib.Path, config: model.DecoderConfig
 ) -> tuple[dict[str, families.Stored], list[families.Piece], dict[str, Any]]:
   """The stored tensors, which of them makes up what, and the leaves by path."""
   from flax import traverse_util
 
   from raft_jax import model
 
-  path = resolve(source)
   in_gguf = path.is_file()
   family = family_config.of(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else _open_safetensors(path)
@@ -247,21 +294,34 @@ def _matched(
 
 
 def _read_block(
-  tensors: list[families.Stored],
-  shape: tuple[int, ...],
-  index: families.Index | None,
-  dtype: np.dtype,
+  tensor: families.Stored, index: families.Index, dtype: np.dtype, name: str
 ) -> np.ndarray:
-  """A block of a leaf: of one tensor, or of one tensor per layer stacked on axis 0."""
-  index = index or (slice(None),) * len(shape)
-  lengths = [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)]
+  """A block of a tensor, converted and checked strip by strip while in the cache."""
+  lengths = [
+    len(range(*s.indices(n))) for s, n in zip(index, tensor.shape, strict=True)
+  ]
   out = np.empty(lengths, dtype)
-  if tensors[0].shape == shape:
-    out[...] = tensors[0].read(index)
-  else:
-    for row, tensor in enumerate(tensors[index[0]]):
-      out[row] = tensor.read(index[1:])
+  start = index[0].indices(tensor.shape[0])[0]
+  rows = max(1, STRIP_BYTES * len(out) // max(out.nbytes, 1))
+  for first in range(0, len(out), rows):
+    strip = out[first : first + rows]
+    strip[...] = tensor.read(
+      (slice(start + first, start + first + len(strip)), *index[1:])
+    )
+    if not _is_finite(strip):
+      raise errors.UserError(
+        f"{name} holds NaN or infinite values: damaged, or saved by a training that "
+        "diverged; fetch it again or use an earlier checkpoint"
+      )
   return out
+
+
+def _is_finite(x: np.ndarray) -> bool:
+  if x.dtype != DTYPES["bfloat16"]:
+    return bool(np.isfinite(x).all())
+  # Without its sign a bfloat16 from infinity on is neither; 20 times faster than
+  # isfinite, which ml_dtypes computes one by one.
+  return int((x.view(np.uint16) & 0x7FFF).max(initial=0)) < 0x7F80
 
 
 def _check_fit(
@@ -343,8 +403,17 @@ def _open_safetensors(folder: pathlib.Path) -> dict[str, families.Stored]:
           f"{folder / file}: {name} is stored as {piece.get_dtype()}: quantised "
           "weights cannot be trained; use the unquantised checkpoint"
         )
-      stored[name] = families.Stored(tuple(piece.get_shape()), piece.__getitem__)
+      read = functools.partial(_read_safetensors, folder / file, name)
+      stored[name] = families.Stored(tuple(piece.get_shape()), read)
   return stored
+
+
+def _read_safetensors(
+  file: pathlib.Path, name: str, index: families.Index
+) -> np.ndarray:
+  # Opened anew each time: what an open file has read stays in its memory map.
+  with safetensors.safe_open(file, framework="numpy") as handle:
+    return handle.get_slice(name)[index]
 
 
 def _shards(folder: pathlib.Path) -> Mapping[str, set[str] | None]:

@@ -47,7 +47,7 @@ def load(source: str) -> transformers.PreTrainedTokenizerFast:
   From tokenizer.json of a folder, or built from GGUF metadata (byte-level BPE).
 
   Raises:
-    UserError: it is absent, or of a kind not supported.
+    UserError: it is absent, of a kind not supported, or another model's.
   """
   path = hf.resolve(source)
   if path.is_file():
@@ -81,7 +81,39 @@ def load(source: str) -> transformers.PreTrainedTokenizerFast:
       f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; save its "
       "tokenizer.json first"
     )
+  _check_vocabulary(path, tokenizer)
   return tokenizer
+
+
+def _check_vocabulary(
+  path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+  """Refuses a tokenizer with ids that the embedding has no row for.
+
+  A control token without a role may, since text never becomes one: Gemma 3 1B has the
+  image token of its siblings (github.com/huggingface/transformers/issues/37011).
+  """
+  size = hf.fields(path).get("vocab_size")
+  if not isinstance(size, int):  # named when the config is read
+    return
+  controls = {index for index, t in tokenizer.added_tokens_decoder.items() if t.special}
+  controls -= {
+    tokenizer.bos_token_id,
+    tokenizer.eos_token_id,
+    tokenizer.pad_token_id,
+    tokenizer.unk_token_id,
+  }
+  beyond = [
+    (index, token)
+    for token, index in tokenizer.get_vocab().items()
+    if index >= size and index not in controls
+  ]
+  if beyond:
+    index, token = max(beyond)
+    raise errors.UserError(
+      f"{path}: the tokenizer knows {token!r} as {index}, but vocab_size in "
+      f"config.json is {size}; fetch both from the same model"
+    )
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:

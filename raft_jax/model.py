@@ -54,6 +54,8 @@ class DecoderConfig:
     pre_norms: norms before attention and feed-forward.
     post_norms: norms after attention and feed-forward, before they are added.
     norm_offset: added to the scale of every norm.
+    norm_rounds_last: a norm's scale multiplies before, not after, its result is rounded
+      to the dtype of the activations.
     activation: a key of `ACTIVATIONS`.
     embed_scale: multiplies the embeddings on their way in.
     query_scale: multiplies the scores; None: head_dim ** -0.5.
@@ -80,6 +82,7 @@ class DecoderConfig:
   pre_norms: bool = True
   post_norms: bool = False
   norm_offset: float = 0.0
+  norm_rounds_last: bool = False
   activation: str = "silu"
   embed_scale: float = 1.0
   query_scale: float | None = None
@@ -92,17 +95,17 @@ class DecoderConfig:
     return any(self.windows) or any(rope.long_divisors for rope in self.ropes)
 
 
-def rms_norm(x: Array, scale: Array, eps: float, offset: float = 0.0) -> Array:
+def rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
   """Root mean square normalisation over the last axis, computed in float32.
 
   Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
   """
   x32 = x.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  if offset:
-    # In bfloat16 the sum would lose most of a scale that is near 0.
-    return (x32 * inverse * (offset + scale.astype(jnp.float32))).astype(x.dtype)
-  return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
+  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(mean_square + config.rms_eps)
+  if config.norm_rounds_last:
+    return (normed * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
+  return normed.astype(x.dtype) * (config.norm_offset + scale).astype(x.dtype)
 
 
 def attention(
@@ -175,10 +178,10 @@ class Block(nnx.Module):
     """The norm of that name, over as much of the last axis as it is wide; or none."""
     if not hasattr(self, name):
       return x
-    scale, c = getattr(self, name)[...], self.config
+    scale = getattr(self, name)[...]
     parts = x.reshape(*x.shape[:-1], -1, scale.shape[-1])
     parts = x if parts.shape[-2] == 1 else parts
-    return rms_norm(parts, scale, c.rms_eps, c.norm_offset).reshape(x.shape)
+    return rms_norm(parts, scale, self.config).reshape(x.shape)
 
   def heads(self, x_BTD: Array, name: str, count: int, lora: Params) -> Array:
     """Queries, keys or values [B, T, count, h]."""
@@ -390,8 +393,7 @@ def forward(
   )
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
-  final_norm = params["final_norm"]
-  return rms_norm(x_BTD, final_norm, config.rms_eps, config.norm_offset), cache
+  return rms_norm(x_BTD, params["final_norm"], config), cache
 
 
 def _layer_data(config: DecoderConfig) -> dict[str, Array]:

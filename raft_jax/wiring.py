@@ -126,7 +126,6 @@ def read_examples(
 def check(
   config: config_lib.Config,
   decoder: model.DecoderConfig,
-  codec: text.Codec,
   mesh: Mesh,
   *,
   distil: bool,
@@ -136,11 +135,6 @@ def check(
     raise errors.UserError(
       f"distill.top_k: {config.distill.top_k} is larger than the vocabulary of "
       f"{config.model.source} ({decoder.vocab_size}); lower it"
-    )
-  if len(codec.tokenizer) > decoder.vocab_size:
-    raise errors.UserError(
-      f"{config.model.source}: the tokenizer has {len(codec.tokenizer)} tokens, the "
-      f"model's vocabulary {decoder.vocab_size}; they do not belong together"
     )
   parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
   if config.train.batch_size % parts:
@@ -358,7 +352,7 @@ def prepare(config: config_lib.Config) -> Prepared:
   codec = text.load(config.model.source)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   distil = distills(config, method)
-  check(config, decoder, codec, mesh, distil=distil)
+  check(config, decoder, mesh, distil=distil)
   examples = read_examples(config, method, codec, distil=distil)
   check_lengths(config, examples.rows, decoder, distil=distil)
   dataset = data.dataset(

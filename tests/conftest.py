@@ -27,6 +27,28 @@ def smollm() -> str:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_folder(smollm, tmp_path_factory) -> pathlib.Path:
+  """SmolLM2's tokenizer without its merges: few enough tokens for tiny models."""
+  from raft_jax import hf_tokenizer
+  from tests import tiny_llama
+
+  folder = tmp_path_factory.mktemp("tokenizer")
+  hf_tokenizer.load(smollm).save_pretrained(folder)
+  tiny_llama.cut_tokenizer(folder, 90)
+  return folder
+
+
+@pytest.fixture
+def complete(tmp_path, tokenizer_folder) -> pathlib.Path:
+  """A whole tiny folder: weights, config, tokenizer."""
+  from tests import tiny_llama
+
+  folder = tiny_llama.save(tmp_path / "source", tied=True)
+  shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+  return folder
+
+
+@pytest.fixture(scope="session")
 def law() -> pathlib.Path:
   """The committed WordNet law questions: train, validation and test JSONL."""
   return pathlib.Path(__file__).parents[1] / "configs/data/wordnet/law"

@@ -23,7 +23,6 @@ from raft_jax import (
   family_config,
   hf,
   hf_export,
-  hf_tokenizer,
   model,
   sample,
   sharding,
@@ -166,13 +165,6 @@ class Made(NamedTuple):
   params: model.Params
   rows: list[np.ndarray]
   matters: tuple[str, ...]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(smollm, tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("tokenizer")
-  hf_tokenizer.load(smollm).save_pretrained(folder)
-  return folder
 
 
 @pytest.fixture(scope="module", params=CASES)
