@@ -1,0 +1,38 @@
+"""Peak host memory and time of loading a checkpoint, in a process of its own.
+
+python -m tests.load_memory FOLDER [float32|bfloat16]
+"""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+
+import jax
+
+from raft_jax import hf
+
+GIB = 1 << 30
+
+
+def main(folder: str, dtype: str = "bfloat16") -> None:
+  config = hf.load_config(folder)
+  jax.numpy.zeros(1).block_until_ready()  # the runtime itself
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  start = time.monotonic()
+  leaves = jax.tree.leaves(hf.load_params(folder, config, dtype=dtype))
+  seconds = time.monotonic() - start
+  peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  measured = {
+    "parameters": sum(leaf.size for leaf in leaves),
+    "params_gib": sum(leaf.nbytes for leaf in leaves) / GIB,
+    "before_gib": pages * resource.getpagesize() / GIB,
+    "peak_gib": peak_kib * 1024 / GIB,
+    "seconds": seconds,
+  }
+  print(json.dumps(measured))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
