@@ -26,7 +26,11 @@ class Rope:
     divisors: of the frequencies: none, one for all, or one each. A frequency divided by
       infinity does not turn: (inf,) is a layer without positions.
     long_divisors: take the place of `divisors` in rows that are longer than
-      `long_after` positions (Ding et al., "LongRoPE", arXiv 2402.13753).
+      `long_after` positions (Ding et al., "LongRoPE", arXiv 2402.13753). One of the two
+      turns a row from its first token to its last, also while it is generated: the
+      length that it may come to decides, so that cached keys never need turning anew.
+      transformers decides by the longest row of the batch, call by call, and computes
+      the cache again where an answer crosses the length; up to there it differs.
     scale: of cosine and sine.
   """
 

@@ -3,6 +3,7 @@
 Each model is tiny and random, made so that every feature of its family acts.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -293,6 +294,44 @@ def test_cached_decoding_equals_one_forward(made):
     )
     parts.append(head(made.params, made.config, part[0]))
   assert gap([np.concatenate(parts)], [want]) <= 2e-5
+
+
+@pytest.mark.parametrize("made", ["phi-4-mini"], indirect=True)
+@pytest.mark.parametrize("reach", [26, 27])
+def test_a_row_is_turned_by_the_length_it_may_come_to(made, reach):
+  """20 tokens of a row of 26, which is short, or of 27, which is long."""
+  start, row = 20, made.rows[0][:reach]
+  (whole,) = their_logits(made.reference, [row])
+  (alone,) = their_logits(made.reference, [row[:start]])
+  column, valid = jnp.arange(start)[None], jnp.ones((1, start), bool)
+  hidden, _ = forward(
+    made.params,
+    made.config,
+    row[None, :start],
+    column,
+    model.causal_mask(valid),
+    reach_B=jnp.array([reach]),
+  )
+  ours = head(made.params, made.config, hidden[0])
+  assert gap([ours], [whole[:start]]) <= 2e-5
+  assert (gap([ours], [alone]) <= 2e-5) == (reach == 26)
+
+
+def test_norm_rounds_as_in_transformers(made):
+  """In bfloat16 the order of scaling and rounding shows."""
+  norm = copy.deepcopy(made.reference.model.norm).to(torch.bfloat16)
+  x = torch.randn(200, norm.weight.shape[0]).to(torch.bfloat16)
+  want = norm(x).float().detach().numpy()
+
+  def share_that_differs(config: model.DecoderConfig) -> float:
+    scale = made.params["final_norm"].astype(jnp.bfloat16)
+    ours = model.rms_norm(jnp.array(x.float().numpy(), "bfloat16"), scale, config)
+    return float(np.mean(np.asarray(ours, np.float32) != want))
+
+  other = not made.config.norm_rounds_last
+  wrong = dataclasses.replace(made.config, norm_rounds_last=other)
+  print(share_that_differs(made.config), share_that_differs(wrong))
+  assert share_that_differs(made.config) < 1e-3 < 0.1 < share_that_differs(wrong)
 
 
 def test_export_and_second_load(made, tmp_path):
