@@ -2,7 +2,11 @@
 
 import gc
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -10,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import traverse_util
 
-from raft_jax import errors, families, hf, hf_export, model
+from raft_jax import errors, families, hf, hf_export
 from tests import tiny_llama
 
 
@@ -59,14 +64,20 @@ def test_bfloat16(complete, tmp_path):
     np.testing.assert_array_equal(tiny_llama.tensors_of(again.float())[name], tensor)
 
 
-def test_sharded_leaves(complete):
-  mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-  place = jax.sharding.NamedSharding(mesh, jax.P("x"))
-  config = hf.load_config(str(complete))
-  shardings = jax.tree.map(lambda _: place, model.shapes(config))
-  params = hf.load_params(str(complete), config, shardings=shardings)
-  assert all(x.sharding == place for x in jax.tree.leaves(params))
-  tiny_llama.assert_same(params, tiny_llama.theirs(complete))
+def test_sharded_over_eight_devices(tmp_path):
+  folder, out = tiny_llama.save(tmp_path / "m", tied=False), tmp_path / "params.npz"
+  flags = "--xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.mesh_load", str(folder), str(out)],
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  params = traverse_util.unflatten_dict(dict(np.load(out)), sep="/")
+  tiny_llama.assert_same(params, tiny_llama.theirs(folder))
 
 
 def test_a_block_is_read_alone_and_in_strips(monkeypatch):
