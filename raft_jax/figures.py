@@ -163,7 +163,7 @@ def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
   return draw
 
 
-def _svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
+def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
   """One panel as inline SVG in the page's colours."""
   with matplotlib.rc_context(STYLE):
     # A Figure of its own, not pyplot: no display and no global state.
@@ -215,6 +215,6 @@ def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
     "distance": [_distances(run.scores)],
   }
   return {
-    name: [_svg(panel) for panel in row if panel is not None]
+    name: [svg(panel) for panel in row if panel is not None]
     for name, row in panels.items()
   }

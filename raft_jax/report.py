@@ -9,15 +9,19 @@ SFT loss by construction and shows no progress.
 
 from __future__ import annotations
 
-import importlib.resources
 import pathlib
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
-from raft_jax import command_line, errors, figures, records, run_folder
+from raft_jax import (
+  command_line,
+  comparison,
+  errors,
+  figures,
+  pages,
+  run_folder,
+)
 from raft_jax import config as config_lib
 
 SCORES = {
@@ -35,33 +39,6 @@ SCORES = {
   "mmlu": ("MMLU", 1),
 }
 """Name of a score -> (words, +1 where higher is better, 0 where neither is)."""
-
-
-def number(value: Any, digits: int = 3) -> str:
-  """For a reader; a dash for what is missing or not finite."""
-  if not run_folder.is_number(value):
-    return "–"
-  if isinstance(value, int):
-    text = f"{value:,}"
-  elif value != 0 and not 0.5 * 10**-digits <= abs(value) < 1e6:
-    text = f"{value:.1e}"
-  else:
-    text = f"{value:,.{digits}f}"
-  return text.replace("-", "−")
-
-
-def percent(value: Any) -> str:
-  return f"{100 * value:.1f}\u00a0%" if run_folder.is_number(value) else "–"
-
-
-def duration(seconds: Any) -> str:
-  if not run_folder.is_number(seconds):
-    return "–"
-  if seconds < 60:
-    return f"{seconds:.1f} s"
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
@@ -121,21 +98,21 @@ def warnings(run: run_folder.Run) -> list[str]:
   start, end = mean("rollout_length", slice(0, 3)), mean("rollout_length")
   if start and end is not None and end < start / 2:
     found.append(
-      f"Rollouts shrank from {number(start, 1)} to {number(end, 1)} tokens; read the"
-      " sample answers."
+      f"Rollouts shrank from {pages.number(start, 1)} to {pages.number(end, 1)} tokens;"
+      " read the sample answers."
     )
   first, overall = mean("kd_at_0"), mean("loss_kd")
   if first and overall and first > 3 * overall:
     found.append(
-      f"Rollout position 0 carries {number(first, 2)} nats, the mean position"
-      f" {number(overall, 2)}: teacher and student disagree on how an answer starts"
-      " (distill.teacher_context)."
+      f"Rollout position 0 carries {pages.number(first, 2)} nats, the mean position"
+      f" {pages.number(overall, 2)}: teacher and student disagree on how an answer"
+      " starts (distill.teacher_context)."
     )
   ratio = mean("kd_ratio")
   ema = run_folder.setting(run, "balance", "mode") in (None, "ema")
   if ratio is not None and ema and not 0.5 <= ratio <= 2:
     found.append(
-      f"λ·L_KD / L_SFT is {number(ratio, 2)} at the end; it should be near 1."
+      f"λ·L_KD / L_SFT is {pages.number(ratio, 2)} at the end; it should be near 1."
     )
   for name, limit, words in (
     ("rollout_leaked", 0.05, "of the last rollouts quote the teacher's prompt."),
@@ -144,7 +121,7 @@ def warnings(run: run_folder.Run) -> list[str]:
   ):
     share = mean(name)
     if share is not None and share > limit:
-      found.append(f"{percent(share)} {words}")
+      found.append(f"{pages.percent(share)} {words}")
   lost = len(run.metrics) - len(run_folder.series(run, "loss_sft")[0])
   if lost:
     found.append(f"{lost} step(s) have no finite SFT loss.")
@@ -156,16 +133,16 @@ def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
   rows: list[tuple[str, Any, str]] = []
   tokens = run.summary.get("tokens") or {}
   for role, seconds in (run.summary.get("seconds") or {}).items():
-    remark = f"{number(tokens[role])} tokens" if role in tokens else ""
+    remark = f"{pages.number(tokens[role])} tokens" if role in tokens else ""
     rows.append((f"refine: {role}", seconds, remark))
   seconds_N = run_folder.series(run, "step_seconds")[1]
   if seconds_N:
-    median = duration(statistics.median(seconds_N))
+    median = pages.duration(statistics.median(seconds_N))
     rows.append(("train", sum(seconds_N), f"{len(seconds_N)} steps, median {median}"))
   for phase in ("rollout", "teacher", "update"):
     rate_N = run_folder.series(run, f"{phase}_tokens_per_s")[1]
     if rate_N:
-      median = number(statistics.median(rate_N), 0)
+      median = pages.number(statistics.median(rate_N), 0)
       rows.append((f"train: {phase}", None, f"median {median} tokens/s"))
   for who, seconds in (run.scores.get("seconds") or {}).items():
     rows.append((f"evaluate: {who}", seconds, ""))
@@ -189,19 +166,11 @@ def _bars(counts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def render(run: run_folder.Run, title: str) -> str:
   """The page as one HTML string that loads nothing from elsewhere."""
-  environment = jinja2.Environment(
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters |= {"number": number, "percent": percent, "duration": duration}
-  template = importlib.resources.files("raft_jax") / "report_template.html"
   configs: dict[str, list[str]] = {}
   for stage, text in run.configs.items():
     configs.setdefault(text, []).append(stage)
   source = str(run_folder.setting(run, "model", "source") or "")
-  return environment.from_string(template.read_text(encoding="utf-8")).render(
+  return pages.template("report.html").render(
     title=title,
     run=run,
     model=source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") or "The model",
@@ -220,17 +189,17 @@ def render(run: run_folder.Run, title: str) -> str:
 
 def write(output: pathlib.Path) -> pathlib.Path:
   """Writes `report.html` into a run's output folder and returns its path."""
-  page = render(run_folder.read(output), title=output.name)
   path = output / "report.html"
-  with records.replacing(path) as temporary:
-    # A lone surrogate, possible in JSON, is not encodable: show it as "?".
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))
+  pages.write(path, render(run_folder.read(output), title=output.name))
   return path
 
 
 def main(config: config_lib.Config) -> None:
-  """Writes the report of the run whose output folder the config names."""
+  """Writes the report of the run, or of the sweep, whose folder the config names."""
   output = pathlib.Path(config.output)
+  if (output / "sweep.json").exists():
+    print(f"comparison: {comparison.write(output)}")
+    return
   if not (output / "config").is_dir():
     raise errors.UserError(
       f"output: {output} holds no run of raft_jax, so there is nothing to report; run"

@@ -61,7 +61,9 @@ ROOMS = [
   "sweep",
   "plan",
   "run_folder",
+  "pages",
   "figures",
+  "comparison",
   "report",
 ]
 
@@ -80,8 +82,8 @@ FENCES = {
   "gguf": {"gguf_file"},
   "grain": {"shards", "data"},
   "array_record": {"shards", "data"},
-  "matplotlib": {"figures"},
-  "jinja2": {"hf_tokenizer", "text", "report"},  # chat templates, and the report's page
+  "matplotlib": {"figures", "comparison"},
+  "jinja2": {"hf_tokenizer", "text", "pages"},  # chat templates, and pages
   "pickle": set(),
   "cloudpickle": set(),
   "dill": set(),

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from raft_jax import config, errors, figures, report, run_folder
+from raft_jax import config, errors, figures, pages, report, run_folder
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
@@ -326,14 +326,14 @@ def test_odd_values_do_not_stop_the_page(tmp_path):
 
 
 def test_numbers_for_readers():
-  assert report.number(-0.6254) == "−0.625"
-  assert report.number(0.00073) == "0.001"
-  assert report.number(1234567) == "1,234,567"
-  assert report.number(0.0000012) == "1.2e−06"
-  assert report.number(0.0) == "0.000"
-  assert report.number(math.nan) == report.number(None) == report.number(True) == "–"
-  assert report.duration(59.94) == "59.9 s"
-  assert report.duration(3725) == "1 h 02 min"
+  assert pages.number(-0.6254) == "−0.625"
+  assert pages.number(0.00073) == "0.001"
+  assert pages.number(1234567) == "1,234,567"
+  assert pages.number(0.0000012) == "1.2e−06"
+  assert pages.number(0.0) == "0.000"
+  assert pages.number(math.nan) == pages.number(None) == pages.number(True) == "–"
+  assert pages.duration(59.94) == "59.9 s"
+  assert pages.duration(3725) == "1 h 02 min"
 
 
 def test_a_long_run_is_thinned_to_bin_means():
