@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from raft_jax import rotary
+from raft_jax import rotary, sharding
 
 Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
@@ -30,6 +30,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+PLACED = ("batch", "tokens", "width")
+"""Logical axes of the activations between layers."""
 UNLIMITED = 2**30
 """A window that no distance reaches."""
 
@@ -297,6 +299,25 @@ def output_embedding(params: Params) -> Array:
   return params["head"] if "head" in params else params["embed"]
 
 
+def gathered_head(params: Params, dtype: str) -> Array:
+  """`output_embedding` in `dtype`, whole over `fsdp`: for loops over its products."""
+  embedding_VD = output_embedding(params).astype(dtype)
+  return sharding.gathered(embedding_VD, "vocab", "embed")
+
+
+def gathered(params: Params, config: DecoderConfig, dtype: str) -> Params:
+  """All parameters whole over `fsdp`, kernels in `dtype`: for a loop that reads them.
+
+  Vectors keep their type: what a norm adds to its scale is added in float32.
+  """
+
+  def gather(leaf: Array, names: tuple[str, ...]) -> Array:
+    is_kernel = len(names) - ("layers" in names) > 1
+    return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
+
+  return jax.tree.map(gather, params, axes(config))
+
+
 def init_cache(
   config: DecoderConfig, batch: int, length: int, dtype: str = "float32"
 ) -> dict[str, Array]:
@@ -358,6 +379,7 @@ def forward(
     hidden_BTD in `dtype`, and the updated cache (None without one).
   """
   x_BTD = params["embed"][tokens_BT].astype(dtype)
+  x_BTD = sharding.constrain(x_BTD, *PLACED)
   if config.embed_scale != 1.0:
     x_BTD = x_BTD * jnp.asarray(config.embed_scale, dtype)
   keys, cache = _key_positions(positions_BT, cache, cache_index)
@@ -380,7 +402,7 @@ def forward(
     x_BTD, kv = _apply_block(
       config, layer_params, x_BTD, lora, rotation, seen_BTS, kv, index, cache_index
     )
-    return (x_BTD, kv), None
+    return (sharding.constrain(x_BTD, *PLACED), kv), None
 
   body = jax.checkpoint(layer) if remat else layer
   kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}

@@ -144,8 +144,9 @@ def generate(
     A `Rollout`; no gradient flows through it.
   """
   batch, width = prompt_BP.shape
-  # Cast once: inside the loop it would be every token's work.
-  embedding_VD = model.output_embedding(params).astype(dtype)
+  # Cast and gathered once: inside the loop it would be every token's work.
+  params = model.gathered(params, config, dtype)
+  embedding_VD = model.output_embedding(params)
   head = functools.partial(
     score, embedding_VD=embedding_VD, softcap=config.logit_softcap
   )

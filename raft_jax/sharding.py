@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from raft_jax import errors
 
@@ -18,6 +18,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "batch": ("data", "fsdp"),
+  "tokens": None,
+  "width": None,
   "layers": None,
   "embed": "fsdp",
   "vocab": "tensor",
@@ -28,6 +30,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "rank": None,
 }
 """Logical axis to mesh axes. A name that is not here is an error, not a default."""
+
+GATHERED = {"embed": "width"}
+"""What a parameter's axis is where the parameter is used: whole over `fsdp`."""
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -53,7 +58,9 @@ def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
   return PartitionSpec(*(RULES[name] for name in logical_axes))
 
 
-def place(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+def place(
+  mesh: Mesh | AbstractMesh, axes: tuple[str, ...], shape: tuple[int, ...]
+) -> NamedSharding:
   """The sharding of one array; a dimension that does not divide stays whole."""
   names = []
   for name, size in zip(axes, shape, strict=True):
@@ -62,6 +69,38 @@ def place(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSha
     divides = size % math.prod(mesh.shape[part] for part in parts) == 0
     names.append(target if divides else None)
   return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+  """Fixes where an activation lives, under `jax.set_mesh`; without a mesh, nothing.
+
+  Left to itself the compiler follows the parameters, sums partial products over `fsdp`
+  and sends activations around where it should gather weights.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, place(mesh, axes, x.shape).spec)
+
+
+def gathered(weight: jax.Array, *axes: str) -> jax.Array:
+  """A weight whole over `fsdp`, gathered here and not wherever it is read.
+
+  Its gradient goes back to the shares in which the weight lives: a plain constraint
+  would hold every device to the whole gradient.
+  """
+
+  @jax.custom_vjp
+  def gather(weight: jax.Array) -> jax.Array:
+    # Held in its shares first: else a cast before this moves behind the gathering.
+    weight = constrain(weight, *axes)
+    return constrain(weight, *(GATHERED.get(name, name) for name in axes))
+
+  gather.defvjp(
+    lambda weight: (gather(weight), None),
+    lambda _, gradient: (constrain(gradient, *axes),),
+  )
+  return gather(weight)
 
 
 def tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:

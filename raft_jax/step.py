@@ -113,7 +113,7 @@ def teach(
   )
   logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk(
     read(hidden_BTD, context_length_B - 1, width, steps),
-    model.output_embedding(teacher_params).astype(settings.dtype),
+    model.gathered_head(teacher_params, settings.dtype),
     settings.top_k,
     temperature=settings.mass_temperature,
     softcap=settings.decoder.logit_softcap,
@@ -203,7 +203,7 @@ def loss_terms(
   Without a `support` there is nothing to distil and `kd` is 0.
   """
   answer_BAD, rollout_BRD = student_hidden(params, batch, trajectory, settings)
-  embedding_VD = model.output_embedding(params).astype(settings.dtype)
+  embedding_VD = model.gathered_head(params, settings.dtype)
   softcap = settings.decoder.logit_softcap
   nll_BA = vocab_head.cross_entropy(
     answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap

@@ -33,8 +33,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-# Logits in a tile: 32 MiB in float32. Larger tiles gain nothing on a CPU, where they
-# leave the cache; smaller ones read the embedding more often per token.
+# Logits in one device's tile: 32 MiB in float32. Larger tiles gain nothing on a CPU,
+# where they leave the cache; smaller ones read the embedding more often per token.
 _TILE = 2**23
 
 
@@ -83,7 +83,7 @@ def cross_entropy(
     embedding: Output embedding E, `[V, D]`.
     targets: Token ids in [0, V), `[...]`. There is no "ignore" id: where a mask drops
       the token any valid id will do.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
     temperature: Softmax temperature T > 0, static.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
       > 0, static.
@@ -147,7 +147,7 @@ def gather(
     hidden: Final hidden states, `[..., D]`.
     embedding: Output embedding, `[V, D]`.
     ids: Token ids in [0, V), `[..., K]`; an id may occur twice.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
       > 0, static.
@@ -187,7 +187,7 @@ def topk(
     hidden: Final hidden states, `[..., D]`.
     embedding: Output embedding, `[V, D]`.
     k: How many, 1..V.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
       > 0, static.
@@ -379,7 +379,9 @@ def _logsumexp(logits_CV: jax.Array, temperature: float) -> jax.Array:
 
 
 def _chunk(chunk_size: int | None, vocabulary: int) -> int:
-  return max(1, _TILE // vocabulary) if chunk_size is None else chunk_size
+  # Under `jax.set_mesh` a chunk's logits are spread over all devices.
+  tile = _TILE * max(1, jax.sharding.get_abstract_mesh().size)
+  return max(1, tile // vocabulary) if chunk_size is None else chunk_size
 
 
 def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):

@@ -1,5 +1,7 @@
 """The sampler: what a row depends on, and the distributions it draws from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def generate(params, prompts, ids=None, **options):
   options = {"max_new_tokens": 12, "seed": 3, "step": 7, **options}
   return sample.generate(
     params,
-    CONFIG,
+    dataclasses.replace(CONFIG, tie_embeddings="head" not in params),
     jnp.array(padded, jnp.int32),
     jnp.array([len(p) for p in prompts], jnp.int32),
     jnp.arange(len(prompts)) if ids is None else jnp.array(ids),
