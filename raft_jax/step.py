@@ -333,7 +333,8 @@ def gradients_apart(
   if measure and "kd" in trees:
     norms = {name: optax.tree.norm(tree) for name, tree in trees.items()}
     product = jnp.maximum(norms["sft"] * norms["kd"], 1e-30)
-    cosine = optax.tree.vdot(trees["sft"], trees["kd"]) / product
+    # Not `optax.tree.vdot`: it flattens every array, and so gathers it whole.
+    cosine = optax.tree.sum(optax.tree.mul(trees["sft"], trees["kd"])) / product
   weights = weigh(losses=terms, valid=valid, gradient_norms=norms)
   balanced = trees["sft"]
   if "kd" in trees:

@@ -312,57 +312,67 @@ def _logits_at_backward(chunk, temperature, softcap, residuals, cotangents):
   """Both gradients, block by block of the vocabulary (see the module's text)."""
   hidden_ND, embedding_VD, ids_NK, logsumexp_N = residuals
   d_at_ids_NK, d_logsumexp_N = cotangents
-  n_tokens, (vocabulary, _) = hidden_ND.shape[0], embedding_VD.shape
-  tile = chunk * vocabulary
-  n_blocks = -(-vocabulary // max(1, min(vocabulary, tile // max(1, n_tokens))))
-  block = -(-vocabulary // n_blocks)
+  n_tokens, (vocabulary, width) = hidden_ND.shape[0], embedding_VD.shape
+  # A block takes some rows of every part, so that a vocabulary spread over devices, in
+  # as many parts or fewer, stays where it is.
+  parts = _devices() if vocabulary % _devices() == 0 else 1
+  length = vocabulary // parts
+  tile = chunk * length
+  n_blocks = -(-length // max(1, min(length, tile // max(1, n_tokens))))
+  block = -(-length // n_blocks)
+  embedding = embedding_VD.reshape(parts, length, width)
+  ids_NK, ids_part_NK = ids_NK % length, ids_NK // length
   # The products run in the inputs' type (bfloat16 at its full rate), summed in float32.
   dot = functools.partial(jnp.einsum, preferred_element_type=logsumexp_N.dtype)
 
   def of_block(carry, index):
-    d_hidden_ND, d_embedding_VD = carry
+    d_hidden_ND, d_embedding = carry
     # The last block is moved back to end with the vocabulary: it writes some rows of
     # the embedding's gradient a second time, the same, but must add to the hidden
     # states' only what is new.
-    start = jnp.minimum(index * block, vocabulary - block)
-    rows = jax.lax.dynamic_slice_in_dim(embedding_VD, start, block)
-    d_logits = jnp.zeros((n_tokens, block), logsumexp_N.dtype)
+    start = jnp.minimum(index * block, length - block)
+    rows = jax.lax.dynamic_slice_in_dim(embedding, start, block, axis=1)
+    d_logits = jnp.zeros((n_tokens, parts, block), logsumexp_N.dtype)
     no_logsumexp = isinstance(d_logsumexp_N, SymbolicZero)
     if softcap or not no_logsumexp:
-      logits = _capped(_logits(hidden_ND, rows), softcap)
+      logits = _capped(dot("nd,pvd->npv", hidden_ND, rows), softcap)
     if not no_logsumexp:
-      probs = jnp.exp(logits / temperature - logsumexp_N[:, None])
-      d_logits = probs * (d_logsumexp_N / temperature)[:, None]
+      probs = jnp.exp(logits / temperature - logsumexp_N[:, None, None])
+      d_logits = probs * (d_logsumexp_N / temperature)[:, None, None]
     if not isinstance(d_at_ids_NK, SymbolicZero):
-      d_logits = _add_at(d_logits, ids_NK - start, d_at_ids_NK)
+      d_logits = _add_at(d_logits, ids_part_NK, ids_NK - start, d_at_ids_NK)
     if softcap:
       d_logits *= 1.0 - jnp.square(logits / softcap)
     d_logits = d_logits.astype(jnp.result_type(hidden_ND, embedding_VD))
     is_new = start + jnp.arange(block) >= index * block
     new_rows = jnp.where(is_new[:, None], rows, 0)
-    d_hidden_ND += dot("nv,vd->nd", d_logits, new_rows)
-    d_rows = dot("nv,nd->vd", d_logits, hidden_ND)
-    d_embedding_VD = jax.lax.dynamic_update_slice_in_dim(
-      d_embedding_VD, d_rows.astype(embedding_VD.dtype), start, 0
+    d_hidden_ND += dot("npv,pvd->nd", d_logits, new_rows)
+    d_rows = dot("npv,nd->pvd", d_logits, hidden_ND)
+    d_embedding = jax.lax.dynamic_update_slice_in_dim(
+      d_embedding, d_rows.astype(embedding.dtype), start, axis=1
     )
-    return (d_hidden_ND, d_embedding_VD), None
+    return (d_hidden_ND, d_embedding), None
 
-  zeros = jnp.zeros(hidden_ND.shape, logsumexp_N.dtype), jnp.zeros_like(embedding_VD)
-  (d_hidden_ND, d_embedding_VD), _ = jax.lax.scan(of_block, zeros, jnp.arange(n_blocks))
-  return d_hidden_ND.astype(hidden_ND.dtype), d_embedding_VD, None
+  zeros = jnp.zeros(hidden_ND.shape, logsumexp_N.dtype), jnp.zeros_like(embedding)
+  (d_hidden_ND, d_embedding), _ = jax.lax.scan(of_block, zeros, jnp.arange(n_blocks))
+  return d_hidden_ND.astype(hidden_ND.dtype), d_embedding.reshape(-1, width), None
 
 
 _logits_at.defvjp(_logits_at_forward, _logits_at_backward, symbolic_zeros=True)
 
 
-def _add_at(d_logits: jax.Array, columns_NK: jax.Array, values_NK: jax.Array):
-  """Adds values at columns; those outside the block are dropped."""
+def _add_at(
+  d_logits: jax.Array, parts_NK: jax.Array, columns_NK: jax.Array, values_NK: jax.Array
+):
+  """Adds values at columns of parts; those outside the block are dropped."""
   # A negative index would count from the end.
-  columns_NK = jnp.where(columns_NK < 0, d_logits.shape[1], columns_NK)
+  columns_NK = jnp.where(columns_NK < 0, d_logits.shape[2], columns_NK)
   # Under vmap the token is a batch axis of the scatter, which stays sharded.
   return jax.vmap(
-    lambda row, columns, values: row.at[columns].add(values, mode="drop")
-  )(d_logits, columns_NK, values_NK)
+    lambda rows, parts, columns, values: rows.at[parts, columns].add(
+      values, mode="drop"
+    )
+  )(d_logits, parts_NK, columns_NK, values_NK)
 
 
 def _logits(hidden_ND: jax.Array, embedding_VD: jax.Array) -> jax.Array:
@@ -380,8 +390,12 @@ def _logsumexp(logits_CV: jax.Array, temperature: float) -> jax.Array:
 
 def _chunk(chunk_size: int | None, vocabulary: int) -> int:
   # Under `jax.set_mesh` a chunk's logits are spread over all devices.
-  tile = _TILE * max(1, jax.sharding.get_abstract_mesh().size)
+  tile = _TILE * _devices()
   return max(1, tile // vocabulary) if chunk_size is None else chunk_size
+
+
+def _devices() -> int:
+  return max(1, jax.sharding.get_abstract_mesh().size)
 
 
 def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):
