@@ -10,7 +10,7 @@ import contextlib
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import raft_jax
@@ -19,18 +19,30 @@ from raft_jax import config, errors, schema
 
 def run(
   stage: str,
-  main: Callable[[config.Config], None],
+  main: Callable[..., None],
   description: str,
   argv: Sequence[str] | None = None,
+  *,
+  options: Mapping[str, Mapping[str, Any]] | None = None,
+  without_data: bool = False,
 ) -> None:
   """Runs `python -m raft_jax.<stage> --config FILE [key=value ...] [--print-config]`.
+
+  `main` gets the config, and the values of the stage's own `options` by name: each is
+  what `argparse` takes for it. `without_data`: the files of questions may be absent.
 
   Bad input is a message on stderr and exit code 2, Ctrl-C a hint and exit code 130;
   neither shows a traceback. A second Ctrl-C ends the process at once.
   """
   parser = argparse.ArgumentParser(
     prog=f"python -m raft_jax.{stage}",
-    usage="%(prog)s --config FILE [key=value ...] [--print-config]",
+    usage=" ".join(
+      [
+        "%(prog)s --config FILE",
+        *(f"{name} {how['metavar']}" for name, how in (options or {}).items()),
+        "[key=value ...] [--print-config]",
+      ]
+    ),
     description=description,
     epilog=_help_table(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,18 +53,26 @@ def run(
   parser.add_argument(
     "--print-config", action="store_true", help="print every key's value and stop"
   )
+  for name, how in (options or {}).items():
+    parser.add_argument(name, **how)
   with _listening() as signals:
     try:
-      options, overrides = parser.parse_known_args(argv)
-      if options.config is None:
+      given, overrides = parser.parse_known_args(argv)
+      if given.config is None:
         raise errors.UserError(
           f"--config is missing; e.g. {parser.prog} --config configs/quickstart.yaml"
         )
-      settings = config.load(options.config, overrides)
-      if options.print_config:
+      own = {name.strip("-"): getattr(given, name.strip("-")) for name in options or {}}
+      for values in own.values():
+        if isinstance(values, list):
+          # Behind an option that takes several words argparse takes these as well.
+          overrides += [word for word in values if "=" in word]
+          values[:] = [word for word in values if "=" not in word]
+      settings = config.load(given.config, overrides, without_data=without_data)
+      if given.print_config:
         print(config.dump(settings), end="")
       else:
-        main(settings)
+        main(settings, **own)
     except (Exception, KeyboardInterrupt) as error:
       if signals or isinstance(error, KeyboardInterrupt):
         # Whatever a library made of it while it was loading.

@@ -31,13 +31,19 @@ from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load(
+  path: str | os.PathLike[str],
+  overrides: Sequence[str] = (),
+  *,
+  without_data: bool = False,
+) -> Config:
   """Reads and checks a run's YAML file.
 
   Args:
     path: the file.
     overrides: `train.batch_size=8`, or `--train.batch_size 8` as two items; values
       follow the rules of the file, and a later one wins.
+    without_data: the files of questions may be absent.
 
   Raises:
     errors.UserError: names every fault at once, each with file:line, key and remedy.
@@ -49,7 +55,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
   elif not draft.problems:
     what = "is empty" if tree is None else "is not a list of `key: value` lines"
     raise errors.UserError(f"{path}: {what}; start from a file in configs/")
-  return _checked(draft, str(path), overrides)
+  return _checked(draft, str(path), overrides, without_data)
 
 
 def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -63,12 +69,17 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
   return _checked(draft, "config", overrides)
 
 
-def _checked(draft: strict_yaml.Draft, path: str, overrides: Sequence[str]) -> Config:
+def _checked(
+  draft: strict_yaml.Draft,
+  path: str,
+  overrides: Sequence[str],
+  without_data: bool = False,
+) -> Config:
   for key, text in _pairs(overrides):
     draft.override(key, text)
   config = None
   if not draft.problems or draft.tree:
-    config = _validate(draft, path)
+    config = _validate(draft, path, without_data)
   if draft.problems:
     raise errors.UserError(_message(draft.problems))
   assert config is not None
@@ -105,9 +116,9 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield key.removeprefix("--"), text
 
 
-def _validate(draft: strict_yaml.Draft, path: str) -> Config | None:
+def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config | None:
   """The checked config; faults go to `draft.problems`."""
-  for key, what in _missing_files(draft.tree):
+  for key, what in () if without_data else _missing_files(draft.tree):
     draft.problems.append(
       strict_yaml.Problem(draft.place(key.split("."), path), key, what)
     )

@@ -45,11 +45,12 @@ CONVERT = (
 # --- Where a model is -----------------------------------------------------------------
 
 
-def resolve(source: str) -> pathlib.Path:
+def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
   """The folder or file that a source names.
 
   `pkg://PACKAGE/FILE` is a file or folder inside an installed package, which is found
-  without being imported; otherwise a folder, a `.gguf` file, or else a hub name.
+  without being imported; otherwise a folder, a `.gguf` file, or else a hub name;
+  without `weights` the hub is asked for config.json alone.
 
   Raises:
     UserError: there is no such package, file or hub repository, or it is a pickle.
@@ -71,7 +72,7 @@ def resolve(source: str) -> pathlib.Path:
     path.suffix == ".gguf"
   ):
     raise errors.UserError(f"model {source}: no such folder or file; check the path")
-  return _from_hub(source)
+  return _from_hub(source, weights=weights)
 
 
 def _in_package(source: str) -> pathlib.Path:
@@ -94,41 +95,45 @@ def _in_package(source: str) -> pathlib.Path:
 
 
 @functools.cache
-def _from_hub(name: str) -> pathlib.Path:
+def _from_hub(name: str, *, weights: bool) -> pathlib.Path:
   import huggingface_hub
   from huggingface_hub import errors as hub_errors
 
+  # The README holds the licence, which an exported model's card passes on.
+  patterns = [*HUB_PATTERNS, "README.md"] if weights else ["config.json"]
   try:
     return pathlib.Path(
-      # The README holds the licence, which an exported model's card passes on.
-      huggingface_hub.snapshot_download(
-        name, allow_patterns=[*HUB_PATTERNS, "README.md"]
-      )
+      huggingface_hub.snapshot_download(name, allow_patterns=patterns)
     )
   except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
     reason = str(error).strip().split("\n")[0]
+    by_hand = (
+      ""
+      if weights
+      else (", or save its config.json into a folder and give that as model.source")
+    )
     raise errors.UserError(
       f"model {name}: no such folder here, and the hub did not give it ({reason}); "
-      "check the name, the network, or `hf auth login` for a gated model"
+      f"check the name, the network, or `hf auth login` for a gated model{by_hand}"
     ) from error
 
 
 # --- Config ---------------------------------------------------------------------------
 
 
-def load_config(source: str) -> model.DecoderConfig:
-  """The decoder's shape, from config.json or GGUF metadata.
+def load_config(source: str, *, weights: bool = True) -> model.DecoderConfig:
+  """The decoder's shape, from config.json or GGUF metadata; `weights` as in `resolve`.
 
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
-  path = resolve(source)
+  path = resolve(source, weights=weights)
   return family_config.decoder_config(fields(path), _config_place(path))
 
 
 def family(source: str) -> families.Family:
   """What is known of the source's family."""
-  path = resolve(source)
+  path = resolve(source, weights=False)
   return family_config.of(fields(path), _config_place(path))
 
 

@@ -315,7 +315,10 @@ def gathered(params: Params, config: DecoderConfig, dtype: str) -> Params:
     is_kernel = len(names) - ("layers" in names) > 1
     return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
 
-  return jax.tree.map(gather, params, axes(config))
+  whole = axes(config)
+  base = jax.tree.map(gather, {name: params[name] for name in whole}, whole)
+  small = {name: params[name] for name in params if name not in whole}  # adapters
+  return {**base, **jax.tree.map(sharding.everywhere, small)}
 
 
 def init_cache(

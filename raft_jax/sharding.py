@@ -7,9 +7,11 @@ parameters, and with them optimizer state, over `fsdp` and `tensor`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from raft_jax import errors
@@ -35,22 +37,29 @@ GATHERED = {"embed": "width"}
 """What a parameter's axis is where the parameter is used: whole over `fsdp`."""
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(
+  data: int, fsdp: int, tensor: int, *, devices: Sequence[Any] | None = None
+) -> Mesh:
   """Builds the mesh over all devices; one size may be -1, meaning what is left.
+
+  Args:
+    devices: by default those that there are.
 
   Raises:
     errors.UserError: when the sizes do not multiply to the number of devices.
   """
-  devices = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   sizes = [data, fsdp, tensor]
   known = math.prod(size for size in sizes if size != -1)
-  sizes = [devices // max(known, 1) if size == -1 else size for size in sizes]
-  if math.prod(sizes) != devices or min(sizes) < 1:
+  sizes = [count // max(known, 1) if size == -1 else size for size in sizes]
+  if math.prod(sizes) != count or min(sizes) < 1:
     raise errors.UserError(
-      f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} "
+      f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} "
       "devices; the sizes must multiply to that number (one may be -1)"
     )
-  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  # As `jax.make_mesh`, which refuses to split an axis of a TPU slice over two of ours.
+  placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
@@ -81,6 +90,11 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, place(mesh, axes, x.shape).spec)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+  """A whole copy on every device, under `jax.set_mesh`."""
+  return constrain(x, *("width",) * x.ndim)
 
 
 def gathered(weight: jax.Array, *axes: str) -> jax.Array:

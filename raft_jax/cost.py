@@ -1,0 +1,360 @@
+"""What a program costs: FLOPs from its jaxpr, collectives and traffic from its HLO.
+
+A compiled program's own figures will not do: XLA counts the body of a loop once on TPU
+and gives none on GPU. Here every loop counts as often as it runs; one that may end
+early (a rollout whose rows have all ended) as often as it can.
+
+The text is what `jax.stages.Compiled.as_text` gives: the program of one device, so that
+all its sizes are a device's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+# --- FLOPs ----------------------------------------------------------------------------
+
+
+def flops(jaxpr: Any) -> float:
+  """Multiplications and additions of all matrix products in a jaxpr, on all devices.
+
+  A product of [m, k] and [k, n] counts 2·m·k·n. Of a `cond` the dearest branch counts.
+
+  Args:
+    jaxpr: such as `jax.jit(f).trace(x).jaxpr.jaxpr`.
+  """
+  total = 0.0
+  for equation in jaxpr.eqns:
+    params, name = equation.params, equation.primitive.name
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      depth = math.prod(shape[axis] for axis in contracted)
+      total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+    elif name == "cond":
+      total += max(flops(branch.jaxpr) for branch in params["branches"])
+    elif name == "while":
+      total += _bound(params["cond_jaxpr"].jaxpr) * flops(params["body_jaxpr"].jaxpr)
+    else:
+      rounds = params["length"] if name == "scan" else 1
+      total += rounds * sum(flops(inner) for inner in _inner(params))
+  return total
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+  for value in params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      item = getattr(item, "jaxpr", item)
+      if hasattr(item, "eqns"):
+        yield item
+
+
+def _bound(condition: Any) -> int:
+  """Most rounds of a loop that counts from 0: `i < n`, perhaps with other conditions.
+
+  A bound that is no literal counts as one round: there is none in our programs.
+  """
+  bounds = [
+    int(equation.invars[1].val)
+    for equation in condition.eqns
+    if equation.primitive.name == "lt" and hasattr(equation.invars[1], "val")
+  ]
+  return min(bounds, default=1)
+
+
+# --- The compiled text ----------------------------------------------------------------
+
+
+class Instruction(NamedTuple):
+  """One line of HLO: `name = type op(operands), attributes`."""
+
+  name: str
+  type: str
+  op: str
+  operands: tuple[str, ...]
+  attributes: str
+  root: bool
+
+
+class Module(NamedTuple):
+  """A compiled module: its computations by name, and which one is run."""
+
+  computations: dict[str, list[Instruction]]
+  entry: str
+
+  def types(self, computation: str) -> dict[str, str]:
+    return {one.name: one.type for one in self.computations[computation]}
+
+
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+_ARRAY = re.compile(r"\b(pred|b?f\d+\w*|[suc]\d+)\[([\d,]*)\](\{[^}]*\})?")
+_CALLED = re.compile(r"\b(?:calls|body|to_apply|\w+_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_ROUNDS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+
+
+def parse(text: str) -> Module:
+  """Reads the text of a compiled module."""
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = "", None
+  for line in text.splitlines():
+    head = _HEAD.match(line)
+    if head:
+      current = computations.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif line.startswith("}"):
+      current = None
+    elif current is not None and " = " in line:
+      current.append(_instruction(line.strip()))
+  return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+  name, _, rest = line.partition(" = ")
+  end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+  kind, (op, bracket, rest) = rest[:end], rest[end:].strip().partition("(")
+  end = _closing(bracket + rest)
+  inside, attributes = rest[: end - 2], rest[end - 1 :]
+  operands = tuple(re.split(r"[ %]", part.strip())[-1] for part in _parts(inside))
+  root = name.startswith("ROOT ")
+  name = name.removeprefix("ROOT ").lstrip("%")
+  return Instruction(name, kind, op, operands, attributes, root)
+
+
+def _closing(text: str) -> int:
+  """Index after the bracket that closes the first one."""
+  depth = 0
+  for index, letter in enumerate(text):
+    depth += (letter in "([{") - (letter in ")]}")
+    if depth == 0:
+      return index + 1
+  return len(text)
+
+
+def _parts(text: str) -> list[str]:
+  """What stands between the commas that are in no bracket."""
+  depth, parts = 0, [""]
+  for letter in text:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return [part for part in parts if part.strip()]
+
+
+def size(kind: str) -> float:
+  """Bytes of an HLO type, of all arrays if it is a tuple."""
+  return sum(_bytes(found) for found in _ARRAY.finditer(kind))
+
+
+def _bytes(array: re.Match[str]) -> float:
+  bits = re.search(r"\d+", array[1])
+  width = int(bits[0]) / 8 if bits else 1.0  # pred
+  return width * math.prod(int(length) for length in array[2].split(",") if length)
+
+
+def _walk(
+  module: Module, computation: str, times: int, *, into_fusions: bool
+) -> Iterator[tuple[Instruction, str, int]]:
+  """Every instruction that runs, where it stands, and how often it does."""
+  for one in module.computations.get(computation, ()):
+    yield one, computation, times
+    inner, rounds = _CALLED.findall(one.attributes), 1
+    if one.op == "while":
+      rounds = _rounds(module, one.attributes)
+    elif one.op == "conditional":
+      for names in _BRANCHES.findall(one.attributes):
+        inner += [name.strip().lstrip("%") for name in names.split(",")]
+    elif one.op == "fusion":
+      inner = inner if into_fusions else []
+    elif one.op not in ("call", "async-start"):
+      continue
+    for name in inner:
+      yield from _walk(module, name, times * rounds, into_fusions=into_fusions)
+
+
+def _rounds(module: Module, attributes: str) -> int:
+  """How often a loop runs: as XLA knows it, else the bound in its condition."""
+  known = _ROUNDS.search(attributes)
+  if known:
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", attributes)
+  inside = list(_walk(module, condition[1] if condition else "", 1, into_fusions=True))
+  if not any("direction=LT" in one.attributes for one, _, _ in inside):
+    return 1
+  # TPU keeps the bound beside the comparison or hands it into a fusion.
+  constants = (
+    re.match(r"(\d+)$", one.operands[0])
+    for one, _, _ in inside
+    if one.op == "constant" and one.type.startswith("s32[]")
+  )
+  return max((int(found[1]) for found in constants if found), default=1)
+
+
+# --- Collectives ----------------------------------------------------------------------
+
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+  "reduce-scatter",
+)
+
+
+class Collective(NamedTuple):
+  """A collective of the program.
+
+  Attributes:
+    kind: one of `KINDS`.
+    type: HLO type of the result.
+    group: devices that take part together.
+    times: how often it runs.
+    wire: bytes that each device sends in all, by a ring.
+  """
+
+  kind: str
+  type: str
+  group: int
+  times: int
+  wire: float
+
+
+def collectives(module: Module, devices: int) -> list[Collective]:
+  """Every collective of the program.
+
+  Args:
+    devices: of the mesh; the group of a collective that names none.
+  """
+  found, seen = [], set()
+  for one, place, times in _walk(module, module.entry, 1, into_fusions=True):
+    kind = one.op.removesuffix("-start")
+    if kind not in KINDS:
+      continue
+    channel = re.search(r"channel_id=(\d+)", one.attributes)
+    # TPU spreads one all-gather over several fusions that share its channel.
+    if channel and (kind, times, channel[1]) in seen:
+      continue
+    seen.add((kind, times, channel[1] if channel else one.name))
+    types = module.types(place)
+    given = sum(size(types.get(name, "")) for name in one.operands)
+    result = size(one.type)
+    if one.op.endswith("-start") and kind != "all-reduce":
+      result -= given  # its type lists the operands, too
+    if kind == "all-reduce" and place.startswith("all-reduce-scatter"):
+      kind = "reduce-scatter"
+    group = _group(one.attributes, devices)
+    share = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0}
+    wire = max(given, result) * share.get(kind, (group - 1) / group)
+    found.append(Collective(kind, one.type, group, times, times * wire))
+  return found
+
+
+def _group(attributes: str, devices: int) -> int:
+  """Devices of a collective's group, in each of the three ways HLO writes it."""
+  mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+    parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+  tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+  if tiled:
+    return int(tiled[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+  return len(listed[1].split(",")) if listed else devices
+
+
+# --- Memory ---------------------------------------------------------------------------
+
+# They move nothing: names for what exists, or loops whose bodies are counted.
+_FREE = {
+  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
+  *("conditional", "after-all", "partition-id", "replica-id", "opt-barrier"),
+  *("async-start", "async-update", "async-done", "copy-start", "slice-start"),
+}
+_SLICES = ("dynamic-slice", "slice", "gather")
+_SAME = ("bitcast", "reshape", "copy", "convert", "transpose")
+
+
+def traffic(module: Module) -> float:
+  """Bytes that the program reads from and writes to a device's memory; an estimate.
+
+  What each instruction outside of fusions reads and writes. A slice of a stacked array
+  counts by itself, an update in place by what is new, and what TPU holds in its vector
+  memory as nothing. Caches between instructions are left out.
+  """
+  total = 0.0
+  for one, place, times in _walk(module, module.entry, 1, into_fusions=False):
+    if one.op in _FREE or one.op.endswith("-done"):
+      continue
+    total += times * _moved(module, one, module.types(place))
+  return total
+
+
+def _moved(module: Module, one: Instruction, types: Mapping[str, str]) -> float:
+  given = [_in_memory(types.get(name, "")) for name in one.operands]
+  result = _in_memory(one.type)
+  if one.op in _SLICES:
+    return 2 * result
+  if one.op in ("dynamic-update-slice", "scatter"):
+    return 2 * sum(given[1:])
+  if one.op != "fusion":
+    return sum(given) + result
+  called = _CALLED.search(one.attributes)
+  body = module.computations[called[1]] if called else []
+  reads = _reads(body)
+  updates = [line for line in body if line.op == "dynamic-update-slice"]
+  inside = {line.name: line.type for line in body}
+  for line in updates:
+    if line.type.split("{")[0] in one.type:  # the result, written in place
+      new = _in_memory(inside.get(line.operands[1], ""))
+      result += new - _in_memory(line.type)
+  whole = sum(min(have, reads.get(index, have)) for index, have in enumerate(given))
+  return whole + max(result, 0.0)
+
+
+def _reads(body: list[Instruction]) -> dict[int, float]:
+  """Bytes a fusion reads of each parameter of which it takes slices only."""
+  users: dict[str, list[tuple[Instruction, int]]] = {}
+  for line in body:
+    for index, name in enumerate(line.operands):
+      users.setdefault(name, []).append((line, index))
+
+  def read(name: str, full: float) -> float:
+    total = 0.0
+    for line, index in users.get(name, ()):
+      if line.op in _SLICES and index == 0:
+        total += size(line.type)
+      elif line.op in _SAME:
+        total += read(line.name, full)
+      elif line.op != "dynamic-update-slice" or index:
+        return full
+    return total
+
+  return {
+    int(line.operands[0]): read(line.name, _in_memory(line.type))
+    for line in body
+    if line.op == "parameter"
+  }
+
+
+def _in_memory(kind: str) -> float:
+  """Bytes of a type, without what TPU holds on the chip: memory spaces S(1), ..."""
+  return sum(
+    _bytes(found) for found in _ARRAY.finditer(kind) if "S(" not in (found[3] or "")
+  )
+
+
+def largest(module: Module, count: int) -> list[tuple[str, float]]:
+  """The largest arrays that the program makes: HLO type without layout, and bytes."""
+  made: dict[str, float] = {}
+  for one, _, _ in _walk(module, module.entry, 1, into_fusions=False):
+    if one.op in _FREE or "dynamic-update-slice" in one.name + one.op:
+      continue
+    for found in _ARRAY.finditer(one.type):
+      made[f"{found[1]}[{found[2]}]"] = _bytes(found)
+  return sorted(made.items(), key=lambda item: -item[1])[:count]

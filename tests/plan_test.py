@@ -1,0 +1,316 @@
+"""The plan's arithmetic by hand, a whole plan on CPU, and the real compilers (slow)."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from raft_jax import config, errors, machines, plan
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRESETS = ("llama32_3b", "phi4_mini", "smollm3_3b")
+
+# 8 divides every size, so that every array is spread over all of 8 devices.
+FIELDS = {
+  "model_type": "llama",
+  "vocab_size": 512,
+  "hidden_size": 64,
+  "intermediate_size": 128,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 256,
+  "tie_word_embeddings": True,
+}
+# Embedding, final norm, and by layer q, o, k, v, gate, up, down and two norms.
+COUNT = 512 * 64 + 64 + 3 * (64 * (64 * 2 + 32 * 2 + 128 * 3) + 2 * 64)
+
+
+def write(folder: pathlib.Path, source: object, **keys) -> config.Config:
+  """A run's config: no data, and of the model a config.json."""
+  path = folder / "run.yaml"
+  tree = {
+    "model": {"source": str(source), "remat": True},
+    "data": {
+      "questions": "absent.jsonl",
+      "max_prompt_tokens": 16,
+      "max_answer_tokens": 10,
+      "max_teacher_tokens": 32,
+    },
+    "rollout": {"max_new_tokens": 12},
+    "distill": {"top_k": 32},
+    "train": {"measure_every": 0},
+    "output": str(folder / "out"),
+  }
+  path.write_text(json.dumps(tree | keys))
+  return config.load(path, without_data=True)
+
+
+def save_model(folder: pathlib.Path) -> pathlib.Path:
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(FIELDS))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+  """What a plan for 8 CPU devices measured, and what it printed."""
+  folder = tmp_path_factory.mktemp("plan")
+  run = write(folder, save_model(folder / "model"))
+  answers, printed = [], io.StringIO()
+
+  def ask(*args):
+    answers.append(real_ask(*args))
+    return answers[-1]
+
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+    real_ask = plan.ask
+    patch.setattr(plan, "ask", ask)
+    plan.plan(run, ["cpu:8"], questions=100)
+  return run, answers[0], printed.getvalue()
+
+
+def test_memory_by_class_is_what_the_arrays_take(planned):
+  _, answer, _ = planned
+  assert answer["parameters"] == answer["trained"] == COUNT
+  assert answer["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+  memory = answer["memory"]
+  # float32 master weights; AdamW's two moments, its count and the balancer's scalars.
+  assert memory["parameters"] == 4 * COUNT / 8
+  assert 0 < memory["optimizer"] - 8 * COUNT / 8 < 100
+  assert memory["base model"] == 4 * COUNT / 8
+  # Two of 16 rows: prompt, answer (10, padded to 16) and context, three lengths, an id.
+  assert memory["batch"] == 2 * 4 * (16 + 16 + 32 + 4)
+  # Keys and values of 3 layers, 2 rows, 16 + 12 columns, 2 heads of 16.
+  assert memory["cache"] == 2 * 3 * 2 * (16 + 12) * 2 * 16 * 4
+
+
+def test_flops_are_those_of_the_formula(planned):
+  """2 a weight and token; attention over what is padded; the head where it is read."""
+  _, answer, _ = planned
+  layer, heads, head = 64 * (64 * 2 + 32 * 2 + 128 * 3), 4 * 16, 2 * 512 * 64
+  tokens = 32 + 12
+  teacher = 3 * (2 * layer * tokens + 4 * heads * tokens**2) + head * 12
+  assert answer["phases"]["teacher"]["flops"] == 2 * teacher  # 2 rows a device
+  # Prefill of 16, then 11 tokens against 28 columns; each predicts one token.
+  prefill = 3 * (2 * layer * 16 + 4 * heads * 16 * 28) + head
+  decode = 3 * (2 * layer + 4 * heads * 28) + head
+  assert answer["phases"]["rollout"]["flops"] == 2 * (prefill + 11 * decode)
+  # Recomputing leaves out a layer's last product; the head forward once, and backward
+  # three products for the answer, two for the rollout, whose log-sum-exp is no loss.
+  tokens = 16 + 16 + 12
+  last = 2 * 64 * 128 * tokens
+  update = 3 * (4 * (2 * layer * tokens + 4 * heads * tokens**2) - last)
+  update += head * (16 * 4 + 12 * 3)
+  assert answer["phases"]["update"]["flops"] == 2 * update
+
+
+def sent(phase: dict) -> float:
+  return sum(wire for _, wire in phase["collectives"].values())
+
+
+def test_weights_are_gathered_once_and_activations_stay(planned):
+  """A ring sends 7/8 of what it gathers: the sampler's weights once, however many
+  tokens it decides, and the teacher's. Beside them looked up embeddings on their way to
+  their rows, and the like: not the activations of every layer's 7 products."""
+  _, answer, _ = planned
+  whole = 4 * COUNT * 7 / 8
+  activations = 4 * 16 * (32 + 12) * 64
+  for name in ("rollout", "teacher"):
+    total = sent(answer["phases"][name])
+    assert whole <= total <= whole + 3 * activations, name
+  # Again to recompute, and on CPU XLA leaves gradients reduced whole (2 x 7/8).
+  assert 2 * whole <= sent(answer["phases"]["update"]) <= 4 * whole + 6 * activations
+
+
+def test_what_is_printed(planned):
+  run, answer, printed = planned
+  lines = printed.splitlines()
+  assert lines[0] == (
+    f"{run.model.source}: {COUNT:,} parameters, {COUNT:,} trained; activations "
+    "float32, remat"
+  )
+  assert "cpu:8: 8 devices, mesh data 1 x fsdp 8 x tensor 1" in lines
+  assert any(line.startswith("  fits: ") for line in lines)
+  assert "  run: 18 steps, 0:00:00 to 0:00:00 (a roofline, not a measurement)" in lines
+  assert "  smallest that fits: cpu:1 (at most " in printed
+  update = next(line for line in lines if line.startswith("│ update"))
+  model_flops = 6 * COUNT * 16 * (16 + 10 + 12)
+  share = answer["phases"]["update"]["flops"] * 8 / model_flops
+  assert f" {share:.2f} " in update
+
+
+def made_up(**own) -> dict:
+  """1 GiB of each class beside an update with round costs."""
+  found = {
+    "flops": 312e12,
+    "temporaries": 10 * plan.GIB,
+    "output": 0,
+    "code": 0,
+    "traffic": 2 * 2039e9,
+    "collectives": {"all-gather": [1, 300e9], "all-reduce": [9, 150e9]},
+    "largest": [],
+  } | own
+  memory = dict.fromkeys(("parameters", "optimizer", "base model", "batch"), plan.GIB)
+  return {
+    "parameters": 1000,
+    "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+    "memory": {**memory, "cache": 0},
+    "phases": {"update": found, "measured update": {**found, "flops": 4 * 312e12}},
+  }
+
+
+def test_the_roofline_by_hand():
+  """1 s of FLOPs (the measured step: 4 s), 2 s of memory, 1.5 s of sending."""
+  machine = machines.parse("a100_80:8")
+  update = plan.phase(made_up(), "update", machine)
+  assert (update.compute, update.memory, update.wire) == (1.0, 2.0, 1.5)
+  assert (update.seconds, update.apart, update.bound) == (2.0, 3.5, "memory")
+  assert update.peak == 14 * plan.GIB
+  verdict = plan.judge(
+    made_up(), machine, share=0.75, total_steps=100, measure_every=20
+  )
+  assert verdict.fits
+  assert verdict.limit == 0.75 * 85100068864
+  assert verdict.step == (2.0, 3.5)
+  # Five of the 100 steps are measured: 4 s, or 5.5 s, each instead.
+  assert verdict.run == (2.0 * 100 + 5 * 2.0, 3.5 * 100 + 5 * 2.0)
+
+
+def test_a_refused_or_too_large_program_does_not_fit():
+  machine = machines.parse("v5e:2x4")
+  refused = made_up()
+  refused["phases"]["update"] = {"flops": 1.0, "refused": "RESOURCE_EXHAUSTED: 16.00G"}
+  options = {"share": 0.75, "total_steps": None, "measure_every": 20}
+  assert not plan.judge(refused, machine, **options).fits
+  assert not plan.judge(made_up(temporaries=12 * plan.GIB), machine, **options).fits
+  assert plan.judge(made_up(temporaries=11 * plan.GIB), machine, **options).fits
+
+
+@pytest.mark.parametrize(
+  ("temporaries", "topology", "need"),
+  [
+    (10, "a100_80:2", 4 * 4 + 10 * 4),  # 56 of 59.4 GiB; one GPU would need 112
+    (1, "a100_80:1", 4 * 8 + 1 * 8),
+    (57, "a100_80:2x8", 4 / 2 + 57),  # does not fit on 8
+  ],
+)
+def test_the_smallest_machine_by_its_bound(temporaries, topology, need):
+  machine = machines.parse("a100_80:8")
+  answer = made_up(temporaries=temporaries * plan.GIB)
+  found = plan.suggestion(answer, machine, 0.75, 16)
+  assert found.startswith(f"{topology} (at most {need:.1f} GiB a device")
+  huge = made_up(temporaries=80 * plan.GIB)
+  assert plan.suggestion(huge, machine, 0.75, 16).startswith("none of a100_80:1, ")
+
+
+def test_steps_of_a_run(tmp_path, law):
+  run = write(tmp_path, "none")
+  assert plan.steps(run, None) is None  # data is absent and nobody says
+  assert plan.steps(run, 2000) == 3 * 125
+  short = write(tmp_path, "none", train={"max_steps": 10})
+  assert plan.steps(short, None) == plan.steps(short, 2000) == 10
+  there = write(tmp_path, "none", data={"questions": str(law / "train.jsonl")})
+  assert plan.steps(there, None) == 3 * (705 // 16)
+
+
+def test_machines():
+  assert machines.parse("a100_80:8").devices == 8
+  assert machines.parse("v5p:2x2x2").devices == 8
+  nodes = machines.parse("a100_80:2x8")
+  # All eight cards of a node send what a ring over both nodes hands on.
+  assert (nodes.devices, nodes.link) == (16, 8 * 25e9)
+  assert machines.parse("h100:8").link == 450e9
+  for kind in machines.CHIPS:
+    sizes = [machine.devices for machine in machines.ladder(kind)]
+    assert sizes == sorted(set(sizes)), kind
+
+
+@pytest.mark.parametrize(
+  ("topology", "says"),
+  [
+    ("a100:8", "write KIND:SIZE with a kind of a100_40, a100_80, h100, v5e"),
+    ("v5e", "write KIND:SIZE"),
+    ("v5e:3x3", "there is no v5e of this size; e.g. v5e:1x1, v5e:2x2"),
+    ("a100_80:16", "there is no a100_80 of this size; e.g. a100_80:1"),
+    ("a100_80:0", "there is no a100_80 of this size"),
+  ],
+)
+def test_an_unknown_topology_is_the_users_to_change(topology, says):
+  with pytest.raises(errors.UserError, match=f"^--topology {topology}: {says}"):
+    machines.parse(topology)
+
+
+def test_without_the_extra_the_command_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setitem(machines.PACKAGES, "tpu", ("no_such_library.inside",))
+  with pytest.raises(errors.UserError) as caught:
+    plan.plan(write(tmp_path, "none"), ["cpu:8", "v5e:4x4"])
+  assert str(caught.value) == (
+    "--topology v5e:4x4: compiling for it needs the extra `plan` (module "
+    "no_such_library.inside is missing; Linux x86_64 only); run "
+    "pip install --constraint constraints.txt --editable '.[plan]'"
+  )
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, "-m", "raft_jax.plan", *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, "HF_HUB_OFFLINE": "1"},
+  )
+
+
+def test_a_hub_that_does_not_answer_is_one_line_with_the_way_out(tmp_path):
+  write(tmp_path, "somebody/a-model-that-is-not-here")
+  done = command(
+    *("--config", tmp_path / "run.yaml"),
+    *("--topology", "cpu:1", "train.batch_size=8"),
+  )
+  assert done.returncode == 2
+  assert done.stdout == ""
+  notice, line = done.stderr.splitlines()
+  assert notice == "compiling for cpu:1 ..."
+  assert line.startswith(
+    "error: --topology cpu:1: model somebody/a-model-that-is-not-here: no such folder"
+  )
+  assert line.endswith(
+    "or save its config.json into a folder and give that as model.source"
+  )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_papers_run(name):
+  run = config.load(ROOT / f"configs/{name}.yaml")
+  assert (run.method, run.model.dtype, run.model.remat) == ("raft", "bfloat16", True)
+  assert (run.train.epochs, run.train.batch_size) == (3, 16)
+  assert (run.train.learning_rate, run.train.weight_decay) == (5e-6, 0.01)
+  assert (run.distill.top_k, run.distill.temperature) == (512, 1.5)
+  assert (run.balance.mode, run.balance.decay) == ("ema", 0.9)
+  # Meshes of 8 and 16 devices share its rows.
+  assert run.mesh.fsdp == -1
+  assert run.train.batch_size % 16 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["a100_80:8", "h100:2x4", "v5e:2x4", "v5p:2x2x2"])
+def test_the_real_compilers(planned, topology):
+  """The same arrays and sums as on CPU, and no more to send; the extra `plan`."""
+  run, on_cpu, _ = planned
+  machine = machines.parse(topology)
+  plan.check_installed(machine)
+  run = run.model_copy(update={"train": config.Train(measure_every=20)})
+  answer = plan.ask(run, machine)
+  assert answer["memory"] == on_cpu["memory"]
+  assert "measured update" in answer["phases"]
+  for name, phase in on_cpu["phases"].items():
+    found = answer["phases"][name]
+    assert found["flops"] == phase["flops"]
+    assert 0 < sent(found) <= 1.1 * sent(phase), name
+    assert plan.phase(answer, name, machine).seconds > 0
