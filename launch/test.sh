@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs lint, types and tests. Arguments go to pytest:
-# launch/test.sh -m slow runs the checks that take minutes.
+# launch/test.sh -m slow runs the checks that take minutes, and installs what compiles
+# for GPUs and TPUs that are absent.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-launch/install.sh test
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+extras=test
+[[ " $* " == *slow* ]] && extras=test,plan
+launch/install.sh "$extras"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

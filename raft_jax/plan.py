@@ -269,7 +269,7 @@ def show(
   print(f"{gib(verdict.limit)}{of_memory}")
   print(f"  always held: {', '.join(held)}")
   print(f"  the rollout's KV cache: {gib(memory['cache'])} of its temporaries")
-  rich.console.Console(width=88).print(phase_table(config, machine, answer))
+  rich.console.Console(width=112).print(phase_table(config, machine, answer))
   for name, found in answer["phases"].items():
     print(f"  {name}: {found.get('refused') or details(found)}")
   if verdict.step is not None:
@@ -293,39 +293,30 @@ def details(found: Mapping[str, Any]) -> str:
 def phase_table(
   config: config_lib.Config, machine: machines.Machine, answer: Mapping[str, Any]
 ) -> rich.table.Table:
+  """One row a phase, of one device; `x model` compares with `model_flops`."""
   table = rich.table.Table()
-  for head in (
-    "a device",
-    "peak",
-    "temporaries",
-    "TFLOP",
-    "of model",
-    "memory",
-    "wire",
-  ):
-    table.add_column(head, justify="left" if head == "a device" else "right")
-  table.add_column("at least", justify="right")
-  table.add_column("by")
+  table.add_column("a device")
+  heads = ("peak GiB", "temps GiB", "TFLOP", "x model", "memory GB", "wire GB")
+  for head in (*heads, "least ms"):
+    table.add_column(head, justify="right")
+  table.add_column("bound by")
   expected = model_flops(config, answer["parameters"])
   for name, found in answer["phases"].items():
-    result, label = (
-      phase(answer, name, machine),
-      name.replace("measured ", "measured\n"),
-    )
+    result = phase(answer, name, machine)
     ratio = found["flops"] * machine.devices / expected[name.split()[-1]]
-    flops = (f"{found['flops'] / 1e12:.2f}", f"{ratio:.2f}")
+    flops = (f"{found['flops'] / 1e12:,.2f}", f"{ratio:.2f}")
     if result is None:
-      table.add_row(label, "refused", "", *flops)
+      table.add_row(name, "refused", "", *flops)
       continue
     sent = sum(wire for _, wire in found["collectives"].values())
     table.add_row(
-      label,
-      gib(result.peak),
-      gib(found["temporaries"]),
+      name,
+      f"{result.peak / GIB:.2f}",
+      f"{found['temporaries'] / GIB:.2f}",
       *flops,
-      gib(found["traffic"]),
-      gib(sent),
-      f"{1e3 * result.seconds:,.0f} ms",
+      f"{found['traffic'] / 1e9:,.1f}",
+      f"{sent / 1e9:,.1f}",
+      f"{1e3 * result.seconds:,.0f}",
       result.bound,
     )
   return table

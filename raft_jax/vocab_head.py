@@ -402,6 +402,11 @@ def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):
   """Applies `f` to chunks of the leading axis, one after the other."""
   n_tokens = arrays[0].shape[0]
   n_chunks = max(1, -(-n_tokens // chunk))
+  # A chunk that does not divide among the devices is computed whole by each of them.
+  spread = (
+    n for n in range(n_chunks, 2 * n_chunks) if n_tokens % (n * _devices()) == 0
+  )
+  n_chunks = next(spread, n_chunks) if _devices() > 1 else n_chunks
   size = -(-n_tokens // n_chunks)
   padding = n_chunks * size - n_tokens
 

@@ -414,3 +414,18 @@ def test_bad_shapes_are_named():
   for k in (0, VOCABULARY + 1):
     with pytest.raises(ValueError, match=f"k={k}"):
       vocab_head.topk(hidden, embedding, k)
+
+
+def test_chunks_divide_among_the_devices_where_they_can():
+  """48 tokens by about 10: five chunks of 10, or six of 8, one token to each device."""
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((48, 4), (11, 4))]
+
+  def chunks() -> list[int]:
+    jaxpr = jax.make_jaxpr(lambda h, e: vocab_head.topk(h, e, 2, chunk_size=10))
+    found = jaxpr(*shapes).eqns
+    return [one.params["length"] for one in found if one.primitive.name == "scan"]
+
+  assert chunks() == [5]
+  mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert chunks() == [6]
