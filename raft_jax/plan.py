@@ -389,14 +389,14 @@ def memory_share() -> float:
 
 
 def header(config: config_lib.Config, answer: Mapping[str, Any]) -> str:
-  lengths = config.data
+  lengths, new = config.data, config.rollout.max_new_tokens
+  remat = ", remat" if config.model.remat else ""
   return (
     f"{config.model.source}: {answer['parameters']:,} parameters, "
-    f"{answer['trained']:,} trained; activations {config.model.dtype}{', remat' if config.model.remat else ''}\n"
+    f"{answer['trained']:,} trained; activations {config.model.dtype}{remat}\n"
     f"{config.train.batch_size} rows a step of at most {lengths.max_prompt_tokens} "
-    f"(prompt) + {lengths.max_answer_tokens} (answer) + "
-    f"{config.rollout.max_new_tokens} (rollout) tokens; the teacher reads "
-    f"{lengths.max_teacher_tokens} + {config.rollout.max_new_tokens}"
+    f"(prompt) + {lengths.max_answer_tokens} (answer) + {new} (rollout) tokens; the "
+    f"teacher reads {lengths.max_teacher_tokens} + {new}"
   )
 
 

@@ -145,6 +145,20 @@ def test_what_is_printed(planned):
   assert f" {share:.2f} " in update
 
 
+def test_adapters_train_little_and_their_teacher_is_the_frozen_model(planned, tmp_path):
+  full, whole, _ = planned
+  run = write(tmp_path, full.model.source, lora={"rank": 8, "targets": ["q_proj"]})
+  answer = plan.ask(run, machines.parse("cpu:8"))
+  # [8, 64] and [64, 8] in 3 layers; their width of 64 is spread over 8 devices, or over
+  # tensor, which is 1.
+  assert (answer["parameters"], answer["trained"]) == (COUNT, 3 * 2 * 8 * 64)
+  trained = 4 * 3 * (8 * 64 / 8 + 64 * 8)
+  assert answer["memory"]["parameters"] == trained
+  assert 0 < answer["memory"]["optimizer"] - 2 * trained < 100
+  assert answer["memory"]["base model"] == whole["memory"]["base model"]
+  assert sent(answer["phases"]["rollout"]) < 2 * sent(whole["phases"]["rollout"])
+
+
 def made_up(**own) -> dict:
   """1 GiB of each class beside an update with round costs."""
   found = {
