@@ -306,7 +306,7 @@ def _moved(module: Module, one: Instruction, types: Mapping[str, str]) -> float:
     return sum(given) + result
   called = _CALLED.search(one.attributes)
   body = module.computations[called[1]] if called else []
-  reads = _reads(body)
+  reads = _reads(module, body)
   updates = [line for line in body if line.op == "dynamic-update-slice"]
   inside = {line.name: line.type for line in body}
   for line in updates:
@@ -317,8 +317,8 @@ def _moved(module: Module, one: Instruction, types: Mapping[str, str]) -> float:
   return whole + max(result, 0.0)
 
 
-def _reads(body: list[Instruction]) -> dict[int, float]:
-  """Bytes a fusion reads of each parameter of which it takes slices only."""
+def _reads(module: Module, body: list[Instruction]) -> dict[int, float]:
+  """Bytes a fusion reads of each parameter: of one that it slices, the slices."""
   users: dict[str, list[tuple[Instruction, int]]] = {}
   for line in body:
     for index, name in enumerate(line.operands):
@@ -331,9 +331,12 @@ def _reads(body: list[Instruction]) -> dict[int, float]:
         total += size(line.type)
       elif line.op in _SAME:
         total += read(line.name, full)
+      elif line.op == "fusion":  # TPU nests them
+        inner = module.computations[_CALLED.findall(line.attributes)[0]]
+        total += _reads(module, inner)[index]
       elif line.op != "dynamic-update-slice" or index:
         return full
-    return total
+    return min(total, full)
 
   return {
     int(line.operands[0]): read(line.name, _in_memory(line.type))

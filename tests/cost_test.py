@@ -80,12 +80,18 @@ HLO = """HloModule test, is_scheduled=true
   ROOT %ds = f32[1,100]{1,0} dynamic-slice(%p.0, %p.1, %zero)
 }
 
+%nests (p.2: f32[5,100], p.3: s32[]) -> f32[1,100] {
+  %p.2 = f32[5,100]{1,0} parameter(0)
+  %p.3 = s32[] parameter(1)
+  ROOT %inner = f32[1,100]{1,0} fusion(%p.2, %p.3), kind=kLoop, calls=%slices
+}
+
 %body (t: (s32[], f32[2,4], f32[5,100])) -> (s32[], f32[2,4], f32[5,100]) {
   %t = (s32[], f32[2,4]{1,0}, f32[5,100]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%t), index=0
   %x = f32[2,4]{1,0} get-tuple-element(%t), index=1
   %w = f32[5,100]{1,0} get-tuple-element(%t), index=2
-  %row = f32[1,100]{1,0} fusion(%w, %i), kind=kLoop, calls=%slices
+  %row = f32[1,100]{1,0} fusion(%w, %i), kind=kOutput, calls=%nests
   %ag = f32[4,4]{1,0} all-gather(%x), channel_id=2, replica_groups=[4,2]<=[8]
   %v = f32[10]{0} slice(%row), slice={[0:1], [0:10]}
   %ar = f32[10]{0} all-reduce(%v), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
