@@ -7,6 +7,7 @@ claiming an output folder.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from raft_jax.schema import Fusion as Fusion
 from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
+from raft_jax.schema import Model as Model
 from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
 
@@ -238,6 +240,7 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
   if config.balance.mode == "gradient_norm" and not config.balance.weight:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
   yield from _unused(config)
+  yield from _engines(config.refine)
   seen = set()
   for i, judge in enumerate(config.refine.judges):
     if judge.engine == "encoder" and judge.model is not None:
@@ -248,6 +251,32 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
     if judge in seen:
       yield f"refine.judges.{i}", "is the same judge again; delete it or change it"
     seen.add(judge)
+
+
+def _engines(refine: schema.Refine) -> Iterator[tuple[str, str]]:
+  """Keys of other engines than the one a role names, and keys that its own needs."""
+  roles: list[tuple[str, schema.Asked]] = [
+    ("refine.rewriter", refine.rewriter),
+    ("refine.fusion", refine.fusion),
+    *((f"refine.judges.{i}", judge) for i, judge in enumerate(refine.judges)),
+  ]
+  for place, role in roles:
+    for engine, keys in schema.ENGINE_KEYS.items():
+      for key in keys:
+        default = type(role).model_fields[key].default
+        if role.engine != engine and getattr(role, key) != default:
+          yield (
+            f"{place}.{key}",
+            f"is read with engine: {engine} only; set that or delete it",
+          )
+    if role.engine == "openai":
+      if not (role.base_url or "").startswith(("http://", "https://")):
+        yield (
+          f"{place}.base_url",
+          "must be the server's address, like http://localhost:8000/v1",
+        )
+      if not role.model:
+        yield f"{place}.model", "is required with engine: openai: its name there"
 
 
 def _unused(config: Config) -> Iterator[tuple[str, str]]:
@@ -408,7 +437,11 @@ def _check_claim(
 
 
 def _under(name: str, keys: Sequence[str]) -> bool:
-  return any(name == key or name.startswith(f"{key}.") for key in keys)
+  """Whether a dotted name is one of `keys` or inside one; `*` stands for any index."""
+  return any(
+    fnmatch.fnmatchcase(name, key) or fnmatch.fnmatchcase(name, f"{key}.*")
+    for key in keys
+  )
 
 
 # The command line of every stage

@@ -1,19 +1,16 @@
 """Who generates text: one protocol, messages in and texts out.
 
-The engine here is the built-in one, `jax_engine`. Its module-level imports hold no jax,
-so that refinement with another engine needs none.
+What keeps the protocol: `jax_engine` (built in), `vllm_engine` (vLLM in this process)
+and `openai_engine` (any OpenAI-compatible server).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
-
-import numpy as np
 
 from raft_jax import hf, records, text
 
@@ -25,6 +22,7 @@ class Request(NamedTuple):
     messages: ends with a user turn.
     temperature: 0 is greedy.
     seed: 31 bits; the reply's randomness, whatever is asked beside it.
+    reply_schema: a JSON schema that the reply is held to, if the engine can.
   """
 
   messages: tuple[records.Message, ...]
@@ -32,15 +30,24 @@ class Request(NamedTuple):
   temperature: float
   top_p: float
   seed: int
+  reply_schema: Mapping[str, Any] | None = None
 
 
 class Completion(NamedTuple):
-  """A reply. `length` means that the limit cut it off; tokens include the EOS."""
+  """A reply.
+
+  Attributes:
+    finish_reason: `length` means that the limit cut it off. A server may also refuse a
+      request: `too_long` for it, or `filtered` by what it lets through.
+    completion_tokens: with the EOS, and with the thinking.
+    thinking_tokens: of the parts that `without_thinking` takes out; about that many.
+  """
 
   text: str
-  finish_reason: Literal["stop", "length"]
+  finish_reason: Literal["stop", "length", "too_long", "filtered"]
   prompt_tokens: int
   completion_tokens: int
+  thinking_tokens: int = 0
 
 
 class Generator(Protocol):
@@ -48,17 +55,19 @@ class Generator(Protocol):
 
   Attributes:
     identity: model source and weights digest; part of the journal's keys.
-    prompt_limit: tokens of prompt and reply together that the model can hold.
+    prompt_limit: tokens of prompt and reply together that the model can hold; None if
+      only the engine knows, whose reply is then `too_long`.
   """
 
   @property
   def identity(self) -> str: ...
 
   @property
-  def prompt_limit(self) -> int: ...
+  def prompt_limit(self) -> int | None: ...
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    """Length of the prompt that these messages become."""
+    """Length of the prompt that these messages become (characters if no limit is
+    known: enough to sort by)."""
 
   def generate(self, requests: Sequence[Request]) -> list[Completion]:
     """One completion per request, in order.
@@ -67,6 +76,28 @@ class Generator(Protocol):
     durable before it asks for more. Raises ValueError for a request over the limit:
     the caller checks before.
     """
+
+
+_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+def without_thinking(reply: Completion) -> Completion:
+  """The reply without its `<think>...</think>` parts, and with their tokens counted.
+
+  Some chat templates open the first part themselves, so that the reply begins inside
+  it. A part that never ends stays: such a reply has no answer. Where the engine did not
+  count, the tokens are shared out by characters.
+  """
+  opening, closed, rest = reply.text.partition("</think>")
+  answer = rest if closed and "<think>" not in opening else reply.text
+  answer = _THINKING.sub("", answer)
+  if answer == reply.text:
+    return reply
+  share = 1 - len(answer) / len(reply.text)
+  return reply._replace(
+    text=answer.strip(),
+    thinking_tokens=reply.thinking_tokens or round(reply.completion_tokens * share),
+  )
 
 
 @functools.cache
@@ -95,134 +126,31 @@ def codec(source: str) -> text.Codec:
   return text.load(source)
 
 
-def jax_engine(source: str, *, dtype: str, batch_size: int) -> Generator:
-  """The built-in sampler on this process's default device.
+class _Resident(NamedTuple):
+  key: Any
+  model: Any
+  free: Callable[[Any], None]
 
-  The weights are loaded when first needed and shared by all engines of the same source
-  and dtype, so that a rewriter, a fusion model and a judge that are one model are one
-  copy.
 
-  Args:
-    source: as for `hf.resolve`.
-    dtype: of weights and activations.
-    batch_size: rows of a compiled batch; shorter micro-batches are filled up, so that
-      each pair of widths compiles once.
+_resident: list[_Resident] = []  # at most one
 
-  Raises:
-    UserError: config, tokenizer or the weights' headers cannot be used.
+
+def resident(
+  key: Any, load: Callable[[], Any], free: Callable[[Any], None] = lambda model: None
+) -> Any:
+  """The one model in this process's memory: `key`'s, loaded if it is another's.
+
+  A pass asks one model about every row, so that models which do not fit together come
+  and go once a pass; roles that share a model share its copy.
   """
-  hf.check_params(source, _config(source))
-  codec(source)
-  return _JaxEngine(source, dtype, batch_size)
+  if not _resident or _resident[0].key != key:
+    release()
+    _resident.append(_Resident(key, load(), free))
+  return _resident[0].model
 
 
-@dataclasses.dataclass(frozen=True)
-class _JaxEngine:
-  source: str
-  dtype: str
-  batch_size: int
-
-  @property
-  def identity(self) -> str:
-    return f"jax {self.dtype} {identity(self.source)}"
-
-  @property
-  def prompt_limit(self) -> int:
-    return _config(self.source).max_positions
-
-  def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(text.prompt_ids(codec(self.source), messages))
-
-  def generate(self, requests: Sequence[Request]) -> list[Completion]:
-    prompts = [
-      text.prompt_ids(codec(self.source), request.messages) for request in requests
-    ]
-    for request, prompt in zip(requests, prompts, strict=True):
-      if len(prompt) + request.max_new_tokens > self.prompt_limit:
-        raise ValueError(
-          f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
-          f"the model's {self.prompt_limit}"
-        )
-    completions: dict[int, Completion] = {}
-    for rows in _alike(requests, prompts, self.batch_size):
-      finished = self._sample([requests[i] for i in rows], [prompts[i] for i in rows])
-      completions |= zip(rows, finished, strict=True)
-    return [completions[i] for i in range(len(requests))]
-
-  def _sample(
-    self, requests: Sequence[Request], prompts: Sequence[list[int]]
-  ) -> list[Completion]:
-    """One call of the sampler, for requests that share width and sampling."""
-    from raft_jax import sample
-
-    config, words = _config(self.source), codec(self.source)
-    first = requests[0]
-    width = bucket(max(map(len, prompts)))
-    prompt_BP = np.full((self.batch_size, width), words.pad_id, np.int32)
-    length_B = np.empty(self.batch_size, np.int32)
-    seed_B = np.empty(self.batch_size, np.int32)
-    for row in range(self.batch_size):
-      # Rows that fill up the batch repeat the first one: they end when it ends.
-      i = row if row < len(requests) else 0
-      prompt_BP[row, : len(prompts[i])] = prompts[i]
-      length_B[row], seed_B[row] = len(prompts[i]), requests[i].seed
-    rollout = sample.generate(
-      _params(self.source, self.dtype),
-      config,
-      prompt_BP,
-      length_B,
-      seed_B,
-      seed=0,
-      step=0,
-      max_new_tokens=first.max_new_tokens,
-      temperature=first.temperature,
-      top_p=first.top_p,
-      eos_ids=words.eos_ids,
-      pad_id=words.pad_id,
-      dtype=self.dtype,
-    )
-    tokens_BR, length_B, ended_B = map(np.asarray, rollout)
-    return [
-      Completion(
-        text.decode(words, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
-        "stop" if ended_B[i] else "length",
-        len(prompts[i]),
-        int(length_B[i]),
-      )
-      for i in range(len(requests))
-    ]
-
-
-def bucket(tokens: int) -> int:
-  """The width that a prompt is padded to: at most four widths per doubling.
-
-  It depends on the prompt's own length only, so that a reply cannot depend on which
-  prompts happen to share its batch.
-  """
-  step = max(64, 2 ** (max(tokens, 1) - 1).bit_length() // 8)
-  return -(-tokens // step) * step
-
-
-def _alike(
-  requests: Sequence[Request], prompts: Sequence[list[int]], batch_size: int
-) -> Iterator[tuple[int, ...]]:
-  """Indices of requests that can be sampled together, at most `batch_size` a time."""
-
-  def shape(i: int) -> tuple[Any, ...]:
-    request = requests[i]
-    sampling = request.max_new_tokens, request.temperature, request.top_p
-    return (bucket(len(prompts[i])), *sampling)
-
-  for _, group in itertools.groupby(sorted(range(len(requests)), key=shape), shape):
-    while batch := tuple(itertools.islice(group, batch_size)):
-      yield batch
-
-
-@functools.cache
-def _config(source: str) -> Any:
-  return hf.load_config(source)
-
-
-@functools.cache
-def _params(source: str, dtype: str) -> Any:
-  return hf.load_params(source, _config(source), dtype=dtype)
+def release() -> None:
+  """Frees the model in memory, if there is one."""
+  while _resident:
+    _, model, free = _resident.pop()
+    free(model)

@@ -212,6 +212,12 @@ def _sync_folder(folder: pathlib.Path) -> None:
 # Calls through the journal
 
 
+_SHORTEN = (
+  "lower max_new_tokens, shorten the row, or set data.too_long=skip to keep its "
+  "original answer"
+)
+
+
 class Role(NamedTuple):
   """A language model and how it samples in one part of the refinement."""
 
@@ -221,6 +227,7 @@ class Role(NamedTuple):
   temperature: float
   top_p: float
   batch_size: int
+  reply_schema: Mapping[str, Any] | None = None
 
 
 class Stopped(SystemExit):
@@ -251,16 +258,19 @@ class Calls:
     round_number: int = 0,
     names: Sequence[str] | None = None,
   ) -> list[engines.Completion | None]:
-    """One reply a prompt; None where the prompt is too long for the model.
+    """One reply a prompt, without its thinking; None where the prompt is too long for
+    the model.
 
-    With `names` of the rows, a prompt that is too long raises UserError instead, before
-    anything is generated.
+    With `names` of the rows, a prompt that is too long raises UserError instead: before
+    anything is generated, if the engine's limit is known here.
     """
     sampling: dict[str, Any] = {
       "max_new_tokens": role.max_new_tokens,
       "temperature": role.temperature,
       "top_p": role.top_p,
     }
+    if role.reply_schema is not None:
+      sampling["reply_schema"] = role.reply_schema
     keys = [
       content_key(
         role=role.name,
@@ -278,17 +288,19 @@ class Calls:
       requests = [
         engines.Request(prompts[i], seed=seed_from(keys[i]), **sampling) for i in rows
       ]
-      return [reply._asdict() for reply in role.generator.generate(requests)]
+      replies = role.generator.generate(requests)
+      return [engines.without_thinking(reply)._asdict() for reply in replies]
 
     tokens = {i: role.generator.count_tokens(prompts[i]) for i in self._missing(keys)}
-    limit = role.generator.prompt_limit - role.max_new_tokens
+    limit = math.inf
+    if role.generator.prompt_limit is not None:
+      limit = role.generator.prompt_limit - role.max_new_tokens
     for i, count in tokens.items():
       if count > limit and names is not None:
         raise errors.UserError(
           f"question {names[i]}: the {role.name} prompt has {count} tokens and "
           f"max_new_tokens is {role.max_new_tokens}, but the model holds "
-          f"{role.generator.prompt_limit} in all; lower max_new_tokens, shorten the "
-          "row, or set data.too_long=skip to keep its original answer"
+          f"{role.generator.prompt_limit} in all; {_SHORTEN}"
         )
     # Longest first: memory runs out at once or not at all.
     fitting = sorted(
@@ -297,8 +309,13 @@ class Calls:
     title = f"{role.name}, round {round_number}" if round_number else role.name
     self._make(role.name, title, keys, fitting, role.batch_size, generate)
     values = [self.book.calls.get(key) for key in keys]
-    fields = engines.Completion._fields
-    return [v and engines.Completion(**{f: v[f] for f in fields}) for v in values]
+    for i, value in enumerate(values):
+      if value and value["finish_reason"] == "too_long" and names is not None:
+        raise errors.UserError(
+          f"question {names[i]}: the server finds the {role.name} prompt and "
+          f"max_new_tokens={role.max_new_tokens} too long; {_SHORTEN}"
+        )
+    return [value and _completion(value) for value in values]
 
   def cosines(
     self, role: str, encoder: encode.Encoder, pairs: Sequence[tuple[str, str]]
@@ -352,7 +369,13 @@ class Calls:
           while not future.done():
             # Waking up is what lets Python handle a signal that another thread got.
             concurrent.futures.wait([future], timeout=0.2)
-          values = future.result()
+          try:
+            values = future.result()
+          except Exception as error:
+            # Ctrl-C reaches an engine's own processes too, and they end at once.
+            if self.signals:
+              raise Stopped(128 + self.signals[0]) from error
+            raise
           seconds = round((time.monotonic() - began) / len(batch), 6)
           self.book.append(
             {
@@ -375,6 +398,12 @@ class Calls:
       if field in self.book.calls.get(key, {}):
         sums[role] = sums.get(role, 0) + self.book.calls[key][field]
     return sums
+
+
+def _completion(value: Mapping[str, Any]) -> engines.Completion:
+  """From a journalled call; one of an earlier version may lack the later fields."""
+  fields = (field for field in engines.Completion._fields if field in value)
+  return engines.Completion(**{field: value[field] for field in fields})
 
 
 @contextlib.contextmanager

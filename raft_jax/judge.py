@@ -7,6 +7,7 @@ clamped or guessed at, because a misread reply moves a selection silently.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -25,6 +26,13 @@ _SCORE = re.compile(
   r'"score"\s*:\s*(0(?:\.\d+)?|1(?:\.0+)?)[ \t]*(?=[}\r\n]|,[\s"]|\Z)'
 )
 
+REPLY_SCHEMA = {
+  "type": "object",
+  "properties": {"score": {"type": "number", "minimum": 0, "maximum": 1}},
+  "required": ["score"],
+  "additionalProperties": False,
+}
+"""What the prompt asks of a judge, as a JSON schema for engines that can hold to it."""
 
 LEAKS = (
   "reference answer",
@@ -64,8 +72,10 @@ def flaw(reply: engines.Completion | None, given: str) -> str | None:
 
   None for the reply means that its prompt did not fit the model.
   """
-  if reply is None:
+  if reply is None or reply.finish_reason == "too_long":
     return "prompt_too_long"
+  if reply.finish_reason == "filtered":
+    return "filtered"
   said, given = _plain(reply.text), _plain(given)
   if not said:
     return "empty"
@@ -100,6 +110,7 @@ def prompt(question: str, original: str, candidate: str) -> tuple[records.Messag
   return (records.Message("user", text),)
 
 
+@functools.cache
 def template(name: str) -> string.Template:
   """The prompt `prompts/<name>.txt`; `$slots` are filled in one pass, so that a slot's
   name inside the data stays text."""

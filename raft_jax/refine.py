@@ -31,6 +31,8 @@ from raft_jax import (
   journal,
   judge,
   records,
+  roles,
+  schema,
   shards,
 )
 
@@ -40,13 +42,16 @@ CLAIMED = (
   "data.questions",
   "refine.encoder",
   "refine.similarity_threshold",
-  "refine.judges",
   "refine.seed",
   *(
     f"refine.{part}.{key}"
-    for part, section in (("rewriter", config.Engine), ("fusion", config.Fusion))
+    for part, section in (
+      ("rewriter", config.Engine),
+      ("fusion", config.Fusion),
+      ("judges.*", config.Judge),
+    )
     for key in section.model_fields
-    if key != "batch_size"
+    if key not in schema.PLACEMENT
   ),
 )
 """Config keys that decide the result; a folder's second run may not change them."""
@@ -125,11 +130,8 @@ def rewrite(
   names: Sequence[str] | None = None,
 ) -> list[Rewrite]:
   """Eq. 1 and 2: the model's own words for each answer, and their cosine with it."""
-  template = judge.template("rewrite")
-  prompts = [
-    template.substitute(question=question_text(q), answer=q.answer) for q in questions
-  ]
-  replies = calls.ask(rewriter, [_user(p) for p in prompts], names=names)
+  prompts = [_user(rewrite_prompt(question)) for question in questions]
+  replies = calls.ask(rewriter, prompts, names=names)
   flaws = [
     judge.flaw(reply, question_text(q) + "\n" + q.answer)
     for q, reply in zip(questions, replies, strict=True)
@@ -220,6 +222,13 @@ def _why_original(
   return "judges_failed" if any(r.scores for r in rounds) else "fusion_failed"
 
 
+def rewrite_prompt(question: records.Question) -> str:
+  """What the model is asked, to get the answer in its own words."""
+  return judge.template("rewrite").substitute(
+    question=question_text(question), answer=question.answer
+  )
+
+
 def question_text(question: records.Question) -> str:
   """The instruction as plain text: one turn as it is, a conversation with its roles."""
   if len(question.messages) == 1:
@@ -269,19 +278,20 @@ def fit(run: config.Config) -> None:
     rejects_path=folder / "rejects.jsonl",
   )
   encoder = encode.load(run.refine.encoder)
-  rewriter = _role("rewrite", run.refine.rewriter, run)
-  fusion = _role("fuse", run.refine.fusion, run)
-  judges = [_judge(each, run, encoder) for each in run.refine.judges]
   inputs = _inputs(run, questions, encoder)
   with journal.open_journal(folder / "journal.jsonl") as book:
-    # Not before: what was wrong with the input so far binds no later run.
-    config.claim_output(run, "refine", CLAIMED)
     if _complete(folder, inputs):
+      config.claim_output(run, "refine", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
+    rewriter = _role("rewrite", run.refine.rewriter, run)
+    fusion = _role("fuse", run.refine.fusion, run)
+    judges = [_judge(each, run, encoder) for each in run.refine.judges]
+    # Not before: what was wrong with the input so far binds no later run.
+    config.claim_output(run, "refine", CLAIMED)
     calls = journal.Calls(book, run.refine.seed)
-    with journal.listening(calls.signals):
-      try:
+    try:
+      with journal.listening(calls.signals):
         refined = refine(
           questions,
           rewriter=rewriter,
@@ -294,13 +304,12 @@ def fit(run: config.Config) -> None:
           calls=calls,
           skip_too_long=run.data.too_long == "skip",
         )
-      except journal.Stopped:
-        print(
-          f"stopped: {len(book.calls)} calls are kept; run the same command again to "
-          "continue",
-          file=sys.stderr,
-        )
-        raise
+    except journal.Stopped:
+      kept = f"{len(book.calls)} calls are kept"
+      print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
+      raise
+    finally:
+      engines.release()
     summary = summarise(refined, calls, run.refine.similarity_threshold)
     _write(folder, run, refined, summary, encoder, inputs)
   show(summary, calls)
@@ -311,41 +320,30 @@ def check(run: config.Config) -> None:
 
   Raises:
     UserError: a rewriter that is not the model that will be trained: its rewrites
-      would not be in that model's words.
+      would not be in that model's words. (A server's model has a name of its own.)
   """
-  model = run.refine.rewriter.model
-  if model not in (None, run.model.source):
+  rewriter = run.refine.rewriter
+  if rewriter.engine != "openai" and rewriter.model not in (None, run.model.source):
     raise errors.UserError(
-      f"refine.rewriter.model: {model} is not model.source ({run.model.source}); the "
-      "model to be trained must rewrite: delete the key"
+      f"refine.rewriter.model: {rewriter.model} is not model.source "
+      f"({run.model.source}); the model to be trained must rewrite: delete the key"
     )
 
 
 def _role(name: str, stage: config.Engine, run: config.Config) -> journal.Role:
-  source = stage.model or run.model.source
-  generator = engines.jax_engine(
-    source, dtype=run.model.dtype, batch_size=stage.batch_size
-  )
-  if stage.max_new_tokens >= generator.prompt_limit:
-    raise errors.UserError(
-      f"refine: {name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
-      f"prompt: {source} was made for {generator.prompt_limit} tokens; lower it"
-    )
-  return journal.Role(
-    name,
-    generator,
-    stage.max_new_tokens,
-    stage.temperature,
-    stage.top_p,
-    stage.batch_size,
+  return roles.role(
+    name, stage, run.model, temperature=stage.temperature, top_p=stage.top_p
   )
 
 
 def _judge(stage: config.Judge, run: config.Config, encoder: encode.Encoder) -> Judge:
   if stage.engine == "encoder":
     return encoder_judge(encoder)
-  sampling = stage.model_dump(exclude={"engine"}) | {"temperature": 0.0}
-  return language_judge(_role("judge", config.Engine(**sampling), run))
+  # The built-in engine cannot hold a reply to a form.
+  form = judge.REPLY_SCHEMA if stage.structured and stage.engine != "jax" else None
+  return language_judge(
+    roles.role("judge", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form)
+  )
 
 
 def _inputs(
@@ -354,8 +352,9 @@ def _inputs(
   encoder: encode.Encoder,
 ) -> str:
   """Digest of all that the shards depend on."""
-  models = {stage.model or run.model.source for stage in run.refine.judges}
-  models |= {run.refine.fusion.model or run.model.source, run.model.source}
+  stages: list[schema.Asked] = [run.refine.fusion, *run.refine.judges]
+  local = [stage for stage in stages if stage.engine != "openai"]
+  models = {run.model.source, *(stage.model or run.model.source for stage in local)}
   return journal.content_key(
     version=raft_jax.__version__,
     questions=[[q.id, q.domain, q.messages, q.answer] for q in questions],
@@ -404,6 +403,7 @@ def summarise(
     "judge_failures": sum(score is None for score in scores),
     "seconds": {k: round(v, 3) for k, v in calls.totals("seconds").items()},
     "tokens": calls.totals("completion_tokens"),
+    "thinking_tokens": calls.totals("thinking_tokens"),
   }
 
 
@@ -442,9 +442,11 @@ def show(summary: Mapping[str, Any], calls: journal.Calls) -> None:
     f"rewrites with cosine >= {summary['threshold']:g}",
     f"{summary['accepted']} ({summary['accept_rate']:.0%})",
   )
-  for name in ("chosen", "reasons", "rounds", "seconds", "tokens"):
-    parts = (f"{key} {round(value, 1):,}" for key, value in summary[name].items())
-    table.add_row("rounds taken" if name == "rounds" else name, ", ".join(parts))
+  for name in ("chosen", "reasons", "rounds", "seconds", "tokens", "thinking_tokens"):
+    parts = [f"{key} {round(value, 1):,}" for key, value in summary[name].items()]
+    if name != "thinking_tokens" or any(summary[name].values()):
+      title = {"rounds": "rounds taken", "thinking_tokens": "tokens of thinking"}
+      table.add_row(title.get(name, name), ", ".join(parts))
   table.add_row("judge abstentions", str(summary["judge_failures"]))
   rich.console.Console().print(table)
   cut = int(calls.totals("truncated").get("encode", 0))

@@ -63,21 +63,42 @@ class Data(Section):
   """A larger share of unreadable rows stops the run."""
 
 
-class Engine(Section):
+class Asked(Section):
+  """A language model that is asked, wherever it runs."""
+
+  engine: Literal["encoder", "jax", "vllm", "openai"]
+  model: str | None = None
+  """A source like `model.source`; null means the model to be trained. For `openai`, the
+  model's name at the server."""
+  max_new_tokens: Positive = 256
+  """Longest reply, thinking included; a reply cut off there is not used."""
+  batch_size: Positive = 16
+  """Requests at a time; finished calls are kept after each batch. Hundreds for vLLM."""
+  tensor_parallel: Positive = 1
+  """`vllm`: devices that share each layer."""
+  pipeline_parallel: Positive = 1
+  """`vllm`: groups of devices that share the layers out."""
+  context_tokens: Positive | None = None
+  """`vllm`: longest prompt and reply together; null for all the model was made for."""
+  memory_share: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.9
+  """`vllm`: of each device's memory (or the machine's), for weights and cache."""
+  base_url: str | None = None
+  """`openai`: the server's address, ending in /v1."""
+  api_key_env: str | None = None
+  """`openai`: name of the environment variable that holds the key; never the key."""
+  timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
+  """`openai`: longest wait for one reply in seconds; then it is asked for again."""
+
+
+class Engine(Asked):
   """Who generates text. `model: null` means the model to be trained."""
 
-  engine: Literal["jax"] = "jax"
-  """The built-in sampler."""
-  model: str | None = None
-  """A source like `model.source`; null means the model to be trained."""
-  max_new_tokens: Positive = 256
-  """Longest reply; a reply cut off there is not used."""
+  engine: Literal["jax", "vllm", "openai"] = "jax"
+  """`jax`: built in; `vllm`: in this process; `openai`: a server of that protocol."""
   temperature: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
   """Of sampling; 0 takes the most probable token."""
   top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0
   """Sample from the most probable tokens that hold this mass."""
-  batch_size: Positive = 16
-  """Requests at a time; finished calls are kept after each batch."""
 
 
 class Fusion(Engine):
@@ -89,17 +110,28 @@ class Fusion(Engine):
   """Stop at the first round whose mean judge score reaches this [R]."""
 
 
-class Judge(Section):
+class Judge(Asked):
   """A language model, or `encoder`: the sentence encoder's cosine mapped to 0..1."""
 
-  engine: Literal["encoder", "jax"] = "encoder"
-  """`encoder`: the cosine of `refine.encoder` mapped to 0..1; `jax` asks a model."""
-  model: str | None = None
-  """As `refine.rewriter.model`; an `encoder` judge has none."""
+  engine: Literal["encoder", "jax", "vllm", "openai"] = "encoder"
+  """`encoder`: the cosine of `refine.encoder` mapped to 0..1; others ask a model."""
   max_new_tokens: Positive = 64
-  """Longest verdict."""
-  batch_size: Positive = 16
-  """Verdicts at a time."""
+  """Longest verdict, thinking included."""
+  structured: bool = True
+  """`vllm`, `openai`: hold verdicts to the form {"score": 0..1}."""
+
+
+ENGINE_KEYS = {
+  "vllm": ("tensor_parallel", "pipeline_parallel", "context_tokens", "memory_share"),
+  "openai": ("base_url", "api_key_env", "timeout_s"),
+}
+"""Keys of `Asked` that one engine reads and the others do not."""
+
+PLACEMENT = (
+  *("batch_size", "tensor_parallel", "pipeline_parallel", "memory_share"),
+  *("base_url", "api_key_env", "timeout_s"),
+)
+"""Keys of `Asked` that say how and where a model runs, not what it answers."""
 
 
 class Refine(Section):

@@ -219,6 +219,31 @@ BAD_FILES = {
     "refine.judges.0.model",
     "uses refine.encoder",
   ),
+  "key of another engine": (
+    "refine: {fusion: {engine: openai, model: m, base_url: 'http://x/v1',\n"
+    "  tensor_parallel: 2}}",
+    5,
+    "refine.fusion.tensor_parallel",
+    "is read with engine: vllm only",
+  ),
+  "server for no engine": (
+    "refine: {judges: [{engine: vllm, base_url: 'http://x/v1'}]}",
+    4,
+    "refine.judges.0.base_url",
+    "is read with engine: openai only",
+  ),
+  "server without an address": (
+    "refine: {rewriter: {engine: openai, model: m, base_url: 'x:80'}}",
+    4,
+    "refine.rewriter.base_url",
+    "must be the server's address, like http://localhost:8000/v1",
+  ),
+  "server without a model": (
+    "refine: {rewriter: {engine: openai, base_url: 'http://x/v1'}}",
+    4,
+    "refine.rewriter.model",
+    "is required with engine: openai",
+  ),
   "judge twice": (
     "refine: {judges: [{engine: jax}, {engine: jax}]}",
     4,
@@ -375,6 +400,22 @@ def test_claim_records_and_compares(tmp_path):
     "old values back, or delete the folder"
   )
   assert config.load(recorded).train.batch_size == 16
+
+
+def test_claim_of_a_key_of_every_item(tmp_path):
+  def claim(*judges: str) -> None:
+    changed = least(
+      tmp_path, f"output={tmp_path / 'run'}", f"refine.judges=[{', '.join(judges)}]"
+    )
+    config.claim_output(changed, "refine", ["refine.judges.*.engine"])
+
+  claim("{engine: jax}")
+  (tmp_path / "run/journal.jsonl").touch()
+  claim("{engine: jax, batch_size: 3}")
+  with pytest.raises(errors.UserError, match=r"judges\.0\.engine: jax -> encoder"):
+    claim("{engine: encoder}")
+  with pytest.raises(errors.UserError, match=r"judges\.1\.engine: \(absent\) -> enc"):
+    claim("{engine: jax}", "{engine: encoder}")
 
 
 def test_claim_refuses_a_foreign_or_damaged_folder(tmp_path):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from raft_jax import config, encode, engines, journal, refine
+from raft_jax import config, encode, engines, jax_engine, journal, refine
 
 FATAL = signal.SIGKILL
 
@@ -94,7 +94,7 @@ def make_config(folder: pathlib.Path, questions: pathlib.Path) -> config.Config:
 
 def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
-  engines.jax_engine = lambda source, dtype, batch_size: Scripted(source, log)
+  jax_engine.load = lambda source, dtype, batch_size: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
   engines.codec = lambda source: types.SimpleNamespace(digest="none")
   encode.load = lambda source: BagOfWords(log)

@@ -19,6 +19,7 @@ from raft_jax import (
   encode,
   engines,
   errors,
+  jax_engine,
   journal,
   judge,
   records,
@@ -174,7 +175,7 @@ def test_unusable_rewrites_keep_the_original_and_are_never_fused(tmp_path):
     "a": _says(""),
     "b": _says("A civil wr", "length"),
     "c": _says("I'm sorry, I can't."),
-    "d": _says("<think>x</think>A civil wrong."),
+    "d": _says("<think>x"),
     "e": _says("The reference answer says a civil wrong."),
     "f": _says("void"),
   }
@@ -267,6 +268,35 @@ def test_prompt_too_long_is_an_error_before_anything_is_asked(tmp_path):
   refined, scripts = _refine(tmp_path / "b", questions, *script, skip_too_long=True)
   assert [r.reason for r in refined] == ["judges_failed", "rewrite_prompt_too_long"]
   assert len(scripts[0].asked) == 1
+
+
+def test_prompt_that_only_the_server_finds_too_long(tmp_path, monkeypatch):
+  monkeypatch.setattr(Script, "prompt_limit", None)
+  questions = [_question("short"), _question("long")]
+
+  def rewriting(request):
+    too_long = "tort, long" in request.messages[0].content
+    return _says("", "too_long") if too_long else _says("A civil wrong.")
+
+  script = (rewriting, lambda r: _says("", "filtered"), lambda r: _says(""))
+  with pytest.raises(errors.UserError, match="question long: the server finds"):
+    _refine(tmp_path / "a", questions, *script)
+  refined, scripts = _refine(tmp_path / "b", questions, *script, skip_too_long=True)
+  assert [r.reason for r in refined] == ["fusion_failed", "rewrite_prompt_too_long"]
+  assert len(scripts[2].asked) == 0
+
+
+def test_a_judge_that_can_is_held_to_its_form(tmp_path):
+  seen = []
+  with journal.open_journal(tmp_path / "journal.jsonl") as book:
+    for form in (None, judge.REPLY_SCHEMA):
+      script = Script(lambda r: _says('{"score": 0.5}'))
+      role = journal.Role("judge", script, 8, 0.0, 1.0, 2, form)
+      item = refine.Item("q", "a", "b")
+      assert refine.language_judge(role)([item], journal.Calls(book, 0)) == [0.5]
+      seen += [request.reply_schema for request in script.asked]
+  # Two calls, for the form is part of what a verdict depends on.
+  assert seen == [None, judge.REPLY_SCHEMA]
 
 
 def test_longest_prompts_go_first_in_batches_of_the_roles_size(tmp_path):
@@ -372,7 +402,7 @@ def scripted(tmp_path, questions, monkeypatch):
   """A config and the log of its scripted models, in this process."""
   log = tmp_path / "log"
   for module, name in (
-    (engines, "jax_engine"),
+    (jax_engine, "load"),
     (engines, "identity"),
     (engines, "codec"),
     (encode, "load"),

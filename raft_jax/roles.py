@@ -1,0 +1,75 @@
+"""Who does what in the refinement: from the config of a role to its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raft_jax import (
+  config,
+  engines,
+  errors,
+  jax_engine,
+  journal,
+  openai_engine,
+  schema,
+  vllm_engine,
+)
+
+
+def role(
+  name: str,
+  stage: schema.Asked,
+  model: config.Model,
+  *,
+  temperature: float,
+  top_p: float,
+  reply_schema: Mapping[str, Any] | None = None,
+) -> journal.Role:
+  """The role `name`, ready to be asked; weights are loaded when it is.
+
+  Args:
+    stage: where it runs.
+    model: the model to be trained, which it is unless `stage` names another.
+
+  Raises:
+    UserError: the engine is not installed, its model or server cannot be used, or
+      max_new_tokens leaves no room for a prompt.
+  """
+  generator = _generator(stage, model)
+  limit = generator.prompt_limit
+  if limit is not None and stage.max_new_tokens >= limit:
+    raise errors.UserError(
+      f"refine: {name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
+      f"prompt: {stage.model or model.source} holds {limit} tokens; lower it"
+    )
+  return journal.Role(
+    name,
+    generator,
+    stage.max_new_tokens,
+    temperature,
+    top_p,
+    stage.batch_size,
+    reply_schema,
+  )
+
+
+def _generator(stage: schema.Asked, model: config.Model) -> engines.Generator:
+  source = stage.model or model.source
+  if stage.engine == "openai":
+    return openai_engine.connect(
+      source,
+      base_url=stage.base_url or "",
+      api_key_env=stage.api_key_env,
+      timeout_s=stage.timeout_s,
+    )
+  if stage.engine == "vllm":
+    return vllm_engine.load(
+      source,
+      dtype=model.dtype,
+      tensor_parallel=stage.tensor_parallel,
+      pipeline_parallel=stage.pipeline_parallel,
+      context_tokens=stage.context_tokens,
+      memory_share=stage.memory_share,
+    )
+  return jax_engine.load(source, dtype=model.dtype, batch_size=stage.batch_size)
