@@ -162,7 +162,7 @@ class _OpenAIEngine:
     elif isinstance(error, openai.NotFoundError):
       remedy = "check `model` and base_url (it should end in /v1)"
     elif isinstance(error, openai.BadRequestError):
-      remedy = "see what of the role's settings the server does not take"
+      remedy = "see what it does not take (of a judge perhaps structured: true)"
     raise errors.UserError(
       f"engine openai: {self.base_url}: {what}; {remedy}"
     ) from error

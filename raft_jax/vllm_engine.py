@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,11 +115,20 @@ class _VllmEngine:
         )
     key = ("vllm", self.source, *self.settings.items())
     model = engines.resident(key, lambda: _start(self.source, self.settings), _stop)
-    replies = model.generate(
-      [{"prompt_token_ids": prompt} for prompt in prompts],
-      [_sampling(request, words) for request in requests],
-      use_tqdm=False,
-    )
+    from vllm.v1.engine import exceptions
+
+    try:
+      replies = model.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [_sampling(request, words) for request in requests],
+        use_tqdm=False,
+      )
+    except (exceptions.EngineDeadError, exceptions.EngineGenerateError) as error:
+      raise errors.UserError(
+        f"engine vllm: vLLM ended while {self.source} answered; its log above says why "
+        "(out of memory: lower batch_size, context_tokens or memory_share); run the "
+        "same command again: finished calls are kept"
+      ) from error
     return [_completion(reply, words) for reply in replies]
 
 
@@ -163,6 +173,8 @@ def _start(source: str, settings: Mapping[str, Any]) -> Any:
   import vllm
   from vllm import platforms
 
+  # Ctrl-C is for us to hear: vLLM's processes inherit this and finish their batch.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     return vllm.LLM(
       str(hf.resolve(source)),
@@ -179,6 +191,8 @@ def _start(source: str, settings: Mapping[str, Any]) -> Any:
       f"engine vllm: cannot load {source} ({reason}); its log above says more: for too "
       "little memory raise tensor_parallel, or lower context_tokens or memory_share"
     ) from error
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _stop(model: Any) -> None:
