@@ -52,10 +52,9 @@ def load(
   if path.is_file():
     raise errors.UserError(
       f"engine vllm: {source} is a GGUF file, and vLLM reads Hugging Face folders; "
-      'convert it: python -c "import transformers as t; '
-      f"a = ('{path.parent}',); b = {{'gguf_file': '{path.name}'}}; "
-      "[c.from_pretrained(*a, **b).save_pretrained('OUT') for c in "
-      '(t.AutoModelForCausalLM, t.AutoTokenizer)]"'
+      'convert it, where jax is: python -c "import pathlib; from raft_jax import hf, '
+      f"hf_export; s = '{source}'; c = hf.load_config(s); "
+      "hf_export.save(pathlib.Path('OUT'), hf.load_params(s, c), c, s, card='')\""
     )
   engines.codec(source)
   made_for = _made_for(hf.fields(path))
