@@ -9,26 +9,30 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
 
-from raft_jax import errors, schema, strict_yaml
+from raft_jax import errors, methods, schema, strict_yaml
+from raft_jax.schema import Anchor as Anchor
 from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config
 from raft_jax.schema import Engine as Engine
 from raft_jax.schema import Evaluate as Evaluate
 from raft_jax.schema import Export as Export
+from raft_jax.schema import Freeze as Freeze
 from raft_jax.schema import Fusion as Fusion
 from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Model as Model
+from raft_jax.schema import Recadam as Recadam
 from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
 
@@ -120,13 +124,24 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config | None:
   """The checked config; faults go to `draft.problems`."""
+
+  def note(key: str, what: str) -> None:
+    where = draft.place(key.split("."), path)
+    draft.problems.append(strict_yaml.Problem(where, key, what))
+
   for key, what in () if without_data else _missing_files(draft.tree):
-    draft.problems.append(
-      strict_yaml.Problem(draft.place(key.split("."), path), key, what)
-    )
+    note(key, what)
+  tree, method = draft.tree, None
+  name = tree.get("method", Config.model_fields["method"].default)
+  try:
+    method = methods.get(name) if isinstance(name, str) else None
+  except errors.UserError as e:
+    note("method", str(e))
+  if method is not None:
+    tree = methods.under(method.settings, tree)
   try:
     # JSON's strict mode takes a list for a tuple and 1 for 1.0, but no "8" for 8.
-    config = Config.model_validate_json(json.dumps(draft.tree), strict=True)
+    config = Config.model_validate_json(json.dumps(tree), strict=True)
   except pydantic.ValidationError as e:
     faults = e.errors(include_url=False)
     for fault in faults:
@@ -137,11 +152,18 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
         where = draft.place(fault["loc"], path)
         draft.problems.append(strict_yaml.Problem(where, key, _explain(fault)))
     return None
-  for key, what in _conflicts(config):
-    draft.problems.append(
-      strict_yaml.Problem(draft.place(key.split("."), path), key, what)
-    )
+  needs = method.needs if method else {}
+  for key, what in itertools.chain(_missing(config, needs), _conflicts(config)):
+    note(key, what)
   return config
+
+
+def _missing(config: Config, needs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+  """Keys without which the method is not what its name says."""
+  values = _flat(_tree(config))
+  for key, meaning in needs.items():
+    if values.get(key) is None:
+      yield key, f"method {config.method!r} needs it: {meaning}; set it"
 
 
 def _message(problems: list[strict_yaml.Problem]) -> str:
@@ -203,13 +225,20 @@ def _suggest(name: str, parents: Sequence[str | int], section: type[Section]) ->
   return f"{here} {', '.join(section.model_fields)}"
 
 
+QUESTION_FILES = (
+  *("data.questions", "data.test"),
+  *("anchor.questions", "replay.questions"),
+)
+
+
 def _missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
-  data = tree.get("data")
-  for name in ("questions", "test"):
-    value = data.get(name) if isinstance(data, dict) else None
+  for key in QUESTION_FILES:
+    section, name = key.split(".")
+    values = tree.get(section)
+    value = values.get(name) if isinstance(values, dict) else None
     if isinstance(value, str) and not pathlib.Path(value).is_file():
       yield (
-        f"data.{name}",
+        key,
         f"{value!r} is not a file (looked in {pathlib.Path.cwd()}); give a .jsonl or "
         f".parquet file",
       )
@@ -239,6 +268,7 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
     yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
   if config.balance.mode == "gradient_norm" and not config.balance.weight:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
+  yield from _parts(config)
   yield from _unused(config)
   yield from _engines(config.refine)
   seen = set()
@@ -279,6 +309,48 @@ def _engines(refine: schema.Refine) -> Iterator[tuple[str, str]]:
         yield f"{place}.model", "is required with engine: openai: its name there"
 
 
+def _parts(config: Config) -> Iterator[tuple[str, str]]:
+  """Parts of methods that do not go together."""
+  distill, anchor = config.distill, config.anchor
+  if not config.train.cross_entropy:
+    if distill.teacher == "none":
+      yield (
+        "train.cross_entropy",
+        "without it and with distill.teacher=none no loss is left; set one of the two",
+      )
+    if config.balance.mode in ("ema", "gradient_norm"):
+      yield (
+        "balance.mode",
+        f"{config.balance.mode} weighs distillation against the cross-entropy, which "
+        "train.cross_entropy=false leaves out; set fixed or schedule",
+      )
+  if distill.teacher == "live" and distill.teacher_context == "none":
+    yield (
+      "distill.teacher_context",
+      "none shows the live teacher what the student sees: its loss is 0; set another",
+    )
+  if distill.source is not None and distill.teacher != "base":
+    yield "distill.source", "is read with distill.teacher=base only; delete this line"
+  if anchor is not None:
+    if anchor.importance != "none" and anchor.questions is None:
+      yield "anchor.questions", "anchor.importance needs general questions; name a file"
+    if config.recadam is not None:
+      yield "anchor", "recadam has a pull of its own; delete one of the two sections"
+  if config.prune is not None and config.export.adapter:
+    yield "export.adapter", "an adapter cannot hold a pruned change; delete one of both"
+  freeze = config.freeze
+  if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
+    yield "freeze.names", "goes with freeze.mode=names, and that with names; change one"
+  if config.lora is not None:
+    for name, what in (
+      ("anchor", "pulls to the base model's parameters"),
+      ("recadam", "pulls to the base model's parameters"),
+      ("freeze", "names the base model's parameters"),
+    ):
+      if getattr(config, name) is not None:
+        yield name, f"{what}, and `lora` trains none of these; delete one of the two"
+
+
 def _unused(config: Config) -> Iterator[tuple[str, str]]:
   """Keys somebody set that this run would never read."""
   distill, balance = config.distill, config.balance
@@ -305,6 +377,30 @@ def _unused(config: Config) -> Iterator[tuple[str, str]]:
       "distill.skip_first",
       f"leaves no token of rollout.max_new_tokens={length}; make it smaller",
     )
+
+
+def own(config: Config) -> dict[str, Any]:
+  """The values that are not the method's or the defaults: the least file for a config.
+
+  With another `method` in it, `load` gives that method with the same values of the
+  user's own.
+  """
+  return _own(config, methods.get(config.method).settings) | {"method": config.method}
+
+
+def _own(section: Section, preset: Mapping[str, Any]) -> dict[str, Any]:
+  tree = {}
+  dumped = section.model_dump(mode="json")
+  for name, field in type(section).model_fields.items():
+    value = getattr(section, name)
+    given = preset.get(name, field.default)
+    if isinstance(value, Section):
+      below = _own(value, given if isinstance(given, dict) else {})
+      if below or given is None:  # a section that the user opened may be empty
+        tree[name] = below
+    elif value != given:
+      tree[name] = dumped[name]
+  return tree
 
 
 # Writing, comparing, claiming

@@ -6,6 +6,7 @@ The whole set is tokenised once (a few thousand rows). A batch is a pure functio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -151,6 +152,8 @@ def dataset(
   widths: Sequence[tuple[int, int, int]],
   epochs: int | None = None,
   steps: int | None = None,
+  replayed: Sequence[Row] = (),
+  replays: int = 0,
 ) -> grain.MapDataset[Batch]:
   """All batches of a run; element n is the batch of step n, whoever asks and when.
 
@@ -158,11 +161,15 @@ def dataset(
   over are other ones in each epoch, and no batch mixes two epochs.
 
   Args:
+    batch_size: rows of each batch, without the replayed ones.
     epochs: passes over the rows.
     steps: exact number of batches if `epochs` is None, else an upper bound.
+    replayed: rows of another kind, as many as are replayed at once or more; they are
+      passed over as often as it takes, in an order of their own.
+    replays: how many of them follow the others in every batch.
 
   Raises:
-    errors.UserError: there are fewer rows than one batch.
+    errors.UserError: there are fewer rows than one batch takes.
   """
   if epochs is None and steps is None:
     raise ValueError("give epochs, steps or both")
@@ -172,20 +179,55 @@ def dataset(
       f"set train.batch_size={max(1, len(rows))} or less, or give more questions"
     )
 
-  def collate(indices: np.ndarray) -> Batch:
-    return _collate([rows[i] for i in indices], pad_id, widths)
-
+  if len(replayed) < replays:
+    raise errors.UserError(
+      f"replay.questions: {len(replayed)} rows are fewer than the {replays} of one "
+      "batch; give more of them, or lower replay.share"
+    )
   per_epoch = len(rows) // batch_size
   wanted = [n for n in (steps, epochs and epochs * per_epoch) if n is not None]
   total = min(wanted)
+  batches = _orders(len(rows), batch_size, total, seed)
+  # Another seed, or sets of one size would always meet in the same pairs.
+  others = _orders(len(replayed), replays, total, seed ^ 1) if replays else None
+
+  def collate(step: int) -> Batch:
+    chosen = [rows[i] for i in batches[step]]
+    if others is not None:
+      chosen += [replayed[i] for i in others[step]]
+    return _collate(chosen, pad_id, widths)
+
+  return grain.MapDataset.range(total).map(collate)
+
+
+def _orders(
+  rows: int, batch_size: int, total: int, seed: int
+) -> grain.MapDataset[np.ndarray]:
+  """`total` batches of row numbers, shuffled anew for each pass over the rows."""
   return (
-    grain.MapDataset.range(len(rows))
+    grain.MapDataset.range(rows)
     .seed(seed)
     .shuffle()
     .batch(batch_size, drop_remainder=True)
-    .repeat(-(-total // per_epoch))
+    .repeat(-(-total // (rows // batch_size)))
     .slice(slice(0, total))
-    .map(collate)
+  )
+
+
+def replays(batch_size: int, share: float) -> int:
+  """How many replayed rows make up `share` of a batch, beside `batch_size` others.
+
+  Raises:
+    errors.UserError: that is no whole number; names the nearest shares that are.
+  """
+  exact = share * batch_size / (1 - share)
+  count = round(exact)
+  if abs(exact - count) < 1e-6 * batch_size:
+    return count
+  near = [n / (n + batch_size) for n in (math.floor(exact), math.ceil(exact))]
+  raise errors.UserError(
+    f"replay.share: {share:g} of a batch, beside train.batch_size={batch_size}, is "
+    f"{exact:.2f} rows; set {near[0]:.6g} or {near[1]:.6g}, or another train.batch_size"
   )
 
 

@@ -22,7 +22,6 @@ from raft_jax import (
   errors,
   hf,
   hf_export,
-  methods,
   shards,
   wiring,
 )
@@ -154,10 +153,10 @@ def read_license(source: str) -> str | None:
   return value if isinstance(value, str) else None
 
 
-def describe_data(output: pathlib.Path, method: methods.Method) -> str:
+def describe_data(output: pathlib.Path, answers: str) -> str:
   """Counts and hash of the refined records that the run learnt from."""
   folder = output / "refined"
-  if not method.refined or not (folder / shards.MANIFEST).is_file():
+  if answers == "original" or not (folder / shards.MANIFEST).is_file():
     return "Trained on the original answers; there are no refined records."
   manifest = shards.read_manifest(folder)
   digest = hashlib.sha256((folder / shards.MANIFEST).read_bytes()).hexdigest()
@@ -237,7 +236,7 @@ def card(config: config_lib.Config, step: int) -> str:
     method=config.method,
     step=f"{step:,}",
     use=USE_ADAPTER if adapter else USE_MODEL,
-    data=describe_data(output, methods.get(config.method)),
+    data=describe_data(output, config.data.answers),
     hyperparameters=yaml.safe_dump(shown, sort_keys=False),
     evaluation=describe_scores(_read_json(output / "evaluation" / "scores.json"), step),
   )

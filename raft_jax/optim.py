@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,14 +35,20 @@ def decays(params: Any) -> Any:
   )
 
 
+Named = tuple[str, optax.GradientTransformation]
+
+
 def chain(
   balancer: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
   weight_decay: float,
   clip: float | None,
+  adam: optax.GradientTransformation | None = None,
+  gradients: Sequence[Named] = (),
+  updates: Sequence[Named] = (),
 ) -> optax.GradientTransformationExtraArgs:
-  """The optimizer: loss balancer, clipping by global norm, AdamW.
+  """The optimizer: loss balancer, clipping by global norm, AdamW, and what is between.
 
   The balancer does not touch the gradients; it sits here so that its state is part of
   the optimizer's, in checkpoints as in shardings.
@@ -51,10 +58,17 @@ def chain(
     schedule: learning rate by step.
     weight_decay: decoupled, as in Loshchilov and Hutter, arXiv 1711.05101.
     clip: largest global norm of the gradient; None does not clip.
+    adam: takes AdamW's place; owns learning rate and decay.
+    gradients: named parts before the clipping, such as a penalty's gradient.
+    updates: named parts after Adam, such as a mask.
   """
   clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+  if adam is None:
+    adam = optax.adamw(schedule, weight_decay=weight_decay, mask=decays)
   return optax.named_chain(
     ("balance", balancer),
+    *gradients,
     ("clip", clipping),
-    ("adamw", optax.adamw(schedule, weight_decay=weight_decay, mask=decays)),
+    ("adamw", adam),
+    *updates,
   )

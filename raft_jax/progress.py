@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import math
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from rich import console, progress
 
@@ -54,6 +56,16 @@ class Progress:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.stop()
+
+
+def watched(items: Any, title: str, *, unit: str) -> Iterator[Any]:
+  """The items one by one, with a bar of those that were used up."""
+  bar = Progress(title, len(items), unit=unit)
+  for done, item in enumerate(items):
+    bar.advance(done)
+    yield item
+  bar.advance(len(items))
+  bar.close()
 
 
 def clock(seconds: float) -> str:

@@ -123,7 +123,7 @@ def warnings(run: run_folder.Run) -> list[str]:
     if share is not None and share > limit:
       found.append(f"{pages.percent(share)} {words}")
   lost = len(run.metrics) - len(run_folder.series(run, "loss_sft")[0])
-  if lost:
+  if lost and run_folder.setting(run, "train", "cross_entropy") is not False:
     found.append(f"{lost} step(s) have no finite SFT loss.")
   return found
 

@@ -57,6 +57,9 @@ class Data(Section):
   """Budget of the teacher's context (answer and question), without the rollout."""
   too_long: Literal["error", "skip"] = "error"
   """What to do with a row over a budget; rows are never truncated."""
+  answers: Literal["original", "rewritten", "refined"] = "refined"
+  """Learn the answers of `questions`, or those that `refine` wrote: each one rewritten
+  by the model where that is usable, or the refined ones."""
   buckets: Positive = 2
   """Number of padded widths a run may compile for."""
   reject_threshold: Probability = 0.01
@@ -170,6 +173,8 @@ class Train(Section):
   """Share of the steps with a linearly rising learning rate [O]."""
   clip: Annotated[float, pydantic.Field(gt=0.0)] | None = 1.0
   """Largest norm of the whole gradient; null for no clipping [O]."""
+  cross_entropy: bool = True
+  """Learn the answers themselves; without it the distillation loss trains alone."""
   loss_mean: Literal["sequence", "token"] = "sequence"
   """Mean over sequences of the mean over tokens, or over all tokens alike."""
   seed: Seed = 0
@@ -226,10 +231,21 @@ class Distill(Section):
   """The tokens outside the top K: left out, or one more class [P]."""
   scale_by_t2: bool = True
   """Multiply the loss by the squared temperature [P]."""
-  teacher_context: Literal["chat", "paper", "none"] = "chat"
-  """How the teacher sees the answer: in a chat turn, as raw text [P], or not at all."""
-  trajectory: Literal["rollout", "answer"] = "rollout"
-  """Where teacher and student are compared: the student's rollout, or the answer."""
+  teacher: Literal["none", "base", "average", "live"] = "base"
+  """`none`: no distillation; `base`: the model before training [P]; `average`: the
+  student's moving average; `live`: the student itself."""
+  source: str | None = None
+  """`base`: another teacher, with the same tokenizer; null: model.source."""
+  average_rate: Probability = 0.01
+  """`average`: share of the student in each step's average."""
+  teacher_context: Literal["chat", "paper", "example", "none"] = "chat"
+  """How the teacher sees the answer: in a chat turn, as raw text [P], as an example of
+  an answer, or not at all."""
+  trajectory: Literal["rollout", "answer", "mixed"] = "rollout"
+  """Where teacher and student are compared: the student's rollout, the answer, or one
+  of the two, drawn for each step."""
+  on_policy: Probability = 0.5
+  """`mixed`: share of the steps that compare on rollouts."""
   skip_first: Annotated[int, pydantic.Field(ge=0)] = 0
   """Rollout tokens at the start that the distillation loss leaves out."""
   mask_eos: bool = False
@@ -252,6 +268,69 @@ class Balance(Section):
   ratio of the two gradients' norms."""
   start: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
   """`schedule`: the weight at step 0, from which it moves linearly."""
+
+
+class Anchor(Section):
+  """A pull to the base model's parameters: L2-SP, and with `importance` EWC; `{}` for
+  the defaults. null: none."""
+
+  strength: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Of the pull over the whole run: a weight that nothing else moves keeps about
+  exp(-strength) of its distance [O]. `coupled`: the penalty's factor in the loss."""
+  mode: Literal["decoupled", "coupled"] = "decoupled"
+  """Beside Adam, or in the gradient, where Adam rescales it."""
+  importance: Literal["none", "sampled", "empirical"] = "none"
+  """Weights of the parameters: all alike, or their Fisher information of mean 1, from
+  answers that the model samples or from those given."""
+  questions: str | None = None
+  """Questions of general kind, in the form of `data.questions`, for `importance`."""
+  limit: Positive = 256
+  """Use only the first N of them."""
+  batch_size: Positive = 8
+  """Questions at a time (`sampled`)."""
+  max_new_tokens: Positive = 64
+  """Longest sampled answer."""
+
+
+class Recadam(Section):
+  """RecAdam in the place of AdamW: anneals from staying at the base model to the task;
+  `{}` for the defaults. null: AdamW."""
+
+  gamma: Annotated[float, pydantic.Field(ge=0.0)] = 5000.0
+  """Strength of the pull at first."""
+  steepness: Annotated[float, pydantic.Field(gt=0.0)] = 0.1
+  """Of the sigmoid, per step [O]."""
+  midpoint: Probability = 0.25
+  """Share of the steps after which task and pull weigh the same [O]."""
+
+
+class Freeze(Section):
+  """Parameters that stay as they are; `{}` for the defaults. null: none."""
+
+  mode: Literal["half", "bottom", "names"] = "half"
+  """About half of each layer, drawn once; the embedding and the lower layers; or by
+  name."""
+  layers: Annotated[int, pydantic.Field(ge=0)] | None = None
+  """`bottom`: how many; null for half of them."""
+  names: tuple[str, ...] = ()
+  """`names`: shell patterns, such as `embed` or `layers.[0-9].q`."""
+
+
+class Replay(Section):
+  """General questions beside those of the domain in every batch. null: none."""
+
+  questions: str
+  """In the form of `data.questions`; their answers are learnt as they are."""
+  share: Annotated[float, pydantic.Field(ge=0.0, lt=1.0)] = 0.2
+  """Of each batch, which grows for it: `train.batch_size` counts the domain's [O]."""
+
+
+class Prune(Section):
+  """After training each tensor keeps some of its change (FAPM); `{}` for the defaults.
+  null: all. Read by `evaluate` and `export`."""
+
+  keep: Probability = 0.1
+  """Share of the entries that keep their change."""
 
 
 class Mesh(Section):
@@ -361,12 +440,17 @@ class Config(Section):
   data: Data
   refine: Refine = Refine()
   method: str = "raft"
-  """RAFT, or the name of a method it is compared with."""
+  """RAFT, or a method it is compared with: a word for values of the other keys."""
   train: Train = Train()
   lora: Lora | None = None
   rollout: Rollout = Rollout()
   distill: Distill = Distill()
   balance: Balance = Balance()
+  anchor: Anchor | None = None
+  recadam: Recadam | None = None
+  freeze: Freeze | None = None
+  replay: Replay | None = None
+  prune: Prune | None = None
   mesh: Mesh = Mesh()
   evaluate: Evaluate = Evaluate()
   sweep: Sweep = Sweep()

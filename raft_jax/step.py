@@ -32,6 +32,7 @@ class Settings(NamedTuple):
   remat: bool = False
   unroll: int = 1
   micro_batches: int = 1
+  cross_entropy: bool = True
   loss_mean: str = "sequence"
   top_k: int = 512
   temperature: float = 1.5
@@ -41,6 +42,7 @@ class Settings(NamedTuple):
   scale_by_t2: bool = True
   skip_first: int = 0
   mask_eos: bool = False
+  teacher_decoder: model.DecoderConfig | None = None
 
   @property
   def mass_temperature(self) -> float:
@@ -83,6 +85,8 @@ def read(hidden_BTD: Array, last_B: Array, start: int, count: int) -> Array:
   The first token of the segment is predicted from `last_B`, the last token before it;
   token i from token i - 1, which sits at column start + i - 1.
   """
+  if not count:
+    return hidden_BTD[:, :0]
   first_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
   rest = hidden_BTD[:, start : start + count - 1]
   return jnp.concatenate([first_B1D, rest], axis=1)
@@ -102,9 +106,10 @@ def teach(
   valid_BT = jnp.concatenate(
     [columns(context_length_B, width), columns(trajectory.length_B, steps)], axis=1
   )
+  decoder = settings.teacher_decoder or settings.decoder
   hidden_BTD, _ = model.forward(
     teacher_params,
-    settings.decoder,
+    decoder,
     tokens_BT,
     model.positions(valid_BT),
     model.causal_mask(valid_BT),
@@ -116,7 +121,7 @@ def teach(
     model.gathered_head(teacher_params, settings.dtype),
     settings.top_k,
     temperature=settings.mass_temperature,
-    softcap=settings.decoder.logit_softcap,
+    softcap=decoder.logit_softcap,
     return_logsumexp=True,
   )
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
@@ -179,6 +184,7 @@ def token_weights(
 ) -> Weights:
   """Weights over the whole batch, so that a split batch gives the same losses."""
   answer_BA = columns(batch.answer_length_B, batch.answer_BA.shape[1])
+  answer_BA &= settings.cross_entropy
   kd_BR = columns(trajectory.length_B, trajectory.tokens_BR.shape[1])
   kd_BR &= jnp.arange(kd_BR.shape[1]) >= settings.skip_first
   if settings.mask_eos:
@@ -200,15 +206,20 @@ def loss_terms(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
   """Both losses (their share of the whole batch's mean) and what is worth logging.
 
-  Without a `support` there is nothing to distil and `kd` is 0.
+  Without a `support` there is nothing to distil and `kd` is 0; without cross-entropy
+  the answer is not even read.
   """
+  if not settings.cross_entropy:
+    batch = batch._replace(answer_BA=batch.answer_BA[:, :0])
   answer_BAD, rollout_BRD = student_hidden(params, batch, trajectory, settings)
   embedding_VD = model.gathered_head(params, settings.dtype)
   softcap = settings.decoder.logit_softcap
-  nll_BA = vocab_head.cross_entropy(
-    answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
-  )
-  terms = {"sft": losses.weighted_sum(nll_BA, weights.sft_BA), "kd": jnp.float32(0)}
+  terms = {"sft": jnp.float32(0), "kd": jnp.float32(0)}
+  if settings.cross_entropy:
+    nll_BA = vocab_head.cross_entropy(
+      answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
+    )
+    terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
   if support is None:
     return terms, {}
   logits_BRK, logsumexp_BR = vocab_head.gather(
@@ -359,6 +370,7 @@ def update(
   optimizer: optax.GradientTransformationExtraArgs,
   balancer: optax.GradientTransformationExtraArgs,
   settings: Settings,
+  anchor: model.Params | None = None,
   measure: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
   """Moves the parameters by one optimizer step.
@@ -367,6 +379,7 @@ def update(
     frozen: parameters beside the trained ones; see `trainable`.
     support: None trains on the answers alone.
     optimizer: from `optim.chain`, with `balancer` under the name `balance`.
+    anchor: the base model's parameters, for the optimizers that stay near them.
     measure: take the two gradients apart, for their norms and cosine.
 
   Returns:
@@ -402,10 +415,19 @@ def update(
     losses=taken.losses,
     valid=taken.valid,
     gradient_norms=taken.norms,
+    anchor=anchor,
   )
   params = optax.apply_updates(state.params, updates)
   metrics = describe(taken, opt_state["balance"], trajectory)
+  if not settings.cross_entropy:
+    metrics = {name: value for name, value in metrics.items() if name not in OF_BOTH}
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+OF_BOTH = frozenset(
+  {"loss_sft", "ema_sft", "kd_ratio", "grad_norm_sft", "grad_norm_kd", "grad_cosine"}
+)
+"""What is not worth logging where there is no cross-entropy."""
 
 
 def describe(

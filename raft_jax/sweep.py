@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from rich import console, table
 
-from raft_jax import command_line, config, errors, methods, records, refine, wiring
+from raft_jax import command_line, config, errors, examples, records, refine
 
 INTERRUPTED = (75, 130, 143)
 """Exit codes of a stage that was stopped and can be continued."""
@@ -83,11 +83,12 @@ def _word(key: str, value: Any) -> str:
 def _override(
   base: config.Config, name: str, overrides: Mapping[str, Any]
 ) -> config.Config:
-  tree = base.model_dump(mode="json")
+  # Its own values only: those of its method must not outlive a change of the method.
+  tree = config.own(base)
   del tree["sweep"]
   output = pathlib.Path(base.output)
   tree["output"] = str(output / name)
-  tree["evaluate"]["journal"] = str(output / "evaluation.jsonl")
+  tree.setdefault("evaluate", {})["journal"] = str(output / "evaluation.jsonl")
   items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
   try:
     return config.from_tree(tree, items)
@@ -147,12 +148,12 @@ def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> None:
 
 def _refine_once(base: config.Config, run: Planned) -> None:
   """The refined records of a run, made for the first of those that can share them."""
-  if not methods.get(run.config.method).refined:
+  if run.config.data.answers == "original":
     return
   folder = pathlib.Path(run.config.output)
   if (folder / "refined").exists():
     return
-  values = config.values(run.config, wiring.REFINED)
+  values = config.values(run.config, examples.REFINED)
   name = f"refined-{config.digest(values)[:12]}"
   shared = pathlib.Path(base.output) / name
   settings = run.config.model_copy(update={"output": str(shared)})

@@ -45,6 +45,14 @@ ANSWER = "\nAnswer:"
 """The teacher's words, RAFT (arXiv 2606.00147) Eq. 7 and App. H."""
 
 
+EXAMPLE = "\n\nThis is an example for a response to the question:\n"
+OWN_WORDS = (
+  "\n\nNow answer with a response of your own, including the thinking process."
+)
+"""The teacher's words in self-distillation for continual learning, arXiv 2601.19897;
+the first line as published, the second in its sense."""
+
+
 def load(source: str) -> Codec:
   """The codec of a model, from the same source as its weights.
 
@@ -179,7 +187,9 @@ def teacher_ids(
     answer: the reference answer that the teacher may read.
     form: "paper": the paper's pieces, each tokenised on its own, one after another;
       earlier messages stand above the question. "chat": the same words as the last user
-      turn of the chat template. "none": the student's own prompt, without the answer.
+      turn of the chat template. "example": the question, and the answer as an example
+      of one (Shenfeld et al., arXiv 2601.19897), in the last user turn. "none": the
+      student's own prompt, without the answer.
   """
   *earlier, question = messages
   if form == "none":
@@ -187,17 +197,25 @@ def teacher_ids(
   if form == "chat":
     content = KNOWLEDGE + answer + INSTRUCTION + question.content + ANSWER
     return prompt_ids(codec, [*earlier, question._replace(content=content)])
+  if form == "example":
+    content = question.content + EXAMPLE + answer + OWN_WORDS
+    return prompt_ids(codec, [*earlier, question._replace(content=content)])
   if form == "paper":
     asked = "\n".join(m.content for m in messages)
     pieces = (KNOWLEDGE, answer, INSTRUCTION, asked, ANSWER)
     return [i for piece in pieces for i in encode(codec, piece)]
-  raise ValueError(f"teacher form {form!r} is not one of paper, chat, none")
+  raise ValueError(f"teacher form {form!r} is not one of paper, chat, example, none")
 
 
 def leak_phrases(form: str) -> tuple[str, ...]:
   """Lower-case phrases of the teacher's context that a rollout should not repeat."""
   if form == "none":
     return ()
+  if form == "example":
+    return (
+      *("this is an example", "the example response", "response of your own"),
+      *("based on the example", "the thinking process"),
+    )
   return (
     "the answer to this question",
     "background reference knowledge",

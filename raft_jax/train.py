@@ -15,7 +15,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,15 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax import (
+  anchors,
   checkpoint,
   command_line,
   data,
   errors,
+  fisher,
   hf,
   journal,
   metrics,
   model,
   progress,
+  recipe,
   sharding,
   text,
   wiring,
@@ -96,6 +99,7 @@ def run_step(
   batch: data.Batch,
   step: int,
   *,
+  anchor: model.Params | None = None,
   measure: bool,
   timed: bool,
 ) -> tuple[step_lib.TrainState, Dispatched]:
@@ -106,17 +110,21 @@ def run_step(
       jnp.zeros((len(batch.row_id_B), 0), jnp.int32),
       jnp.zeros(len(batch.row_id_B), jnp.int32),
     )
-    state, values = programs.update(state, frozen, batch, nothing, None, measure=False)
+    state, values = programs.update(
+      state, frozen, batch, nothing, None, anchor=anchor, measure=False
+    )
     clock.lap("update", values)
     return state, Dispatched(step, values, batch, None, None, clock.seconds)
   trajectory, ended_B = programs.roll_out(state.params, frozen, batch, step)
   clock.lap("rollout", trajectory)
+  if programs.teacher is not None:
+    teacher_params = programs.teacher(teacher_params, state, frozen)
   support = programs.teach(
     teacher_params, batch.teacher_BC, batch.teacher_length_B, trajectory
   )
   clock.lap("teacher", support)
   state, values = programs.update(
-    state, frozen, batch, trajectory, support, measure=measure
+    state, frozen, batch, trajectory, support, anchor=anchor, measure=measure
   )
   clock.lap("update", values)
   return state, Dispatched(step, values, batch, trajectory, ended_B, clock.seconds)
@@ -172,18 +180,28 @@ def note(values: dict[str, float]) -> str:
   )
 
 
+class Beside(NamedTuple):
+  """Parameters that the steps read and never change; `{}` or None where none do.
+
+  All of the base model, in the same buffers where they agree in dtype: frozen ones,
+  the teacher's, and those that updates stay near.
+  """
+
+  frozen: model.Params
+  teacher: model.Params | None
+  anchor: model.Params | None
+
+
 def first_state(
   config: config_lib.Config, run: wiring.Prepared, built: wiring.Built, orbax: Any
-) -> tuple[step_lib.TrainState, model.Params, model.Params | None, int]:
-  """The state to go on from, the frozen parameters, the teacher's, and the step.
-
-  Frozen parameters and teacher are the base model; where both are wanted they are the
-  same buffers.
-  """
+) -> tuple[step_lib.TrainState, Beside, int]:
+  """The state to go on from, the parameters beside it, and the step."""
   split, dtype = run.split, config.model.dtype
   resumes = orbax.latest_step() is not None
+  teaches = built.base_teaches and run.teacher is None
+  anchored = recipe.anchored(config)
   base = None
-  if built.distils or split.freeze or not resumes:
+  if teaches or anchored or split.freeze or not resumes:
     base = hf.load_params(
       config.model.source,
       run.decoder,
@@ -194,18 +212,64 @@ def first_state(
     state, step = checkpoint.restore(orbax, built.abstract)
     print(f"resuming after step {step} of {run.total_steps}")
   else:
+    assert base is not None
+    state, step = new_state(config, run, built, base), 0
+  anchor = base if anchored else None
+  if base is not None and (teaches or split.freeze):
+    base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+  frozen = split.freeze(base) if split.freeze and base is not None else {}
+  teacher = base if teaches else None
+  if built.base_teaches and run.teacher is not None:
+    teacher = hf.load_params(
+      str(config.distill.source),
+      run.teacher,
+      dtype=dtype,
+      shardings=wiring.param_shardings(run.mesh, run.teacher),
+    )
+  return state, Beside(frozen, teacher, anchor), step
 
-    @functools.partial(jax.jit, out_shardings=built.shardings)
-    def start(base: model.Params) -> step_lib.TrainState:
-      params = split.start(base)
-      return step_lib.TrainState(jnp.int32(0), params, built.optimizer.init(params))
 
-    state, step = start(base), 0
-  if base is None or not (built.distils or split.freeze):
-    return state, {}, None, step
-  base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
-  frozen = split.freeze(base) if split.freeze else {}
-  return state, frozen, base if built.distils else None, step
+def new_state(
+  config: config_lib.Config,
+  run: wiring.Prepared,
+  built: wiring.Built,
+  base: model.Params,
+) -> step_lib.TrainState:
+  """The state before the first step."""
+
+  @functools.partial(jax.jit, out_shardings=built.shardings)
+  def start(base: model.Params) -> step_lib.TrainState:
+    params = run.split.start(base)
+    return step_lib.TrainState(jnp.int32(0), params, built.optimizer.init(params))
+
+  state = start(base)
+  if run.general is None or config.anchor is None:
+    return state
+  batches: Iterable[data.Batch] = (
+    jax.device_put(batch, sharding.batch(run.mesh))
+    for batch in progress.watched(run.general, "importance", unit="step")
+  )
+  size = 1
+  if config.anchor.importance == "sampled":
+    size = config.anchor.batch_size
+    batches = fisher.sampled(
+      base,
+      batches,
+      built.settings,
+      seed=config.train.seed,
+      max_new_tokens=config.anchor.max_new_tokens,
+      pad_id=run.codec.pad_id,
+    )
+  information = fisher.diagonal(
+    functools.partial(fisher.log_likelihood, settings=built.settings),
+    base,
+    batches,
+    size,
+  )
+  weighted = anchors.with_importance(
+    state.opt_state[recipe.ANCHOR], fisher.normalised(information)
+  )
+  return state._replace(opt_state={**state.opt_state, recipe.ANCHOR: weighted})
 
 
 def reporter(
@@ -235,8 +299,7 @@ def loop(
   run: wiring.Prepared,
   built: wiring.Built,
   state: step_lib.TrainState,
-  frozen: model.Params,
-  teacher_params: model.Params | None,
+  beside: Beside,
   start: int,
   *,
   report: Callable[[Dispatched], None],
@@ -259,10 +322,11 @@ def loop(
     state, dispatched = run_step(
       built.programs,
       state,
-      frozen,
-      teacher_params,
+      beside.frozen,
+      beside.teacher,
       jax.device_put(batch, sharding.batch(run.mesh)),
       step,
+      anchor=beside.anchor,
       measure=measure,
       timed=timed,
     )
@@ -296,7 +360,7 @@ def fit(config: config_lib.Config) -> None:
     if checkpoint.check_latest(orbax, run.identity) == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
-    state, frozen, teacher_params, start = first_state(config, run, built, orbax)
+    state, beside, start = first_state(config, run, built, orbax)
     began = time.perf_counter()
     with (
       contextlib.closing(
@@ -311,8 +375,7 @@ def fit(config: config_lib.Config) -> None:
         run,
         built,
         state,
-        frozen,
-        teacher_params,
+        beside,
         start,
         report=reporter(run, built, leaks, log, bar),
         save=lambda step, state: checkpoint.save(orbax, step, state, run.identity),

@@ -7,8 +7,6 @@ read.
 from __future__ import annotations
 
 import functools
-import hashlib
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,21 +17,19 @@ import optax
 from jax.sharding import Mesh
 
 from raft_jax import (
-  balance,
   checkpoint,
   data,
   engines,
   errors,
+  examples,
   hf,
   lora,
-  methods,
   model,
   optim,
-  records,
-  refine,
+  prune,
+  recipe,
   sample,
   sharding,
-  shards,
   text,
   trainable,
 )
@@ -55,72 +51,41 @@ CLAIMED = (
     for key in config_lib.Train.model_fields
     if key not in ("checkpoint_every", "keep_checkpoints", "tensorboard")
   ),
+  "data.answers",
   "lora",
   "rollout",
   "distill",
   "balance",
+  "anchor",
+  "recadam",
+  "freeze",
+  "replay",
 )
 """Keys that make a run what it is: a resumed run may not change them."""
 
-REFINED = (*refine.CLAIMED, "data.limit")
-"""Keys that decide the refined records which a run learns from."""
-
-
-class Examples(NamedTuple):
-  """The training data, tokenised, and what identifies it."""
-
-  rows: list[data.Row]
-  skipped: int
-  digest: str
-
 
 class Programs(NamedTuple):
-  """The three compiled parts of a step."""
+  """The three compiled parts of a step, and whose parameters the teacher has.
+
+  Attributes:
+    teacher: (the base model's or `distill.source`'s parameters, state, frozen
+      parameters) -> the teacher's.
+  """
 
   roll_out: Callable[..., tuple[step_lib.Trajectory, jax.Array | None]] | None
   teach: Callable[..., step_lib.Support] | None
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
+  teacher: Callable[..., model.Params] | None = None
 
 
-def read_examples(
-  config: config_lib.Config,
-  method: methods.Method,
-  codec: text.Codec,
-  *,
-  distil: bool,
-) -> Examples:
-  """Reads and tokenises what `method` learns from."""
-  if method.refined:
-    folder = pathlib.Path(config.output) / "refined"
-    if not (folder / shards.MANIFEST).exists():
-      raise errors.UserError(
-        f"{folder}: no refined records, which method {config.method!r} learns from; "
-        "run `python -m raft_jax.refine` with this config first (or method=sft)"
-      )
-    # The records are of the questions and the model that this config names.
-    config_lib.check_output(config, "refine", REFINED)
-    refined = [records.from_json(raw) for raw in shards.read_shards(folder)]
-    examples = [(r.question.messages, method.answer(r)) for r in refined]
-    names = [r.question.id for r in refined]
-  else:
-    questions = records.read_questions(
-      config.data.questions,
-      limit=config.data.limit,
-      reject_threshold=config.data.reject_threshold,
-    )
-    examples = [(q.messages, q.answer) for q in questions]
-    names = [q.id for q in questions]
-  rows, skipped = data.encode_rows(
-    examples,
-    codec=codec,
-    teacher_context=config.distill.teacher_context if distil else "none",
-    max_prompt_tokens=config.data.max_prompt_tokens,
-    max_answer_tokens=config.data.max_answer_tokens,
-    max_teacher_tokens=config.data.max_teacher_tokens,
-    too_long=config.data.too_long,
-    names=names,
-  )
-  return Examples(rows, len(skipped), hashlib.sha256(repr(rows).encode()).hexdigest())
+TEACHERS: dict[str, Callable[..., model.Params]] = {
+  "base": lambda base, state, frozen: base,
+  "live": lambda base, state, frozen: trainable.combine(frozen, state.params),
+  "average": lambda base, state, frozen: trainable.combine(
+    frozen, state.opt_state[recipe.AVERAGE].average
+  ),
+}
+"""`distill.teacher` -> `Programs.teacher`."""
 
 
 def check(
@@ -137,11 +102,40 @@ def check(
       f"{config.model.source} ({decoder.vocab_size}); lower it"
     )
   parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
-  if config.train.batch_size % parts:
+  rows = config.train.batch_size + replays(config)
+  if rows % parts:
     raise errors.UserError(
-      f"train.batch_size: {config.train.batch_size} rows do not divide into {parts} "
-      "parts (mesh.data x mesh.fsdp x train.micro_batches); change one of them"
+      f"train.batch_size: {rows} rows (with replay) do not divide into {parts} parts "
+      "(mesh.data x mesh.fsdp x train.micro_batches); change one of them"
     )
+
+
+def replays(config: config_lib.Config) -> int:
+  """Replayed rows in every batch."""
+  if config.replay is None:
+    return 0
+  return data.replays(config.train.batch_size, config.replay.share)
+
+
+def teacher_decoder(
+  config: config_lib.Config, codec: text.Codec
+) -> model.DecoderConfig | None:
+  """The network of `distill.source`, which must read the same tokens; None without.
+
+  Raises:
+    errors.UserError: its tokenizer is another.
+  """
+  source = config.distill.source
+  if source is None:
+    return None
+  if text.load(source).digest != codec.digest:
+    raise errors.UserError(
+      f"distill.source: the tokenizer or chat template of {source} is not that of "
+      f"{config.model.source}; a teacher must read the same tokens"
+    )
+  decoder = hf.load_config(source)
+  hf.check_params(source, decoder)
+  return decoder
 
 
 def check_lengths(
@@ -153,12 +147,15 @@ def check_lengths(
 ) -> None:
   """Whether every row, rollout included, fits into the model's positions."""
   new = config.rollout.max_new_tokens
-  on_answer = config.distill.trajectory == "answer"
+  trajectory = config.distill.trajectory
   longest = 0
   for row in rows:
     longest = max(longest, len(row.prompt) + len(row.answer))
     if distil:
-      compared = len(row.answer) if on_answer else new
+      compared = max(
+        len(row.answer) if trajectory != "rollout" else 0,
+        new if trajectory != "answer" else 0,
+      )
       longest = max(longest, max(len(row.prompt), len(row.teacher)) + compared)
   if longest > decoder.max_positions:
     raise errors.UserError(
@@ -195,6 +192,8 @@ def trained(
 ) -> tuple[model.Params, int]:
   """The whole model of the newest checkpoint, float32, and the step it was saved at.
 
+  Adapters are merged, and the model is pruned where the config asks for it.
+
   Raises:
     errors.UserError: when there is no checkpoint, or it is of another run.
   """
@@ -202,29 +201,21 @@ def trained(
   params, step = checkpoint.restore_params(
     config.output, split.shapes, identity(config)
   )
-  if split.freeze is None:
+  if split.freeze is None and config.prune is None:
     return params, step
   base = hf.load_params(config.model.source, decoder)
-  return lora.merge(trainable.combine(split.freeze(base), params)), step
-
-
-def make_balancer(
-  config: config_lib.Balance, total_steps: int
-) -> optax.GradientTransformationExtraArgs:
-  """The balancer that the config asks for."""
-  if config.mode == "fixed":
-    return balance.balance_fixed(config.weight)
-  if config.mode == "schedule":
-    return balance.balance_by_schedule(
-      optax.linear_schedule(config.start, config.weight, total_steps)
-    )
-  if config.mode == "gradient_norm":
-    return balance.balance_by_gradient_norm(config.weight, config.max_weight)
-  return balance.balance_by_ema(config.decay, config.eps, config.max_weight)
+  if split.freeze is not None:
+    params = lora.merge(trainable.combine(split.freeze(base), params))
+  if config.prune is not None:
+    params = prune.prune(base, params, config.prune.keep)
+  return jax.tree.map(jnp.asarray, params), step
 
 
 def make_settings(
-  config: config_lib.Config, decoder: model.DecoderConfig, codec: text.Codec
+  config: config_lib.Config,
+  decoder: model.DecoderConfig,
+  codec: text.Codec,
+  teacher: model.DecoderConfig | None = None,
 ) -> step_lib.Settings:
   """The few values the step needs."""
   distill = config.distill
@@ -235,6 +226,7 @@ def make_settings(
     remat=config.model.remat,
     unroll=config.model.unroll,
     micro_batches=config.train.micro_batches,
+    cross_entropy=config.train.cross_entropy,
     loss_mean=config.train.loss_mean,
     top_k=distill.top_k,
     temperature=distill.temperature,
@@ -244,13 +236,21 @@ def make_settings(
     scale_by_t2=distill.scale_by_t2,
     skip_first=distill.skip_first,
     mask_eos=distill.mask_eos,
+    teacher_decoder=teacher,
   )
 
 
-def distills(config: config_lib.Config, method: methods.Method) -> bool:
+def distills(config: config_lib.Config) -> bool:
   """A distillation term of constant weight 0 is not computed at all."""
   never = config.balance.mode == "fixed" and config.balance.weight == 0
-  return method.distills and not never
+  return config.distill.teacher != "none" and not never
+
+
+def rolls_out(config: config_lib.Config, step: int) -> bool:
+  """Whether the trajectory of a step is a rollout: a function of seed and step."""
+  shares = {"rollout": 1.0, "answer": 0.0, "mixed": config.distill.on_policy}
+  drawn = np.random.default_rng((config.train.seed, step)).random()  # in [0, 1)
+  return bool(drawn < shares[config.distill.trajectory])
 
 
 def compile_programs(
@@ -278,7 +278,7 @@ def compile_programs(
   def roll_out(
     params: model.Params, frozen: model.Params, batch: data.Batch, step: int
   ):
-    if config.distill.trajectory == "answer":
+    if not rolls_out(config, step):
       return step_lib.Trajectory(batch.answer_BA, batch.answer_length_B), None
     rollout = sample.generate(
       trainable.combine(frozen, params),
@@ -299,7 +299,12 @@ def compile_programs(
     return step_lib.Trajectory(rollout.tokens_BR, rollout.length_B), rollout.ended_B
 
   teach = jax.jit(functools.partial(step_lib.teach, settings=settings))
-  return Programs(roll_out, teach, update)
+  return Programs(roll_out, teach, update, TEACHERS[config.distill.teacher])
+
+
+def param_shardings(mesh: Mesh, decoder: model.DecoderConfig) -> model.Params:
+  """Of a whole model."""
+  return sharding.tree(mesh, model.axes(decoder), model.shapes(decoder))
 
 
 def state_shardings(
@@ -333,49 +338,83 @@ def state_shardings(
 class Prepared(NamedTuple):
   """A checked run: everything that can be known before weights are read."""
 
-  method: methods.Method
   codec: text.Codec
   decoder: model.DecoderConfig
+  teacher: model.DecoderConfig | None
   mesh: Mesh
   split: trainable.Split
   dataset: Any
+  general: Any
   total_steps: int
   identity: dict[str, Any]
 
 
 def prepare(config: config_lib.Config) -> Prepared:
   """Checks config, data and tokenizer, and claims the output folder."""
-  method = methods.get(config.method)
   decoder = hf.load_config(config.model.source)
   hf.check_params(config.model.source, decoder)
   split = make_split(config, decoder)
   codec = text.load(config.model.source)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  distil = distills(config, method)
+  distil = distills(config)
+  teacher = teacher_decoder(config, codec) if distil else None
   check(config, decoder, mesh, distil=distil)
-  examples = read_examples(config, method, codec, distil=distil)
-  check_lengths(config, examples.rows, decoder, distil=distil)
+  found = examples.read(config, codec, distil=distil)
+  every = [*found.rows, *found.replayed]
+  check_lengths(config, every, decoder, distil=distil)
   dataset = data.dataset(
-    examples.rows,
+    found.rows,
     batch_size=config.train.batch_size,
     epochs=config.train.epochs,
     steps=config.train.max_steps,
     seed=config.train.seed,
     pad_id=codec.pad_id,
-    widths=data.widths(
-      examples.rows, config.data.buckets, batch_size=config.train.batch_size
-    ),
+    widths=data.widths(every, config.data.buckets, batch_size=config.train.batch_size),
+    replayed=found.replayed,
+    replays=replays(config),
   )
   config_lib.claim_output(config, "train", CLAIMED)
-  if examples.skipped:
-    print(f"{examples.skipped} rows are over a length budget and were skipped")
-  if method.distills and config.distill.teacher_context == "paper":
+  if found.skipped:
+    print(f"{found.skipped} rows are over a length budget and were skipped")
+  if distil and config.distill.teacher_context == "paper":
     print(
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
-  own = {**identity(config), "data": examples.digest, "tokenizer": codec.digest}
-  return Prepared(method, codec, decoder, mesh, split, dataset, len(dataset), own)
+  own = {**identity(config), "data": found.digest, "tokenizer": codec.digest}
+  if config.distill.source is not None:
+    own["teacher"] = engines.identity(config.distill.source)
+  general = general_dataset(config, found.general, codec)
+  steps = len(dataset)
+  return Prepared(codec, decoder, teacher, mesh, split, dataset, general, steps, own)
+
+
+def general_dataset(
+  config: config_lib.Config, rows: Sequence[data.Row], codec: text.Codec
+) -> Any:
+  """Batches for the importance of parameters, or None where all count alike.
+
+  Raises:
+    errors.UserError: there are fewer rows than one batch.
+  """
+  anchor = config.anchor
+  if anchor is None or not recipe.weighs(anchor):
+    return None
+  # With given answers the square of a batch's mean would be biased.
+  size = anchor.batch_size if anchor.importance == "sampled" else 1
+  if len(rows) < size:
+    raise errors.UserError(
+      f"anchor.batch_size: {size} is more than the {len(rows)} rows of "
+      "anchor.questions; lower it"
+    )
+  return data.dataset(
+    rows,
+    batch_size=size,
+    epochs=1,
+    seed=config.train.seed,
+    pad_id=codec.pad_id,
+    widths=data.widths(rows, 1),
+  )
 
 
 class Built(NamedTuple):
@@ -385,7 +424,8 @@ class Built(NamedTuple):
     rates: float32 [steps], the learning rate of every step, on the host.
     abstract: shapes and shardings of the train state, to restore into.
     base_shardings: of the base model's parameters.
-    distils: whether there is a distillation term.
+    settings: what the steps were compiled with.
+    base_teaches: whether the base model, or another frozen one, is the teacher.
   """
 
   programs: Programs
@@ -394,29 +434,26 @@ class Built(NamedTuple):
   abstract: step_lib.TrainState
   shardings: step_lib.TrainState
   base_shardings: model.Params
-  distils: bool
+  settings: step_lib.Settings
+  base_teaches: bool
 
 
 def build(config: config_lib.Config, run: Prepared) -> Built:
   """Optimizer, shardings and programs of a run; allocates nothing."""
-  balancer = make_balancer(config.balance, run.total_steps)
+  balancer = recipe.make_balancer(config.balance, run.total_steps)
   schedule = optim.warmup_cosine(
     config.train.learning_rate, run.total_steps, config.train.warmup_ratio
   )
-  optimizer = optim.chain(
-    balancer,
-    schedule,
-    weight_decay=config.train.weight_decay,
-    clip=config.train.clip,
+  optimizer = recipe.make_optimizer(
+    config, balancer, schedule, run.split.shapes, run.total_steps
   )
-  distil = distills(config, run.method)
+  distil = distills(config)
   abstract, shardings = state_shardings(run.mesh, run.split, optimizer)
-  base_shardings = sharding.tree(
-    run.mesh, model.axes(run.decoder), model.shapes(run.decoder)
-  )
+  base_shardings = param_shardings(run.mesh, run.decoder)
+  settings = make_settings(config, run.decoder, run.codec, run.teacher)
   programs = compile_programs(
     config,
-    make_settings(config, run.decoder, run.codec),
+    settings,
     run.codec,
     optimizer,
     balancer,
@@ -424,4 +461,7 @@ def build(config: config_lib.Config, run: Prepared) -> Built:
     distil=distil,
   )
   rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.total_steps)))
-  return Built(programs, optimizer, rates, abstract, shardings, base_shardings, distil)
+  teaches = distil and config.distill.teacher == "base"
+  return Built(
+    programs, optimizer, rates, abstract, shardings, base_shardings, settings, teaches
+  )

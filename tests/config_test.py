@@ -56,7 +56,7 @@ def test_values_are_read_by_yaml_1_2(tmp_path):
     data: {{questions: {QUESTIONS}}}
     train: {{learning_rate: 1e-5, batch_size: 010, weight_decay: .5, clip: ~}}
     balance: {{eps: 1E-9, max_weight: 50}}
-    method: 12:30
+    refine: {{encoder: 12:30}}
     output: 2026-01-01
     """,
   )
@@ -66,7 +66,7 @@ def test_values_are_read_by_yaml_1_2(tmp_path):
   assert (c.train.learning_rate, c.train.batch_size) == (1e-5, 10)
   assert (c.train.weight_decay, c.train.clip) == (0.5, None)
   assert (c.balance.eps, c.balance.max_weight) == (1e-9, 50.0)
-  assert (c.method, c.output) == ("12:30", "2026-01-01")
+  assert (c.refine.encoder, c.output) == ("12:30", "2026-01-01")
 
 
 def test_byte_order_mark_and_crlf(tmp_path):
@@ -341,7 +341,7 @@ def test_dump_loads_as_the_same_config(tmp_path_factory, text, number, word):
   c = c.model_copy(
     update={
       "output": text,
-      "method": word,
+      "refine": c.refine.model_copy(update={"encoder": word}),
       "train": c.train.model_copy(update={"learning_rate": number}),
     }
   )

@@ -249,6 +249,56 @@ def test_fewer_rows_than_a_batch(rows):
   assert len(batches(rows, batch_size=50)) == 3
 
 
+# Replay
+
+
+@pytest.fixture
+def general() -> list[data.Row]:
+  return [r._replace(row_id=100 + r.row_id) for r in made_rows([(4, 4, 4)] * 11)]
+
+
+def test_every_batch_holds_its_replayed_rows_beside_the_same_others(rows, general):
+  plain = batches(rows)
+  mixed = batches(rows, replayed=general, replays=2)
+  assert len(mixed) == len(plain) == 18
+  passes = []
+  for with_replay, without in zip(mixed, plain, strict=True):
+    ids = with_replay.row_id_B.tolist()
+    assert ids[:8] == without.row_id_B.tolist()
+    assert len(ids) == 10
+    assert min(ids[8:]) >= 100
+    passes += ids[8:]
+  # 11 rows by twos: five batches a pass, one row over, another order in each.
+  assert all(len(set(passes[i : i + 10])) == 10 for i in range(0, 30, 10))
+  assert passes[:10] != passes[10:20]
+  tail = list(data.iterate(batches(rows, replayed=general, replays=2), start_step=7))
+  assert all(equal(a, mixed[7 + i]) for i, a in enumerate(tail))
+
+
+def test_no_replay_is_the_plain_run(rows, general):
+  without = batches(rows)
+  for step, batch in enumerate(batches(rows, replayed=general, replays=0)):
+    assert equal(batch, without[step])
+
+
+def test_fewer_replayed_rows_than_are_replayed_at_once(rows, general):
+  with pytest.raises(errors.UserError, match=r"replay\.questions: 11 rows .* 12"):
+    batches(rows, replayed=general, replays=12)
+
+
+@pytest.mark.parametrize(
+  ("size", "share", "count"), [(16, 0.2, 4), (16, 0.0, 0), (8, 0.5, 8), (19, 0.05, 1)]
+)
+def test_replays_are_a_share_of_the_whole_batch(size, share, count):
+  assert data.replays(size, share) == count
+
+
+def test_a_share_that_is_no_number_of_rows_is_refused_with_the_nearest():
+  # 8 * 0.25 / 0.75 = 2.67 rows: 2 of 10 or 3 of 11.
+  with pytest.raises(errors.UserError, match=r"2\.67 rows; set 0\.2 or 0\.272727"):
+    data.replays(8, 0.25)
+
+
 def test_law_questions_end_to_end(law, codec):
   questions = records.read_questions(law / "train.jsonl")
   rows, _ = encode(questions, codec)

@@ -1,43 +1,151 @@
-"""The table of methods."""
+"""The table of methods: words for settings, and how they lie under a user's own."""
+
+import pathlib
 
 import pytest
 
-from raft_jax import errors, methods, records
+from raft_jax import config, errors, methods
+
+ROOT = pathlib.Path(__file__).parents[1]
+LEAST = """\
+model: {source: some/model}
+data: {questions: configs/data/wordnet/law/train.jsonl}
+output: runs/x
+"""
+GENERAL = "configs/data/wordnet/culture/train.jsonl"
+NEEDED = {
+  "replay": [f"replay.questions={GENERAL}"],
+  "ewc": [f"anchor.questions={GENERAL}"],
+  "opd_recover": ["distill.source=the/original"],
+}
 
 
-def test_each_method_says_what_it_reads_and_whether_it_distills():
-  said = {
-    name: (method.refined, method.distills) for name, method in methods.METHODS.items()
-  }
-  assert said == {
-    "sft": (False, False),
-    "fused_sft": (True, False),
-    "raft": (True, True),
-  }
-  assert methods.get("raft") is methods.METHODS["raft"]
+@pytest.fixture(name="load")
+def _load(tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+  def load(name, *overrides):
+    path = tmp_path / "c.yaml"
+    path.write_text(LEAST)
+    return config.load(path, [f"method={name}", *NEEDED.get(name, []), *overrides])
+
+  return load
 
 
-def test_methods_on_refined_records_learn_the_chosen_answer():
-  question = records.Question(
-    "q1", "law", (records.Message("user", "What is a tort?"),), "the original"
-  )
-  refined = records.Refined(
-    question, "the rewrite", 0.9, (), "the fused answer", "fused", "accepted"
-  )
-  for method in methods.METHODS.values():
-    assert method.answer(refined) == "the fused answer"
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_is_a_valid_config_that_can_be_written_out(name, load, tmp_path):
+  loaded = load(name)
+  written = tmp_path / "written.yaml"
+  written.write_text(config.dump(loaded))
+  assert config.load(written) == loaded
+  values = config.diff({}, loaded)
+  for key in methods.words(methods.METHODS[name].settings):
+    dotted, _, _ = key.partition("=")
+    assert any(k == dotted or k.startswith(f"{dotted}.") for k in values), key
+
+
+def test_raft_is_the_defaults_and_every_other_method_is_not(load):
+  plain = load("raft")
+  for name in methods.METHODS:
+    changed = set(config.diff(plain, load(name))) - {"method"}
+    assert bool(changed) == (name != "raft"), name
+
+
+def test_no_two_methods_are_the_same_settings(load):
+  seen = {}
+  for name in methods.METHODS:
+    values = config.dump(load(name).model_copy(update={"method": ""}))
+    assert values not in seen, f"{name} is {seen[values]}"
+    seen[values] = name
+
+
+def test_the_users_own_values_win(load):
+  loaded = load("opd", "balance.weight=0.1", "distill.tail=renormalize")
+  assert (loaded.balance.mode, loaded.balance.weight) == ("fixed", 0.1)
+  assert (loaded.distill.direction, loaded.distill.tail) == ("reverse", "renormalize")
+  assert load("fapm", "prune=null").prune is None
+  assert load("fapm", "prune.keep=0.5").prune.keep == 0.5
+  assert load("raft", "prune={}").prune.keep == 0.1
 
 
 @pytest.mark.parametrize(
-  ("name", "hint"),
+  ("name", "overrides", "message"),
   [
-    ("rfat", "did you mean 'raft'?"),
-    ("fused-sft", "did you mean 'fused_sft'?"),
-    ("SFT!", "known: sft, fused_sft, raft"),
-    ("", "known: sft, fused_sft, raft"),
+    ("rfat", [], "method: unknown method 'rfat'; did you mean 'raft'?"),
+    ("fused-sft", [], "did you mean 'fused_sft'?"),
+    ("SFT!", [], "known: raft, sft, fused_sft, "),
+    ("replay", ["replay={}"], "replay.questions: is required"),
+    ("ewc", ["anchor.questions=null"], "anchor.questions: anchor.importance needs"),
+    ("opd_recover", ["distill.source=null"], "distill.source: method 'opd_recover'"),
+    ("opd_pure", ["distill.teacher=none"], "no loss is left"),
+    ("opd_pure", ["balance.mode=ema"], "balance.mode: ema weighs"),
+    ("l2sp", ["recadam={}"], "anchor: recadam has a pull of its own"),
+    ("opd", ["distill.teacher=live"], "its loss is 0"),
+    ("sdft_cl", ["distill.source=a/b"], "distill.source: is read with"),
+    ("freeze", ["freeze.mode=names"], "freeze.names: goes with"),
+    ("freeze", ["freeze.names=[embed]"], "freeze.names: goes with"),
+    ("sft", ["replay.questions=/no"], "replay.questions: '/no' is not a file"),
+    ("lora", ["anchor={}"], "anchor: pulls to the base model's parameters, and `lora`"),
+    ("lora", ["recadam={}"], "recadam: pulls"),
+    ("lora", ["freeze={}"], "freeze: names the base model's"),
   ],
 )
-def test_an_unknown_method_is_named_with_the_nearest(name, hint):
+def test_what_does_not_go_together_is_refused(name, overrides, message, load):
   with pytest.raises(errors.UserError) as caught:
-    methods.get(name)
-  assert str(caught.value) == f"method: unknown method {name!r}; {hint}"
+    load(name, *overrides)
+  assert message in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_its_config_is_the_quickstart_but_for_the_method(name, monkeypatch):
+  """What sets two of the files apart is their method, so that results compare."""
+  monkeypatch.chdir(ROOT)
+  own = config.load(f"configs/methods/{name}.yaml")
+  assert own.method == name
+  assert own.output == f"runs/methods/{name}"
+  plain = config.load(
+    "configs/quickstart.yaml", [f"method={name}", *NEEDED.get(name, [])]
+  )
+  changed = set(config.diff(plain, own)) - {"method", "output"}
+  of_method = {"lora": {"train.learning_rate"}, "opd_recover": {"data.questions"}}
+  sections = ("anchor.", "distill.source", "recadam.", "refine.")
+  assert {key for key in changed if not key.startswith(sections)} <= {
+    *("train.measure_every", "rollout.max_new_tokens"),
+    *of_method.get(name, ()),
+  }
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_own_values_are_the_least_file(name, load):
+  loaded = load(name, "train.batch_size=8", "prune={}")
+  least = config.own(loaded)
+  assert config.from_tree(least, []) == loaded
+  expected = {
+    "model": {"source": "some/model"},
+    "data": {"questions": "configs/data/wordnet/law/train.jsonl"},
+    "train": {"batch_size": 8},
+    "method": name,
+    "output": "runs/x",
+  }
+  for item in NEEDED.get(name, []):
+    key, _, value = item.partition("=")
+    section, leaf = key.split(".")
+    expected[section] = {leaf: value}
+  if name != "fapm":
+    expected["prune"] = {}
+  assert least == expected
+
+
+def test_another_method_brings_its_own_settings(load):
+  """As a sweep exchanges it: what the first method set does not stay."""
+  tree = config.own(load("raft", "train.epochs=1"))
+  assert config.from_tree(tree, ["method=sft"]) == load("sft", "train.epochs=1")
+
+
+def test_under_merges_and_changes_neither():
+  settings = {"a": {"x": 1, "y": {"z": 2}}, "b": {}}
+  own = {"a": {"y": {"w": 3}}, "b": None, "c": 4}
+  merged = methods.under(settings, own)
+  assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 3}}, "b": None, "c": 4}
+  assert settings == {"a": {"x": 1, "y": {"z": 2}}, "b": {}}

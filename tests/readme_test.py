@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import command_line, config
+from raft_jax import command_line, config, methods
 from tests import imports_test
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +31,11 @@ def rooms() -> str:
   return "\n".join(lines) + "\n"
 
 
-GENERATED = {"config reference": command_line.reference, "rooms": rooms}
+GENERATED = {
+  "config reference": command_line.reference,
+  "methods": methods.table,
+  "rooms": rooms,
+}
 
 
 def block(name: str) -> re.Pattern[str]:
@@ -87,8 +91,8 @@ def test_scripts_parse(script):
 
 
 def test_every_config_loads():
-  paths = sorted((ROOT / "configs").glob("*.yaml"))
-  assert paths
+  paths = sorted((ROOT / "configs").rglob("*.yaml"))
+  assert {path.stem for path in paths} >= methods.METHODS.keys()
   for path in paths:
     assert config.load(path).output
     header = path.read_text().split("\n\n")[0]

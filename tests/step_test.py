@@ -1,5 +1,6 @@
 """The training step: null settings, the balance inside it, and splitting a batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -204,6 +205,45 @@ def test_weight_zero_is_sft_bit_for_bit():
   on_state, on_update = start(params, balance.balance_fixed(1.0))
   on, _ = on_update(on_state, batch, trajectory, support, settings=SETTINGS)
   assert optax.tree.norm(optax.tree.sub(on.params, off.params)) > 0
+
+
+def test_distillation_alone_is_its_own_gradient():
+  """Without cross-entropy: the same loss and gradient, and the answer is not read."""
+  params, batch, trajectory, support = setting()
+  settings = SETTINGS._replace(cross_entropy=False)
+  weights = step.token_weights(batch, trajectory, settings)
+  assert not step.any_token(weights)["sft"]
+
+  def kd(settings, batch):
+    def loss(params):
+      weights = step.token_weights(batch, trajectory, settings)
+      parts = (batch, trajectory, support, weights)
+      return step.loss_terms(params, *parts, settings=settings)[0]["kd"]
+
+    return jax.value_and_grad(loss)(params)
+
+  both, alone = kd(SETTINGS, batch), kd(settings, batch)
+  np.testing.assert_allclose(alone[0], both[0], rtol=1e-5)
+  assert_trees_close(alone[1], both[1], 1e-4)
+  other = batch._replace(answer_BA=(batch.answer_BA + 1) % 97)
+  assert_trees_identical(alone, kd(settings, other))
+  state, update = start(params, balance.balance_fixed(1.0))
+  _, values = update(state, batch, trajectory, support, settings=settings)
+  np.testing.assert_allclose(values["grad_norm"], optax.tree.norm(both[1]), rtol=1e-4)
+  assert "loss_sft" not in values
+  assert np.isfinite(values["loss_kd"])
+
+
+def test_a_teacher_of_another_shape_reads_with_its_own_network():
+  _, batch, trajectory, support = setting()
+  decoder = dataclasses.replace(CONFIG, n_layers=1, d_ff=24)
+  other = model.init(jax.random.key(3), decoder)
+  context = (batch.teacher_BC, batch.teacher_length_B, trajectory)
+  settings = SETTINGS._replace(teacher_decoder=decoder)
+  found = step.teach(other, *context, settings=settings)
+  alone = step.teach(other, *context, settings=SETTINGS._replace(decoder=decoder))
+  assert_trees_identical(found, alone)
+  assert not np.array_equal(found.ids_BRK, support.ids_BRK)
 
 
 def test_rows_without_rollout_leave_the_mean_and_an_empty_batch_moves_no_average():

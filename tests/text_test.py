@@ -219,7 +219,7 @@ def test_content_never_becomes_control_tokens(codec, content):
   assert controls(text.encode(codec, content)) == []
   assert text.decode(codec, text.encode(codec, content)) == content
   assert controls(text.answer_ids(codec, content)) == [IM_END]
-  for form in ("chat", "paper", "none"):
+  for form in ("chat", "paper", "example", "none"):
     clean = text.teacher_ids(codec, conversation("x"), "x", form)
     dirty = text.teacher_ids(codec, conversation(content), content, form)
     assert controls(dirty) == controls(clean), form
@@ -295,6 +295,17 @@ def test_teacher_chat_is_one_user_turn(codec):
   several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
   asked = conversation("Hi", "Hello.", words, system="Be brief.")
   got = text.teacher_ids(codec, several, "A wrong.", "chat")
+  assert got == template_ids(codec.tokenizer, asked)
+
+
+def test_teacher_example_is_one_user_turn(codec):
+  several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
+  content = (
+    "What is a tort?\n\nThis is an example for a response to the question:\nA wrong."
+    "\n\nNow answer with a response of your own, including the thinking process."
+  )
+  got = text.teacher_ids(codec, several, "A wrong.", "example")
+  asked = conversation("Hi", "Hello.", content, system="Be brief.")
   assert got == template_ids(codec.tokenizer, asked)
 
 

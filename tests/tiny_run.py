@@ -9,10 +9,10 @@ import transformers
 from raft_jax import checkpoint, config, engines, hf, hf_tokenizer, text
 
 
-def save_model(folder: pathlib.Path, smollm: str) -> pathlib.Path:
+def save_model(folder: pathlib.Path, smollm: str, seed: int = 0) -> pathlib.Path:
   """A Llama of 2 layers with SmolLM2's tokenizer, as transformers saves it."""
   tokenizer = hf_tokenizer.load(smollm)
-  torch.manual_seed(0)
+  torch.manual_seed(seed)
   network = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
       vocab_size=len(tokenizer),

@@ -228,7 +228,6 @@ def test_sft_reads_the_questions_themselves(tmp_path, source, law):
 @pytest.mark.parametrize(
   ("overrides", "message"),
   [
-    (["method=rafd"], "did you mean 'raft'"),
     (["method=raft"], r"raft_jax\.refine"),
     (
       ["method=raft", "distill.top_k=60000"],

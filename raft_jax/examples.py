@@ -1,0 +1,120 @@
+"""What a run learns from: the questions and answers that its config names, as ids."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from raft_jax import config as config_lib
+from raft_jax import data, errors, records, refine, shards, text
+
+REFINED = (*refine.CLAIMED, "data.limit")
+"""Keys that decide the refined records which a run learns from."""
+
+
+class Examples(NamedTuple):
+  """Token rows, how many were left out, and what identifies them.
+
+  Attributes:
+    rows: of the domain.
+    replayed: of the `replay` section; their ids go on after the domain's.
+    general: of the `anchor` section, for the importance of parameters.
+    digest: sha256 of all of them.
+  """
+
+  rows: list[data.Row]
+  replayed: list[data.Row]
+  general: list[data.Row]
+  skipped: int
+  digest: str
+
+
+def rewritten(record: records.Refined) -> str:
+  """The model's rewrite where it is usable, the original answer elsewhere.
+
+  Self-distillation of Yang et al., arXiv 2402.13669: a check of form, and none of
+  likeness.
+  """
+  return record.question.answer if record.similarity is None else record.rewrite
+
+
+ANSWERS: dict[str, Callable[[records.Refined], str]] = {
+  "rewritten": rewritten,
+  "refined": lambda record: record.answer,
+}
+"""`data.answers` -> the answer that is learnt from a refined record."""
+
+
+def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examples:
+  """Reads and tokenises all that the run learns from.
+
+  Args:
+    distil: whether there is a teacher, whose context is wanted, too.
+  """
+  context = config.distill.teacher_context if distil else "none"
+  rows, left_out = _encode(config, codec, _domain(config), context)
+  replayed: list[data.Row] = []
+  general: list[data.Row] = []
+  replay, anchor = config.replay, config.anchor
+  if replay is not None and replay.share:
+    first = max(row.row_id for row in rows) + 1
+    found, more = _encode(config, codec, _questions(config, replay.questions), context)
+    replayed = [row._replace(row_id=first + row.row_id) for row in found]
+    left_out += more
+  if anchor is not None and anchor.importance != "none" and anchor.questions:
+    questions = _questions(config, anchor.questions)[: anchor.limit]
+    general, more = _encode(config, codec, questions, "none")
+    left_out += more
+  every = [part for part in (rows, replayed, general) if part]
+  digest = hashlib.sha256(b"".join(repr(part).encode() for part in every)).hexdigest()
+  return Examples(rows, replayed, general, left_out, digest)
+
+
+Example = tuple[str, tuple[records.Message, ...], str]
+"""Id, messages and the answer to learn."""
+
+
+def _domain(config: config_lib.Config) -> list[Example]:
+  if config.data.answers == "original":
+    return _questions(config, config.data.questions)[: config.data.limit]
+  folder = pathlib.Path(config.output) / "refined"
+  if not (folder / shards.MANIFEST).exists():
+    raise errors.UserError(
+      f"{folder}: no refined records, which method {config.method!r} learns from; "
+      "run `python -m raft_jax.refine` with this config first (or "
+      "data.answers=original)"
+    )
+  # The records are of the questions and the model that this config names.
+  config_lib.check_output(config, "refine", REFINED)
+  answer = ANSWERS[config.data.answers]
+  found = [records.from_json(raw) for raw in shards.read_shards(folder)]
+  return [(r.question.id, r.question.messages, answer(r)) for r in found]
+
+
+def _questions(config: config_lib.Config, path: str) -> list[Example]:
+  limit = config.data.limit if path == config.data.questions else None
+  questions = records.read_questions(
+    path, limit=limit, reject_threshold=config.data.reject_threshold
+  )
+  return [(q.id, q.messages, q.answer) for q in questions]
+
+
+def _encode(
+  config: config_lib.Config,
+  codec: text.Codec,
+  found: Sequence[Example],
+  context: str,
+) -> tuple[list[data.Row], int]:
+  rows, skipped = data.encode_rows(
+    [(messages, answer) for _, messages, answer in found],
+    codec=codec,
+    teacher_context=context,
+    max_prompt_tokens=config.data.max_prompt_tokens,
+    max_answer_tokens=config.data.max_answer_tokens,
+    max_teacher_tokens=config.data.max_teacher_tokens,
+    too_long=config.data.too_long,
+    names=[name for name, _, _ in found],
+  )
+  return rows, len(skipped)

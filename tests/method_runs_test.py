@@ -1,0 +1,161 @@
+"""Every method of the table on a tiny model: it trains, resumes, and has a null."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from raft_jax import config, hf, methods, records, shards, train, wiring
+from tests import tiny_run
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, smollm):
+  return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, smollm):
+  """Another model with the same tokenizer."""
+  return str(tiny_run.save_model(tmp_path_factory.mktemp("other"), smollm, seed=1))
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory, law):
+  """Refined records whose rewrites and final answers differ from the originals."""
+  questions = records.read_questions(law / "train.jsonl", limit=16)
+  rows = [
+    records.Refined(
+      q, f"In short: {q.answer}", 0.9, (), f"{q.answer} So it is.", "", ""
+    )
+    for q in questions
+  ]
+  # No usable rewrite of the first.
+  rows[0] = records.Refined(questions[0], "?", None, (), questions[0].answer, "", "")
+  folder = tmp_path_factory.mktemp("refined")
+  shards.write_shards(
+    folder / "refined",
+    [records.to_json(record) for record in rows],
+    records_per_shard=10,
+    meta={},
+  )
+  return folder / "refined"
+
+
+@pytest.fixture(name="make", scope="module")
+def _make(tmp_path_factory, source, law, refined):
+  """A config of a run of its own."""
+
+  def make(name, *overrides, output=None):
+    output = output or tmp_path_factory.mktemp(name) / "run"
+    path = output.parent / "c.yaml"
+    path.write_text(
+      f"""
+model: {{source: "{source}"}}
+data: {{questions: "{law / "train.jsonl"}", limit: 16, buckets: 1}}
+train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-3,
+  checkpoint_every: 2, measure_every: 0}}
+rollout: {{max_new_tokens: 6}}
+distill: {{top_k: 64}}
+method: {name}
+output: "{output}"
+"""
+    )
+    if not (output / "refined").exists():
+      (output / "config").mkdir(parents=True)
+      shutil.copytree(refined, output / "refined")
+    return config.load(path, overrides)
+
+  return make
+
+
+@pytest.fixture(name="needs", scope="module")
+def _needs(law, other):
+  general = law.parent / "culture/validation.jsonl"
+  return {
+    "replay": [f"replay.questions={general}"],
+    "ewc": [
+      *(f"anchor.questions={general}", "anchor.limit=8"),
+      *("anchor.batch_size=4", "anchor.max_new_tokens=5"),
+    ],
+    "opd_recover": [f"distill.source={other}"],
+    "recadam": ["recadam.gamma=100.0"],
+    "sdft_cl": ["distill.average_rate=0.5"],
+  }
+
+
+def fitted(settings):
+  """Trained parameters and the log of a run to its end."""
+  train.fit(settings)
+  decoder = hf.load_config(settings.model.source)
+  params, step = wiring.trained(settings, decoder)
+  assert step == STEPS
+  log = pathlib.Path(settings.output) / "metrics.jsonl"
+  lines = log.read_text(encoding="utf-8").splitlines()
+  return params, [json.loads(line)["values"] for line in lines]
+
+
+def assert_identical(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def distance(one, other):
+  parts = jax.tree.map(lambda a, b: float(np.sum((a - b) ** 2)), one, other)
+  return sum(jax.tree.leaves(parts)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def base(source):
+  return hf.load_params(source, hf.load_config(source))
+
+
+@pytest.fixture(scope="module")
+def sft(make):
+  return fitted(make("sft"))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_it_trains_and_a_resumed_run_ends_with_the_same_bits(name, make, needs, base):
+  settings = make(name, *needs.get(name, []))
+  whole, log = fitted(settings)
+  assert len(log) == STEPS
+  key = "loss_sft" if settings.train.cross_entropy else "loss_kd"
+  assert all(np.isfinite(row[key]) for row in log)
+  assert distance(whole, base) > 0
+  # As if the run had been killed after its second step was saved.
+  shutil.rmtree(f"{settings.output}/checkpoints/{STEPS}")
+  again, repeated = fitted(settings)
+  assert_identical(again, whole)
+  timeless = [
+    {k: v for k, v in row.items() if "seconds" not in k} for row in (*log, *repeated)
+  ]
+  assert timeless[:STEPS] == timeless[STEPS:]
+
+
+# Method -> the settings under which nothing is left of it but SFT.
+NULLS = {
+  "fused_sft": ["data.answers=original"],
+  "opd": ["balance.weight=0.0"],
+  "opd_pure": ["balance.weight=0.0", "train.cross_entropy=true"],
+  "gkd": ["balance.weight=0.0"],
+  "sdft_cl": ["balance.weight=0.0", "train.cross_entropy=true"],
+  "fapm": ["prune.keep=1.0"],
+  "l2sp": ["anchor.strength=0.0", "train.weight_decay=0.01"],
+  "ewc": ["anchor.strength=0.0", "train.weight_decay=0.01"],
+  "recadam": ["recadam=null", "train.weight_decay=0.01"],
+  "freeze": ["freeze=null"],
+  "replay": ["replay.share=0.0"],
+  "lora": ["lora=null", "train.weight_decay=0.01"],
+  "raft": ["balance.mode=fixed", "balance.weight=0.0", "data.answers=original"],
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_its_null_setting_is_sft_bit_for_bit(name, make, needs, sft):
+  params, _ = fitted(make(name, *needs.get(name, []), *NULLS[name]))
+  assert_identical(params, sft[0])
