@@ -22,6 +22,7 @@ from raft_jax import (
   errors,
   hf,
   hf_export,
+  schema,
   shards,
   wiring,
 )
@@ -32,9 +33,11 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 HYPERPARAMETERS: Any = {
   "train": True,
-  "lora": True,
+  **dict.fromkeys(("lora", "recadam", "freeze", "prune"), True),
+  "anchor": schema.Anchor.model_fields.keys() - {"questions"},
+  "replay": {"share"},
   "rollout": True,
-  "distill": True,
+  "distill": schema.Distill.model_fields.keys() - {"source"},
   "balance": True,
   "refine": {"similarity_threshold": True, "fusion": {"rounds", "accept_at"}},
 }

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax import config, hf, methods, records, shards, train, wiring
+from raft_jax import config, errors, hf, methods, records, shards, train, wiring
 from tests import tiny_run
 
 STEPS = 4
@@ -135,6 +135,75 @@ def test_it_trains_and_a_resumed_run_ends_with_the_same_bits(name, make, needs, 
     {k: v for k, v in row.items() if "seconds" not in k} for row in (*log, *repeated)
   ]
   assert timeless[:STEPS] == timeless[STEPS:]
+
+
+def test_opd_pure_stays_at_the_base_model_while_opd_leaves_it(make):
+  """Student and teacher are the same at step 1: no loss, no gradient but rounding."""
+  _, (pure, *_) = fitted(make("opd_pure", "train.max_steps=4"))
+  _, (whole, *rest) = fitted(make("opd"))
+  assert pure["loss_kd"] < 1e-6
+  assert pure["grad_norm"] < 1e-5 * whole["grad_norm"]
+  assert rest[-1]["loss_kd"] > 100 * pure["loss_kd"]
+  # As in RAFT λ may follow the losses; without an answer for the teacher it is bounded.
+  _, (bounded, *_) = fitted(make("opd", "balance.mode=ema", "balance.max_weight=50.0"))
+  assert bounded["kd_weight"] == 50
+
+
+def test_parts_go_together(make, needs, base):
+  """RAFT on adapters, with replay, pruned afterwards."""
+  overrides = ["lora={rank: 4}", "prune={keep: 0.25}", *needs["replay"]]
+  settings = make("raft", *overrides)
+  params, log = fitted(settings)
+  assert log[0]["loss_kd"] > 0
+  moved = jax.tree.map(lambda a, b: np.asarray(a != b), params, base)
+  for name, leaf in moved["layers"].items():
+    if not name.endswith("norm"):
+      assert [np.count_nonzero(layer) for layer in leaf] == [leaf[0].size // 4] * 2
+  assert not moved["embed"].any()
+  whole, _ = wiring.trained(
+    settings.model_copy(update={"prune": None}), hf.load_config(settings.model.source)
+  )
+  jax.tree.map(
+    lambda kept, pruned, tuned: np.testing.assert_array_equal(
+      pruned[kept], tuned[kept]
+    ),
+    moved,
+    params,
+    whole,
+  )
+
+
+def test_gkd_draws_by_seed_and_step_where_it_compares(make):
+  drawn = [wiring.rolls_out(make("gkd"), step) for step in range(1000)]
+  assert drawn == [wiring.rolls_out(make("gkd"), step) for step in range(1000)]
+  assert 450 < sum(drawn) < 550  # ±3 standard deviations of 16
+  other = make("gkd", "train.seed=1")
+  assert drawn != [wiring.rolls_out(other, step) for step in range(1000)]
+  _, log = fitted(make("gkd"))
+  # Only a rollout can end by itself.
+  assert ["rollout_ended" in row for row in log] == drawn[:STEPS]
+  assert len(set(drawn[:STEPS])) == 2
+  for share, words in ((0.0, "answer"), (1.0, "rollout")):
+    always = make("gkd", f"distill.on_policy={share}")
+    fixed = make("gkd", f"distill.trajectory={words}")
+    for step in range(50):
+      assert wiring.rolls_out(always, step) == wiring.rolls_out(fixed, step)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(make, smollm, tmp_path):
+  folder = tmp_path / "other"
+  tiny_run.save_model(folder, smollm)
+  template = folder / "chat_template.jinja"
+  template.write_text(template.read_text() + "{# changed #}")
+  settings = make("opd_recover", f"distill.source={folder}")
+  with pytest.raises(errors.UserError, match=r"distill\.source: the tokenizer or chat"):
+    wiring.prepare(settings)
+
+
+def test_fewer_general_questions_than_a_batch_are_refused(make, needs):
+  settings = make("ewc", *needs["ewc"], "anchor.batch_size=9")
+  with pytest.raises(errors.UserError, match=r"anchor\.batch_size: 9 is more than"):
+    wiring.prepare(settings)
 
 
 # Method -> the settings under which nothing is left of it but SFT.
