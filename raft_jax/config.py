@@ -346,6 +346,7 @@ def _parts(config: Config) -> Iterator[tuple[str, str]]:
       ("anchor", "pulls to the base model's parameters"),
       ("recadam", "pulls to the base model's parameters"),
       ("freeze", "names the base model's parameters"),
+      ("soft_mask", "masks the base model's parameters"),
     ):
       if getattr(config, name) is not None:
         yield name, f"{what}, and `lora` trains none of these; delete one of the two"

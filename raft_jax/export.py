@@ -33,7 +33,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 HYPERPARAMETERS: Any = {
   "train": True,
-  **dict.fromkeys(("lora", "recadam", "freeze", "prune"), True),
+  **dict.fromkeys(("lora", "recadam", "freeze", "soft_mask", "prune"), True),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
   "replay": {"share"},
   "rollout": True,

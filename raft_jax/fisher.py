@@ -77,6 +77,7 @@ def log_likelihood(
   nothing = step.Trajectory(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
   answer_BA = step.columns(batch.answer_length_B, batch.answer_BA.shape[1])
   weights = step.Weights(answer_BA / rows, jnp.zeros((rows, 0)))
+  settings = settings._replace(cross_entropy=True)
   terms, _ = step.loss_terms(params, batch, nothing, None, weights, settings=settings)
   return -terms["sft"]
 

@@ -127,6 +127,11 @@ METHODS = {
     "Hui et al., arXiv 2404.18466",
     _on_questions(freeze={}),
   ),
+  "das": Method(
+    "SFT with smaller updates of the heads and units that the model needs",
+    "Ke et al., arXiv 2302.03241",
+    _on_questions(soft_mask={}),
+  ),
   "lora": Method(
     "SFT of low-rank updates",
     "Hu et al., arXiv 2106.09685",

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import optax
 
-from raft_jax import anchors, balance, errors, masks, model, optim
+from raft_jax import anchors, balance, errors, masks, model, optim, units
 from raft_jax import config as config_lib
 
-ANCHOR, AVERAGE = "anchor", "average"
+ANCHOR, AVERAGE, SOFT_MASK = "anchor", "average", "soft_mask"
 """Names of parts in the chain whose state others read or set."""
 
 
@@ -54,12 +54,14 @@ def make_optimizer(
   balancer: optax.GradientTransformationExtraArgs,
   schedule: optax.Schedule,
   shapes: model.Params,
+  decoder: model.DecoderConfig,
   total_steps: int,
 ) -> optax.GradientTransformationExtraArgs:
   """The whole chain: balance, gradients, clipping, Adam, updates.
 
   Args:
     shapes: of what is trained.
+    decoder: of the model.
     total_steps: of the run.
 
   Raises:
@@ -76,6 +78,8 @@ def make_optimizer(
     # On the gradients for the norm that is clipped, on the updates for the weights.
     gradients.append(("count", masks.scale(mask)))
     updates.append(("freeze", masks.scale(mask)))
+  if config.soft_mask is not None:
+    updates.append((SOFT_MASK, units.soften(decoder)))
   if config.distill.teacher == "average":
     updates.append((AVERAGE, anchors.average_params(config.distill.average_rate)))
   adam = None

@@ -316,6 +316,18 @@ class Freeze(Section):
   """`names`: shell patterns, such as `embed` or `layers.[0-9].q`."""
 
 
+class SoftMask(Section):
+  """Smaller updates for attention heads and feed-forward units that matter (DAS); `{}`
+  for the defaults. null: none."""
+
+  limit: Positive = 256
+  """Use only the first N questions to find out which matter [O]."""
+  batch_size: Positive = 1
+  """Questions at a time; their gradients are averaged before the absolute value."""
+  drop: Annotated[float, pydantic.Field(gt=0.0, lt=1.0)] = 0.1
+  """Share of the units that are dropped in each of two passes, which are compared."""
+
+
 class Replay(Section):
   """General questions beside those of the domain in every batch. null: none."""
 
@@ -449,6 +461,7 @@ class Config(Section):
   anchor: Anchor | None = None
   recadam: Recadam | None = None
   freeze: Freeze | None = None
+  soft_mask: SoftMask | None = None
   replay: Replay | None = None
   prune: Prune | None = None
   mesh: Mesh = Mesh()

@@ -37,6 +37,7 @@ from raft_jax import (
   recipe,
   sharding,
   text,
+  units,
   wiring,
 )
 from raft_jax import config as config_lib
@@ -243,21 +244,40 @@ def new_state(
     return step_lib.TrainState(jnp.int32(0), params, built.optimizer.init(params))
 
   state = start(base)
-  if run.general is None or config.anchor is None:
-    return state
-  batches: Iterable[data.Batch] = (
-    jax.device_put(batch, sharding.batch(run.mesh))
-    for batch in progress.watched(run.general, "importance", unit="step")
-  )
+  found: dict[str, Any] = {}
+  if run.general is not None and config.anchor is not None:
+    information = importance(config.anchor, config.train.seed, run, built, base)
+    pull = state.opt_state[recipe.ANCHOR]
+    found[recipe.ANCHOR] = anchors.with_importance(pull, information)
+  if run.probed is not None and config.soft_mask is not None:
+    found[recipe.SOFT_MASK] = units.importance(
+      base,
+      placed(run, run.probed, "importance of units"),
+      settings=built.settings,
+      rate=config.soft_mask.drop,
+      seed=config.train.seed,
+    )
+  return state._replace(opt_state={**state.opt_state, **found})
+
+
+def importance(
+  settings: config_lib.Anchor,
+  seed: int,
+  run: wiring.Prepared,
+  built: wiring.Built,
+  base: model.Params,
+) -> model.Params:
+  """The Fisher information that weighs the pull to the base model."""
+  batches = placed(run, run.general, "importance of parameters")
   size = 1
-  if config.anchor.importance == "sampled":
-    size = config.anchor.batch_size
+  if settings.importance == "sampled":
+    size = settings.batch_size
     batches = fisher.sampled(
       base,
       batches,
       built.settings,
-      seed=config.train.seed,
-      max_new_tokens=config.anchor.max_new_tokens,
+      seed=seed,
+      max_new_tokens=settings.max_new_tokens,
       pad_id=run.codec.pad_id,
     )
   information = fisher.diagonal(
@@ -266,10 +286,13 @@ def new_state(
     batches,
     size,
   )
-  weighted = anchors.with_importance(
-    state.opt_state[recipe.ANCHOR], fisher.normalised(information)
-  )
-  return state._replace(opt_state={**state.opt_state, recipe.ANCHOR: weighted})
+  return fisher.normalised(information)
+
+
+def placed(run: wiring.Prepared, batches: Any, title: str) -> Iterable[data.Batch]:
+  """Batches on their devices, with a bar of how many were used."""
+  for batch in progress.watched(batches, title, unit="step"):
+    yield jax.device_put(batch, sharding.batch(run.mesh))
 
 
 def reporter(

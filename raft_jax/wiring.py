@@ -59,6 +59,7 @@ CLAIMED = (
   "anchor",
   "recadam",
   "freeze",
+  "soft_mask",
   "replay",
 )
 """Keys that make a run what it is: a resumed run may not change them."""
@@ -345,6 +346,7 @@ class Prepared(NamedTuple):
   split: trainable.Split
   dataset: Any
   general: Any
+  probed: Any
   total_steps: int
   identity: dict[str, Any]
 
@@ -385,8 +387,14 @@ def prepare(config: config_lib.Config) -> Prepared:
   if config.distill.source is not None:
     own["teacher"] = engines.identity(config.distill.source)
   general = general_dataset(config, found.general, codec)
-  steps = len(dataset)
-  return Prepared(codec, decoder, teacher, mesh, split, dataset, general, steps, own)
+  probed = None
+  if config.soft_mask is not None:
+    rows = found.rows[: config.soft_mask.limit]
+    size = config.soft_mask.batch_size
+    probed = one_pass(config, rows, codec, size, "soft_mask", "data.questions")
+  return Prepared(
+    codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset), own
+  )
 
 
 def general_dataset(
@@ -402,10 +410,22 @@ def general_dataset(
     return None
   # With given answers the square of a batch's mean would be biased.
   size = anchor.batch_size if anchor.importance == "sampled" else 1
+  return one_pass(config, rows, codec, size, "anchor", "anchor.questions")
+
+
+def one_pass(
+  config: config_lib.Config,
+  rows: Sequence[data.Row],
+  codec: text.Codec,
+  size: int,
+  section: str,
+  source: str,
+) -> Any:
+  """Batches of one pass over rows, of one padded width."""
   if len(rows) < size:
     raise errors.UserError(
-      f"anchor.batch_size: {size} is more than the {len(rows)} rows of "
-      "anchor.questions; lower it"
+      f"{section}.batch_size: {size} is more than the {len(rows)} rows of {source}; "
+      "lower it"
     )
   return data.dataset(
     rows,
@@ -445,7 +465,7 @@ def build(config: config_lib.Config, run: Prepared) -> Built:
     config.train.learning_rate, run.total_steps, config.train.warmup_ratio
   )
   optimizer = recipe.make_optimizer(
-    config, balancer, schedule, run.split.shapes, run.total_steps
+    config, balancer, schedule, run.split.shapes, run.decoder, run.total_steps
   )
   distil = distills(config)
   abstract, shardings = state_shardings(run.mesh, run.split, optimizer)

@@ -59,6 +59,7 @@ ROOMS = [
   "examples",
   "step",
   "fisher",
+  "units",
   "checkpoint",
   "metrics",
   "recipe",

@@ -84,6 +84,7 @@ def _needs(law, other):
       *("anchor.batch_size=4", "anchor.max_new_tokens=5"),
     ],
     "opd_recover": [f"distill.source={other}"],
+    "das": ["soft_mask.limit=4", "soft_mask.batch_size=2"],
     "recadam": ["recadam.gamma=100.0"],
     "sdft_cl": ["distill.average_rate=0.5"],
   }
@@ -218,6 +219,7 @@ NULLS = {
   "ewc": ["anchor.strength=0.0", "train.weight_decay=0.01"],
   "recadam": ["recadam=null", "train.weight_decay=0.01"],
   "freeze": ["freeze=null"],
+  "das": ["soft_mask=null"],
   "replay": ["replay.share=0.0"],
   "lora": ["lora=null", "train.weight_decay=0.01"],
   "raft": ["balance.mode=fixed", "balance.weight=0.0", "data.answers=original"],

@@ -87,6 +87,7 @@ def test_the_users_own_values_win(load):
     ("sft", ["replay.questions=/no"], "replay.questions: '/no' is not a file"),
     ("lora", ["anchor={}"], "anchor: pulls to the base model's parameters, and `lora`"),
     ("lora", ["recadam={}"], "recadam: pulls"),
+    ("lora", ["soft_mask={}"], "soft_mask: masks the base model's"),
     ("lora", ["freeze={}"], "freeze: names the base model's"),
   ],
 )
@@ -109,7 +110,7 @@ def test_its_config_is_the_quickstart_but_for_the_method(name, monkeypatch):
   )
   changed = set(config.diff(plain, own)) - {"method", "output"}
   of_method = {"lora": {"train.learning_rate"}, "opd_recover": {"data.questions"}}
-  sections = ("anchor.", "distill.source", "recadam.", "refine.")
+  sections = ("anchor.", "distill.source", "recadam.", "refine.", "soft_mask.")
   assert {key for key in changed if not key.startswith(sections)} <= {
     *("train.measure_every", "rollout.max_new_tokens"),
     *of_method.get(name, ()),

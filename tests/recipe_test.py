@@ -12,7 +12,8 @@ from raft_jax import balance, config, errors, masks, model, recipe
 from tests import model_test
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHAPES = model.shapes(model_test.CONFIG)
+CONFIG = model_test.CONFIG
+SHAPES = model.shapes(CONFIG)
 RATES = np.array([1e-3, 3e-3, 2e-3])
 
 
@@ -32,7 +33,7 @@ def _make(tmp_path, monkeypatch):
     )
     settings = config.load(path, ["method=sft", *overrides])
     return recipe.make_optimizer(
-      settings, balance.balance_fixed(1.0), schedule, SHAPES, len(RATES)
+      settings, balance.balance_fixed(1.0), schedule, SHAPES, CONFIG, len(RATES)
     )
 
   return make
