@@ -173,6 +173,7 @@ def table() -> str:
   lines = ["| `method` | what it is | settings | source |", "| --- | --- | --- | --- |"]
   for name, method in METHODS.items():
     shown = ", ".join(f"`{word}`" for word in words(method.settings))
+    shown += "".join(f"; set `{key}`" for key in method.needs)
     lines.append(
       f"| `{name}` | {method.summary} | {shown or 'the defaults'} | {method.source} |"
     )
