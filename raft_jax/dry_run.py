@@ -27,8 +27,8 @@ from raft_jax import (
   errors,
   hf,
   machines,
-  methods,
   model,
+  recipe,
   sharding,
   text,
   train,
@@ -54,6 +54,9 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     errors.UserError: the config does not suit the model or the machine.
   """
   machine = machines.parse(topology)
+  if config.distill.trajectory == "mixed":  # the dearer of its two kinds of step
+    distill = config.distill.model_copy(update={"trajectory": "rollout"})
+    config = config.model_copy(update={"distill": distill})
   run = prepare(config, machine)
   built = wiring.build(config, run)
   phases: dict[str, Any] = {}
@@ -65,18 +68,20 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     double("rollout", built.programs.roll_out),
     double("teacher", built.programs.teach),
     double("update", built.programs.update),
+    built.programs.teacher,
   )
-  frozen, base = abstract_base(config, run, built)
+  beside = abstract_beside(config, run, built)
   with jax.set_mesh(run.mesh):
     batch = abstract_batch(config, run.mesh)
     for measured in (False, True) if config.train.measure_every else (False,):
       train.run_step(
         programs,
         built.abstract,
-        frozen,
-        base if built.distils else None,
+        beside.frozen,
+        beside.teacher,
         batch,
         0,
+        anchor=beside.anchor,
         measure=measured,
         timed=False,
       )
@@ -86,13 +91,16 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     lambda: model.init_cache(run.decoder, rows, length, config.model.dtype)
   )
   return {
-    "parameters": sum(leaf.size for leaf in jax.tree.leaves(base)),
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.shapes(run.decoder))),
     "trained": sum(leaf.size for leaf in jax.tree.leaves(built.abstract.params)),
     "mesh": dict(run.mesh.shape),
     "memory": {
       "parameters": held(built.abstract.params),
       "optimizer": held(built.abstract.opt_state),
-      "base model": held(base) if built.distils or frozen else 0,
+      "base model": sum(
+        held(tree)
+        for tree in ({**(beside.teacher or {}), **beside.frozen}, beside.anchor)
+      ),
       "batch": held(batch),
       "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
     },
@@ -109,30 +117,50 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
   # Which token ends an answer or fills a row costs nothing.
   nobody: Any = None
   codec = text.Codec(nobody, eos_ids=(0,), pad_id=0, digest="", controls=())
-  method = methods.get(config.method)
-  wiring.check(config, decoder, mesh, distil=wiring.distills(config, method))
-  split = wiring.make_split(config, decoder)
-  return wiring.Prepared(method, codec, decoder, mesh, split, None, 1, {})
+  wiring.check(config, decoder, mesh, distil=wiring.distills(config))
+  source = config.distill.source
+  return wiring.Prepared(
+    codec=codec,
+    decoder=decoder,
+    teacher=None if source is None else hf.load_config(source, weights=False),
+    mesh=mesh,
+    split=wiring.make_split(config, decoder),
+    dataset=None,
+    general=None,
+    probed=None,
+    total_steps=1,
+    identity={},
+  )
 
 
-def abstract_base(
+def abstract_beside(
   config: config_lib.Config, run: wiring.Prepared, built: wiring.Built
-) -> tuple[model.Params, model.Params]:
-  """The frozen parameters and the base model, which is the teacher, as a run has them:
-  the same buffers, in the type of the activations."""
-  base = jax.tree.map(
-    lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, config.model.dtype, sharding=at),
-    model.shapes(run.decoder),
-    built.base_shardings,
+) -> train.Beside:
+  """What the steps read beside the state, as `train.first_state` has it: frozen
+  parameters and the base model as teacher are the same buffers."""
+
+  def of(decoder: model.DecoderConfig, dtype: str) -> model.Params:
+    return jax.tree.map(
+      lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at),
+      model.shapes(decoder),
+      wiring.param_shardings(run.mesh, decoder),
+    )
+
+  base = of(run.decoder, config.model.dtype)
+  teacher = base if run.teacher is None else of(run.teacher, config.model.dtype)
+  frozen: model.Params = {}
+  if run.split.freeze is not None:
+    whole = sharding.replicated(run.mesh)
+    frozen = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+      jax.eval_shape(run.split.freeze, base),
+    )
+    frozen = {**frozen, **base}
+  return train.Beside(
+    frozen=frozen,
+    teacher=teacher if built.base_teaches else None,
+    anchor=of(run.decoder, "float32") if recipe.anchored(config) else None,
   )
-  if run.split.freeze is None:
-    return {}, base
-  added = jax.eval_shape(run.split.freeze, base)
-  whole = sharding.replicated(run.mesh)
-  placed = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), added
-  )
-  return {**placed, **base}, base
 
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> data.Batch:

@@ -249,9 +249,10 @@ def distills(config: config_lib.Config) -> bool:
 
 def rolls_out(config: config_lib.Config, step: int) -> bool:
   """Whether the trajectory of a step is a rollout: a function of seed and step."""
-  shares = {"rollout": 1.0, "answer": 0.0, "mixed": config.distill.on_policy}
+  if config.distill.trajectory != "mixed":
+    return config.distill.trajectory == "rollout"
   drawn = np.random.default_rng((config.train.seed, step)).random()  # in [0, 1)
-  return bool(drawn < shares[config.distill.trajectory])
+  return bool(drawn < config.distill.on_policy)
 
 
 def compile_programs(
