@@ -120,7 +120,17 @@ def sft(make):
   return fitted(make("sft"))
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
+# Stopped and resumed in `train_test` and `lora_test`, too, and `opd` has RAFT's state.
+ELSEWHERE = ("raft", "lora", "opd")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow) if name in ELSEWHERE else name
+    for name in methods.METHODS
+  ],
+)
 def test_it_trains_and_a_resumed_run_ends_with_the_same_bits(name, make, needs, base):
   settings = make(name, *needs.get(name, []))
   whole, log = fitted(settings)
