@@ -165,7 +165,8 @@ def abstract_beside(
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> data.Batch:
   """A batch as wide as the budgets, rounded up as `data.widths` rounds."""
-  rows, where = config.train.batch_size, sharding.batch(mesh)
+  rows = config.train.batch_size + wiring.replays(config)
+  where = sharding.batch(mesh)
 
   def ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
