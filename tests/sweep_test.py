@@ -105,3 +105,10 @@ def test_a_sweep_is_run_resumed_and_collected(file):
 
   again = _sweep(file, "sweep.only=1")
   assert "run 1 of 1, fused-seed_0: finished before" in again.stdout
+
+
+@pytest.mark.parametrize(("name", "count"), [("table1", 22), ("ablations", 19)])
+def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
+  path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
+  assert f"# {count} runs of" in path.read_text(encoding="utf-8")
+  assert len(sweep.expand(config.load(path))) == count
