@@ -435,6 +435,7 @@ class Sweep(Section):
   only: Positive | None = None
   """Run only the Nth run (from 1), as one task of an array job."""
   runs: tuple[SweepRun, ...] = ()
+  """Each is a run of this config with some keys set, or several."""
 
 
 class Export(Section):
