@@ -4,12 +4,18 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+# Begun in the background, a session has Ctrl-C ignored, and so would the processes that
+# the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Compiled programs are shared by the tests of one session and the processes that they
 # start (most of the time goes into compiling); the next session begins with none.
