@@ -97,10 +97,8 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     "memory": {
       "parameters": held(built.abstract.params),
       "optimizer": held(built.abstract.opt_state),
-      "base model": sum(
-        held(tree)
-        for tree in ({**(beside.teacher or {}), **beside.frozen}, beside.anchor)
-      ),
+      # Frozen parameters, teacher and anchor may be the same buffers.
+      "base model": held({id(leaf): leaf for leaf in jax.tree.leaves(beside)}),
       "batch": held(batch),
       "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
     },
@@ -147,6 +145,8 @@ def abstract_beside(
     )
 
   base = of(run.decoder, config.model.dtype)
+  shared = config.model.dtype == "float32"
+  anchor = base if shared else of(run.decoder, "float32")
   teacher = base if run.teacher is None else of(run.teacher, config.model.dtype)
   frozen: model.Params = {}
   if run.split.freeze is not None:
@@ -159,7 +159,7 @@ def abstract_beside(
   return train.Beside(
     frozen=frozen,
     teacher=teacher if built.base_teaches else None,
-    anchor=of(run.decoder, "float32") if recipe.anchored(config) else None,
+    anchor=anchor if recipe.anchored(config) else None,
   )
 
 

@@ -61,16 +61,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, says):
   assert says in line
 
 
-def test_interrupt_gives_a_hint_and_130(tmp_path):
-  command = [
-    sys.executable,
-    "-c",
-    STAGE,
-    "--config",
-    least_file(tmp_path),
-  ]
+def interrupt_once_ready(code: str, folder: pathlib.Path) -> None:
+  """Sends Ctrl-C to a stage that is at work, which must end as the README says."""
+  command = [sys.executable, "-c", code, "--config", least_file(folder), "output=slow"]
   process = subprocess.Popen(
-    [*command, "output=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
   assert process.stdout is not None
   assert process.stdout.readline() == "ready\n"
@@ -79,6 +74,10 @@ def test_interrupt_gives_a_hint_and_130(tmp_path):
   _, complaint = process.communicate(timeout=20)
   assert process.returncode == 130
   assert complaint == "interrupted; run the same command again to continue\n"
+
+
+def test_interrupt_gives_a_hint_and_130(tmp_path):
+  interrupt_once_ready(STAGE, tmp_path)
 
 
 def test_interrupt_while_a_stage_is_being_imported(tmp_path):
@@ -109,23 +108,7 @@ def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
     """try: time.sleep(60)
     except KeyboardInterrupt: raise ImportError("half loaded") from None""",
   )
-  command = [
-    sys.executable,
-    "-c",
-    code,
-    "--config",
-    least_file(tmp_path),
-  ]
-  process = subprocess.Popen(
-    [*command, "output=slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  assert process.stdout is not None
-  assert process.stdout.readline() == "ready\n"
-  time.sleep(0.1)
-  process.send_signal(signal.SIGINT)
-  _, complaint = process.communicate(timeout=20)
-  assert process.returncode == 130
-  assert complaint == "interrupted; run the same command again to continue\n"
+  interrupt_once_ready(code, tmp_path)
 
 
 def test_print_config_shows_every_value_and_stops(tmp_path):

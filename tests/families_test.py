@@ -25,17 +25,12 @@ from raft_jax import (
   sample,
   sharding,
 )
+from tests import family_config_test
 
-VOCAB = 90
+VOCAB = family_config_test.TINY["vocab_size"]
 LENGTHS = (40, 23, 7)
 TINY = {
-  "vocab_size": VOCAB,
-  "hidden_size": 48,
-  "intermediate_size": 56,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "max_position_embeddings": 64,
+  **family_config_test.TINY,
   "initializer_range": 0.2,
   "bos_token_id": 1,
   "eos_token_id": 2,

@@ -47,6 +47,7 @@ ROOMS = [
   "encode",
   "methods",
   "schema",
+  "conflicts",
   "config",
   "command_line",
   "progress",
@@ -112,7 +113,7 @@ ALONE_LIBRARIES = {"jax", "optax", "numpy"}
 LIGHT = {
   *("errors", "strict_yaml", "records", "shards", "text", "engines", "encode"),
   *("jax_engine", "vllm_engine", "openai_engine", "roles", "methods"),
-  *("schema", "config", "command_line", "journal", "judge", "refine"),
+  *("schema", "conflicts", "config", "command_line", "journal", "judge", "refine"),
 }
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "chex"}
 

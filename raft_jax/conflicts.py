@@ -1,0 +1,168 @@
+"""What is wrong with a config whose every value is right by itself.
+
+Each finding is a dotted key and what to do about it. Needs no model and no data.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from raft_jax import schema
+
+QUESTION_FILES = (
+  *("data.questions", "data.test"),
+  *("anchor.questions", "replay.questions"),
+)
+
+
+def missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+  """Files of questions that a tree of keys names and that are not there."""
+  for key in QUESTION_FILES:
+    section, name = key.split(".")
+    values = tree.get(section)
+    value = values.get(name) if isinstance(values, dict) else None
+    if isinstance(value, str) and not pathlib.Path(value).is_file():
+      yield (
+        key,
+        f"{value!r} is not a file (looked in {pathlib.Path.cwd()}); give a .jsonl or "
+        f".parquet file",
+      )
+
+
+def find(config: schema.Config) -> Iterator[tuple[str, str]]:
+  """Values that are right each by itself, but not together. Needs no model."""
+  for key, text in (("model.source", config.model.source), ("output", config.output)):
+    if not text.strip():
+      yield key, "is empty; give a name"
+  # os.path, unlike pathlib, says no where a name is too long to be looked up.
+  if os.path.exists(config.output) and not os.path.isdir(config.output):
+    yield "output", f"{config.output} is not a folder; choose another output"
+  sizes = config.mesh.model_dump()
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      yield f"mesh.{axis}", f"must be a number of devices or -1, got {size}"
+  if list(sizes.values()).count(-1) > 1:
+    yield "mesh", "only one axis may be -1 (all devices that are left)"
+  if config.train.batch_size % config.train.micro_batches:
+    yield (
+      "train.micro_batches",
+      f"must divide train.batch_size={config.train.batch_size}, "
+      f"got {config.train.micro_batches}",
+    )
+  if config.balance.mode == "gradient_norm" and not config.train.measure_every:
+    yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
+  if config.balance.mode == "gradient_norm" and not config.balance.weight:
+    yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
+  yield from _parts(config)
+  yield from _unused(config)
+  yield from _engines(config.refine)
+  seen = set()
+  for i, judge in enumerate(config.refine.judges):
+    if judge.engine == "encoder" and judge.model is not None:
+      yield (
+        f"refine.judges.{i}.model",
+        "an encoder judge uses refine.encoder; delete this line",
+      )
+    if judge in seen:
+      yield f"refine.judges.{i}", "is the same judge again; delete it or change it"
+    seen.add(judge)
+
+
+def _engines(refine: schema.Refine) -> Iterator[tuple[str, str]]:
+  """Keys of other engines than the one a role names, and keys that its own needs."""
+  roles: list[tuple[str, schema.Asked]] = [
+    ("refine.rewriter", refine.rewriter),
+    ("refine.fusion", refine.fusion),
+    *((f"refine.judges.{i}", judge) for i, judge in enumerate(refine.judges)),
+  ]
+  for place, role in roles:
+    for engine, keys in schema.ENGINE_KEYS.items():
+      for key in keys:
+        default = type(role).model_fields[key].default
+        if role.engine != engine and getattr(role, key) != default:
+          yield (
+            f"{place}.{key}",
+            f"is read with engine: {engine} only; set that or delete it",
+          )
+    if role.engine == "openai":
+      if not (role.base_url or "").startswith(("http://", "https://")):
+        yield (
+          f"{place}.base_url",
+          "must be the server's address, like http://localhost:8000/v1",
+        )
+      if not role.model:
+        yield f"{place}.model", "is required with engine: openai: its name there"
+
+
+def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
+  """Parts of methods that do not go together."""
+  distill, anchor = config.distill, config.anchor
+  if not config.train.cross_entropy:
+    if distill.teacher == "none":
+      yield (
+        "train.cross_entropy",
+        "without it and with distill.teacher=none no loss is left; set one of the two",
+      )
+    if config.balance.mode in ("ema", "gradient_norm"):
+      yield (
+        "balance.mode",
+        f"{config.balance.mode} weighs distillation against the cross-entropy, which "
+        "train.cross_entropy=false leaves out; set fixed or schedule",
+      )
+  if distill.teacher == "live" and distill.teacher_context == "none":
+    yield (
+      "distill.teacher_context",
+      "none shows the live teacher what the student sees: its loss is 0; set another",
+    )
+  if distill.source is not None and distill.teacher != "base":
+    yield "distill.source", "is read with distill.teacher=base only; delete this line"
+  if anchor is not None:
+    if anchor.importance != "none" and anchor.questions is None:
+      yield "anchor.questions", "anchor.importance needs general questions; name a file"
+    if config.recadam is not None:
+      yield "anchor", "recadam has a pull of its own; delete one of the two sections"
+  if config.prune is not None and config.export.adapter:
+    yield "export.adapter", "an adapter cannot hold a pruned change; delete one of both"
+  freeze = config.freeze
+  if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
+    yield "freeze.names", "goes with freeze.mode=names, and that with names; change one"
+  if config.lora is not None:
+    for name, what in (
+      ("anchor", "pulls to the base model's parameters"),
+      ("recadam", "pulls to the base model's parameters"),
+      ("freeze", "names the base model's parameters"),
+      ("soft_mask", "masks the base model's parameters"),
+    ):
+      if getattr(config, name) is not None:
+        yield name, f"{what}, and `lora` trains none of these; delete one of the two"
+
+
+def _unused(config: schema.Config) -> Iterator[tuple[str, str]]:
+  """Keys somebody set that this run would never read."""
+  distill, balance = config.distill, config.balance
+  if distill.direction != "jsd" and distill.beta != schema.Distill().beta:
+    yield (
+      "distill.beta",
+      "is read with distill.direction=jsd only; set that or delete it",
+    )
+  if balance.mode != "schedule" and balance.start != schema.Balance().start:
+    yield (
+      "balance.start",
+      "is read with balance.mode=schedule only; set that or delete it",
+    )
+  if balance.mode == "ema" and balance.weight != schema.Balance().weight:
+    yield (
+      "balance.weight",
+      "is not read with balance.mode=ema; change that or delete it",
+    )
+  if config.export.adapter and config.lora is None:
+    yield "export.adapter", "needs a `lora` section; add it, or delete this line"
+  length = config.rollout.max_new_tokens
+  if distill.trajectory == "rollout" and distill.skip_first >= length:
+    yield (
+      "distill.skip_first",
+      f"leaves no token of rollout.max_new_tokens={length}; make it smaller",
+    )
