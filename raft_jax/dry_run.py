@@ -34,6 +34,7 @@ from raft_jax import (
   train,
   wiring,
 )
+from raft_jax import programs as programs_lib
 
 TPU_OPTIONS = {
   # Without it every gather of weights becomes a loop of hundreds of small sends, which
@@ -64,7 +65,7 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
   def double(name: str, program: Any) -> Any:
     return program and recorder(phases, name, program, machine)
 
-  programs = wiring.Programs(
+  programs = programs_lib.Programs(
     double("rollout", built.programs.roll_out),
     double("teacher", built.programs.teach),
     double("update", built.programs.update),

@@ -41,6 +41,7 @@ from raft_jax import (
   wiring,
 )
 from raft_jax import config as config_lib
+from raft_jax import programs as programs_lib
 from raft_jax import step as step_lib
 
 
@@ -93,7 +94,7 @@ class Dispatched(NamedTuple):
 
 
 def run_step(
-  programs: wiring.Programs,
+  programs: programs_lib.Programs,
   state: step_lib.TrainState,
   frozen: model.Params,
   teacher_params: model.Params | None,

@@ -64,6 +64,7 @@ ROOMS = [
   "checkpoint",
   "metrics",
   "recipe",
+  "programs",
   "wiring",
   "train",
   "measure",

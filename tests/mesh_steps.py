@@ -29,6 +29,7 @@ from raft_jax import (
   trainable,
   wiring,
 )
+from raft_jax import programs as programs_lib
 
 # 8 divides every width but the feed-forward's 44, which then stays whole; a head of 8
 # spread over tensor = 8 with 4 heads is cut in two.
@@ -124,9 +125,9 @@ def steps(
     balancer, optim.warmup_cosine(RATE, STEPS), weight_decay=0.01, clip=1.0
   )
   _, shardings = wiring.state_shardings(mesh, split, optimizer)
-  programs = wiring.compile_programs(
+  programs = programs_lib.compile_programs(
     run,
-    wiring.make_settings(run, DECODER, codec),
+    programs_lib.make_settings(run, DECODER, codec),
     codec,
     optimizer,
     balancer,

@@ -8,7 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax import config, errors, hf, methods, records, shards, train, wiring
+from raft_jax import (
+  config,
+  errors,
+  hf,
+  methods,
+  programs,
+  records,
+  shards,
+  train,
+  wiring,
+)
 from tests import tiny_run
 
 STEPS = 4
@@ -185,11 +195,11 @@ def test_parts_go_together(make, needs, base):
 
 
 def test_gkd_draws_by_seed_and_step_where_it_compares(make):
-  drawn = [wiring.rolls_out(make("gkd"), step) for step in range(1000)]
-  assert drawn == [wiring.rolls_out(make("gkd"), step) for step in range(1000)]
+  drawn = [programs.rolls_out(make("gkd"), step) for step in range(1000)]
+  assert drawn == [programs.rolls_out(make("gkd"), step) for step in range(1000)]
   assert 450 < sum(drawn) < 550  # ±3 standard deviations of 16
   other = make("gkd", "train.seed=1")
-  assert drawn != [wiring.rolls_out(other, step) for step in range(1000)]
+  assert drawn != [programs.rolls_out(other, step) for step in range(1000)]
   _, log = fitted(make("gkd"))
   # Only a rollout can end by itself.
   assert ["rollout_ended" in row for row in log] == drawn[:STEPS]
@@ -198,7 +208,7 @@ def test_gkd_draws_by_seed_and_step_where_it_compares(make):
     always = make("gkd", f"distill.on_policy={share}")
     fixed = make("gkd", f"distill.trajectory={words}")
     for step in range(50):
-      assert wiring.rolls_out(always, step) == wiring.rolls_out(fixed, step)
+      assert programs.rolls_out(always, step) == programs.rolls_out(fixed, step)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(make, smollm, tmp_path):

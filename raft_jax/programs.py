@@ -1,0 +1,125 @@
+"""The compiled parts of a step, as the config wants them: rollout, teacher, update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from raft_jax import config as config_lib
+from raft_jax import data, model, recipe, sample, text, trainable
+from raft_jax import step as step_lib
+
+
+class Programs(NamedTuple):
+  """The three compiled parts of a step, and whose parameters the teacher has.
+
+  Attributes:
+    teacher: (the base model's or `distill.source`'s parameters, state, frozen
+      parameters) -> the teacher's.
+  """
+
+  roll_out: Callable[..., tuple[step_lib.Trajectory, jax.Array | None]] | None
+  teach: Callable[..., step_lib.Support] | None
+  update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
+  teacher: Callable[..., model.Params] | None = None
+
+
+TEACHERS: dict[str, Callable[..., model.Params]] = {
+  "base": lambda base, state, frozen: base,
+  "live": lambda base, state, frozen: trainable.combine(frozen, state.params),
+  "average": lambda base, state, frozen: trainable.combine(
+    frozen, state.opt_state[recipe.AVERAGE].average
+  ),
+}
+"""`distill.teacher` -> `Programs.teacher`."""
+
+
+def make_settings(
+  config: config_lib.Config,
+  decoder: model.DecoderConfig,
+  codec: text.Codec,
+  teacher: model.DecoderConfig | None = None,
+) -> step_lib.Settings:
+  """The few values the step needs."""
+  distill = config.distill
+  return step_lib.Settings(
+    decoder=decoder,
+    eos_ids=codec.eos_ids,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    unroll=config.model.unroll,
+    micro_batches=config.train.micro_batches,
+    cross_entropy=config.train.cross_entropy,
+    loss_mean=config.train.loss_mean,
+    top_k=distill.top_k,
+    temperature=distill.temperature,
+    direction=distill.direction,
+    beta=distill.beta if distill.direction == "jsd" else None,
+    tail=distill.tail,
+    scale_by_t2=distill.scale_by_t2,
+    skip_first=distill.skip_first,
+    mask_eos=distill.mask_eos,
+    teacher_decoder=teacher,
+  )
+
+
+def rolls_out(config: config_lib.Config, step: int) -> bool:
+  """Whether the trajectory of a step is a rollout: a function of seed and step."""
+  if config.distill.trajectory != "mixed":
+    return config.distill.trajectory == "rollout"
+  drawn = np.random.default_rng((config.train.seed, step)).random()  # in [0, 1)
+  return bool(drawn < config.distill.on_policy)
+
+
+def compile_programs(
+  config: config_lib.Config,
+  settings: step_lib.Settings,
+  codec: text.Codec,
+  optimizer: optax.GradientTransformationExtraArgs,
+  balancer: optax.GradientTransformationExtraArgs,
+  state_shardings: step_lib.TrainState,
+  *,
+  distil: bool,
+) -> Programs:
+  """Jits rollout, teacher and update; each compiles once per batch width."""
+  update = jax.jit(
+    functools.partial(
+      step_lib.update, optimizer=optimizer, balancer=balancer, settings=settings
+    ),
+    static_argnames="measure",
+    donate_argnums=0,
+    out_shardings=(state_shardings, None),
+  )
+  if not distil:
+    return Programs(None, None, update)
+
+  def roll_out(
+    params: model.Params, frozen: model.Params, batch: data.Batch, step: int
+  ):
+    if not rolls_out(config, step):
+      return step_lib.Trajectory(batch.answer_BA, batch.answer_length_B), None
+    rollout = sample.generate(
+      trainable.combine(frozen, params),
+      settings.decoder,
+      batch.prompt_BP,
+      batch.prompt_length_B,
+      batch.row_id_B,
+      seed=config.train.seed,
+      step=step,
+      max_new_tokens=config.rollout.max_new_tokens,
+      temperature=config.rollout.temperature,
+      top_p=config.rollout.top_p,
+      eos_ids=codec.eos_ids,
+      pad_id=codec.pad_id,
+      dtype=settings.dtype,
+      unroll=settings.unroll,
+    )
+    return step_lib.Trajectory(rollout.tokens_BR, rollout.length_B), rollout.ended_B
+
+  teach = jax.jit(functools.partial(step_lib.teach, settings=settings))
+  return Programs(roll_out, teach, update, TEACHERS[config.distill.teacher])
