@@ -39,7 +39,7 @@ def run(
     usage=" ".join(
       [
         "%(prog)s --config FILE",
-        *(f"{name} {how['metavar']}" for name, how in (options or {}).items()),
+        *(f"[{name} {how['metavar']}]" for name, how in (options or {}).items()),
         "[key=value ...] [--print-config]",
       ]
     ),
@@ -62,7 +62,8 @@ def run(
         raise errors.UserError(
           f"--config is missing; e.g. {parser.prog} --config configs/quickstart.yaml"
         )
-      own = {name.strip("-"): getattr(given, name.strip("-")) for name in options or {}}
+      names = [name.strip("-").replace("-", "_") for name in options or {}]
+      own = {name: getattr(given, name) for name in names}
       for values in own.values():
         if isinstance(values, list):
           # Behind an option that takes several words argparse takes these as well.

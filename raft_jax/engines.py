@@ -55,12 +55,16 @@ class Generator(Protocol):
 
   Attributes:
     identity: model source and weights digest; part of the journal's keys.
+    local: whether it takes up this process's memory, where `resident` keeps one model.
     prompt_limit: tokens of prompt and reply together that the model can hold; None if
       only the engine knows, whose reply is then `too_long`.
   """
 
   @property
   def identity(self) -> str: ...
+
+  @property
+  def local(self) -> bool: ...
 
   @property
   def prompt_limit(self) -> int | None: ...

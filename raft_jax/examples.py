@@ -40,11 +40,21 @@ def rewritten(record: records.Refined) -> str:
   return record.question.answer if record.similarity is None else record.rewrite
 
 
-ANSWERS: dict[str, Callable[[records.Refined], str]] = {
-  "rewritten": rewritten,
-  "refined": lambda record: record.answer,
+def filtered(record: records.Refined, threshold: float) -> str:
+  """Eq. 3 of RAFT (arXiv 2606.00147): the rewrite where its cosine with the original
+  answer reaches the threshold, else the original."""
+  similarity = record.similarity
+  near = similarity is not None and similarity >= threshold
+  return record.rewrite if near else record.question.answer
+
+
+ANSWERS: dict[str, Callable[[records.Refined, float], str]] = {
+  "rewritten": lambda record, threshold: rewritten(record),
+  "filtered": filtered,
+  "refined": lambda record, threshold: record.answer,
 }
-"""`data.answers` -> the answer that is learnt from a refined record."""
+"""`data.answers` -> the answer that is learnt from a refined record, by the cosine's
+threshold."""
 
 
 def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examples:
@@ -54,7 +64,7 @@ def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examp
     distil: whether there is a teacher, whose context is wanted, too.
   """
   context = config.distill.teacher_context if distil else "none"
-  rows, left_out = _encode(config, codec, _domain(config), context)
+  rows, left_out = _encode(config, codec, _domain(config, codec), context)
   replayed: list[data.Row] = []
   general: list[data.Row] = []
   replay, anchor = config.replay, config.anchor
@@ -76,7 +86,7 @@ Example = tuple[str, tuple[records.Message, ...], str]
 """Id, messages and the answer to learn."""
 
 
-def _domain(config: config_lib.Config) -> list[Example]:
+def _domain(config: config_lib.Config, codec: text.Codec) -> list[Example]:
   if config.data.answers == "original":
     return _questions(config, config.data.questions)[: config.data.limit]
   folder = pathlib.Path(config.output) / "refined"
@@ -88,9 +98,17 @@ def _domain(config: config_lib.Config) -> list[Example]:
     )
   # The records are of the questions and the model that this config names.
   config_lib.check_output(config, "refine", REFINED)
+  made_with = shards.read_manifest(folder).meta.get("tokenizer")
+  if made_with not in (None, codec.digest):
+    raise errors.UserError(
+      f"{folder}: its answers were written with another tokenizer or chat template "
+      f"than {config.model.source} has now; put the old one back, or refine into "
+      "another output"
+    )
   answer = ANSWERS[config.data.answers]
+  threshold = config.refine.similarity_threshold
   found = [records.from_json(raw) for raw in shards.read_shards(folder)]
-  return [(r.question.id, r.question.messages, answer(r)) for r in found]
+  return [(r.question.id, r.question.messages, answer(r, threshold)) for r in found]
 
 
 def _questions(config: config_lib.Config, path: str) -> list[Example]:

@@ -41,6 +41,8 @@ class _JaxEngine:
   dtype: str
   batch_size: int
 
+  local = True
+
   @property
   def identity(self) -> str:
     return f"jax {self.dtype} {engines.identity(self.source)}"

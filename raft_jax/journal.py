@@ -5,10 +5,13 @@ is asked twice. One JSON line per finished call:
 
   {"crc32": "89abcdef", "key": "<sha256 of what the result depends on>", "value": {}}
 
-Lines are written a micro-batch at a time with one fsync, so a kill loses at most the
-micro-batch in flight. A power cut may tear the last line: `open_journal` drops it and
-says so. A damaged line anywhere else means the file was edited or the disk is failing:
-that is an error, because silently dropping paid-for results would hide it.
+Lines are written a micro-batch at a time with one fsync, while the next one is being
+made: a kill loses at most these two. A power cut may tear the last line: `open_journal`
+drops it and says so. A damaged line anywhere else means the file was edited or the disk
+is failing: that is an error, because silently dropping paid-for results would hide it.
+
+Results stay on the disk; memory holds none but those being read, however long a journal
+becomes.
 
 `Calls` below makes language-model and encoder calls through it.
 """
@@ -20,6 +23,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -28,12 +32,13 @@ import pathlib
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import filelock
 
@@ -68,17 +73,91 @@ def seed_from(key: str) -> int:
   return int(key[:8], 16) & 0x7FFFFFFF
 
 
+class Finished(Mapping[str, Any]):
+  """Value by key of finished calls, read from their files when asked for.
+
+  Where each line stands is kept in an SQLite table of this process, which spills to
+  the disk and is gone with it: the journal itself is the lines alone.
+  """
+
+  def __init__(self) -> None:
+    self._files: list[BinaryIO] = []
+    self._table = sqlite3.connect("", isolation_level=None)
+    self._table.executescript(
+      "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA locking_mode ="
+      " EXCLUSIVE; CREATE TABLE call (key TEXT PRIMARY KEY, file INT, start INT,"
+      " role TEXT) WITHOUT ROWID;"
+    )
+
+  def add_file(self, file: BinaryIO, starts: Iterable[tuple[str, int]]) -> None:
+    """Takes in the calls of a file of lines; keys that are known keep their value."""
+    self._files.append(file)
+    self.add(len(self._files) - 1, starts)
+
+  def add(self, file: int, starts: Iterable[tuple[str, int]]) -> None:
+    rows = ((key, file, start) for key, start in starts)
+    self._table.execute("BEGIN")
+    self._table.executemany(
+      "INSERT OR IGNORE INTO call (key, file, start) VALUES (?, ?, ?)", rows
+    )
+    self._table.execute("COMMIT")
+
+  def use(self, role: str, keys: Iterable[str]) -> None:
+    """Notes the role that needed these calls first; unknown keys are passed over."""
+    self._table.execute("BEGIN")
+    self._table.executemany(
+      "UPDATE call SET role = ? WHERE key = ? AND role IS NULL",
+      ((role, key) for key in keys),
+    )
+    self._table.execute("COMMIT")
+
+  def used(self) -> Iterator[tuple[str, Any]]:
+    """Role and value of the calls that a role needed, in the order of the files."""
+    query = (
+      "SELECT role, file, start FROM call WHERE role NOT NULL ORDER BY file, start"
+    )
+    for role, file, start in self._table.execute(query):
+      yield role, self._read(file, start)
+
+  def __getitem__(self, key: str) -> Any:
+    place = self._place(key)
+    if place is None:
+      raise KeyError(key)
+    return self._read(*place)
+
+  def __contains__(self, key: object) -> bool:
+    return self._place(key) is not None
+
+  def __len__(self) -> int:
+    return int(self._table.execute("SELECT count(*) FROM call").fetchone()[0])
+
+  def __iter__(self) -> Iterator[str]:
+    for row in self._table.execute("SELECT key FROM call ORDER BY file, start"):
+      yield row[0]
+
+  def _place(self, key: object) -> tuple[int, int] | None:
+    query = "SELECT file, start FROM call WHERE key = ?"
+    return self._table.execute(query, (key,)).fetchone()
+
+  def _read(self, file: int, start: int) -> Any:
+    self._files[file].seek(start)
+    return json.loads(self._files[file].readline())["value"]
+
+  def close(self) -> None:
+    self._table.close()
+
+
 class Journal:
-  """Finished calls, in memory and on disk. Made by `open_journal`.
+  """Finished calls on disk. Made by `open_journal`.
 
   Attributes:
     path: the JSONL file.
-    calls: value by key, of every finished call, old and new.
+    calls: every finished call, old and new.
     dropped: number of torn lines dropped when opening (0 or 1).
   """
 
   def __init__(
-    self, path: pathlib.Path, file: io.FileIO, calls: dict[str, Any], dropped: int
+    self, path: pathlib.Path, file: io.FileIO, calls: Finished, dropped: int
   ):
     self.path = path
     self.calls = calls
@@ -91,9 +170,10 @@ class Journal:
     Raises UserError when the disk is full or the file cannot be written; what was
     written before stays readable.
     """
-    lines = b"".join(_line(key, value) for key, value in finished.items())
+    lines = {key: _line(key, value) for key, value in finished.items()}
+    ends = itertools.accumulate(map(len, lines.values()), initial=self._file.tell())
     try:
-      unwritten = memoryview(lines)
+      unwritten = memoryview(b"".join(lines.values()))
       while unwritten:
         unwritten = unwritten[self._file.write(unwritten) :]
       os.fsync(self._file.fileno())
@@ -103,50 +183,71 @@ class Journal:
         f"{self.path}: cannot write: {error.strerror} ({free:,} bytes free); make room "
         "and run the same command again, finished calls are kept"
       ) from error
-    self.calls.update(finished)
+    self.calls.add(0, zip(lines, ends))
 
 
 @contextlib.contextmanager
-def open_journal(path: str | os.PathLike[str]) -> Iterator[Journal]:
+def open_journal(
+  path: str | os.PathLike[str], *, others: Sequence[pathlib.Path] = ()
+) -> Iterator[Journal]:
   """The journal at `path`, made if absent, locked while the context lasts.
+
+  Args:
+    others: journals whose calls count as finished, too; they are only read, and what
+      another process is adding to one may be missed.
 
   Raises UserError when another process holds it (naming its pid and host), or when a
   line before the last is damaged (naming file:line).
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with locked(path):
-    calls, good_bytes, dropped = _read(path)
+  with contextlib.ExitStack() as open_files:
+    open_files.enter_context(locked(path))
     # Unbuffered: what a failed write leaves behind must not be flushed on close.
-    with open(path, "ab", buffering=0) as file:
-      if file.tell() != good_bytes:
-        file.truncate(good_bytes)
-        os.fsync(file.fileno())
-      _sync_folder(path.parent)
-      yield Journal(path, file, calls, dropped)
+    file = open_files.enter_context(open(path, "ab", buffering=0))
+    calls = open_files.enter_context(contextlib.closing(Finished()))
+    lines = Lines(path)
+    calls.add_file(open_files.enter_context(open(path, "rb")), lines)
+    if lines.torn:
+      _LOG.warning(
+        "%s:%d: dropped 1 torn line; its call is made again", path, lines.torn
+      )
+      file.truncate(lines.whole_bytes)
+      file.seek(lines.whole_bytes)
+      os.fsync(file.fileno())
+    _sync_folder(path.parent)
+    for other in others:
+      calls.add_file(open_files.enter_context(open(other, "rb")), Lines(other))
+    yield Journal(path, file, calls, int(bool(lines.torn)))
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
-  """All whole calls, the bytes they take, and how many torn lines follow (0 or 1)."""
-  calls: dict[str, Any] = {}
-  good_bytes = 0
-  lines: list[bytes] = []
-  if path.exists():
-    with open(path, "rb") as file:
-      lines = file.readlines()
-  for number, line in enumerate(lines, start=1):
-    call = _parse(line)
-    if call is None:
-      if number < len(lines):
-        raise errors.UserError(
-          f"{path}:{number}: damaged line; delete that line (its call is made again) "
-          "or the file (all calls are)"
-        )
-      _LOG.warning("%s:%d: dropped 1 torn line; its call is made again", path, number)
-      return calls, good_bytes, 1
-    calls[call[0]] = call[1]
-    good_bytes += len(line)
-  return calls, good_bytes, 0
+class Lines:
+  """Key and start of each whole line of a journal; iterate once, then see the rest.
+
+  Attributes:
+    whole_bytes: length of the whole lines.
+    torn: number of the last line if it is torn, else 0.
+
+  Raises UserError for a damaged line before the last.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.path, self.whole_bytes, self.torn = path, 0, 0
+
+  def __iter__(self) -> Iterator[tuple[str, int]]:
+    with open(self.path, "rb") as file:
+      for number, line in enumerate(file, start=1):
+        if self.torn:
+          raise errors.UserError(
+            f"{self.path}:{self.torn}: damaged line; delete that line (its call is "
+            "made again) or the file (all calls are)"
+          )
+        call = _parse(line)
+        if call is None:
+          self.torn = number
+          continue
+        yield call[0], self.whole_bytes
+        self.whole_bytes += len(line)
 
 
 def _line(key: str, value: Any) -> bytes:
@@ -234,6 +335,10 @@ class Stopped(SystemExit):
   """A signal asked the run to end; all finished calls are in the journal."""
 
 
+class OtherModel(Exception):
+  """A call wants a model in memory while another one is at work there."""
+
+
 @dataclasses.dataclass
 class Calls:
   """Makes calls through the journal: finished ones are read, new ones made and kept.
@@ -241,13 +346,18 @@ class Calls:
   Attributes:
     book: the open journal.
     seed: of the run; with a call's content it makes that call's own seed.
-    used: role by key, of every call that this run needed.
+    one_model: raise OtherModel where a call wants to put another model in memory than
+      the first that was wanted since `model` was None.
+    model: identity of that first model.
+    title: stands before the name of each pass where progress is shown.
     signals: filled by `listening` when the run is asked to end.
   """
 
   book: Journal
   seed: int
-  used: dict[str, str] = dataclasses.field(default_factory=dict)
+  one_model: bool = False
+  model: str | None = None
+  title: str = ""
   signals: list[int] = dataclasses.field(default_factory=list)
 
   def ask(
@@ -271,18 +381,15 @@ class Calls:
     }
     if role.reply_schema is not None:
       sampling["reply_schema"] = role.reply_schema
-    keys = [
-      content_key(
-        role=role.name,
-        # Without sampling every round's reply is the same reply.
-        round=round_number if role.temperature > 0 else 0,
-        messages=prompt,
-        model=role.generator.identity,
-        seed=self.seed,
-        **sampling,
-      )
-      for prompt in prompts
-    ]
+    shared = {
+      "role": role.name,
+      # Without sampling every round's reply is the same reply.
+      "round": round_number if role.temperature > 0 else 0,
+      "model": role.generator.identity,
+      "seed": self.seed,
+      **sampling,
+    }
+    keys = [content_key(messages=prompt, **shared) for prompt in prompts]
 
     def generate(rows: Sequence[int]) -> list[dict[str, Any]]:
       requests = [
@@ -302,12 +409,17 @@ class Calls:
           f"max_new_tokens is {role.max_new_tokens}, but the model holds "
           f"{role.generator.prompt_limit} in all; {_SHORTEN}"
         )
+    if tokens and self.one_model and role.generator.local:
+      self.model = self.model or role.generator.identity
+      if self.model != role.generator.identity:
+        raise OtherModel
     # Longest first: memory runs out at once or not at all.
     fitting = sorted(
       (i for i in tokens if tokens[i] <= limit), key=lambda i: -tokens[i]
     )
     title = f"{role.name}, round {round_number}" if round_number else role.name
-    self._make(role.name, title, keys, fitting, role.batch_size, generate)
+    done = len(set(keys)) - len(tokens)
+    self._make(role.name, title, keys, done, fitting, role.batch_size, generate)
     values = [self.book.calls.get(key) for key in keys]
     for i, value in enumerate(values):
       if value and value["finish_reason"] == "too_long" and names is not None:
@@ -332,7 +444,9 @@ class Calls:
         for c, either in zip(cosines, cut)
       ]
 
-    self._make(role, role, keys, self._missing(keys), PAIRS_PER_BATCH, compare)
+    missing = self._missing(keys)
+    done = len(set(keys)) - len(missing)
+    self._make(role, role, keys, done, missing, PAIRS_PER_BATCH, compare)
     return [self.book.calls[key]["cosine"] for key in keys]
 
   def _missing(self, keys: Sequence[str]) -> list[int]:
@@ -347,56 +461,75 @@ class Calls:
     role: str,
     title: str,
     keys: Sequence[str],
+    done: int,
     rows: Sequence[int],
     batch_size: int,
     work: Callable[[Sequence[int]], list[dict[str, Any]]],
   ) -> None:
     """Does `work` on micro-batches of rows; each is durable before the next begins."""
-    for key in keys:
-      self.used.setdefault(key, role)
     if not keys:
       return
-    done = sum(key in self.book.calls for key in set(keys))
+    title = self.title + title
     print(f"{title}: {done} calls done, {len(rows)} to do", flush=True)
     bar = progress.Progress(title, len(rows), unit="call") if rows else None
+
+    def timed(batch: Sequence[int]) -> dict[str, Any]:
+      began = time.monotonic()
+      values = work(batch)
+      seconds = round((time.monotonic() - began) / len(batch), 6)
+      return {
+        keys[i]: {**value, "seconds": seconds}
+        for i, value in zip(batch, values, strict=True)
+      }
+
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    made = 0
     try:
-      # In a thread of its own, so that a signal is heard while the model computes.
+      # In a thread of its own, so that a signal is heard while the model computes, and
+      # that it computes while the last replies are written.
       with concurrent.futures.ThreadPoolExecutor(1) as worker:
-        for start in range(0, len(rows), batch_size):
-          batch = rows[start : start + batch_size]
-          began = time.monotonic()
-          future = worker.submit(work, batch)
-          while not future.done():
-            # Waking up is what lets Python handle a signal that another thread got.
-            concurrent.futures.wait([future], timeout=0.2)
-          try:
-            values = future.result()
-          except Exception as error:
-            # Ctrl-C reaches an engine's own processes too, and they end at once.
-            if self.signals:
-              raise Stopped(128 + self.signals[0]) from error
-            raise
-          seconds = round((time.monotonic() - began) / len(batch), 6)
-          self.book.append(
-            {
-              keys[i]: {**value, "seconds": seconds}
-              for i, value in zip(batch, values, strict=True)
-            }
-          )
+        running = worker.submit(timed, batches[0]) if batches else None
+        for following in [*batches[1:], None]:
+          if running is None:
+            break
+          finished = self._wait(running)
+          running = None
+          if following is not None and not self.signals:
+            running = worker.submit(timed, following)
+          self.book.append(finished)
+          made += len(finished)
           if bar is not None:
-            bar.advance(start + len(batch))
-          if self.signals:
+            bar.advance(made)
+          if self.signals and running is None:
             raise Stopped(128 + self.signals[0])
     finally:
       if bar is not None:
         bar.close()
+    self.book.calls.use(role, keys)
 
-  def totals(self, field: str) -> dict[str, float]:
-    """Sum by role of one field of the values used; integers stay integers."""
-    sums: dict[str, float] = {}
-    for key, role in self.used.items():
-      if field in self.book.calls.get(key, {}):
-        sums[role] = sums.get(role, 0) + self.book.calls[key][field]
+  def _wait(self, running: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
+    while not running.done():
+      # Waking up is what lets Python handle a signal that another thread got.
+      concurrent.futures.wait([running], timeout=0.2)
+    try:
+      return running.result()
+    except Exception as error:
+      # Ctrl-C reaches an engine's own processes too, and they end at once.
+      if self.signals:
+        raise Stopped(128 + self.signals[0]) from error
+      raise
+
+  def totals(self, *fields: str) -> dict[str, dict[str, float]]:
+    """Sums by field and role over the calls that this run needed; "calls" counts them.
+
+    Integers stay integers.
+    """
+    sums: dict[str, dict[str, float]] = {field: {} for field in ("calls", *fields)}
+    for role, value in self.book.calls.used():
+      for field in fields:
+        if field in value:
+          sums[field][role] = sums[field].get(role, 0) + value[field]
+      sums["calls"][role] = sums["calls"].get(role, 0) + 1
     return sums
 
 

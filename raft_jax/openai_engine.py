@@ -70,6 +70,7 @@ class _OpenAIEngine:
   api_key_env: str | None
   timeout_s: float
 
+  local = False
   prompt_limit = None  # the server's own, and its own count
 
   @property

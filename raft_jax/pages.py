@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -35,6 +36,21 @@ def duration(seconds: Any) -> str:
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def bars(counts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+  """Rows of a small bar table: label, count, share of all, width in percent."""
+  items = {k: v for k, v in (counts or {}).items() if run_folder.is_number(v)}
+  total, largest = sum(items.values()), max(items.values(), default=0)
+  return [
+    {
+      "label": label.replace("_", " "),
+      "count": count,
+      "share": count / total if total else None,
+      "width": round(100 * count / largest, 1) if largest else 0,
+    }
+    for label, count in items.items()
+  ]
 
 
 def template(name: str) -> jinja2.Template:

@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from raft_jax import errors
@@ -101,23 +101,44 @@ def read_questions(
     errors.UserError: no such file, not one of the two formats, no usable row, more
       rejects than the threshold, or an id that appears twice.
   """
+  kept: list[Question] = []
+  check_questions(
+    path,
+    limit=limit,
+    reject_threshold=reject_threshold,
+    rejects_path=rejects_path,
+    keep=kept.append,
+  )
+  return kept
+
+
+def check_questions(
+  path: str | os.PathLike[str],
+  *,
+  limit: int | None = None,
+  reject_threshold: float = 0.01,
+  rejects_path: str | os.PathLike[str] | None = None,
+  keep: Callable[[Question], None] = lambda question: None,
+) -> int:
+  """The number of usable rows, each given to `keep`; all else as `read_questions`."""
   path = pathlib.Path(path)
-  kept: list[tuple[int, Question]] = []
+  count = 0
+  lines: dict[str, int] = {}  # of each id
+  repeats: list[tuple[int, str]] = []
   rejects: list[dict[str, Any]] = []
-  try:
-    for line, row in _rows(path):
-      try:
-        kept.append((line, _question(row() if callable(row) else row)))
-      except _Reject as reason:
-        rejects.append({"line": line, "reason": str(reason), "text": _excerpt(row)})
-      if len(kept) == limit:
-        break
-  except OSError as e:
-    raise errors.UserError(f"{path}: cannot read: {e.strerror or e}") from e
+  for line, row in _checked(path, limit):
+    if isinstance(row, Question):
+      count += 1
+      seen = lines.setdefault(row.id, line)
+      if seen != line:
+        repeats.append((line, f"{row.id!r} on lines {seen} and {line}"))
+      keep(row)
+    else:
+      rejects.append({"line": line, **row})
   if rejects_path is not None:
     _write_rejects(pathlib.Path(rejects_path), rejects)
-  _check_rejects(path, len(kept), rejects, reject_threshold, rejects_path)
-  _check_ids(path, kept)
+  _check_rejects(path, count, rejects, reject_threshold, rejects_path)
+  _check_ids(path, repeats)
   if rejects:
     first = rejects[0]
     print(
@@ -125,7 +146,35 @@ def read_questions(
       f"{first['line']}: {first['reason']}",
       file=sys.stderr,
     )
-  return [question for _, question in kept]
+  return count
+
+
+def rows(
+  path: str | os.PathLike[str], *, limit: int | None = None
+) -> Iterator[Question]:
+  """The usable rows of a file that `check_questions` took, in order, one at a time."""
+  found = (row for _, row in _checked(pathlib.Path(path), limit))
+  return (row for row in found if isinstance(row, Question))
+
+
+def _checked(
+  path: pathlib.Path, limit: int | None
+) -> Iterator[tuple[int, Question | dict[str, str]]]:
+  """Line and question of each row, up to `limit` questions; else reason and text."""
+  count = 0
+  try:
+    for line, row in _rows(path):
+      try:
+        question = _question(row() if callable(row) else row)
+      except _Reject as reason:
+        yield line, {"reason": str(reason), "text": _excerpt(row)}
+        continue
+      yield line, question
+      count += 1
+      if count == limit:
+        return
+  except OSError as e:
+    raise errors.UserError(f"{path}: cannot read: {e.strerror or e}") from e
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
@@ -247,8 +296,10 @@ def _text(field: str, value: Any) -> str:
   # Spaces, control and zero-width characters alone are as empty as nothing.
   if all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in value):
     raise _Reject(f"`{field}` is empty")
-  if any("\ud800" <= c <= "\udfff" for c in value):
-    raise _Reject(f"`{field}` holds half of a surrogate pair, which no text has")
+  try:
+    value.encode()
+  except UnicodeEncodeError as e:
+    raise _Reject(f"`{field}` holds half of a surrogate pair, which no text has") from e
   return value
 
 
@@ -316,13 +367,7 @@ def _check_rejects(
   )
 
 
-def _check_ids(path: pathlib.Path, kept: list[tuple[int, Question]]) -> None:
-  first_line: dict[str, int] = {}
-  repeats = []
-  for line, question in kept:
-    seen = first_line.setdefault(question.id, line)
-    if seen != line:
-      repeats.append((line, f"{question.id!r} on lines {seen} and {line}"))
+def _check_ids(path: pathlib.Path, repeats: list[tuple[int, str]]) -> None:
   if repeats:
     named = ", ".join(what for _, what in repeats[:5])
     more = f" and {len(repeats) - 5} more" if len(repeats) > 5 else ""
@@ -341,9 +386,16 @@ def to_json(refined: Refined) -> bytes:
   Raises:
     ValueError: a number is not finite, or a text holds a lone surrogate.
   """
-  tree = dataclasses.asdict(refined)
-  tree["question"]["messages"] = [m._asdict() for m in refined.question.messages]
-  return _canonical(tree)
+  # Not `dataclasses.asdict`, which copies every text and takes as long as a call.
+  question = vars(refined.question)
+  messages = [m._asdict() for m in refined.question.messages]
+  return _canonical(
+    {
+      **vars(refined),
+      "question": {**question, "messages": messages},
+      "rounds": [vars(past) for past in refined.rounds],
+    }
+  )
 
 
 def from_json(data: bytes) -> Refined:

@@ -1,9 +1,10 @@
 """Stage 1: rewrite, filter, fuse, judge, select.
 
-`refine` below is the whole method: RAFT (arXiv 2606.00147) Eq. 1-4. Every pass puts one
-kind of question about all rows that are still open, through `journal.Calls`: what the
-journal holds is not asked again, so a stopped run continues where it was, and the
-shards are a pure function of the questions and the journal.
+`refinement` holds the method; here it is run over a file of questions, a window of rows
+at a time, so that memory does not grow with the file. Every call to a model goes
+through the journal: a stopped run continues where it was, and the shards are a pure
+function of the questions and the journal. Several machines share the work as workers,
+each with a journal of its own; the same command without a worker's number merges them.
 
 Run it as `python -m raft_jax.refine --config FILE`.
 """
@@ -11,11 +12,14 @@ Run it as `python -m raft_jax.refine --config FILE`.
 from __future__ import annotations
 
 import collections
+import contextlib
+import hashlib
+import itertools
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.console
@@ -31,11 +35,26 @@ from raft_jax import (
   journal,
   judge,
   records,
+  refine_report,
+  refinement,
   roles,
   schema,
   shards,
 )
 
+WINDOW = 4096
+"""Rows in memory at a time."""
+
+ENGINES = tuple(
+  f"refine.{part}.{key}"
+  for part, section in (
+    ("rewriter", config.Engine),
+    ("fusion", config.Fusion),
+    ("judges.*", config.Judge),
+  )
+  for key in section.model_fields
+  if key not in schema.PLACEMENT
+)
 CLAIMED = (
   "model.source",
   "model.dtype",
@@ -43,276 +62,199 @@ CLAIMED = (
   "refine.encoder",
   "refine.similarity_threshold",
   "refine.seed",
-  *(
-    f"refine.{part}.{key}"
-    for part, section in (
-      ("rewriter", config.Engine),
-      ("fusion", config.Fusion),
-      ("judges.*", config.Judge),
-    )
-    for key in section.model_fields
-    if key not in schema.PLACEMENT
-  ),
+  *ENGINES,
 )
 """Config keys that decide the result; a folder's second run may not change them."""
 
-
-class Item(NamedTuple):
-  """What a judge reads."""
-
-  question: str
-  original: str
-  candidate: str
-
-
-Judge = Callable[[Sequence[Item], journal.Calls], list[float | None]]
-"""Scores in 0..1, None for an abstention."""
+SELECTING = (
+  "refine.similarity_threshold",
+  "refine.fusion.rounds",
+  "refine.fusion.accept_at",
+  "refine.judges",
+)
+"""Those of `CLAIMED` that `--select-only` may change: they ask for no other text."""
 
 
-class Rewrite(NamedTuple):
-  """A rewritten answer; `flaw` is why it cannot be used, `similarity` then None."""
+class Share(NamedTuple):
+  """Which rows a worker does: `worker`, `worker` + `workers`, ..."""
 
-  text: str
-  flaw: str | None
-  similarity: float | None
-
-
-# The method
+  worker: int
+  workers: int
 
 
-def refine(
-  questions: Sequence[records.Question],
-  *,
-  rewriter: journal.Role,
-  fusion: journal.Role,
-  judges: Sequence[Judge],
-  encoder: encode.Encoder,
-  threshold: float,
-  rounds: int,
-  accept_at: float,
-  calls: journal.Calls,
-  skip_too_long: bool = False,
-) -> list[records.Refined]:
-  """Refines every question, in order.
+WHOLE = Share(0, 1)
+
+
+def fit(
+  run: config.Config,
+  num_workers: int | None = None,
+  worker: int | None = None,
+  select_only: str | None = None,
+) -> None:
+  """Refines `data.questions` into `output/refined`: shards, manifest, summary, report.
 
   Args:
-    threshold: tau in -1..1; a rewrite of lower cosine is dropped.
-    rounds: most fused answers per question.
-    accept_at: mean score in 0..1 from which a fused answer ends its question's rounds.
-    skip_too_long: keep the original answer where the rewriter's prompt is too long for
-      it, instead of raising UserError.
+    num_workers, worker: do this worker's share of the rows, into a journal of its own.
+    select_only: a finished run's output folder, to choose anew among its answers.
   """
-  names = None if skip_too_long else [question.id for question in questions]
-  rewrites = rewrite(questions, rewriter, encoder, calls, names)
-  history: list[list[records.Round]] = [[] for _ in questions]
-  still_open = [
-    i
-    for i, r in enumerate(rewrites)
-    if r.similarity is not None and r.similarity >= threshold
-  ]
-  for number in range(1, rounds + 1):
-    asked = [(questions[i], rewrites[i].text) for i in still_open]
-    results = fuse_and_judge(asked, number, fusion, judges, calls)
-    for i, result in zip(still_open, results, strict=True):
-      history[i].append(result)
-    still_open = [i for i in still_open if not accepted(history[i][-1], accept_at)]
-  return [
-    select(question, rewritten, tuple(past), threshold, accept_at)
-    for question, rewritten, past in zip(questions, rewrites, history, strict=True)
-  ]
-
-
-def rewrite(
-  questions: Sequence[records.Question],
-  rewriter: journal.Role,
-  encoder: encode.Encoder,
-  calls: journal.Calls,
-  names: Sequence[str] | None = None,
-) -> list[Rewrite]:
-  """Eq. 1 and 2: the model's own words for each answer, and their cosine with it."""
-  prompts = [_user(rewrite_prompt(question)) for question in questions]
-  replies = calls.ask(rewriter, prompts, names=names)
-  flaws = [
-    judge.flaw(reply, question_text(q) + "\n" + q.answer)
-    for q, reply in zip(questions, replies, strict=True)
-  ]
-  texts = ["" if reply is None else reply.text.strip() for reply in replies]
-  usable = [i for i, reason in enumerate(flaws) if reason is None]
-  pairs = [(questions[i].answer, texts[i]) for i in usable]
-  similarity = dict(zip(usable, calls.cosines("encode", encoder, pairs), strict=True))
-  return [Rewrite(texts[i], flaws[i], similarity.get(i)) for i in range(len(questions))]
-
-
-def fuse_and_judge(
-  rows: Sequence[tuple[records.Question, str]],
-  number: int,
-  fusion: journal.Role,
-  judges: Sequence[Judge],
-  calls: journal.Calls,
-) -> list[records.Round]:
-  """One round of Eq. 4 for each question and its rewrite.
-
-  A fused text that cannot be used is shown to no judge: its round has no scores.
-  """
-  template = judge.template("fuse")
-  prompts = [
-    template.substitute(question=question_text(q), answer=q.answer, rewrite=rewritten)
-    for q, rewritten in rows
-  ]
-  replies = calls.ask(fusion, [_user(p) for p in prompts], round_number=number)
-  texts = ["" if reply is None else reply.text.strip() for reply in replies]
-  usable = [
-    i
-    for i, ((q, _), reply) in enumerate(zip(rows, replies, strict=True))
-    if judge.flaw(reply, question_text(q) + "\n" + q.answer) is None
-  ]
-  items = [Item(question_text(rows[i][0]), rows[i][0].answer, texts[i]) for i in usable]
-  panel = [score(items, calls) for score in judges]
-  scores = {i: tuple(row) for i, row in zip(usable, zip(*panel), strict=True)}
-  return [
-    records.Round(texts[i], scores.get(i, ()), judge.panel_mean(scores.get(i, ())))
-    for i in range(len(rows))
-  ]
-
-
-def accepted(result: records.Round, accept_at: float) -> bool:
-  """Whether a round ends its question's rounds; a score at the threshold does."""
-  return result.mean is not None and result.mean >= accept_at
-
-
-def select(
-  question: records.Question,
-  rewritten: Rewrite,
-  rounds: tuple[records.Round, ...],
-  threshold: float,
-  accept_at: float,
-) -> records.Refined:
-  """Eq. 3 and 4: the final answer and why; the original wherever anything failed."""
-  best = max(
-    (r for r in rounds if r.mean is not None),
-    key=lambda r: -math.inf if r.mean is None else r.mean,
-    default=None,
-  )  # max keeps the first of equals: the earliest round
-  if best is not None:
-    chosen, answer = "fused", best.text
-    reason = "accepted" if accepted(best, accept_at) else "best_round"
-  else:
-    chosen, answer = "original", question.answer
-    reason = _why_original(rewritten, rounds, threshold)
-  return records.Refined(
-    question=question,
-    rewrite=rewritten.text,
-    similarity=rewritten.similarity,
-    rounds=rounds,
-    answer=answer,
-    chosen=chosen,
-    reason=reason,
-  )
-
-
-def _why_original(
-  rewritten: Rewrite, rounds: tuple[records.Round, ...], threshold: float
-) -> str:
-  if rewritten.flaw is not None:
-    return f"rewrite_{rewritten.flaw}"
-  if rewritten.similarity is None:
-    return "similarity_undefined"
-  if rewritten.similarity < threshold:
-    return "below_threshold"
-  return "judges_failed" if any(r.scores for r in rounds) else "fusion_failed"
-
-
-def rewrite_prompt(question: records.Question) -> str:
-  """What the model is asked, to get the answer in its own words."""
-  return judge.template("rewrite").substitute(
-    question=question_text(question), answer=question.answer
-  )
-
-
-def question_text(question: records.Question) -> str:
-  """The instruction as plain text: one turn as it is, a conversation with its roles."""
-  if len(question.messages) == 1:
-    return question.messages[0].content
-  return "\n".join(f"{role}: {content}" for role, content in question.messages)
-
-
-def _user(content: str) -> tuple[records.Message, ...]:
-  # One user turn and no system turn: some models' chat templates refuse the latter.
-  return (records.Message("user", content),)
-
-
-def language_judge(role: journal.Role) -> Judge:
-  """A language model as a judge; a reply without a plain score is an abstention."""
-
-  def score(items: Sequence[Item], calls: journal.Calls) -> list[float | None]:
-    replies = calls.ask(role, [judge.prompt(*item) for item in items])
-    return [None if r is None else judge.parse_score(r.text) for r in replies]
-
-  return score
-
-
-def encoder_judge(encoder: encode.Encoder) -> Judge:
-  """The sentence encoder as a judge; see `judge.encoder_score`."""
-
-  def score(items: Sequence[Item], calls: journal.Calls) -> list[float | None]:
-    pairs = [(item.original, item.candidate) for item in items]
-    return [judge.encoder_score(c) for c in calls.cosines("judge", encoder, pairs)]
-
-  return score
-
-
-# The run
-
-
-def fit(run: config.Config) -> None:
-  """Refines `data.questions` into `output/refined`: shards, manifest, summary."""
+  share = _share(num_workers, worker, select_only)
   check(run)
   config.check_output(run, "refine", CLAIMED)
   folder = pathlib.Path(run.output) / "refined"
   # The mark of a run's folder; rejects are the first that is written there.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
-  questions = records.read_questions(
+  folder.mkdir(exist_ok=True)
+  if select_only is not None:
+    return _select(run, folder, pathlib.Path(select_only))
+  questions = hashlib.sha256()
+
+  def see(q: records.Question) -> None:
+    row = [q.id, q.domain, q.messages, q.answer]
+    questions.update(journal.canonical(row).encode())
+
+  count = records.check_questions(
     run.data.questions,
     limit=run.data.limit,
     reject_threshold=run.data.reject_threshold,
     rejects_path=folder / "rejects.jsonl",
+    keep=see,
   )
   encoder = encode.load(run.refine.encoder)
-  inputs = _inputs(run, questions, encoder)
-  with journal.open_journal(folder / "journal.jsonl") as book:
+  inputs = _inputs(run, questions.hexdigest(), encoder)
+  with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
       config.claim_output(run, "refine", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
-    rewriter = _role("rewrite", run.refine.rewriter, run)
-    fusion = _role("fuse", run.refine.fusion, run)
-    judges = [_judge(each, run, encoder) for each in run.refine.judges]
+    method = _method(run, encoder)
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "refine", CLAIMED)
     calls = journal.Calls(book, run.refine.seed)
     try:
       with journal.listening(calls.signals):
-        refined = refine(
-          questions,
-          rewriter=rewriter,
-          fusion=fusion,
-          judges=judges,
-          encoder=encoder,
-          threshold=run.refine.similarity_threshold,
-          rounds=run.refine.fusion.rounds,
-          accept_at=run.refine.fusion.accept_at,
-          calls=calls,
-          skip_too_long=run.data.too_long == "skip",
-        )
+        refined = _refine_all(run, share, count, folder, calls, method)
     except journal.Stopped:
       kept = f"{len(book.calls)} calls are kept"
       print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
       raise
     finally:
       engines.release()
-    summary = summarise(refined, calls, run.refine.similarity_threshold)
-    _write(folder, run, refined, summary, encoder, inputs)
-  show(summary, calls)
+    if share != WHOLE:
+      print(
+        f"worker {share.worker} of {share.workers} is done; when all are, run the same "
+        "command without --num-workers and --worker to merge them"
+      )
+      return
+    meta = {
+      "inputs": inputs,
+      "tokenizer": engines.codec(run.model.source).digest,
+      "model": engines.identity(run.model.source),
+      "encoder": encoder.identity,
+    }
+    _seal(run, folder, refined, _made(calls), meta)
+
+
+def _share(
+  num_workers: int | None, worker: int | None, select_only: str | None
+) -> Share:
+  if num_workers is None and worker is None:
+    return WHOLE
+  if num_workers is None or worker is None:
+    raise errors.UserError(
+      "command line: --num-workers and --worker go together: how many there are, and "
+      "the number of this one from 0"
+    )
+  if select_only is not None:
+    raise errors.UserError(
+      "command line: --select-only asks no model, so it takes no workers; leave out "
+      "--num-workers and --worker"
+    )
+  if not 0 <= worker < num_workers:
+    raise errors.UserError(
+      f"command line: --worker {worker}: the workers are 0 to {num_workers - 1} "
+      f"(--num-workers {num_workers})"
+    )
+  return Share(worker, num_workers)
+
+
+@contextlib.contextmanager
+def _journal(run: config.Config, folder: pathlib.Path, share: Share) -> Any:
+  """The journal of a worker, or of all, with what is finished in the others beside it.
+
+  Who merges holds the lock of each worker's journal: none is still at work.
+  """
+  whole = pathlib.Path(run.refine.journal or folder / "journal.jsonl")
+  path = whole
+  if share != WHOLE:
+    path = whole.with_stem(f"{whole.stem}-worker-{share.worker}-of-{share.workers}")
+  workers = sorted(whole.parent.glob(f"{whole.stem}-worker-*{whole.suffix}"))
+  others = [p for p in (whole, *workers) if p != path and p.exists()]
+  with contextlib.ExitStack() as locks:
+    for other in others if share == WHOLE else ():
+      locks.enter_context(journal.locked(other))
+    with journal.open_journal(path, others=others) as book:
+      yield book
+
+
+Method = Callable[
+  [Sequence[records.Question], journal.Calls], Sequence[records.Refined]
+]
+
+
+def _method(run: config.Config, encoder: encode.Encoder) -> Method:
+  """`refinement.refine` with the engines and settings of the config."""
+  rewriter = _role("rewrite", run.refine.rewriter, run)
+  fusion = _role("fuse", run.refine.fusion, run)
+  judges = [_judge(each, run, encoder) for each in run.refine.judges]
+
+  def method(
+    questions: Sequence[records.Question], calls: journal.Calls
+  ) -> Sequence[records.Refined]:
+    return refinement.refine(
+      questions,
+      rewriter=rewriter,
+      fusion=fusion,
+      judges=judges,
+      encoder=encoder,
+      threshold=run.refine.similarity_threshold,
+      rounds=run.refine.fusion.rounds,
+      accept_at=run.refine.fusion.accept_at,
+      calls=calls,
+      skip_too_long=run.data.too_long == "skip",
+    )
+
+  return method
+
+
+def _refine_all(
+  run: config.Config,
+  share: Share,
+  count: int,
+  folder: pathlib.Path,
+  calls: journal.Calls,
+  method: Method,
+) -> shards.Spool:
+  """The records of a worker's share of `count` rows, window by window.
+
+  One model is at work in memory at a time. A window that wants another waits until all
+  windows have come as far as they can with this one: models are loaded once a pass over
+  the file and not once a window.
+  """
+  spool = shards.Spool(folder, len(range(share.worker, count, share.workers)))
+  calls.one_model = count > WINDOW
+  while any(spool.missing(i) for i in range(0, len(spool), WINDOW)):
+    calls.model = None
+    rows = records.rows(run.data.questions, limit=run.data.limit)
+    mine = itertools.islice(rows, share.worker, None, share.workers)
+    for first in range(0, len(spool), WINDOW):
+      window = list(itertools.islice(mine, WINDOW))
+      if spool.missing(first):
+        if calls.one_model:
+          last = first + len(window)
+          calls.title = f"rows {first + 1:,}-{last:,} of {len(spool):,}: "
+        with contextlib.suppress(journal.OtherModel):
+          spool.put(first, map(records.to_json, method(window, calls)))
+  return spool
 
 
 def check(run: config.Config) -> None:
@@ -336,31 +278,29 @@ def _role(name: str, stage: config.Engine, run: config.Config) -> journal.Role:
   )
 
 
-def _judge(stage: config.Judge, run: config.Config, encoder: encode.Encoder) -> Judge:
+def _judge(
+  stage: config.Judge, run: config.Config, encoder: encode.Encoder
+) -> refinement.Judge:
   if stage.engine == "encoder":
-    return encoder_judge(encoder)
+    return refinement.encoder_judge(encoder)
   # The built-in engine cannot hold a reply to a form.
   form = judge.REPLY_SCHEMA if stage.structured and stage.engine != "jax" else None
-  return language_judge(
+  return refinement.language_judge(
     roles.role("judge", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form)
   )
 
 
-def _inputs(
-  run: config.Config,
-  questions: Sequence[records.Question],
-  encoder: encode.Encoder,
-) -> str:
+def _inputs(run: config.Config, questions: str, encoder: encode.Encoder) -> str:
   """Digest of all that the shards depend on."""
   stages: list[schema.Asked] = [run.refine.fusion, *run.refine.judges]
   local = [stage for stage in stages if stage.engine != "openai"]
   models = {run.model.source, *(stage.model or run.model.source for stage in local)}
   return journal.content_key(
     version=raft_jax.__version__,
-    questions=[[q.id, q.domain, q.messages, q.answer] for q in questions],
-    settings=run.refine.model_dump(mode="json"),
+    questions=questions,
+    settings=config.values(run, CLAIMED),
+    records_per_shard=run.refine.records_per_shard,
     too_long=run.data.too_long,
-    dtype=run.model.dtype,
     prompts=[judge.template(n).template for n in ("rewrite", "fuse", "judge")],
     models=sorted(engines.identity(source) for source in models),
     encoder=encoder.identity,
@@ -377,64 +317,168 @@ def _complete(folder: pathlib.Path, inputs: str) -> bool:
   return manifest.meta.get("inputs") == inputs
 
 
-def summarise(
-  refined: Sequence[records.Refined], calls: journal.Calls, threshold: float
-) -> dict[str, Any]:
-  """The content of summary.json; `accepted` counts rewrites that passed the filter."""
-  similarities = [r.similarity for r in refined if r.similarity is not None]
-  passed = sum(s >= threshold for s in similarities)
-  lowest = min([0, *(math.floor(s * 20) for s in similarities)])
-  edges = [twentieth / 20 for twentieth in range(lowest, 21)]
-  bins = collections.Counter(min(math.floor(s * 20), 19) for s in similarities)
-  scores = [score for r in refined for past in r.rounds for score in past.scores]
-  rounds = collections.Counter(str(len(r.rounds)) for r in refined if r.rounds)
+# Choosing anew
+
+
+def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> None:
+  """The records of a finished run, selected by this config's rules instead."""
+  if source.resolve() == folder.parent.resolve():
+    raise errors.UserError(
+      f"--select-only {source}: is also `output`; give the new choice an output of its "
+      "own, e.g. output=runs/NAME"
+    )
+  old = config.load(source / "config" / "refine.yaml", without_data=True)
+  manifest = shards.read_manifest(source / "refined")
+  judges = _judges_of(run, old, source)
+  fixed = [key for key in CLAIMED if not key.startswith(SELECTING)]
+  changes = config.diff(config.values(old, fixed), config.values(run, fixed))
+  if changes:
+    shown = "; ".join(f"{key}: {a} -> {b}" for key, (a, b) in changes.items())
+    raise errors.UserError(
+      f"--select-only {source}: was made with another config ({shown}); only "
+      f"{', '.join(SELECTING)} may differ: put the others back, or leave out "
+      "--select-only to ask the models"
+    )
+  with journal.locked(folder / "journal.jsonl"):
+    spool, unwritten = shards.Spool(folder, manifest.records), 0
+    for i, raw in enumerate(shards.iterate_shards(source / "refined")):
+      chosen = refinement.reselect(
+        records.from_json(raw),
+        threshold=run.refine.similarity_threshold,
+        rounds=run.refine.fusion.rounds,
+        accept_at=run.refine.fusion.accept_at,
+        judges=judges,
+      )
+      unwritten += chosen is None
+      if chosen is not None:
+        spool.put(i, [records.to_json(chosen)])
+    if unwritten:
+      raise errors.UserError(
+        f"--select-only {source}: by these rules {unwritten} of {manifest.records} "
+        "questions want a fused answer that was never written; leave out --select-only "
+        f"and set refine.journal={source / 'refined' / 'journal.jsonl'}, then only "
+        "those are asked for"
+      )
+    config.claim_output(run, "refine", CLAIMED)
+    kept = {k: manifest.meta.get(k) for k in ("tokenizer", "model", "encoder")}
+    inputs = journal.content_key(
+      source=manifest.meta.get("inputs"), settings=config.values(run, SELECTING)
+    )
+    _seal(run, folder, spool, {}, {"inputs": inputs, **kept})
+
+
+def _judges_of(
+  run: config.Config, old: config.Config, source: pathlib.Path
+) -> list[int]:
+  """Where this config's judges stand among those that scored the old run."""
+
+  def known(each: config.Judge) -> dict[str, Any]:
+    return each.model_dump(exclude=set(schema.PLACEMENT))
+
+  panel = [known(each) for each in old.refine.judges]
+  places = []
+  for number, each in enumerate(run.refine.judges):
+    if known(each) not in panel:
+      raise errors.UserError(
+        f"refine.judges[{number}]: no judge of {source} was like this one, so it has "
+        "no scores there; name some of its judges, or leave out --select-only"
+      )
+    places.append(panel.index(known(each)))
+  return places
+
+
+# What is written and shown
+
+
+def _made(calls: journal.Calls) -> dict[str, Any]:
+  """What the calls of this result cost, for summary.json."""
+  totals = calls.totals("seconds", "completion_tokens", "thinking_tokens", "truncated")
+  used = int(sum(totals["calls"].values()))
   return {
-    "questions": len(refined),
-    "accepted": passed,
-    "accept_rate": passed / len(refined),
-    "threshold": threshold,
-    "similarity": {
-      "edges": edges,
-      "counts": [bins[twentieth] for twentieth in range(lowest, 20)],
-    },
-    "rounds": dict(sorted(rounds.items())),
-    "reasons": dict(collections.Counter(r.reason for r in refined).most_common()),
-    "chosen": dict(collections.Counter(r.chosen for r in refined).most_common()),
-    "judge_failures": sum(score is None for score in scores),
-    "seconds": {k: round(v, 3) for k, v in calls.totals("seconds").items()},
-    "tokens": calls.totals("completion_tokens"),
-    "thinking_tokens": calls.totals("thinking_tokens"),
+    "calls": totals["calls"],
+    "seconds": {k: round(v, 3) for k, v in totals["seconds"].items()},
+    "tokens": totals["completion_tokens"],
+    "thinking_tokens": totals["thinking_tokens"],
+    "encoder_truncated": int(totals["truncated"].get("encode", 0)),
+    "unused_calls": len(calls.book.calls) - used,
   }
 
 
-def _write(
-  folder: pathlib.Path,
+def summarise(
+  refined: Iterable[records.Refined], threshold: float, made: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The content of summary.json; `accepted` counts rewrites that passed the filter."""
+  total = passed = abstained = 0
+  bins: collections.Counter[int] = collections.Counter()
+  rounds: collections.Counter[str] = collections.Counter()
+  reasons: collections.Counter[str] = collections.Counter()
+  chosen: collections.Counter[str] = collections.Counter()
+  for record in refined:
+    total += 1
+    reasons[record.reason] += 1
+    chosen[record.chosen] += 1
+    if record.similarity is not None:
+      passed += record.similarity >= threshold
+      bins[min(math.floor(record.similarity * 20), 19)] += 1
+    if record.rounds:
+      rounds[str(len(record.rounds))] += 1
+    abstained += sum(past.scores.count(None) for past in record.rounds)
+  lowest = min([0, *bins])
+  return {
+    "questions": total,
+    "accepted": passed,
+    "accept_rate": passed / total,
+    "threshold": threshold,
+    "similarity": {
+      "edges": [twentieth / 20 for twentieth in range(lowest, 21)],
+      "counts": [bins[twentieth] for twentieth in range(lowest, 20)],
+    },
+    "rounds": dict(sorted(rounds.items())),
+    "reasons": dict(reasons.most_common()),
+    "chosen": dict(chosen.most_common()),
+    "judge_failures": abstained,
+    **made,
+  }
+
+
+def _seal(
   run: config.Config,
-  refined: Sequence[records.Refined],
-  summary: Mapping[str, Any],
-  encoder: encode.Encoder,
-  inputs: str,
+  folder: pathlib.Path,
+  spool: shards.Spool,
+  made: Mapping[str, Any],
+  meta: Mapping[str, Any],
 ) -> None:
-  """Summary first, then shards, and the manifest that seals both last."""
+  """Summary and report, then shards, and the manifest that seals all of them last."""
+  summary = summarise(
+    map(records.from_json, spool), run.refine.similarity_threshold, made
+  )
   with records.replacing(folder / "summary.json") as temporary:
     temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+  page = folder / "refine_report.html"
+  refine_report.write(
+    page,
+    map(records.from_json, spool),
+    summary,
+    judges=[each.model or each.engine for each in run.refine.judges],
+    accept_at=run.refine.fusion.accept_at,
+    title=pathlib.Path(run.output).name,
+  )
   settings = {"model": run.model.source, "refine": run.refine.model_dump(mode="json")}
   shards.write_shards(
     folder,
-    [records.to_json(r) for r in refined],
+    spool,
     records_per_shard=run.refine.records_per_shard,
     meta={
-      "inputs": inputs,
+      **meta,
       "config": config.digest(settings),
-      "tokenizer": engines.codec(run.model.source).digest,
-      "model": engines.identity(run.model.source),
-      "encoder": encoder.identity,
       "counts": {k: summary[k] for k in ("questions", "accepted", "reasons", "chosen")},
     },
   )
+  show(summary)
+  print(f"report: {page}")
 
 
-def show(summary: Mapping[str, Any], calls: journal.Calls) -> None:
+def show(summary: Mapping[str, Any]) -> None:
   """Prints the summary as a table, and what is worth a second look."""
   table = rich.table.Table(title="refinement", show_header=False)
   table.add_row("questions", str(summary["questions"]))
@@ -443,23 +487,44 @@ def show(summary: Mapping[str, Any], calls: journal.Calls) -> None:
     f"{summary['accepted']} ({summary['accept_rate']:.0%})",
   )
   for name in ("chosen", "reasons", "rounds", "seconds", "tokens", "thinking_tokens"):
-    parts = [f"{key} {round(value, 1):,}" for key, value in summary[name].items()]
-    if name != "thinking_tokens" or any(summary[name].values()):
+    values = summary.get(name, {})
+    parts = [f"{key} {round(value, 1):,}" for key, value in values.items()]
+    if any(values.values()):
       title = {"rounds": "rounds taken", "thinking_tokens": "tokens of thinking"}
       table.add_row(title.get(name, name), ", ".join(parts))
   table.add_row("judge abstentions", str(summary["judge_failures"]))
   rich.console.Console().print(table)
-  cut = int(calls.totals("truncated").get("encode", 0))
-  if cut:
-    print(f"{cut} texts were longer than the encoder reads: their cosine is of a part")
-  unused = len(calls.book.calls) - len(calls.used)
-  if unused:
-    print(f"{unused} journalled calls belong to rows or settings that are gone")
+  if summary.get("encoder_truncated"):
+    print(
+      f"{summary['encoder_truncated']} texts were longer than the encoder reads: "
+      "their cosine is of a part"
+    )
+  if summary.get("unused_calls"):
+    print(
+      f"{summary['unused_calls']} journalled calls belong to rows or settings that are "
+      "gone, or to other runs"
+    )
 
 
 def main() -> None:
   command_line.run(
-    "refine", fit, "Rewrite, filter, fuse and judge the training answers."
+    "refine",
+    fit,
+    "Rewrite, filter, fuse and judge the training answers.",
+    options={
+      "--num-workers": {
+        "type": int,
+        "metavar": "N",
+        "help": "share the rows among N processes or machines; afterwards merge by the"
+        " same command without this",
+      },
+      "--worker": {"type": int, "metavar": "I", "help": "which of them, from 0"},
+      "--select-only": {
+        "metavar": "FOLDER",
+        "help": "choose anew among the answers of a finished run's output folder, with"
+        " another threshold, accept_at or fewer judges; asks no model",
+      },
+    },
   )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
 from raft_jax import (
@@ -149,21 +148,6 @@ def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
   return rows
 
 
-def _bars(counts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-  """Rows of a small bar table: label, count, share of all, width in percent."""
-  items = {k: v for k, v in (counts or {}).items() if run_folder.is_number(v)}
-  total, largest = sum(items.values()), max(items.values(), default=0)
-  return [
-    {
-      "label": label.replace("_", " "),
-      "count": count,
-      "share": count / total if total else None,
-      "width": round(100 * count / largest, 1) if largest else 0,
-    }
-    for label, count in items.items()
-  ]
-
-
 def render(run: run_folder.Run, title: str) -> str:
   """The page as one HTML string that loads nothing from elsewhere."""
   configs: dict[str, list[str]] = {}
@@ -180,7 +164,7 @@ def render(run: run_folder.Run, title: str) -> str:
     figures=figures.figures(run),
     scores=score_rows(run),
     counts={
-      key: _bars(run.summary.get(key)) for key in ("rounds", "reasons", "chosen")
+      key: pages.bars(run.summary.get(key)) for key in ("rounds", "reasons", "chosen")
     },
     phases=_phases(run),
     configs=[(", ".join(stages), text) for text, stages in configs.items()],

@@ -57,9 +57,9 @@ class Data(Section):
   """Budget of the teacher's context (answer and question), without the rollout."""
   too_long: Literal["error", "skip"] = "error"
   """What to do with a row over a budget; rows are never truncated."""
-  answers: Literal["original", "rewritten", "refined"] = "refined"
-  """Learn the answers of `questions`, or those that `refine` wrote: each one rewritten
-  by the model where that is usable, or the refined ones."""
+  answers: Literal["original", "rewritten", "filtered", "refined"] = "refined"
+  """Learn the answers of `questions`, or those that `refine` wrote: the model's rewrite
+  where that is usable, the rewrite where it is also near enough, or the refined one."""
   buckets: Positive = 2
   """Number of padded widths a run may compile for."""
   reject_threshold: Probability = 0.01
@@ -152,6 +152,9 @@ class Refine(Section):
   """Of all sampling in this stage."""
   records_per_shard: Positive = 1024
   """Refined records per file."""
+  journal: str | None = None
+  """File of finished calls; null means one in `output`. Runs that share it, with other
+  thresholds perhaps, ask nothing twice."""
 
 
 class Train(Section):

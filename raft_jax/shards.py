@@ -6,13 +6,15 @@ no error". The manifest's counts and sha256 are therefore always checked.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 from array_record.python import array_record_module
 
@@ -20,6 +22,43 @@ from raft_jax import errors, records
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_VERSION = 1
+
+
+class Spool(Sequence[bytes]):
+  """As many records as one likes, on the disk until the process ends; put in any order.
+
+  Memory holds 16 bytes of each.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str], count: int):
+    # It has no name, so that a kill leaves nothing behind.
+    self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    self._start = array.array("q", [0]) * count
+    self._length = array.array("q", [-1]) * count
+
+  def put(self, first: int, data: Iterable[bytes]) -> None:
+    """Records `first`, `first` + 1, ...; each may be put once."""
+    self._file.seek(0, os.SEEK_END)
+    for i, record in enumerate(data, start=first):
+      self._start[i], self._length[i] = self._file.tell(), len(record)
+      self._file.write(record)
+
+  def missing(self, i: int) -> bool:
+    """Whether record i has not been put."""
+    return self._length[i] < 0
+
+  def __len__(self) -> int:
+    return len(self._start)
+
+  @overload
+  def __getitem__(self, i: int) -> bytes: ...
+  @overload
+  def __getitem__(self, i: slice) -> list[bytes]: ...
+  def __getitem__(self, i: int | slice) -> bytes | list[bytes]:
+    if isinstance(i, slice):
+      return [self[j] for j in range(*i.indices(len(self)))]
+    self._file.seek(self._start[i])
+    return self._file.read(self._length[i])
 
 
 class ShardFile(NamedTuple):
@@ -66,13 +105,13 @@ def write_shards(
     *folder.glob("shard-*.array_record"),
   ]:
     stale.unlink()
-  chunks = [
-    data[start : start + records_per_shard]
-    for start in range(0, len(data), records_per_shard)
-  ]
+  starts = range(0, len(data), records_per_shard)
   files = tuple(
-    _write_shard(folder / f"shard-{i:05d}-of-{len(chunks):05d}.array_record", chunk)
-    for i, chunk in enumerate(chunks)
+    _write_shard(
+      folder / f"shard-{i:05d}-of-{len(starts):05d}.array_record",
+      data[start : start + records_per_shard],
+    )
+    for i, start in enumerate(starts)
   )
   manifest = Manifest(MANIFEST_VERSION, len(data), files, dict(meta))
   tree = dataclasses.asdict(manifest) | {"files": [file._asdict() for file in files]}
@@ -160,9 +199,14 @@ def _checked_records(path: pathlib.Path, file: ShardFile) -> list[bytes]:
 
 def read_shards(folder: str | os.PathLike[str]) -> list[bytes]:
   """All records of a sealed folder, in order. Raises as `read_manifest` does."""
+  return list(iterate_shards(folder))
+
+
+def iterate_shards(folder: str | os.PathLike[str]) -> Iterator[bytes]:
+  """The same with one shard in memory at a time."""
   folder = pathlib.Path(folder)
-  files = read_manifest(folder).files
-  return [r for file in files for r in _checked_records(folder / file.name, file)]
+  for file in read_manifest(folder).files:
+    yield from _checked_records(folder / file.name, file)
 
 
 def _read_records(path: pathlib.Path) -> list[bytes]:

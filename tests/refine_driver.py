@@ -28,6 +28,7 @@ FATAL = signal.SIGKILL
 class Scripted:
   """A generator whose reply is a function of the request; logs what it is asked."""
 
+  local = True
   prompt_limit = 10_000
 
   def __init__(self, source: str, log: pathlib.Path):
@@ -171,12 +172,20 @@ def logged(log: pathlib.Path) -> list[str]:
   return log.read_text().splitlines() if log.exists() else []
 
 
+def finished(book: pathlib.Path) -> dict[str, dict]:
+  """Value by key of the whole lines of a journal."""
+  lines = book.read_bytes().split(b"\n")[:-1] if book.exists() else []
+  calls = (journal._parse(line + b"\n") for line in lines)
+  return dict(call for call in calls if call is not None)
+
+
 def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict]:
   """For each [kind, occurrence, signal, times]: a struck run, another, a verdict."""
 
   def run(folder: pathlib.Path, log: str, blow: list | None = None) -> int:
     def work() -> None:
       script(folder / log)
+      refine.WINDOW = 8  # two windows of rows
       if blow:
         strike(*blow)
       refine.fit(make_config(folder / "out", questions))
@@ -192,7 +201,7 @@ def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict
     folder = root / f"struck{i}"
     first = run(folder, "first", blow)
     book = folder / "out/refined/journal.jsonl"
-    kept = journal._read(book)[0] if book.exists() else {}
+    kept = finished(book)
     second = run(folder, "second")
     again = logged(folder / "second")
     seeds = {str(journal.seed_from(k)) for k, v in kept.items() if "text" in v}

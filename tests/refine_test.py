@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 import random
@@ -19,11 +20,14 @@ from raft_jax import (
   encode,
   engines,
   errors,
+  examples,
   jax_engine,
   journal,
   judge,
   records,
   refine,
+  refine_report,
+  refinement,
   schema,
   shards,
 )
@@ -44,7 +48,7 @@ def _round(text, *scores):
   return records.Round(text, scores, judge.panel_mean(scores))
 
 
-GOOD = refine.Rewrite("rewritten", None, 0.9)
+GOOD = refinement.Rewrite("rewritten", None, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +66,14 @@ GOOD = refine.Rewrite("rewritten", None, 0.9)
     (GOOD, [_round("a", None, None)], None, "original", "judges_failed"),
     (GOOD, [_round(""), _round("b", None)], None, "original", "judges_failed"),
     (GOOD, [_round(""), _round("")], None, "original", "fusion_failed"),
-    (refine.Rewrite("r", None, 0.7), [], None, "original", "below_threshold"),
-    (refine.Rewrite("r", None, None), [], None, "original", "similarity_undefined"),
-    (refine.Rewrite("", "empty", None), [], None, "original", "rewrite_empty"),
+    (refinement.Rewrite("r", None, 0.7), [], None, "original", "below_threshold"),
+    (refinement.Rewrite("r", None, None), [], None, "original", "similarity_undefined"),
+    (refinement.Rewrite("", "empty", None), [], None, "original", "rewrite_empty"),
   ],
 )
 def test_select(rewritten, rounds, answer, chosen, reason):
   question = _question()
-  got = refine.select(question, rewritten, tuple(rounds), 0.8, 0.8)
+  got = refinement.select(question, rewritten, tuple(rounds), 0.8, 0.8)
   assert (got.answer, got.chosen, got.reason) == (
     question.answer if answer is None else answer,
     chosen,
@@ -125,11 +129,11 @@ def _refine(tmp_path, questions, rewriting, fusing, judges, **changes):
   ]
   settings = {"threshold": 0.8, "rounds": 3, "accept_at": 0.8, **changes}
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    refined = refine.refine(
+    refined = refinement.refine(
       questions,
       rewriter=roles[0],
       fusion=roles[1],
-      judges=[refine.language_judge(roles[2])],
+      judges=[refinement.language_judge(roles[2])],
       encoder=Same(),
       calls=journal.Calls(book, 0),
       **settings,
@@ -292,8 +296,8 @@ def test_a_judge_that_can_is_held_to_its_form(tmp_path):
     for form in (None, judge.REPLY_SCHEMA):
       script = Script(lambda r: _says('{"score": 0.5}'))
       role = journal.Role("judge", script, 8, 0.0, 1.0, 2, form)
-      item = refine.Item("q", "a", "b")
-      assert refine.language_judge(role)([item], journal.Calls(book, 0)) == [0.5]
+      item = refinement.Item("q", "a", "b")
+      assert refinement.language_judge(role)([item], journal.Calls(book, 0)) == [0.5]
       seen += [request.reply_schema for request in script.asked]
   # Two calls, for the form is part of what a verdict depends on.
   assert seen == [None, judge.REPLY_SCHEMA]
@@ -329,7 +333,7 @@ def test_conversation_is_shown_with_its_roles():
     records.Message("user", "Whose?"),
   )
   question = records.Question("q", "", turns, "Civil.")
-  assert refine.question_text(question) == (
+  assert refinement.question_text(question) == (
     "user: What is a tort?\nassistant: A wrong.\nuser: Whose?"
   )
 
@@ -565,6 +569,206 @@ def test_another_rewriter_is_refused_before_any_file_is_read(tmp_path):
   with pytest.raises(errors.UserError, match=message):
     refine.fit(run)
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+  ("similarity", "answer"), [(0.8, "own"), (0.79, "given"), (None, "given")]
+)
+def test_the_arm_without_fusion_learns_rewrites_that_pass_the_filter(
+  similarity, answer
+):
+  record = records.Refined(
+    _question(answer="given"), "own", similarity, (), "fused", "fused", "accepted"
+  )
+  assert examples.filtered(record, 0.8) == answer
+
+
+# Windows of rows, workers, and choosing anew
+
+
+def test_windows_are_one_run_and_load_each_model_once_a_pass(
+  scripted, monkeypatch, tmp_path
+):
+  run, log = scripted
+  fusion = run.refine.fusion.model_copy(update={"model": "another", "rounds": 1})
+  settings = run.refine.model_copy(update={"fusion": fusion})
+  run = run.model_copy(update={"refine": settings})
+  refine.fit(run)
+  expected, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
+  log.unlink()
+  worked = []
+  generate = refine_driver.Scripted.generate
+
+  def watched(self, requests):
+    worked.append(self.identity)
+    return generate(self, requests)
+
+  monkeypatch.setattr(refine_driver.Scripted, "generate", watched)
+  monkeypatch.setattr(refine, "WINDOW", 5)
+  run = run.model_copy(update={"output": str(tmp_path / "windows")})
+  refine.fit(run)
+  assert refine_driver.result(pathlib.Path(run.output)) == expected
+  assert sorted(log.read_text().split()) == sorted(asked.split())
+  # Three windows, but the rewriter, the fusion model and the judge (the rewriter's
+  # model again) each come once.
+  order = [name for name, _ in itertools.groupby(worked)]
+  assert order == ["scripted some/model", "scripted another", "scripted some/model"]
+
+
+def test_workers_and_a_merge_are_one_worker_and_ask_nothing_twice(
+  scripted, tmp_path, capsys
+):
+  run, log = scripted
+  refine.fit(run)
+  expected, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
+  log.unlink()
+  run = run.model_copy(update={"output": str(tmp_path / "shared")})
+  for worker in (1, 0, 2):
+    refine.fit(run, num_workers=3, worker=worker)
+  folder = pathlib.Path(run.output) / "refined"
+  assert not (folder / "MANIFEST.json").exists()
+  assert "run the same command without --num-workers" in capsys.readouterr().out
+  by_workers = log.read_text()
+  refine.fit(run)
+  assert log.read_text() == by_workers
+  assert sorted(by_workers.split()) == sorted(asked.split())
+  assert refine_driver.result(pathlib.Path(run.output)) == expected
+
+
+def test_a_merge_before_the_workers_end_is_told_who_is_at_work(scripted):
+  run, _ = scripted
+  refine.fit(run, num_workers=2, worker=0)
+  book = pathlib.Path(run.output) / "refined" / "journal-worker-0-of-2.jsonl"
+  with (
+    journal.locked(book),
+    pytest.raises(errors.UserError, match=r"worker-0-of-2\.jsonl: in use by pid"),
+  ):
+    refine.fit(run)
+  refine.fit(run)  # does the other worker's share itself
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"num_workers": 2}, "go together"),
+    ({"worker": 0}, "go together"),
+    ({"num_workers": 2, "worker": 2}, "the workers are 0 to 1"),
+    ({"num_workers": 2, "worker": 0, "select_only": "x"}, "takes no workers"),
+  ],
+)
+def test_impossible_workers_are_refused(scripted, given, message):
+  run, _ = scripted
+  with pytest.raises(errors.UserError, match=message):
+    refine.fit(run, **given)
+
+
+def _with(run, output, judges=None, **keys):
+  """The config with other rules of selection and another output."""
+  fusion = {k: keys.pop(k) for k in ("rounds", "accept_at") if k in keys}
+  if judges is not None:
+    keys["judges"] = tuple(run.refine.judges[i] for i in judges)
+  keys["fusion"] = run.refine.fusion.model_copy(update=fusion)
+  settings = run.refine.model_copy(update=keys)
+  return run.model_copy(update={"refine": settings, "output": str(output)})
+
+
+@pytest.mark.parametrize(
+  "rules",
+  [
+    {},
+    {"similarity_threshold": 0.87},
+    {"accept_at": 0.3},
+    {"rounds": 1},
+    {"rounds": 2, "accept_at": 0.55, "similarity_threshold": 0.85},
+    {"judges": [0], "accept_at": 0.3},
+    {"judges": [1, 0], "rounds": 1},
+  ],
+)
+def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
+  scripted, tmp_path, rules
+):
+  run, log = scripted
+  refine.fit(run)
+  chosen = _with(run, tmp_path / "chosen", **rules)
+  asked = log.read_text()
+  refine.fit(chosen, select_only=run.output)
+  assert log.read_text() == asked
+  fresh = _with(run, tmp_path / "fresh", **rules)
+  refine.fit(fresh)
+
+  def read(config):
+    return shards.read_shards(pathlib.Path(config.output) / "refined")
+
+  assert read(chosen) == read(fresh)
+  again = [records.from_json(raw) for raw in read(chosen)]
+  assert {r.chosen for r in again} == {"fused", "original"}
+
+
+def test_choosing_anew_refuses_what_was_never_asked(scripted, tmp_path):
+  run, _ = scripted
+  run = _with(run, tmp_path / "strict", similarity_threshold=0.9)
+  refine.fit(run)
+  for rules in ({"similarity_threshold": 0.5}, {"rounds": 9}, {"accept_at": 1.0}):
+    chosen = _with(run, tmp_path / "chosen", **rules)
+    with pytest.raises(errors.UserError, match=r"of 12 questions want a fused answer"):
+      refine.fit(chosen, select_only=run.output)
+    assert not (tmp_path / "chosen" / "refined" / "MANIFEST.json").exists()
+  other = run.refine.judges[1].model_copy(update={"max_new_tokens": 5})
+  settings = run.refine.model_copy(update={"judges": (other,)})
+  judged = run.model_copy(update={"refine": settings, "output": str(tmp_path / "j")})
+  with pytest.raises(errors.UserError, match=r"judges\[0\]: no judge of .* like this"):
+    refine.fit(judged, select_only=run.output)
+  settings = run.refine.model_copy(update={"seed": 1})
+  seeded = run.model_copy(update={"refine": settings, "output": str(tmp_path / "s")})
+  with pytest.raises(errors.UserError, match=r"refine\.seed: 0 -> 1"):
+    refine.fit(seeded, select_only=run.output)
+  with pytest.raises(errors.UserError, match="is also `output`"):
+    refine.fit(run, select_only=run.output)
+
+
+def test_runs_that_share_a_journal_ask_only_for_what_is_new(scripted, tmp_path):
+  run, log = scripted
+  shared = {"journal": str(tmp_path / "calls.jsonl")}
+  refine.fit(_with(run, tmp_path / "first", similarity_threshold=0.9, **shared))
+  asked = log.read_text().splitlines()
+  log.unlink()
+  wider = _with(run, tmp_path / "wider", similarity_threshold=0.5, **shared)
+  refine.fit(wider)
+  more = log.read_text().splitlines()
+  fresh = _with(run, tmp_path / "fresh", similarity_threshold=0.5)
+  log.unlink()
+  refine.fit(fresh)
+  alone = log.read_text().splitlines()
+  assert 0 < len(more) == len(alone) - len(asked)
+  assert set(more) - {"embedded"} == set(alone) - set(asked) - {"embedded"}
+
+
+def test_the_report_shows_every_reason_and_loads_nothing(scripted):
+  run, _ = scripted
+  refine.fit(run)
+  folder = pathlib.Path(run.output) / "refined"
+  page = (folder / "refine_report.html").read_text()
+  summary = json.loads((folder / "summary.json").read_text())
+  for reason, count in summary["reasons"].items():
+    assert f"<b>{reason.replace('_', ' ')}</b>: {count} questions" in page
+  assert "encoder and jax" in page
+  assert not re.search(r"(src|href)=|@import|url\(", page)
+  for role, calls in summary["calls"].items():
+    assert f'<tr><td>{role}</td><td class="n">{calls}</td>' in page
+
+
+def test_agreement_of_judges_by_hand():
+  scores = [(0.9, 0.7), (0.5, 0.5), (0.1, 0.9), (None, 1.0), (0.8, None)]
+  (pair,) = refine_report.agreement(["a", "b"], scores, 0.6)
+  assert (pair.judges, pair.n) == ("a and b", 3)
+  assert pair.correlation == pytest.approx(
+    np.corrcoef([0.9, 0.5, 0.1], [0.7, 0.5, 0.9])[0, 1]
+  )
+  assert pair.difference == pytest.approx((0.2 + 0.0 - 0.8) / 3)
+  assert pair.same_side == pytest.approx(2 / 3)
+  (same,) = refine_report.agreement(["a", "b"], [(0.5, 0.1), (0.5, 0.3)], 0.6)
+  assert same.correlation is None
+  assert refine_report.agreement(["a"], [(0.5,)], 0.6) == []
 
 
 # The real models

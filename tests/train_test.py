@@ -35,7 +35,7 @@ def source(tmp_path_factory, smollm):
   return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
 
 
-def write_refined(output: pathlib.Path, law: pathlib.Path, count: int = 24):
+def write_refined(output: pathlib.Path, law: pathlib.Path, count: int = 24, **meta):
   """Shards as `refine` writes them; the answers are the originals."""
   questions = records.read_questions(law / "train.jsonl", limit=count)
   refined = [
@@ -47,7 +47,7 @@ def write_refined(output: pathlib.Path, law: pathlib.Path, count: int = 24):
     output / "refined",
     [records.to_json(record) for record in refined],
     records_per_shard=10,
-    meta={},
+    meta=meta,
   )
 
 
@@ -319,6 +319,14 @@ def test_a_damaged_shard_is_refused(tmp_path, source, law):
   shard = next((output / "refined").glob("shard-*"))
   shard.write_bytes(shard.read_bytes()[:65536])
   with pytest.raises(errors.UserError, match=shard.name):
+    train.fit(settings)
+
+
+def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, law):
+  output = tmp_path / "foreign"
+  write_refined(output, law, tokenizer="0" * 64)
+  _, settings = make_config(output, source, law)
+  with pytest.raises(errors.UserError, match="with another tokenizer or chat template"):
     train.fit(settings)
 
 

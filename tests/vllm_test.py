@@ -22,7 +22,7 @@ from raft_jax import (
   model,
   openai_engine,
   records,
-  refine,
+  refinement,
   sample,
   shards,
   text,
@@ -252,7 +252,7 @@ def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
   network = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
   tokenizer = transformers.AutoTokenizer.from_pretrained(base)
   for row in refined(output):
-    content = refine.rewrite_prompt(row.question)
+    content = refinement.rewrite_prompt(row.question)
     ids = tokenizer.apply_chat_template(
       [{"role": "user", "content": content}],
       add_generation_prompt=True,
