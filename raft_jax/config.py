@@ -369,7 +369,13 @@ def _check_claim(
       f"{path}: damaged; delete it if {output} was made with this config, else choose "
       "another output"
     )
-  changes = {k: v for k, v in diff(old, config).items() if _under(k, keys)}
+  # A key that is younger than the folder had there what is now its default.
+  given = _flat(own(config))
+  changes = {
+    k: (a, b)
+    for k, (a, b) in diff(old, config).items()
+    if _under(k, keys) and not (a == ABSENT and k not in given)
+  }
   if changes:
     shown = "; ".join(f"{key}: {a} -> {b}" for key, (a, b) in changes.items())
     raise errors.UserError(

@@ -62,7 +62,11 @@ METHODS = {
   "sdft": Method(
     "cross-entropy on the model's own rewrites of the answers",
     "Yang et al., arXiv 2402.13669",
-    {"data": {"answers": "rewritten"}, "distill": {"teacher": "none"}},
+    {
+      "data": {"answers": "rewritten"},
+      "refine": {"prompt": "sdft", "fusion": {"rounds": 0}},
+      "distill": {"teacher": "none"},
+    },
   ),
   "opd": Method(
     "SFT plus reverse KL to the base model on the student's rollouts",

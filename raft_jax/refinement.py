@@ -46,19 +46,21 @@ def refine(
   rounds: int,
   accept_at: float,
   calls: journal.Calls,
+  prompt: str = "rewrite",
   skip_too_long: bool = False,
 ) -> list[records.Refined]:
   """Refines every question, in order.
 
   Args:
     threshold: tau in -1..1; a rewrite of lower cosine is dropped.
-    rounds: most fused answers per question.
+    rounds: most fused answers per question; 0 keeps the rewrites that pass the filter.
     accept_at: mean score in 0..1 from which a fused answer ends its question's rounds.
+    prompt: name of the template that asks for a rewrite.
     skip_too_long: keep the original answer where the rewriter's prompt is too long for
       it, instead of raising UserError.
   """
   names = None if skip_too_long else [question.id for question in questions]
-  rewrites = rewrite(questions, rewriter, encoder, calls, names)
+  rewrites = rewrite(questions, rewriter, encoder, calls, names, prompt)
   history: list[list[records.Round]] = [[] for _ in questions]
   still_open = [
     i
@@ -83,9 +85,10 @@ def rewrite(
   encoder: encode.Encoder,
   calls: journal.Calls,
   names: Sequence[str] | None = None,
+  prompt: str = "rewrite",
 ) -> list[Rewrite]:
   """Eq. 1 and 2: the model's own words for each answer, and their cosine with it."""
-  prompts = [_user(rewrite_prompt(question)) for question in questions]
+  prompts = [_user(rewrite_prompt(question, prompt)) for question in questions]
   replies = calls.ask(rewriter, prompts, names=names)
   flaws = [
     judge.flaw(reply, question_text(q) + "\n" + q.answer)
@@ -142,7 +145,10 @@ def select(
   threshold: float,
   accept_at: float,
 ) -> records.Refined:
-  """Eq. 3 and 4: the final answer and why; the original wherever anything failed."""
+  """Eq. 3 and 4: the final answer and why; the original wherever anything failed.
+
+  Without any round, the rewrite is taken where it passes the filter (Eq. 3).
+  """
   best = max(
     (r for r in rounds if r.mean is not None),
     key=lambda r: -math.inf if r.mean is None else r.mean,
@@ -151,6 +157,12 @@ def select(
   if best is not None:
     chosen, answer = "fused", best.text
     reason = "accepted" if accepted(best, accept_at) else "best_round"
+  elif (
+    not rounds
+    and rewritten.similarity is not None
+    and rewritten.similarity >= threshold
+  ):
+    chosen, answer, reason = "rewrite", rewritten.text, "passed_filter"
   else:
     chosen, answer = "original", question.answer
     reason = _why_original(rewritten, rounds, threshold)
@@ -210,9 +222,9 @@ def _why_original(
   return "judges_failed" if any(r.scores for r in rounds) else "fusion_failed"
 
 
-def rewrite_prompt(question: records.Question) -> str:
+def rewrite_prompt(question: records.Question, prompt: str = "rewrite") -> str:
   """What the model is asked, to get the answer in its own words."""
-  return judge.template("rewrite").substitute(
+  return judge.template(prompt).substitute(
     question=question_text(question), answer=question.answer
   )
 

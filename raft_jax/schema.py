@@ -107,8 +107,8 @@ class Engine(Asked):
 class Fusion(Engine):
   """Who writes one answer from the original and the rewrite."""
 
-  rounds: Positive = 3
-  """Most answers written for one question [O]."""
+  rounds: Annotated[int, pydantic.Field(ge=0)] = 3
+  """Most answers written for one question [O]; with 0 the rewrite is final."""
   accept_at: Probability = 0.8
   """Stop at the first round whose mean judge score reaches this [R]."""
 
@@ -141,6 +141,8 @@ class Refine(Section):
   """Stage 1: rewrite, filter, fuse and judge the answers."""
 
   rewriter: Engine = Engine()
+  prompt: Literal["rewrite", "sdft"] = "rewrite"
+  """What asks for a rewrite: the template `raft_jax/prompts/NAME.txt`."""
   encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
   """Sentence encoder: a hub name, a folder, or `pkg://PACKAGE/FOLDER`."""
   similarity_threshold: Annotated[float, pydantic.Field(ge=-1.0, le=1.0)] = 0.8

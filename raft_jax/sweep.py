@@ -4,7 +4,8 @@ The `sweep` section of a run's file names the runs: what each sets, and over wha
 repeated (seeds, learning rates). They are done one after the other, or one per task of
 an array job (`sweep.only=N`). Every stage of every run continues where it was stopped.
 Refinement is done once for all runs that share its settings, no call of it twice for
-any two of them, and the evaluation of the base model once. At the end the scores stand side by side in `sweep.json`.
+any two of them, and the evaluation of the base model once. At the end the scores stand
+side by side in `sweep.json`.
 """
 
 from __future__ import annotations

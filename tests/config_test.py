@@ -402,6 +402,18 @@ def test_claim_records_and_compares(tmp_path):
   assert config.load(recorded).train.batch_size == 16
 
 
+def test_a_key_younger_than_the_folder_had_its_default_there(tmp_path):
+  claim(tmp_path)
+  recorded = tmp_path / "run/config/train.yaml"
+  lines = recorded.read_text().splitlines(keepends=True)
+  recorded.write_text("".join(x for x in lines if "warmup_ratio" not in x))
+  (tmp_path / "run/metrics.jsonl").touch()
+  with pytest.raises(errors.UserError, match=r"warmup_ratio: \(absent\) -> 0\.5"):
+    claim(tmp_path, "train.warmup_ratio=0.5")
+  claim(tmp_path)
+  assert config.load(recorded).train.warmup_ratio == 0.03
+
+
 def test_claim_of_a_key_of_every_item(tmp_path):
   def claim(*judges: str) -> None:
     changed = least(

@@ -65,6 +65,7 @@ GOOD = refinement.Rewrite("rewritten", None, 0.9)
     (GOOD, [_round(""), _round("b", 0.5)], "b", "fused", "best_round"),
     (GOOD, [_round("a", None, None)], None, "original", "judges_failed"),
     (GOOD, [_round(""), _round("b", None)], None, "original", "judges_failed"),
+    (GOOD, [], "rewritten", "rewrite", "passed_filter"),
     (GOOD, [_round(""), _round("")], None, "original", "fusion_failed"),
     (refinement.Rewrite("r", None, 0.7), [], None, "original", "below_threshold"),
     (refinement.Rewrite("r", None, None), [], None, "original", "similarity_undefined"),
@@ -682,6 +683,7 @@ def _with(run, output, judges=None, **keys):
     {"rounds": 2, "accept_at": 0.55, "similarity_threshold": 0.85},
     {"judges": [0], "accept_at": 0.3},
     {"judges": [1, 0], "rounds": 1},
+    {"rounds": 0},
   ],
 )
 def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
@@ -701,7 +703,8 @@ def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
 
   assert read(chosen) == read(fresh)
   again = [records.from_json(raw) for raw in read(chosen)]
-  assert {r.chosen for r in again} == {"fused", "original"}
+  kind = "fused" if rules.get("rounds") != 0 else "rewrite"
+  assert {r.chosen for r in again} == {kind, "original"}
 
 
 def test_choosing_anew_refuses_what_was_never_asked(scripted, tmp_path):
