@@ -33,6 +33,8 @@ COLUMNS = (
   Column("drift", "drift", 3),
   Column("sft_drift", "SFT at equal fit", 3),
   Column("weight_distance", "weight distance", 5),
+  Column("step_seconds", "s a step", 2),
+  Column("host_peak_gib", "host GiB", 2),
 )
 
 SEED = "train.seed"
@@ -64,12 +66,16 @@ def _values(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
   result = row["scores"]
   retention = result.get("retention") or {}
   distance = (result.get("weight_distance") or {}).get("mean")
+  cost = row.get("cost") or {}
+  peak = cost.get("host_peak_bytes")
   return {
     **result["scores"]["trained"],
     "ifeval_retention": retention.get("ifeval_prompt_strict") or {},
     "mmlu_retention": retention.get("mmlu") or {},
     "drift": result.get("drift") or {},
     "weight_distance": {} if distance is None else {"value": distance},
+    "step_seconds": {"value": cost["step_seconds"]} if "step_seconds" in cost else {},
+    "host_peak_gib": {} if peak is None else {"value": peak / 2**30},
   }
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,15 @@ from typing import Any, NamedTuple
 
 from rich import console, table
 
-from raft_jax import command_line, config, errors, examples, records, refine
+from raft_jax import (
+  command_line,
+  config,
+  errors,
+  examples,
+  records,
+  refine,
+  run_folder,
+)
 
 INTERRUPTED = (75, 130, 143)
 """Exit codes of a stage that was stopped and can be continued."""
@@ -116,7 +126,9 @@ def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
         if stage == "refine":
           _refine_once(base, run)
         else:
-          _stage(stage, run.config, folder.parent / f"{run.name}.yaml")
+          peak = _stage(stage, run.config, folder.parent / f"{run.name}.yaml")
+          if stage == "train":
+            _note_cost(folder, peak)
     except errors.UserError as error:
       print(f"error: {error}", file=sys.stderr, flush=True)
       failed.append(run.name)
@@ -135,17 +147,42 @@ def _finished(run: Planned, stages: Sequence[str]) -> bool:
   return path.exists() and json.loads(path.read_text()) == _mark(run, stages)
 
 
-def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> None:
-  """One stage in a process of its own, so that no run sees another's memory."""
+def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> int:
+  """One stage in a process of its own, so that no run sees another's memory.
+
+  Returns:
+    The most bytes of host memory that it held.
+  """
   file.parent.mkdir(parents=True, exist_ok=True)
   with records.replacing(file) as path:
     path.write_text(config.dump(settings), encoding="utf-8")
   command = [sys.executable, "-m", f"raft_jax.{stage}", "--config", str(file)]
-  code = subprocess.run(command, check=False).returncode
+  process = subprocess.Popen(command)
+  _, status, usage = os.wait4(process.pid, 0)
+  process.returncode = code = os.waitstatus_to_exitcode(status)
   if code in INTERRUPTED or code < 0:
     raise SystemExit(code if code > 0 else 128 - code)
   if code:
     raise errors.UserError(f"{stage} of {file.stem} failed with exit code {code}")
+  # Linux counts in KiB, macOS in bytes.
+  return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _note_cost(folder: pathlib.Path, peak: int) -> None:
+  """Adds what a run's training took to what it took before it was stopped."""
+  path = folder / "cost.json"
+  if path.exists():
+    peak = max(peak, json.loads(path.read_text())["host_peak_bytes"])
+  with records.replacing(path) as temporary:
+    temporary.write_text(json.dumps({"host_peak_bytes": peak}))
+
+
+def _cost(folder: pathlib.Path) -> dict[str, float]:
+  """Median seconds of a step, the first (which compiles) left out, and peak memory."""
+  steps = run_folder.series(run_folder.read(folder), "step_seconds")[1][1:]
+  path = folder / "cost.json"
+  cost = json.loads(path.read_text()) if path.exists() else {}
+  return cost | ({"step_seconds": statistics.median(steps)} if steps else {})
 
 
 def _refine_once(base: config.Config, run: Planned) -> None:
@@ -188,6 +225,7 @@ def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
           "method": run.config.method,
           "set": run.overrides,
           "config_digest": config.digest(run.config),
+          "cost": _cost(pathlib.Path(run.config.output)),
           "scores": scores,
         }
       )

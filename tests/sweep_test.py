@@ -96,6 +96,9 @@ def test_a_sweep_is_run_resumed_and_collected(file):
   rows = {row["name"]: row for row in json.loads((output / "sweep.json").read_text())}
   assert list(rows) == ["fused-seed_0", "fused-seed_1"]
   assert rows["fused-seed_0"]["set"] == {"method": "fused_sft", "train.seed": 0}
+  for row in rows.values():
+    assert row["cost"]["step_seconds"] > 0
+    assert 0.1 < row["cost"]["host_peak_bytes"] / 2**30 < 20  # jax alone takes a tenth
   # Both learn from refined answers, which were made once.
   assert len(list(output.glob("refined-*/refined"))) == 1
   # The base model was measured by the first run only: one line a batch of two kinds.
@@ -107,7 +110,9 @@ def test_a_sweep_is_run_resumed_and_collected(file):
   assert "run 1 of 1, fused-seed_0: finished before" in again.stdout
 
 
-@pytest.mark.parametrize(("name", "count"), [("table1", 22), ("ablations", 19)])
+@pytest.mark.parametrize(
+  ("name", "count"), [("table1", 22), ("ablations", 19), ("methods", 17)]
+)
 def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
   assert f"# {count} runs of" in path.read_text(encoding="utf-8")
