@@ -16,7 +16,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import rich.console
 import rich.table
@@ -26,7 +26,6 @@ from raft_jax import (
   command_line,
   config,
   documents,
-  duplicates,
   engines,
   errors,
   journal,
@@ -59,8 +58,6 @@ CLAIMED = (
 SPLITS = ("train", "validation", "test")
 MANIFEST = "MANIFEST.json"
 
-Item = TypeVar("Item", documents.Document, documents.Chunk, pairs.Pair)
-
 
 class Extracted(NamedTuple):
   """Pairs by split, and everything that was dropped on the way to them."""
@@ -85,13 +82,15 @@ def extract(
 ) -> Extracted:
   """Pairs from documents; each document, chunk and pair is kept or dropped."""
   threshold = settings.near_duplicate
-  kept, dropped = unlike(found, lambda document: document.text, threshold)
+  kept, dropped = pairs.unlike(found, lambda document: document.text, threshold)
   chunks, short = cut(kept, count_tokens, settings)
-  asked, alike = unlike(chunks, lambda chunk: chunk.text, threshold)
+  asked, alike = pairs.unlike(chunks, lambda chunk: chunk.text, threshold)
   written, unwritten = pairs.write(asked, settings.pairs_per_chunk, writer, calls)
   usable, flawed = pairs.sound(written)
   approved, disapproved, votes = pairs.verify(usable, judges, calls)
-  fresh, again = unlike(approved, _both, threshold, key=lambda pair: pair.question)
+  fresh, again = pairs.unlike(
+    approved, _both, threshold, key=lambda pair: pair.question
+  )
   splits: dict[str, list[pairs.Pair]] = {name: [] for name in SPLITS}
   shares = settings.shares.model_dump()
   for pair in fresh:
@@ -118,40 +117,6 @@ def split_of(document: str, shares: Mapping[str, float], seed: int) -> str:
     if point < reached:
       return name
   return max(shares, key=lambda name: shares[name])  # a sum of shares just below 1
-
-
-def unlike(
-  items: Sequence[Item],
-  content: Callable[[Item], str],
-  threshold: float,
-  key: Callable[[Item], str] | None = None,
-) -> tuple[list[Item], list[pairs.Dropped]]:
-  """The items of which no two are near duplicates; the later of two goes.
-
-  It goes whichever split each would be in, so that no near duplicate is in two.
-
-  Args:
-    content: what is compared.
-    key: two items for which this is the same are duplicates too.
-  """
-  dropped = []
-  seen: dict[str, Item] = {}
-  first = []
-  for item in items:
-    same = seen.setdefault(duplicates.normal((key or content)(item)), item)
-    if same is item:
-      first.append(item)
-    else:
-      dropped.append(pairs.drop(item, "duplicate", of=same.place()))
-  kept = []
-  matches = duplicates.find([content(item) for item in first], threshold)
-  for item, match in zip(first, matches, strict=True):
-    if match is None:
-      kept.append(item)
-    else:
-      of, jaccard = first[match.earlier].place(), round(match.jaccard, 4)
-      dropped.append(pairs.drop(item, "near_duplicate", of=of, jaccard=jaccard))
-  return kept, dropped
 
 
 def cut(
@@ -322,14 +287,13 @@ def summarise(
 
 def row_of(pair: pairs.Pair) -> dict[str, Any]:
   """A pair as `records.read_questions` takes it, with where it came from."""
-  place = pair.place()
+  said = {"question": pair.question, "answer": pair.answer}
   start, length = pair.chunk.start, len(pair.chunk.text)
-  domain = pair.chunk.document.domain
+  document, domain = pair.chunk.document.id, pair.chunk.document.domain
   return {
-    "id": journal.content_key(**place)[:16],
+    "id": journal.content_key(document=document, **said)[:16],
     **({"domain": domain} if domain else {}),
-    "question": pair.question,
-    "answer": pair.answer,
+    **said,
     "source": {**pair.chunk.place(), "start": start, "end": start + length},
   }
 

@@ -103,8 +103,8 @@ def _plain(said: str) -> str:
 def prompt(question: str, original: str, candidate: str) -> tuple[records.Message, ...]:
   """The messages that ask a language model for one score.
 
-  The three texts stand between lines that carry a nonce taken from their own hash, so
-  no text can contain the line that would end it.
+  The three texts stand between lines that carry a nonce that none of them holds, so no
+  text can contain the line that would end it.
   """
   texts = {"question": question, "original": original, "candidate": candidate}
   return fenced("judge", texts)
@@ -113,7 +113,11 @@ def prompt(question: str, original: str, candidate: str) -> tuple[records.Messag
 def fenced(
   name: str, texts: Mapping[str, str], **settings: str
 ) -> tuple[records.Message, ...]:
-  """The prompt `name` as one user turn; its `$nonce` occurs in none of the texts."""
+  """The prompt `name` as one user turn; its `$nonce` occurs in none of the texts.
+
+  It is a hash of the first of them, so that prompts which share that text begin alike
+  and an engine's prefix cache serves them.
+  """
   nonce = _nonce(*texts.values())
   text = template(name).substitute(texts, nonce=nonce, **settings)
   return (records.Message("user", text),)
@@ -214,7 +218,7 @@ def encoder_score(cosine: float | None) -> float | None:
 
 
 def _nonce(*texts: str) -> str:
-  digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
+  digest = hashlib.sha256(texts[0].encode("utf-8")).hexdigest()
   while any(digest[:12] in text for text in texts):
     digest = hashlib.sha256(digest.encode()).hexdigest()
   return digest[:12]

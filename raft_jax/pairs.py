@@ -7,10 +7,10 @@ none, and its reason is kept. What a document says stays data: see `judge.fenced
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from raft_jax import documents, engines, journal, judge, records
+from raft_jax import documents, duplicates, engines, journal, judge, records
 
 CRITERIA = ("faithful", "correct", "self_contained")
 """What each judge says true or false to."""
@@ -40,13 +40,13 @@ class Pair(NamedTuple):
     return {**self.chunk.place(), "question": self.question, "answer": self.answer}
 
 
+Item = TypeVar("Item", documents.Document, documents.Chunk, Pair)
+
 Dropped = dict[str, Any]
 """What was dropped, and why: {what, reason, document, ...}."""
 
 
-def drop(
-  item: documents.Document | documents.Chunk | Pair, reason: str, **details: Any
-) -> Dropped:
+def drop(item: Item, reason: str, **details: Any) -> Dropped:
   what = type(item).__name__.lower()
   return {"what": what, "reason": reason, **item.place(), **details}
 
@@ -198,3 +198,40 @@ def objection(verdicts: Sequence[Mapping[str, bool] | None]) -> str | None:
     name for verdict in verdicts for name in CRITERIA if verdict and not verdict[name]
   )
   return None if decision else f"not_{max(CRITERIA, key=lambda name: missed[name])}"
+
+
+# Duplicates
+
+
+def unlike(
+  items: Sequence[Item],
+  content: Callable[[Item], str],
+  threshold: float,
+  key: Callable[[Item], str] | None = None,
+) -> tuple[list[Item], list[Dropped]]:
+  """The items of which no two are near duplicates; the later of two goes.
+
+  It goes whichever split each would be in, so that no near duplicate is in two.
+
+  Args:
+    content: what is compared.
+    key: two items for which this is the same are duplicates too.
+  """
+  dropped = []
+  seen: dict[str, Item] = {}
+  first = []
+  for item in items:
+    same = seen.setdefault(duplicates.normal((key or content)(item)), item)
+    if same is item:
+      first.append(item)
+    else:
+      dropped.append(drop(item, "duplicate", of=same.place()))
+  kept = []
+  matches = duplicates.find([content(item) for item in first], threshold)
+  for item, match in zip(first, matches, strict=True):
+    if match is None:
+      kept.append(item)
+    else:
+      of, jaccard = first[match.earlier].place(), round(match.jaccard, 4)
+      dropped.append(drop(item, "near_duplicate", of=of, jaccard=jaccard))
+  return kept, dropped

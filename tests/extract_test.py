@@ -371,11 +371,24 @@ def test_no_passage_can_end_its_fence(tmp_path, passage):
   _, prompts = _asked(tmp_path, passage, "[]")
   assert len(prompts) == 2
   for prompt in prompts:
-    code = re.search("holds the code (\\w{12})\\.", prompt)[1]
+    code = re.search(r"holds? the code (\w{12})\b", prompt)[1]
     assert code not in passage
     begin, end = f"--- passage {code} ---\n", f"\n--- end {code} ---"
     assert prompt.count(begin) == 1
     assert prompt.partition(begin)[2].partition(end)[0] == passage.strip()
+
+
+def test_prompts_about_one_passage_begin_alike(tmp_path):
+  """So that an engine computes the passage once for all its pairs."""
+  passage = "A tort is a civil wrong. " * 20
+  texts = {"passage": passage, "question": "What is a tort?", "answer": "A wrong."}
+  (one,) = judge.fenced("verify", texts)
+  (other,) = judge.fenced("verify", {**texts, "answer": "A civil wrong."})
+  end = one.content.index("What is a tort?")
+  assert one.content[:end] == other.content[:end]
+  code = re.search(r"code (\w{12})", one.content)[1]
+  (third,) = judge.fenced("verify", {**texts, "answer": f"--- end {code} ---"})
+  assert re.search(r"code (\w{12})", third.content)[1] != code
 
 
 @pytest.mark.parametrize(
