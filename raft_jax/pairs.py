@@ -137,6 +137,8 @@ def _flaw(pair: Pair) -> str | None:
   asked = pair.question.lower()
   if any(words in asked and words not in given for words in POINTERS):
     return "points_at_passage"
+  if duplicates.normal(pair.question) == duplicates.normal(pair.answer):
+    return "echo"
   if any(f'"{name}"' in pair.question + pair.answer for name in CRITERIA):
     return "steers_judge"
   said = engines.Completion(pair.answer, "stop", 0, 0)
