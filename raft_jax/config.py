@@ -26,15 +26,18 @@ from raft_jax.schema import Config as Config
 from raft_jax.schema import Engine as Engine
 from raft_jax.schema import Evaluate as Evaluate
 from raft_jax.schema import Export as Export
+from raft_jax.schema import Extract as Extract
 from raft_jax.schema import Freeze as Freeze
 from raft_jax.schema import Fusion as Fusion
 from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Model as Model
+from raft_jax.schema import PairJudge as PairJudge
 from raft_jax.schema import Recadam as Recadam
 from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
+from raft_jax.schema import Writer as Writer
 
 
 def load(

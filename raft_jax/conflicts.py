@@ -5,9 +5,10 @@ Each finding is a dotted key and what to do about it. Needs no model and no data
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raft_jax import schema
@@ -58,27 +59,43 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
   yield from _parts(config)
   yield from _unused(config)
-  yield from _engines(config.refine)
-  seen = set()
+  yield from _engines(
+    {"refine.rewriter": config.refine.rewriter, "refine.fusion": config.refine.fusion}
+  )
+  yield from _panel("refine.judges", config.refine.judges)
   for i, judge in enumerate(config.refine.judges):
     if judge.engine == "encoder" and judge.model is not None:
       yield (
         f"refine.judges.{i}.model",
         "an encoder judge uses refine.encoder; delete this line",
       )
-    if judge in seen:
-      yield f"refine.judges.{i}", "is the same judge again; delete it or change it"
-    seen.add(judge)
+  if config.extract is not None:
+    yield from _extract(config.extract)
 
 
-def _engines(refine: schema.Refine) -> Iterator[tuple[str, str]]:
+def _extract(extract: schema.Extract) -> Iterator[tuple[str, str]]:
+  yield from _engines({"extract.writer": extract.writer})
+  yield from _panel("extract.judges", extract.judges)
+  total = math.fsum(extract.shares.model_dump().values())
+  if abs(total - 1) > 1e-9:
+    yield "extract.shares", f"sum to {total:g}, not to 1; change one of the three"
+  if extract.min_chunk_tokens > extract.chunk_tokens:
+    yield (
+      "extract.min_chunk_tokens",
+      f"must not exceed extract.chunk_tokens={extract.chunk_tokens}",
+    )
+
+
+def _panel(place: str, judges: Sequence[schema.Asked]) -> Iterator[tuple[str, str]]:
+  yield from _engines({f"{place}.{i}": judge for i, judge in enumerate(judges)})
+  for i, judge in enumerate(judges):
+    if judge in judges[:i]:
+      yield f"{place}.{i}", "is the same judge again; delete it or change it"
+
+
+def _engines(roles: Mapping[str, schema.Asked]) -> Iterator[tuple[str, str]]:
   """Keys of other engines than the one a role names, and keys that its own needs."""
-  roles: list[tuple[str, schema.Asked]] = [
-    ("refine.rewriter", refine.rewriter),
-    ("refine.fusion", refine.fusion),
-    *((f"refine.judges.{i}", judge) for i, judge in enumerate(refine.judges)),
-  ]
-  for place, role in roles:
+  for place, role in roles.items():
     for engine, keys in schema.ENGINE_KEYS.items():
       for key in keys:
         default = type(role).model_fields[key].default

@@ -14,13 +14,14 @@ import json
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raft_jax import engines, records
 
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
+_OPENING = re.compile(r"[\[{]")
 _SCORE_KEY = re.compile(r'"score"\s*:')
 _SCORE = re.compile(
   r'"score"\s*:\s*(0(?:\.\d+)?|1(?:\.0+)?)[ \t]*(?=[}\r\n]|,[\s"]|\Z)'
@@ -67,15 +68,17 @@ REFUSALS = (
 """How a model begins when it declines to answer."""
 
 
+REFUSED = {"too_long": "prompt_too_long", "filtered": "filtered"}
+"""Ends of a request that was never answered, and what they are counted as."""
+
+
 def flaw(reply: engines.Completion | None, given: str) -> str | None:
   """Why a reply is no answer, or None. What `given` says itself is no flaw.
 
   None for the reply means that its prompt did not fit the model.
   """
-  if reply is None or reply.finish_reason == "too_long":
-    return "prompt_too_long"
-  if reply.finish_reason == "filtered":
-    return "filtered"
+  if reply is None or reply.finish_reason in REFUSED:
+    return REFUSED["too_long" if reply is None else reply.finish_reason]
   said, given = _plain(reply.text), _plain(given)
   if not said:
     return "empty"
@@ -100,13 +103,23 @@ def _plain(said: str) -> str:
 def prompt(question: str, original: str, candidate: str) -> tuple[records.Message, ...]:
   """The messages that ask a language model for one score.
 
-  The three texts stand between lines that carry a nonce taken from their own hash, so
-  no text can contain the line that would end it.
+  The three texts stand between lines that carry a nonce that none of them holds, so no
+  text can contain the line that would end it.
   """
-  nonce = _nonce(question, original, candidate)
-  text = template("judge").substitute(
-    nonce=nonce, question=question, original=original, candidate=candidate
-  )
+  texts = {"question": question, "original": original, "candidate": candidate}
+  return fenced("judge", texts)
+
+
+def fenced(
+  name: str, texts: Mapping[str, str], **settings: str
+) -> tuple[records.Message, ...]:
+  """The prompt `name` as one user turn; its `$nonce` occurs in none of the texts.
+
+  It is a hash of the first of them, so that prompts which share that text begin alike
+  and an engine's prefix cache serves them.
+  """
+  nonce = _nonce(*texts.values())
+  text = template(name).substitute(texts, nonce=nonce, **settings)
   return (records.Message("user", text),)
 
 
@@ -140,6 +153,41 @@ def parse_score(text: str) -> float | None:
   return _on_scale(reply.get("score")) if isinstance(reply, dict) else None
 
 
+def parse_flags(text: str, names: Sequence[str]) -> dict[str, bool] | None:
+  """A judge's yes or no for each name, or None when the reply does not plainly say.
+
+  Read is one JSON object that holds true or false under every name; see `json_in`.
+  """
+  reply = json_in(text)
+  if not isinstance(reply, dict) or any(name not in reply for name in names):
+    return None
+  flags = {name: reply[name] for name in names}
+  return flags if all(isinstance(flag, bool) for flag in flags.values()) else None
+
+
+def json_in(text: str) -> Any:
+  """The one JSON object or list of a reply, or None: the whole of it, its one fenced
+  block, or what stands from its first bracket to its last. No key may stand twice."""
+  fences, opening = _FENCED.findall(text), _OPENING.search(text)
+  tries = [text, *(fences if len(fences) == 1 else [])]
+  if opening is not None:
+    tries.append(text[opening.start() : max(text.rfind("]"), text.rfind("}")) + 1])
+  for part in tries:
+    try:
+      value = json.loads(part, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(value, dict | list):
+      return value
+  return None
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  if len(dict(pairs)) < len(pairs):
+    raise ValueError("a key stands twice")
+  return dict(pairs)
+
+
 def panel_mean(scores: Sequence[float | None]) -> float | None:
   """Mean over the judges that did not abstain; None when all did."""
   given = [score for score in scores if score is not None]
@@ -170,7 +218,7 @@ def encoder_score(cosine: float | None) -> float | None:
 
 
 def _nonce(*texts: str) -> str:
-  digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()
+  digest = hashlib.sha256(texts[0].encode("utf-8")).hexdigest()
   while any(digest[:12] in text for text in texts):
     digest = hashlib.sha256(digest.encode()).hexdigest()
   return digest[:12]

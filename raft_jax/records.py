@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
@@ -177,7 +177,31 @@ def _checked(
     raise errors.UserError(f"{path}: cannot read: {e.strerror or e}") from e
 
 
-def _rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def read_texts(
+  path: str | os.PathLike[str], fields: Sequence[str]
+) -> Iterator[tuple[int, dict[str, str] | str]]:
+  """Rows of any `.jsonl` or `.parquet` file: (line, texts by field), or (line, reason).
+
+  Fields that a row lacks are left out; a whole number is fine as `id`.
+
+  Raises:
+    OSError: the file cannot be read.
+    errors.UserError: it is no file of the two formats.
+  """
+  for line, row in _rows(pathlib.Path(path), fields):
+    try:
+      values = _parse(row) if isinstance(row, bytes) else row()
+      if not isinstance(values, Mapping):
+        raise _Reject(f"is a JSON {type(values).__name__}, not an object")
+      given = {name: values[name] for name in fields if values.get(name) is not None}
+      yield line, {name: _plain_text(name, value) for name, value in given.items()}
+    except _Reject as reason:
+      yield line, str(reason)
+
+
+def _rows(
+  path: pathlib.Path, fields: Sequence[str] = FIELDS
+) -> Iterator[tuple[int, Any]]:
   """Yields (line or row number from 1, raw line or a function that reads the row)."""
   if not path.is_file():
     what = "is a folder, not a file" if path.is_dir() else "no such file"
@@ -188,7 +212,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   if path.suffix == ".jsonl":
     yield from _jsonl_rows(path)
   elif path.suffix == ".parquet":
-    yield from _parquet_rows(path)
+    yield from _parquet_rows(path, fields)
   else:
     raise errors.UserError(
       f"{path}: unknown file type {path.suffix!r}; questions are .jsonl or .parquet"
@@ -206,13 +230,15 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
         yield number, raw
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(
+  path: pathlib.Path, fields: Sequence[str]
+) -> Iterator[tuple[int, Any]]:
   import pyarrow  # a third of a second that JSONL users need not pay
   from pyarrow import parquet
 
   try:
     file = parquet.ParquetFile(path)
-    columns = [name for name in file.schema_arrow.names if name in FIELDS]
+    columns = [name for name in file.schema_arrow.names if name in fields]
     start = 1
     for batch in file.iter_batches(columns=columns):
       for i in range(batch.num_rows):
@@ -303,6 +329,15 @@ def _text(field: str, value: Any) -> str:
   return value
 
 
+def text_fault(field: str, value: Any) -> str | None:
+  """Why `read_questions` would refuse a value as the text of a field, or None."""
+  try:
+    _text(field, value)
+  except _Reject as reason:
+    return str(reason)
+  return None
+
+
 def _messages(value: Any) -> tuple[Message, ...]:
   if not isinstance(value, list) or not value:
     raise _Reject("`messages` is not a non-empty list of {role, content}")
@@ -329,9 +364,12 @@ def _id(values: Mapping[str, Any], domain: str, messages: Any, answer: str) -> s
   given = values.get("id")
   if given is None:
     return hashlib.sha256(_canonical([domain, messages, answer])).hexdigest()[:16]
-  if isinstance(given, int) and not isinstance(given, bool):
-    return str(given)
-  return _text("id", given)
+  return _plain_text("id", given)
+
+
+def _plain_text(field: str, value: Any) -> str:
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  return _text(field, str(value) if field == "id" and whole else value)
 
 
 def _excerpt(row: Any) -> str:

@@ -1,4 +1,4 @@
-"""Who does what in the refinement: from the config of a role to its engine."""
+"""Who does what in stages 0 and 1: from the config of a role to its engine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def role(
   limit = generator.prompt_limit
   if limit is not None and stage.max_new_tokens >= limit:
     raise errors.UserError(
-      f"refine: {name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
+      f"{name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
       f"prompt: {stage.model or model.source} holds {limit} tokens; lower it"
     )
   return journal.Role(

@@ -137,6 +137,66 @@ PLACEMENT = (
 """Keys of `Asked` that say how and where a model runs, not what it answers."""
 
 
+class Writer(Engine):
+  """Who writes questions and answers from a chunk of a document."""
+
+  max_new_tokens: Positive = 1024
+  """Longest reply, all pairs of a chunk and thinking included."""
+  structured: bool = True
+  """`vllm`, `openai`: hold replies to the form {"pairs": [{"question", "answer"}]}."""
+
+
+class PairJudge(Asked):
+  """A language model that says of a pair whether it is faithful to its chunk, correct
+  and clear without it."""
+
+  engine: Literal["jax", "vllm", "openai"] = "jax"
+  """`jax`: built in; `vllm`: in this process; `openai`: a server of that protocol."""
+  max_new_tokens: Positive = 64
+  """Longest verdict, thinking included."""
+  structured: bool = True
+  """`vllm`, `openai`: hold verdicts to their form, three times true or false."""
+
+
+class Shares(Section):
+  """Shares of the documents, by a hash of their ids; they must sum to 1."""
+
+  train: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.8
+  """Whose pairs are in train.jsonl [O]."""
+  validation: Probability = 0.05
+  """Whose pairs are in validation.jsonl [O]."""
+  test: Probability = 0.15
+  """Whose pairs are in test.jsonl [O]."""
+
+
+class Extract(Section):
+  """Stage 0: question/answer pairs from documents, for `data.questions`. null: none."""
+
+  documents: str
+  """A file or a folder: .txt, .md, and .jsonl or .parquet with {text, id?, domain?}."""
+  text_field: str = "text"
+  """Where JSONL and Parquet rows hold a document's text."""
+  domain: str = ""
+  """Of documents that name none."""
+  chunk_tokens: Annotated[int, pydantic.Field(ge=16)] = 512
+  """Longest part of a document that is shown at once, in tokens of `model` [O]."""
+  min_chunk_tokens: Annotated[int, pydantic.Field(ge=1)] = 16
+  """Shorter documents, and shorter ends of documents, are left out [O]."""
+  pairs_per_chunk: Positive = 4
+  """Most pairs written from one chunk [O]."""
+  writer: Writer = Writer()
+  judges: Annotated[tuple[PairJudge, ...], pydantic.Field(min_length=1)] = (
+    PairJudge(),
+  )
+  """A pair is kept when more than half of them approve of it."""
+  near_duplicate: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.8
+  """Documents, chunks and pairs that share this much (Jaccard index of their character
+  5-grams) with an earlier one are dropped [O]."""
+  shares: Shares = Shares()
+  seed: Seed = 0
+  """Of all sampling in this stage, and of the split."""
+
+
 class Refine(Section):
   """Stage 1: rewrite, filter, fuse and judge the answers."""
 
@@ -456,6 +516,7 @@ class Config(Section):
 
   model: Model
   data: Data
+  extract: Extract | None = None
   refine: Refine = Refine()
   method: str = "raft"
   """RAFT, or a method it is compared with: a word for values of the other keys."""

@@ -180,16 +180,16 @@ def _start(source: str, settings: Mapping[str, Any]) -> Any:
 
   # Ctrl-C is for us to hear: vLLM's processes inherit this and finish their batch.
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-  cpu = platforms.current_platform.is_cpu()
+  on_cpu = platforms.current_platform.is_cpu()
   try:
     return vllm.LLM(
       str(hf.resolve(source)),
       enable_prefix_caching=True,  # a role's prompts all begin alike
-      # A CPU has no graphs to capture, and compiling takes longer than it saves. Of a
-      # prompt read in chunks vLLM rewinds the request's random numbers, which it cannot
-      # on a CPU: it ends ("CPU Generator does not use offset", 0.32.0).
-      enforce_eager=cpu,
-      enable_chunked_prefill=not cpu,
+      # A CPU has no graphs to capture, and compiling takes longer than it saves.
+      enforce_eager=on_cpu,
+      # A prompt spread over steps rewinds its request's generator, which torch cannot
+      # do on a CPU (vLLM 0.32: "CPU Generator does not use offset"). None: the default.
+      enable_chunked_prefill=False if on_cpu else None,
       trust_remote_code=False,
       disable_log_stats=True,
       **settings,

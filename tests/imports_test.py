@@ -59,6 +59,9 @@ ROOMS = [
   "pages",
   "refinement",
   "refine_report",
+  "documents",
+  "duplicates",
+  "pairs",
   "extract",
   "refine",
   "examples",
@@ -100,6 +103,8 @@ FENCES = {
   "gguf": {"gguf_file"},
   "grain": {"shards", "data"},
   "array_record": {"shards", "data"},
+  "datasketch": {"duplicates"},
+  "semantic_text_splitter": {"documents"},
   "matplotlib": {"figures", "comparison"},
   "jinja2": {"hf_tokenizer", "text", "pages"},  # chat templates, and pages
   "pickle": set(),
@@ -117,6 +122,7 @@ LIGHT = {
   *("errors", "strict_yaml", "records", "shards", "text", "engines", "encode"),
   *("jax_engine", "vllm_engine", "openai_engine", "roles", "methods"),
   *("schema", "conflicts", "config", "command_line", "journal", "judge", "refine"),
+  *("documents", "duplicates", "pairs", "extract"),
 }
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "chex"}
 

@@ -263,6 +263,46 @@ def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
     assert row.rewrite == said
 
 
+@pytest.mark.slow
+def test_extracting_with_vllm_holds_writer_and_judge_to_their_forms(
+  base, law, tmp_path
+):
+  """Sampled with a seed a request, and longer together than vLLM takes in one step."""
+  rows = [json.loads(line) for line in (law / "train.jsonl").read_text().splitlines()]
+  text = " ".join(row["answer"] for row in rows[:600])
+  (tmp_path / "law.txt").write_text(text)
+  output = tmp_path / "run"
+  (tmp_path / "run.yaml").write_text(
+    f"""
+model: {{source: "{base}"}}
+data: {{questions: later.jsonl}}
+extract:
+  documents: "{tmp_path / "law.txt"}"
+  chunk_tokens: 800
+  pairs_per_chunk: 1
+  writer: {{engine: vllm, batch_size: 64, context_tokens: 1280, max_new_tokens: 128}}
+  judges: [{{engine: vllm, batch_size: 64, context_tokens: 1280}}]
+output: "{output}"
+"""
+  )
+  command = [vllm_python(), "-m", "raft_jax.extract", "--config"]
+  done = subprocess.run(
+    [*command, str(tmp_path / "run.yaml")],
+    capture_output=True,
+    text=True,
+    timeout=1200,
+    env=ENVIRONMENT,
+    check=False,
+  )
+  # A model of this size may well write no pair that its judge approves of.
+  assert done.returncode == 0 or "no pair was kept" in done.stderr, done.stderr[-3000:]
+  summary = json.loads((output / "extracted/summary.json").read_text())
+  assert summary["chunks"] >= 16
+  reasons = summary["dropped"]["chunks"].keys() | summary["dropped"]["pairs"].keys()
+  assert not reasons & {"not_json", "malformed", "surplus", "no_pairs", "undecided"}
+  assert [votes["abstained"] for votes in summary["judges"]] == [0]
+
+
 @contextlib.contextmanager
 def served(folder: pathlib.Path, name: str, log: pathlib.Path):
   """`vllm serve` on a free port, once it is healthy; its base_url."""

@@ -1,0 +1,397 @@
+"""Stage 0: question/answer pairs from documents.
+
+`extract` below is the whole method: documents are cut at sentence ends, a language
+model writes pairs about each part, several judge them, what repeats is dropped, and the
+rest is split by document. Calls go through `journal.Calls`, so a stopped run continues
+where it was, and the files are a pure function of the documents and the journal.
+
+Run it as `python -m raft_jax.extract --config FILE`.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import rich.console
+import rich.table
+
+import raft_jax
+from raft_jax import (
+  command_line,
+  config,
+  documents,
+  engines,
+  errors,
+  journal,
+  judge,
+  pairs,
+  progress,
+  records,
+  roles,
+  schema,
+  text,
+)
+
+CLAIMED = (
+  "model.source",
+  "model.dtype",
+  *(
+    f"extract.{key}"
+    for key in config.Extract.model_fields
+    if key not in ("writer", "judges")
+  ),
+  *(
+    f"extract.{part}.{key}"
+    for part, section in (("writer", config.Writer), ("judges.*", config.PairJudge))
+    for key in section.model_fields
+    if key not in schema.PLACEMENT
+  ),
+)
+"""Config keys that decide the result; a folder's second run may not change them."""
+
+SPLITS = ("train", "validation", "test")
+MANIFEST = "MANIFEST.json"
+
+
+class Extracted(NamedTuple):
+  """Pairs by split, and everything that was dropped on the way to them."""
+
+  splits: dict[str, list[pairs.Pair]]
+  dropped: list[pairs.Dropped]
+  made: dict[str, int]  # chunks and pairs there were, dropped or not
+  votes: list[dict[str, int]]  # of each judge
+
+
+# The method
+
+
+def extract(
+  found: Sequence[documents.Document],
+  *,
+  writer: journal.Role,
+  judges: Sequence[journal.Role],
+  count_tokens: Callable[[str], int],
+  settings: schema.Extract,
+  calls: journal.Calls,
+) -> Extracted:
+  """Pairs from documents; each document, chunk and pair is kept or dropped."""
+  threshold = settings.near_duplicate
+  kept, dropped = pairs.unlike(found, lambda document: document.text, threshold)
+  chunks, short = cut(kept, count_tokens, settings)
+  asked, alike = pairs.unlike(chunks, lambda chunk: chunk.text, threshold)
+  written, unwritten = pairs.write(asked, settings.pairs_per_chunk, writer, calls)
+  usable, flawed = pairs.sound(written)
+  approved, disapproved, votes = pairs.verify(usable, judges, calls)
+  fresh, again = pairs.unlike(
+    approved, _both, threshold, key=lambda pair: pair.question
+  )
+  splits: dict[str, list[pairs.Pair]] = {name: [] for name in SPLITS}
+  shares = settings.shares.model_dump()
+  for pair in fresh:
+    splits[split_of(pair.chunk.document.id, shares, settings.seed)].append(pair)
+  lost = [row for row in unwritten if row["what"] == "pair"]
+  return Extracted(
+    splits,
+    [*dropped, *short, *alike, *unwritten, *flawed, *disapproved, *again],
+    {"chunks": len(chunks) + len(short), "pairs": len(written) + len(lost)},
+    votes,
+  )
+
+
+def split_of(document: str, shares: Mapping[str, float], seed: int) -> str:
+  """The split of a document: a function of its id, the shares and the seed alone.
+
+  Documents that come or go move no other from one split to another.
+  """
+  digest = hashlib.sha256(journal.canonical([seed, document]).encode()).digest()
+  point = int.from_bytes(digest[:8]) / 2**64
+  reached = 0.0
+  for name, share in shares.items():
+    reached += share
+    if point < reached:
+      return name
+  return max(shares, key=lambda name: shares[name])  # a sum of shares just below 1
+
+
+def cut(
+  found: Sequence[documents.Document],
+  count_tokens: Callable[[str], int],
+  settings: schema.Extract,
+) -> tuple[list[documents.Chunk], list[pairs.Dropped]]:
+  """Every document in chunks; those that are too short to ask about are dropped."""
+  kept, dropped = [], []
+  for document in progress.watched(found, "cut", unit="document"):
+    for chunk in documents.cut(document, settings.chunk_tokens, count_tokens):
+      tokens = count_tokens(chunk.text.strip())
+      if tokens < settings.min_chunk_tokens:
+        dropped.append(pairs.drop(chunk, "too_short", tokens=tokens))
+      else:
+        kept.append(chunk)
+  return kept, dropped
+
+
+def _both(pair: pairs.Pair) -> str:
+  return f"{pair.question}\n{pair.answer}"
+
+
+# The run
+
+
+def fit(run: config.Config) -> None:
+  """Extracts `extract.documents` into `output/extracted`: splits, reasons, summary."""
+  settings = check(run)
+  config.check_output(run, "extract", CLAIMED)
+  folder = pathlib.Path(run.output) / "extracted"
+  found, unusable = documents.read(
+    settings.documents, text_field=settings.text_field, domain=settings.domain
+  )
+  documents.check(settings.documents, len(found), unusable, run.data.reject_threshold)
+  codec = engines.codec(run.model.source)
+  inputs = _inputs(run, settings, found, unusable)
+  # The mark of a run's folder.
+  (folder.parent / "config").mkdir(parents=True, exist_ok=True)
+  with journal.open_journal(folder / "journal.jsonl") as book:
+    if _complete(folder, inputs):
+      config.claim_output(run, "extract", CLAIMED)
+      print(f"{folder}: already complete, nothing to do")
+      return
+    writer, judges = _writer(run, settings), [_judge(j, run) for j in settings.judges]
+    # Not before: what was wrong with the input so far binds no later run.
+    config.claim_output(run, "extract", CLAIMED)
+    calls = journal.Calls(book, settings.seed)
+    try:
+      with journal.listening(calls.signals):
+        extracted = extract(
+          found,
+          writer=writer,
+          judges=judges,
+          count_tokens=lambda said: len(text.encode(codec, said)),
+          settings=settings,
+          calls=calls,
+        )
+    except journal.Stopped:
+      kept = f"{len(book.calls)} calls are kept"
+      print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
+      raise
+    finally:
+      engines.release()
+    dropped = [*unusable, *extracted.dropped]
+    summary = summarise(len(found) + len(unusable), extracted, dropped, calls)
+    _write(folder, extracted, dropped, summary, inputs)
+  show(summary, folder)
+  _refuse_nothing(summary, folder)
+
+
+def check(run: config.Config) -> schema.Extract:
+  """The section `extract`, without which there is nothing to do."""
+  if run.extract is None:
+    raise errors.UserError(
+      "extract: is required for this stage: add `extract: {documents: FOLDER}`"
+    )
+  return run.extract
+
+
+def _writer(run: config.Config, settings: schema.Extract) -> journal.Role:
+  stage = settings.writer
+  # The built-in engine cannot hold a reply to a form.
+  held = stage.structured and stage.engine != "jax"
+  writer = roles.role(
+    "write",
+    stage,
+    run.model,
+    temperature=stage.temperature,
+    top_p=stage.top_p,
+    reply_schema=pairs.reply_schema(settings.pairs_per_chunk) if held else None,
+  )
+  limit = writer.generator.prompt_limit
+  if limit is not None and settings.chunk_tokens + stage.max_new_tokens >= limit:
+    raise errors.UserError(
+      f"extract: chunk_tokens={settings.chunk_tokens} and writer.max_new_tokens="
+      f"{stage.max_new_tokens} exceed the {limit} tokens that "
+      f"{stage.model or run.model.source} holds; lower one"
+    )
+  return writer
+
+
+def _judge(stage: config.PairJudge, run: config.Config) -> journal.Role:
+  form = pairs.VERDICT_SCHEMA if stage.structured and stage.engine != "jax" else None
+  return roles.role(
+    "verify", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form
+  )
+
+
+def _inputs(
+  run: config.Config,
+  settings: schema.Extract,
+  found: Sequence[documents.Document],
+  unusable: Sequence[pairs.Dropped],
+) -> str:
+  """Digest of all that the files depend on."""
+  stages: list[schema.Asked] = [settings.writer, *settings.judges]
+  local = [stage for stage in stages if stage.engine != "openai"]
+  models = {run.model.source, *(stage.model or run.model.source for stage in local)}
+  return journal.content_key(
+    version=raft_jax.__version__,
+    documents=found,
+    unusable=unusable,
+    settings=settings.model_dump(mode="json"),
+    dtype=run.model.dtype,
+    prompts=[judge.template(name).template for name in ("write", "verify")],
+    models=sorted(engines.identity(source) for source in models),
+  )
+
+
+# What is written
+
+
+def summarise(
+  read: int,
+  extracted: Extracted,
+  dropped: Iterable[pairs.Dropped],
+  calls: journal.Calls,
+) -> dict[str, Any]:
+  """The content of summary.json: what there was, what was kept, why not the rest."""
+  reasons: dict[str, collections.Counter[str]] = collections.defaultdict(
+    collections.Counter
+  )
+  for row in dropped:
+    reasons[row["what"]][row["reason"]] += 1
+  counts = {name: len(rows) for name, rows in extracted.splits.items()}
+  totals = calls.totals("seconds", "completion_tokens", "thinking_tokens")
+  return {
+    "documents": read,
+    **extracted.made,
+    "kept": sum(counts.values()),
+    "splits": counts,
+    "documents_by_split": {
+      name: len({pair.chunk.document.id for pair in rows})
+      for name, rows in extracted.splits.items()
+    },
+    "dropped": {
+      f"{what}s": dict(reasons[what].most_common())
+      for what in ("document", "chunk", "pair")
+    },
+    "judges": extracted.votes,
+    "calls": totals["calls"],
+    "seconds": {k: round(v, 3) for k, v in totals["seconds"].items()},
+    "tokens": totals["completion_tokens"],
+    "thinking_tokens": totals["thinking_tokens"],
+  }
+
+
+def row_of(pair: pairs.Pair) -> dict[str, Any]:
+  """A pair as `records.read_questions` takes it, with where it came from."""
+  said = {"question": pair.question, "answer": pair.answer}
+  start, length = pair.chunk.start, len(pair.chunk.text)
+  document, domain = pair.chunk.document.id, pair.chunk.document.domain
+  return {
+    "id": journal.content_key(document=document, **said)[:16],
+    **({"domain": domain} if domain else {}),
+    **said,
+    "source": {**pair.chunk.place(), "start": start, "end": start + length},
+  }
+
+
+def _write(
+  folder: pathlib.Path,
+  extracted: Extracted,
+  dropped: Sequence[pairs.Dropped],
+  summary: Mapping[str, Any],
+  inputs: str,
+) -> None:
+  """Summary first, then rows, and the manifest that seals them last, if there are any.
+
+  Without its manifest a folder is unfinished.
+  """
+  (folder / MANIFEST).unlink(missing_ok=True)
+  for stale in folder.glob(f"{records.TEMPORARY}*"):
+    stale.unlink()
+  with records.replacing(folder / "summary.json") as temporary:
+    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+  rows = {
+    name: [row_of(pair) for pair in kept] for name, kept in extracted.splits.items()
+  }
+  for name, values in {**rows, "dropped": dropped}.items():
+    with records.replacing(folder / f"{name}.jsonl") as temporary:
+      temporary.write_bytes(b"".join(map(_line, values)))
+  if summary["kept"]:
+    sealed = {"inputs": inputs, "kept": summary["splits"], "sha256": _digests(folder)}
+    with records.replacing(folder / MANIFEST) as temporary:
+      temporary.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+  content = json.dumps(row, ensure_ascii=False, allow_nan=False)
+  return content.encode("utf-8", "backslashreplace") + b"\n"  # of half a surrogate pair
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  files = [folder / f"{name}.jsonl" for name in (*SPLITS, "dropped")]
+  return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _complete(folder: pathlib.Path, inputs: str) -> bool:
+  try:
+    sealed = json.loads((folder / MANIFEST).read_bytes())
+    whole = (folder / "summary.json").exists() and sealed["sha256"] == _digests(folder)
+    return whole and sealed["inputs"] == inputs
+  except (OSError, ValueError, KeyError, TypeError):
+    return False  # not there, or damaged: the journal rebuilds it
+
+
+def show(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
+  """Prints the summary as a table, and what is worth a second look."""
+  table = rich.table.Table(title="extraction", show_header=False)
+  for name in ("documents", "chunks", "pairs", "kept"):
+    table.add_row(name, f"{summary[name]:,}")
+  parts = {
+    "splits": summary["splits"],
+    **{f"{what} dropped": why for what, why in summary["dropped"].items()},
+    **{f"judge {i}": votes for i, votes in enumerate(summary["judges"], start=1)},
+    "seconds": summary["seconds"],
+    "tokens": summary["tokens"],
+  }
+  for name, counts in parts.items():
+    shown = [f"{key} {round(value, 1):,}" for key, value in counts.items()]
+    table.add_row(name, ", ".join(shown) or "none")
+  rich.console.Console().print(table)
+  empty = [name for name, count in summary["splits"].items() if not count]
+  if empty and summary["kept"]:
+    print(f"no pair in {', '.join(empty)}: these shares want more documents")
+  print(f"written to {folder}; the reason for everything dropped is in dropped.jsonl")
+
+
+def _refuse_nothing(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
+  if summary["kept"]:
+    return
+  counts = collections.Counter(
+    {
+      f"{what} {reason}": count
+      for what, reasons in summary["dropped"].items()
+      for reason, count in reasons.items()
+    }
+  )
+  often = ", ".join(f"{count} {name}" for name, count in counts.most_common(3))
+  raise errors.UserError(
+    f"extract: no pair was kept ({often}); see {folder / 'dropped.jsonl'}, and change "
+    "the documents, the writer or the judges"
+  )
+
+
+def main() -> None:
+  command_line.run(
+    "extract",
+    fit,
+    "Write, judge and split question/answer pairs from documents.",
+    without_data=True,
+  )
+
+
+if __name__ == "__main__":
+  main()
