@@ -116,12 +116,24 @@ def teach(
     dtype=settings.dtype,
     unroll=settings.unroll,
   )
-  logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk(
+  return name_support(
     read(hidden_BTD, context_length_B - 1, width, steps),
     model.gathered_head(teacher_params, settings.dtype),
+    softcap=decoder.logit_softcap,
+    settings=settings,
+  )
+
+
+def name_support(
+  hidden_BRD: Array, embedding_VD: Array, *, softcap: float | None, settings: Settings
+) -> Support:
+  """The top K tokens of the teacher's head at its hidden states."""
+  logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk(
+    hidden_BRD,
+    embedding_VD,
     settings.top_k,
     temperature=settings.mass_temperature,
-    softcap=decoder.logit_softcap,
+    softcap=softcap,
     return_logsumexp=True,
   )
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
@@ -185,14 +197,19 @@ def token_weights(
   """Weights over the whole batch, so that a split batch gives the same losses."""
   answer_BA = columns(batch.answer_length_B, batch.answer_BA.shape[1])
   answer_BA &= settings.cross_entropy
+  return Weights(
+    losses.mean_weights(answer_BA, per=settings.loss_mean),
+    losses.mean_weights(kd_mask(trajectory, settings), per=settings.loss_mean),
+  )
+
+
+def kd_mask(trajectory: Trajectory, settings: Settings) -> Array:
+  """[B, R]: True on the tokens that the distillation loss counts."""
   kd_BR = columns(trajectory.length_B, trajectory.tokens_BR.shape[1])
   kd_BR &= jnp.arange(kd_BR.shape[1]) >= settings.skip_first
   if settings.mask_eos:
     kd_BR &= ~jnp.isin(trajectory.tokens_BR, jnp.array(settings.eos_ids))
-  return Weights(
-    losses.mean_weights(answer_BA, per=settings.loss_mean),
-    losses.mean_weights(kd_BR, per=settings.loss_mean),
-  )
+  return kd_BR
 
 
 def loss_terms(
@@ -222,12 +239,27 @@ def loss_terms(
     terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
   if support is None:
     return terms, {}
+  terms["kd"], seen = distillation(
+    rollout_BRD, embedding_VD, support, weights.kd_BR, settings=settings
+  )
+  return terms, seen
+
+
+def distillation(
+  hidden_BRD: Array,
+  embedding_VD: Array,
+  support: Support,
+  weight_BR: Array,
+  *,
+  settings: Settings,
+) -> tuple[Array, dict[str, Array]]:
+  """The weighted divergence of the student's head from the teacher's support."""
   logits_BRK, logsumexp_BR = vocab_head.gather(
-    rollout_BRD,
+    hidden_BRD,
     embedding_VD,
     support.ids_BRK,
     temperature=settings.mass_temperature,
-    softcap=softcap,
+    softcap=settings.decoder.logit_softcap,
     return_logsumexp=True,
   )
   bucket = settings.tail == "bucket"
@@ -243,18 +275,18 @@ def loss_terms(
     student_logsumexp=logsumexp_BR if bucket else None,
     teacher_logsumexp=support.logsumexp_BR if bucket else None,
   )
-  terms["kd"] = losses.weighted_sum(divergence_BR, weights.kd_BR)
   mass = functools.partial(
     losses.mass_on_support, temperature=settings.mass_temperature
   )
   student_mass_BR = mass(logits_BRK, logsumexp_BR)
   teacher_mass_BR = mass(support.logits_BRK, support.logsumexp_BR)
   seen = {
-    "teacher_mass_in_support": losses.weighted_sum(teacher_mass_BR, weights.kd_BR),
-    "student_mass_in_support": losses.weighted_sum(student_mass_BR, weights.kd_BR),
-    **by_position(divergence_BR, weights.kd_BR > 0),
+    "teacher_mass_in_support": losses.weighted_sum(teacher_mass_BR, weight_BR),
+    "student_mass_in_support": losses.weighted_sum(student_mass_BR, weight_BR),
+    **by_position(divergence_BR, weight_BR > 0),
   }
-  return terms, jax.lax.stop_gradient(seen)
+  loss = losses.weighted_sum(divergence_BR, weight_BR)
+  return loss, jax.lax.stop_gradient(seen)
 
 
 POSITION_BINS = {"0": 1, "1_3": 4, "4_15": 16, "16_31": 32, "32_up": 1 << 30}
