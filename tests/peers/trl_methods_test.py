@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import config, losses, programs, step, text
+from raft_jax import config, losses, programs, sample, step, text
 from tests import model_test
 
 torch = pytest.importorskip("torch")
@@ -20,6 +20,7 @@ pytest.importorskip("trl")
 
 from trl.experimental.gkd import gkd_trainer  # noqa: E402
 from trl.experimental.sdft import sdft_trainer  # noqa: E402
+from trl.experimental.sdpo import sdpo_trainer  # noqa: E402
 
 VOCABULARY, TOKENS = 130, 9
 LENGTHS = (9, 5, 7)
@@ -51,18 +52,21 @@ def drawn():
   return student, teacher, tokens, mask
 
 
-def ours(settings):
+def ours(settings, seen=None):
   """Loss and gradient of the student's logits."""
   student, teacher, tokens, _ = drawn()
   head = jnp.eye(VOCABULARY)
-  trajectory = step.Trajectory(jnp.array(tokens), jnp.array(LENGTHS))
+  trajectory = step.Trajectory(jnp.array(tokens), jnp.array(LENGTHS), seen)
   weights = losses.mean_weights(
     step.kd_mask(trajectory, settings), per=settings.loss_mean
   )
-  support = step.name_support(teacher, head, softcap=None, settings=settings)
+  support = step.name_support(
+    teacher, head, trajectory, softcap=None, settings=settings
+  )
 
   def loss(student):
-    return step.distillation(student, head, support, weights, settings=settings)[0]
+    parts = (trajectory, support, weights)
+    return step.distillation(student, head, *parts, settings=settings)[0]
 
   return jax.jit(jax.value_and_grad(loss))(student)
 
@@ -161,3 +165,30 @@ def test_sdft_cl(resolve):
     num_loss_tokens_to_skip=3,
   )
   assert_equal(ours(settings), peers)
+
+
+def test_sdpo(resolve):
+  """Both directions on the student's top 100 and a bucket, with importance weights.
+
+  TRL takes the mean of each sequence first; SDPO's own code and our default do not.
+  """
+  student, _, tokens, _ = drawn()
+  log_probs = torch.log_softmax(torch.tensor(student), -1).numpy()
+  now = np.take_along_axis(log_probs, tokens[..., None], -1)[..., 0]
+  # Half of the weights are above the bound of 2.
+  before = now - np.random.default_rng(1).normal(np.log(2), 1, now.shape)
+  before = before.astype(np.float32)
+  settings = resolve("sdpo", "train.loss_mean=sequence")
+  assert (settings.top_k, settings.max_importance) == (100, 2.0)
+  ids = np.argsort(-student, axis=-1)[..., :100]
+  seen = sample.Seen(jnp.array(ids), jnp.array(before))
+  peers = self_distillation(
+    sdpo_trainer.SDPOTrainer,
+    old=before,
+    distillation_mode="topk_logits",
+    distillation_topk=100,
+    distillation_alpha=0.5,
+    distillation_add_tail=True,
+    distillation_is_clip=2.0,
+  )
+  assert_equal(ours(settings, seen), peers)
