@@ -134,6 +134,25 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
       "distill.teacher_context",
       "none shows the live teacher what the student sees: its loss is 0; set another",
     )
+  grouped = config.rollout.group > 1
+  if distill.teacher_context == "sibling" and not grouped:
+    yield "rollout.group", "distill.teacher_context=sibling needs 2 or more; raise it"
+  if distill.trajectory != "rollout":
+    for key, used in (
+      ("distill.teacher_context", distill.teacher_context == "sibling"),
+      ("distill.support", distill.support == "student"),
+      ("distill.max_importance", distill.max_importance is not None),
+      ("rollout.group", grouped),
+    ):
+      if used:
+        yield key, "needs rollouts at every step; set distill.trajectory=rollout"
+        break
+  if distill.max_importance is not None and distill.temperature != 1:
+    yield (
+      "distill.max_importance",
+      "compares probabilities as sampled, and distill.temperature changes them; set it "
+      "to 1",
+    )
   if distill.source is not None and distill.teacher != "base":
     yield "distill.source", "is read with distill.teacher=base only; delete this line"
   if anchor is not None:
@@ -164,6 +183,13 @@ def _unused(config: schema.Config) -> Iterator[tuple[str, str]]:
     yield (
       "distill.beta",
       "is read with distill.direction=jsd only; set that or delete it",
+    )
+  if distill.teacher_context != "sibling" and (
+    distill.success != schema.Distill().success
+  ):
+    yield (
+      "distill.success",
+      "is read with distill.teacher_context=sibling only; set that or delete it",
     )
   if balance.mode != "schedule" and balance.start != schema.Balance().start:
     yield (

@@ -23,6 +23,10 @@ READ_THREADS = 2  # collating is light; more would only fight over Python's lock
 PREFETCH = 8
 
 
+Asked = tuple[Sequence[records.Message], str]
+"""A conversation up to the user's turn, and its answer."""
+
+
 class Row(NamedTuple):
   """Token ids of one example; `row_id` is its place in the sequence it came from."""
 
@@ -49,7 +53,7 @@ class Batch(NamedTuple):
 
 
 def encode_rows(
-  examples: Sequence[tuple[Sequence[records.Message], str]],
+  examples: Sequence[Asked],
   *,
   codec: text.Codec,
   teacher_context: str,
@@ -154,6 +158,7 @@ def dataset(
   steps: int | None = None,
   replayed: Sequence[Row] = (),
   replays: int = 0,
+  group: int = 1,
 ) -> grain.MapDataset[Batch]:
   """All batches of a run; element n is the batch of step n, whoever asks and when.
 
@@ -167,6 +172,8 @@ def dataset(
     replayed: rows of another kind, as many as are replayed at once or more; they are
       passed over as often as it takes, in an order of their own.
     replays: how many of them follow the others in every batch.
+    group: copies of each row, one after another; copy g of row id i has the id
+      i * group + g, which makes its randomness its own.
 
   Raises:
     errors.UserError: there are fewer rows than one batch takes.
@@ -195,6 +202,12 @@ def dataset(
     chosen = [rows[i] for i in batches[step]]
     if others is not None:
       chosen += [replayed[i] for i in others[step]]
+    if group > 1:
+      chosen = [
+        row._replace(row_id=row.row_id * group + copy)
+        for row in chosen
+        for copy in range(group)
+      ]
     return _collate(chosen, pad_id, widths)
 
   return grain.MapDataset.range(total).map(collate)

@@ -129,6 +129,7 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
     probed=None,
     total_steps=1,
     identity={},
+    asked={},
   )
 
 
@@ -166,7 +167,7 @@ def abstract_beside(
 
 def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> data.Batch:
   """A batch as wide as the budgets, rounded up as `data.widths` rounds."""
-  rows = config.train.batch_size + wiring.replays(config)
+  rows = (config.train.batch_size + wiring.replays(config)) * wiring.group(config)
   where = sharding.batch(mesh)
 
   def ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich import console, table
-from rouge_score import rouge_scorer
 
 from raft_jax import (
   benchmarks,
@@ -36,6 +35,7 @@ from raft_jax import (
   measure,
   model,
   records,
+  rouge,
   statistics,
   text,
   wiring,
@@ -198,20 +198,6 @@ def check_lengths(
       )
 
 
-@functools.lru_cache(maxsize=1)
-def _scorer() -> rouge_scorer.RougeScorer:
-  return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def rouge_l(reference: str, answer: str) -> float:
-  """F1 of the longest common subsequence of stemmed words, 0..1.
-
-  Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. The library
-  compares letters and digits of the Latin script only.
-  """
-  return float(_scorer().score(reference, answer)["rougeL"].fmeasure)
-
-
 def domain_scores(
   losses: Sequence[float],
   answers: Sequence[measure.Answer],
@@ -222,7 +208,9 @@ def domain_scores(
   texts = [answer.text for answer in answers]
   said_N = np.array([bool(answer.strip()) for answer in texts])
   cosine_N = np.nan_to_num(encode.cosine(embed(texts), embed(references)))
-  rouge_N = np.array([rouge_l(ref, answer) for ref, answer in zip(references, texts)])
+  rouge_N = np.array(
+    [rouge.rouge_l(ref, answer) for ref, answer in zip(references, texts)]
+  )
   values = {
     "held_out_loss": np.array(losses),
     "rouge_l": rouge_N,

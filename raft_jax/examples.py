@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax import config as config_lib
@@ -22,6 +22,7 @@ class Examples(NamedTuple):
     replayed: of the `replay` section; their ids go on after the domain's.
     general: of the `anchor` section, for the importance of parameters.
     digest: sha256 of all of them.
+    asked: the texts of `rows` and `replayed` by row id.
   """
 
   rows: list[data.Row]
@@ -29,6 +30,7 @@ class Examples(NamedTuple):
   general: list[data.Row]
   skipped: int
   digest: str
+  asked: Mapping[int, data.Asked]
 
 
 def rewritten(record: records.Refined) -> str:
@@ -64,13 +66,19 @@ def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examp
     distil: whether there is a teacher, whose context is wanted, too.
   """
   context = config.distill.teacher_context if distil else "none"
-  rows, left_out = _encode(config, codec, _domain(config, codec), context)
+  if context == "sibling":  # known after the rollouts
+    context = "none"
+  domain = _domain(config, codec)
+  rows, left_out = _encode(config, codec, domain, context)
+  asked = {i: example[1:] for i, example in enumerate(domain)}
   replayed: list[data.Row] = []
   general: list[data.Row] = []
   replay, anchor = config.replay, config.anchor
   if replay is not None and replay.share:
     first = max(row.row_id for row in rows) + 1
-    found, more = _encode(config, codec, _questions(config, replay.questions), context)
+    others = _questions(config, replay.questions)
+    found, more = _encode(config, codec, others, context)
+    asked |= {first + i: e[1:] for i, e in enumerate(others)}
     replayed = [row._replace(row_id=first + row.row_id) for row in found]
     left_out += more
   if anchor is not None and anchor.importance != "none" and anchor.questions:
@@ -79,7 +87,7 @@ def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examp
     left_out += more
   every = [part for part in (rows, replayed, general) if part]
   digest = hashlib.sha256(b"".join(repr(part).encode() for part in every)).hexdigest()
-  return Examples(rows, replayed, general, left_out, digest)
+  return Examples(rows, replayed, general, left_out, digest, asked)
 
 
 Example = tuple[str, tuple[records.Message, ...], str]

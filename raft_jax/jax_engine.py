@@ -103,7 +103,7 @@ class _JaxEngine:
       pad_id=words.pad_id,
       dtype=self.dtype,
     )
-    tokens_BR, length_B, ended_B = map(np.asarray, rollout)
+    tokens_BR, length_B, ended_B = map(np.asarray, rollout[:3])
     return [
       engines.Completion(
         text.decode(words, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),

@@ -229,6 +229,28 @@ def topk_distillation(
   )
 
 
+def importance(
+  log_prob: jax.Array, sampled_log_prob: jax.Array, *, most: float
+) -> jax.Array:
+  """Weight of a token that was sampled from a distribution a little out of date.
+
+  .. math:: w_t = \\min(\\exp(\\log p_t - \\log \\mu_t), w_{max})
+
+  with p the model and μ what the token was sampled from: the truncated importance
+  weight of SDPO, Hübotter et al., arXiv 2601.20802. No gradient passes.
+
+  Args:
+    log_prob: log-probability of each token in the model now, `[...]`.
+    sampled_log_prob: log-probability when it was sampled, `[...]`.
+    most: Upper bound of the weight, > 0.
+
+  Returns:
+    Weights, `[...]`, float32.
+  """
+  gap = jax.lax.stop_gradient(_at_least_float32(log_prob) - sampled_log_prob)
+  return jnp.minimum(jnp.exp(jnp.clip(gap, -20, 20)), most)
+
+
 def mass_on_support(
   logits_K: jax.Array, logsumexp: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:

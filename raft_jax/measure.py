@@ -283,7 +283,7 @@ def answers(
       pad_id=codec.pad_id,
       **precision(who),
     )
-    tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout)
+    tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout[:3])
     rows = [tokens_BR[i, : length_B[i]].tolist() for i in range(len(batch))]
     return [
       {"text": text.decode(codec, ids), "ids": ids, "ended": bool(ended)}

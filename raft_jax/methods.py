@@ -106,6 +106,22 @@ METHODS = {
       train={"cross_entropy": False},
     ),
   ),
+  "sdpo": Method(
+    "Jensen-Shannon divergence from the student's average, which reads a successful "
+    "rollout of the same question",
+    "Hübotter et al., arXiv 2601.20802",
+    _on_questions(
+      distill={
+        **_PLAIN_TEACHER,
+        **{"teacher": "average", "teacher_context": "sibling", "average_rate": 0.05},
+        **{"direction": "jsd", "support": "student", "top_k": 100},
+        "max_importance": 2.0,
+      },
+      balance=_WEIGHT_1,
+      rollout={"group": 8},
+      train={"cross_entropy": False, "loss_mean": "token"},
+    ),
+  ),
   "fapm": Method(
     "SFT, of which each tensor keeps the tenth that costs the base model least",
     "Huang et al., arXiv 2509.08255",

@@ -136,7 +136,8 @@ def model_flops(config: config_lib.Config, parameters: int) -> dict[str, float]:
 
   Kaplan et al., "Scaling Laws for Neural Language Models", arXiv 2001.08361, 2.1.
   """
-  rows, lengths, new = config.train.batch_size, config.data, config.rollout
+  lengths, new = config.data, config.rollout
+  rows = config.train.batch_size * new.group
   prompt, answer = lengths.max_prompt_tokens, lengths.max_answer_tokens
   each = 2.0 * parameters * rows
   backward = 2 if config.lora is None else 1

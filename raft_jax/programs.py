@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from raft_jax import config as config_lib
-from raft_jax import data, model, recipe, sample, text, trainable
+from raft_jax import data, model, recipe, sample, siblings, text, trainable
 from raft_jax import step as step_lib
 
 
@@ -21,12 +21,15 @@ class Programs(NamedTuple):
   Attributes:
     teacher: (the base model's or `distill.source`'s parameters, state, frozen
       parameters) -> the teacher's.
+    instruct: (batch, trajectory) -> both with a teacher's context that depends on the
+      rollouts; made on the host, which waits for them.
   """
 
   roll_out: Callable[..., tuple[step_lib.Trajectory, jax.Array | None]] | None
   teach: Callable[..., step_lib.Support] | None
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
   teacher: Callable[..., model.Params] | None = None
+  instruct: Callable[..., siblings.Instructed] | None = None
 
 
 TEACHERS: dict[str, Callable[..., model.Params]] = {
@@ -57,6 +60,8 @@ def make_settings(
     cross_entropy=config.train.cross_entropy,
     loss_mean=config.train.loss_mean,
     top_k=distill.top_k,
+    support=distill.support,
+    max_importance=distill.max_importance,
     temperature=distill.temperature,
     direction=distill.direction,
     beta=distill.beta if distill.direction == "jsd" else None,
@@ -85,8 +90,13 @@ def compile_programs(
   state_shardings: step_lib.TrainState,
   *,
   distil: bool,
+  asked: Mapping[int, data.Asked],
 ) -> Programs:
-  """Jits rollout, teacher and update; each compiles once per batch width."""
+  """Jits rollout, teacher and update; each compiles once per batch width.
+
+  Args:
+    asked: questions and answers by row id, for a teacher that reads rollouts.
+  """
   update = jax.jit(
     functools.partial(
       step_lib.update, optimizer=optimizer, balancer=balancer, settings=settings
@@ -118,8 +128,20 @@ def compile_programs(
       pad_id=codec.pad_id,
       dtype=settings.dtype,
       unroll=settings.unroll,
+      watch=settings.watch,
     )
-    return step_lib.Trajectory(rollout.tokens_BR, rollout.length_B), rollout.ended_B
+    trajectory = step_lib.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)
+    return trajectory, rollout.ended_B
 
   teach = jax.jit(functools.partial(step_lib.teach, settings=settings))
-  return Programs(roll_out, teach, update, TEACHERS[config.distill.teacher])
+  instruct = None
+  if config.distill.teacher_context == "sibling":
+    instruct = functools.partial(
+      siblings.instruct,
+      codec=codec,
+      asked=asked,
+      group=config.rollout.group,
+      success=config.distill.success,
+      max_tokens=config.data.max_teacher_tokens,
+    )
+  return Programs(roll_out, teach, update, TEACHERS[config.distill.teacher], instruct)

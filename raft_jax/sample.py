@@ -19,6 +19,18 @@ from jax import Array
 from raft_jax import model
 
 
+class Seen(NamedTuple):
+  """What the sampler saw before it chose each token.
+
+  Attributes:
+    ids_BRK: int32, the most probable tokens, in descending order.
+    log_prob_BR: float32, of the chosen token at temperature 1 among all tokens.
+  """
+
+  ids_BRK: Array
+  log_prob_BR: Array
+
+
 class Rollout(NamedTuple):
   """What a batch of prompts was answered with.
 
@@ -26,11 +38,13 @@ class Rollout(NamedTuple):
     tokens_BR: int32; the pad id after a row's end.
     length_B: int32, tokens of each row, the ending EOS included.
     ended_B: whether the row sampled an EOS within the limit.
+    seen: of every token, if asked for; zeros after the last one decided.
   """
 
   tokens_BR: Array
   length_B: Array
   ended_B: Array
+  seen: Seen | None = None
 
 
 class DecodeState(NamedTuple):
@@ -41,6 +55,7 @@ class DecodeState(NamedTuple):
   tokens_BR: Array
   done_B: Array
   cache: dict[str, Array] | None  # never None here; `forward` also works without
+  seen: Seen | None
 
 
 def row_keys(seed: Array | int, step: Array | int, row_id_B: Array) -> Array:
@@ -74,6 +89,22 @@ def choose(logits_BV: Array, keys_B: Array, temperature: float, top_p: float) ->
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
+def observe(
+  seen: Seen | None, logits_BV: Array, token_B: Array, column: Array
+) -> Seen | None:
+  """`seen` with what stands in the logits of one more token."""
+  if seen is None:
+    return None
+  ids_BK = jax.lax.top_k(logits_BV, seen.ids_BRK.shape[2])[1]
+  chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+  log_prob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
+  write = jax.lax.dynamic_update_index_in_dim
+  return Seen(
+    write(seen.ids_BRK, ids_BK, column, axis=1),
+    write(seen.log_prob_BR, log_prob_B, column, axis=1),
+  )
+
+
 def score(hidden_BD: Array, embedding_VD: Array, softcap: float | None) -> Array:
   """Logits [B, V] in float32 for the next token of each row."""
   logits_BV = jnp.einsum(
@@ -88,6 +119,7 @@ def finish(
   ended_B: Array,
   eos_ids: Sequence[int],
   pad_id: int,
+  seen: Seen | None = None,
 ) -> Rollout:
   """Lengths, and the pad id wherever the loop ended before it wrote."""
   limit = tokens_BR.shape[1]
@@ -95,7 +127,7 @@ def finish(
   tokens_BR = jnp.where(written_BR, tokens_BR, pad_id)
   is_eos_BR = jnp.isin(tokens_BR, jnp.array(eos_ids)) & written_BR
   length_B = jnp.where(ended_B, jnp.argmax(is_eos_BR, axis=1) + 1, limit)
-  return Rollout(tokens_BR, length_B.astype(jnp.int32), ended_B)
+  return Rollout(tokens_BR, length_B.astype(jnp.int32), ended_B, seen)
 
 
 STATIC = (
@@ -107,6 +139,7 @@ STATIC = (
   "pad_id",
   "dtype",
   "unroll",
+  "watch",
 )
 
 
@@ -127,6 +160,7 @@ def generate(
   pad_id: int,
   dtype: str = "float32",
   unroll: int = 1,
+  watch: int = 0,
 ) -> Rollout:
   """Samples up to `max_new_tokens` tokens a row, until each row's first EOS.
 
@@ -139,6 +173,7 @@ def generate(
     top_p: nucleus; 1 keeps every token.
     eos_ids: any of them ends a row (a hashable tuple).
     unroll: layers per iteration of the scan over layers, 0 for all.
+    watch: how many of each token's most probable ids to return; 0: nothing is `seen`.
 
   Returns:
     A `Rollout`; no gradient flows through it.
@@ -175,15 +210,20 @@ def generate(
       hidden_BTD, (prompt_length_B - 1)[:, None, None], axis=1
     )[:, 0]
     tokens_BR = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    seen = Seen(
+      jnp.zeros((batch, max_new_tokens, watch), jnp.int32),
+      jnp.zeros((batch, max_new_tokens), jnp.float32),
+    )
     return DecodeState(
       jnp.int32(0),
       head(last_BD),
       tokens_BR,
       jnp.zeros(batch, bool),
       cache,
+      seen if watch else None,
     )
 
-  def decide(state: DecodeState) -> tuple[Array, Array, Array]:
+  def decide(state: DecodeState) -> tuple[Array, Array, Array, Seen | None]:
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.decided)
     token_B = choose(state.logits_BV, keys, temperature, top_p)
     token_B = jnp.where(state.done_B, pad_id, token_B)
@@ -191,10 +231,11 @@ def generate(
     tokens_BR = jax.lax.dynamic_update_index_in_dim(
       state.tokens_BR, token_B, state.decided, axis=1
     )
-    return token_B, tokens_BR, state.done_B | ended_B
+    seen = observe(state.seen, state.logits_BV, token_B, state.decided)
+    return token_B, tokens_BR, state.done_B | ended_B, seen
 
   def decode(state: DecodeState) -> DecodeState:
-    token_B, tokens_BR, done_B = decide(state)
+    token_B, tokens_BR, done_B, seen = decide(state)
     decoded_S = (column >= width) & (column <= width + state.decided)
     hidden_BTD, cache = run(
       token_B[:, None],
@@ -204,12 +245,12 @@ def generate(
       cache_index=width + state.decided,
     )
     logits_BV = head(hidden_BTD[:, 0])
-    return DecodeState(state.decided + 1, logits_BV, tokens_BR, done_B, cache)
+    return DecodeState(state.decided + 1, logits_BV, tokens_BR, done_B, cache, seen)
 
   def unfinished(state: DecodeState) -> Any:
     # The last token needs no forward pass: nothing is predicted from it.
     return (state.decided < max_new_tokens - 1) & ~jnp.all(state.done_B)
 
   state = jax.lax.while_loop(unfinished, decode, prefill())
-  _, tokens_BR, ended_B = decide(state)
-  return finish(state, tokens_BR, ended_B, eos_ids, pad_id)
+  _, tokens_BR, ended_B, seen = decide(state)
+  return finish(state, tokens_BR, ended_B, eos_ids, pad_id, seen)

@@ -273,6 +273,8 @@ class Lora(Section):
 class Rollout(Section):
   """The answers the model being trained samples, on which it is distilled."""
 
+  group: Positive = 1
+  """Rollouts of each question of a batch, which grows for it."""
   max_new_tokens: Positive = 256
   """Longest rollout [O]."""
   temperature: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
@@ -285,7 +287,9 @@ class Distill(Section):
   """The distillation loss."""
 
   top_k: Positive = 512
-  """Tokens compared at each position: the teacher's most probable [P]."""
+  """Tokens compared at each position: the most probable of `support` [P]."""
+  support: Literal["teacher", "student"] = "teacher"
+  """Whose most probable tokens are compared; the student's as it sampled [P]."""
   temperature: Annotated[float, pydantic.Field(gt=0.0)] = 1.5
   """Divides both models' logits in the loss; not the sampling temperature [R]."""
   direction: Literal["forward", "reverse", "jsd"] = "forward"
@@ -303,9 +307,12 @@ class Distill(Section):
   """`base`: another teacher, with the same tokenizer; null: model.source."""
   average_rate: Probability = 0.01
   """`average`: share of the student in each step's average."""
-  teacher_context: Literal["chat", "paper", "example", "none"] = "chat"
+  teacher_context: Literal["chat", "paper", "example", "sibling", "none"] = "chat"
   """How the teacher sees the answer: in a chat turn, as raw text [P], as an example of
-  an answer, or not at all."""
+  an answer, or not at all. `sibling`: it sees another rollout of the same question that
+  succeeded; rollouts without one leave the loss."""
+  success: Probability = 0.5
+  """`sibling`: least ROUGE-L F1 with the answer at which a rollout succeeds [O]."""
   trajectory: Literal["rollout", "answer", "mixed"] = "rollout"
   """Where teacher and student are compared: the student's rollout, the answer, or one
   of the two, drawn for each step."""
@@ -313,6 +320,9 @@ class Distill(Section):
   """`mixed`: share of the steps that compare on rollouts."""
   skip_first: Annotated[int, pydantic.Field(ge=0)] = 0
   """Rollout tokens at the start that the distillation loss leaves out."""
+  max_importance: Annotated[float, pydantic.Field(gt=0.0)] | None = None
+  """Weigh each rollout token by how much more probable it is in the update than when it
+  was sampled, up to this; null: all alike."""
   mask_eos: bool = False
   """Leave the rollout's end-of-turn token out of the distillation loss."""
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raft_jax import balance, data, losses, model, trainable, vocab_head
+from raft_jax import balance, data, losses, model, sample, trainable, vocab_head
 
 
 class Settings(NamedTuple):
@@ -35,6 +35,8 @@ class Settings(NamedTuple):
   cross_entropy: bool = True
   loss_mean: str = "sequence"
   top_k: int = 512
+  support: str = "teacher"
+  max_importance: float | None = None
   temperature: float = 1.5
   direction: str = "forward"
   beta: float | None = None
@@ -50,6 +52,13 @@ class Settings(NamedTuple):
     temperature; otherwise it is only logged, for the distribution that is sampled."""
     return self.temperature if self.tail == "bucket" else 1.0
 
+  @property
+  def watch(self) -> int:
+    """How many of the sampler's most probable tokens a step reads; 0: nothing."""
+    if self.support == "student":
+      return self.top_k
+    return int(self.max_importance is not None)
+
 
 class TrainState(NamedTuple):
   """All that a step changes; a tree of arrays, of their shapes or of shardings."""
@@ -64,10 +73,12 @@ class Trajectory(NamedTuple):
 
   tokens_BR: Array  # int32
   length_B: Array  # int32, 0 where there is nothing to compare
+  seen: sample.Seen | None = None  # by the sampler, where a step reads it
 
 
 class Support(NamedTuple):
-  """The teacher's most probable tokens at each position of a trajectory."""
+  """The tokens to compare at each position of a trajectory, and how likely they are to
+  the teacher."""
 
   logits_BRK: Array  # float32
   ids_BRK: Array  # int32
@@ -100,7 +111,7 @@ def teach(
   *,
   settings: Settings,
 ) -> Support:
-  """The teacher reads its context and the trajectory and names its top K tokens."""
+  """The teacher reads its context and the trajectory and scores the K tokens there."""
   width, steps = context_BC.shape[1], trajectory.tokens_BR.shape[1]
   tokens_BT = jnp.concatenate([context_BC, trajectory.tokens_BR], axis=1)
   valid_BT = jnp.concatenate(
@@ -116,12 +127,42 @@ def teach(
     dtype=settings.dtype,
     unroll=settings.unroll,
   )
-  logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk(
+  return name_support(
     read(hidden_BTD, context_length_B - 1, width, steps),
     model.gathered_head(teacher_params, settings.dtype),
+    trajectory,
+    softcap=decoder.logit_softcap,
+    settings=settings,
+  )
+
+
+def name_support(
+  hidden_BRD: Array,
+  embedding_VD: Array,
+  trajectory: Trajectory,
+  *,
+  softcap: float | None,
+  settings: Settings,
+) -> Support:
+  """The top K tokens of the teacher's head, or its logits at those of the student."""
+  if settings.support == "student":
+    assert trajectory.seen is not None
+    ids_BRK = trajectory.seen.ids_BRK
+    logits_BRK, logsumexp_BR = vocab_head.gather(
+      hidden_BRD,
+      embedding_VD,
+      ids_BRK,
+      temperature=settings.mass_temperature,
+      softcap=softcap,
+      return_logsumexp=True,
+    )
+    return Support(logits_BRK, ids_BRK, logsumexp_BR)
+  logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk(
+    hidden_BRD,
+    embedding_VD,
     settings.top_k,
     temperature=settings.mass_temperature,
-    softcap=decoder.logit_softcap,
+    softcap=softcap,
     return_logsumexp=True,
   )
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
@@ -185,14 +226,19 @@ def token_weights(
   """Weights over the whole batch, so that a split batch gives the same losses."""
   answer_BA = columns(batch.answer_length_B, batch.answer_BA.shape[1])
   answer_BA &= settings.cross_entropy
+  return Weights(
+    losses.mean_weights(answer_BA, per=settings.loss_mean),
+    losses.mean_weights(kd_mask(trajectory, settings), per=settings.loss_mean),
+  )
+
+
+def kd_mask(trajectory: Trajectory, settings: Settings) -> Array:
+  """[B, R]: True on the tokens that the distillation loss counts."""
   kd_BR = columns(trajectory.length_B, trajectory.tokens_BR.shape[1])
   kd_BR &= jnp.arange(kd_BR.shape[1]) >= settings.skip_first
   if settings.mask_eos:
     kd_BR &= ~jnp.isin(trajectory.tokens_BR, jnp.array(settings.eos_ids))
-  return Weights(
-    losses.mean_weights(answer_BA, per=settings.loss_mean),
-    losses.mean_weights(kd_BR, per=settings.loss_mean),
-  )
+  return kd_BR
 
 
 def loss_terms(
@@ -222,14 +268,37 @@ def loss_terms(
     terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
   if support is None:
     return terms, {}
+  terms["kd"], seen = distillation(
+    rollout_BRD, embedding_VD, trajectory, support, weights.kd_BR, settings=settings
+  )
+  return terms, seen
+
+
+def distillation(
+  hidden_BRD: Array,
+  embedding_VD: Array,
+  trajectory: Trajectory,
+  support: Support,
+  weight_BR: Array,
+  *,
+  settings: Settings,
+) -> tuple[Array, dict[str, Array]]:
+  """The weighted divergence of the student's head from the teacher's support."""
+  weighs = settings.max_importance is not None
+  ids_BRK = support.ids_BRK
+  if weighs:  # the sampled token rides along as one more
+    ids_BRK = jnp.concatenate([ids_BRK, trajectory.tokens_BR[..., None]], axis=-1)
   logits_BRK, logsumexp_BR = vocab_head.gather(
-    rollout_BRD,
+    hidden_BRD,
     embedding_VD,
-    support.ids_BRK,
+    ids_BRK,
     temperature=settings.mass_temperature,
-    softcap=softcap,
+    softcap=settings.decoder.logit_softcap,
     return_logsumexp=True,
   )
+  if weighs:
+    log_prob_BR = logits_BRK[..., -1] - logsumexp_BR
+    logits_BRK = logits_BRK[..., :-1]
   bucket = settings.tail == "bucket"
   if not bucket:
     logsumexp_BR = jax.lax.stop_gradient(logsumexp_BR)
@@ -243,18 +312,24 @@ def loss_terms(
     student_logsumexp=logsumexp_BR if bucket else None,
     teacher_logsumexp=support.logsumexp_BR if bucket else None,
   )
-  terms["kd"] = losses.weighted_sum(divergence_BR, weights.kd_BR)
+  if weighs:
+    assert trajectory.seen is not None
+    assert settings.max_importance is not None
+    divergence_BR *= losses.importance(
+      log_prob_BR, trajectory.seen.log_prob_BR, most=settings.max_importance
+    )
   mass = functools.partial(
     losses.mass_on_support, temperature=settings.mass_temperature
   )
   student_mass_BR = mass(logits_BRK, logsumexp_BR)
   teacher_mass_BR = mass(support.logits_BRK, support.logsumexp_BR)
   seen = {
-    "teacher_mass_in_support": losses.weighted_sum(teacher_mass_BR, weights.kd_BR),
-    "student_mass_in_support": losses.weighted_sum(student_mass_BR, weights.kd_BR),
-    **by_position(divergence_BR, weights.kd_BR > 0),
+    "teacher_mass_in_support": losses.weighted_sum(teacher_mass_BR, weight_BR),
+    "student_mass_in_support": losses.weighted_sum(student_mass_BR, weight_BR),
+    **by_position(divergence_BR, weight_BR > 0),
   }
-  return terms, jax.lax.stop_gradient(seen)
+  loss = losses.weighted_sum(divergence_BR, weight_BR)
+  return loss, jax.lax.stop_gradient(seen)
 
 
 POSITION_BINS = {"0": 1, "1_3": 4, "4_15": 16, "16_31": 32, "32_up": 1 << 30}

@@ -39,6 +39,8 @@ class Codec:
   controls: tuple[str, ...]
 
 
+FORMS = ("paper", "chat", "example", "sibling", "none")
+
 KNOWLEDGE = "Background reference knowledge:"
 INSTRUCTION = "\nAnswer the question based on the reference knowledge:\n"
 ANSWER = "\nAnswer:"
@@ -51,6 +53,11 @@ OWN_WORDS = (
 )
 """The teacher's words in self-distillation for continual learning, arXiv 2601.19897;
 the first line as published, the second in its sense."""
+
+
+SOLUTION = "\n\nThis is a correct solution:\n"
+SOLVE_AGAIN = "\n\nNow solve the original question correctly."
+"""The teacher's words in SDPO, arXiv 2601.20802, in the sense of those published."""
 
 
 def load(source: str) -> Codec:
@@ -188,8 +195,9 @@ def teacher_ids(
     form: "paper": the paper's pieces, each tokenised on its own, one after another;
       earlier messages stand above the question. "chat": the same words as the last user
       turn of the chat template. "example": the question, and the answer as an example
-      of one (Shenfeld et al., arXiv 2601.19897), in the last user turn. "none": the
-      student's own prompt, without the answer.
+      of one (Shenfeld et al., arXiv 2601.19897), in the last user turn. "sibling": the
+      same with the answer as a correct solution (SDPO). "none": the student's own
+      prompt, without the answer.
   """
   *earlier, question = messages
   if form == "none":
@@ -200,17 +208,22 @@ def teacher_ids(
   if form == "example":
     content = question.content + EXAMPLE + answer + OWN_WORDS
     return prompt_ids(codec, [*earlier, question._replace(content=content)])
+  if form == "sibling":
+    content = question.content + SOLUTION + answer + SOLVE_AGAIN
+    return prompt_ids(codec, [*earlier, question._replace(content=content)])
   if form == "paper":
     asked = "\n".join(m.content for m in messages)
     pieces = (KNOWLEDGE, answer, INSTRUCTION, asked, ANSWER)
     return [i for piece in pieces for i in encode(codec, piece)]
-  raise ValueError(f"teacher form {form!r} is not one of paper, chat, example, none")
+  raise ValueError(f"teacher form {form!r} is not one of {', '.join(FORMS)}")
 
 
 def leak_phrases(form: str) -> tuple[str, ...]:
   """Lower-case phrases of the teacher's context that a rollout should not repeat."""
   if form == "none":
     return ()
+  if form == "sibling":
+    return ("correct solution", "the original question")
   if form == "example":
     return (
       *("this is an example", "the example response", "response of your own"),

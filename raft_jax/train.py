@@ -86,7 +86,7 @@ class Dispatched(NamedTuple):
   """A step that runs, or has run, on the devices; nothing of it was fetched yet."""
 
   step: int
-  values: dict[str, jax.Array]
+  values: dict[str, Any]
   batch: data.Batch
   trajectory: step_lib.Trajectory | None
   ended_B: jax.Array | None
@@ -119,17 +119,24 @@ def run_step(
     return state, Dispatched(step, values, batch, None, None, clock.seconds)
   trajectory, ended_B = programs.roll_out(state.params, frozen, batch, step)
   clock.lap("rollout", trajectory)
+  compared = trajectory
+  told: dict[str, float] = {}
+  if programs.instruct is not None:
+    batch, compared, told = programs.instruct(batch, trajectory)
   if programs.teacher is not None:
     teacher_params = programs.teacher(teacher_params, state, frozen)
   support = programs.teach(
-    teacher_params, batch.teacher_BC, batch.teacher_length_B, trajectory
+    teacher_params, batch.teacher_BC, batch.teacher_length_B, compared
   )
   clock.lap("teacher", support)
   state, values = programs.update(
-    state, frozen, batch, trajectory, support, anchor=anchor, measure=measure
+    state, frozen, batch, compared, support, anchor=anchor, measure=measure
   )
   clock.lap("update", values)
-  return state, Dispatched(step, values, batch, trajectory, ended_B, clock.seconds)
+  return state, Dispatched(
+    *(step, {**values, **told}, batch, trajectory._replace(seen=None)),
+    *(ended_B, clock.seconds),
+  )
 
 
 def fetch(
@@ -153,7 +160,7 @@ def fetch(
   batch, seconds = jax.device_get(dispatched.batch), dispatched.seconds
   tokens = {"update": batch.prompt_length_B.sum() + batch.answer_length_B.sum()}
   if dispatched.trajectory is not None:
-    tokens_BR, length_B = jax.device_get(dispatched.trajectory)
+    tokens_BR, length_B, _ = jax.device_get(dispatched.trajectory)
     texts = [
       text.decode(codec, row[:length]) for row, length in zip(tokens_BR, length_B)
     ]

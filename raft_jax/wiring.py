@@ -6,7 +6,7 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,11 +78,12 @@ def check(
       f"{config.model.source} ({decoder.vocab_size}); lower it"
     )
   parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
-  rows = config.train.batch_size + replays(config)
+  rows = (config.train.batch_size + replays(config)) * group(config)
   if rows % parts:
     raise errors.UserError(
-      f"train.batch_size: {rows} rows (with replay) do not divide into {parts} parts "
-      "(mesh.data x mesh.fsdp x train.micro_batches); change one of them"
+      f"train.batch_size: {rows} rows (with replay and rollout.group) do not "
+      f"divide into {parts} parts (mesh.data x mesh.fsdp x train.micro_batches); "
+      "change one of them"
     )
 
 
@@ -91,6 +92,11 @@ def replays(config: config_lib.Config) -> int:
   if config.replay is None:
     return 0
   return data.replays(config.train.batch_size, config.replay.share)
+
+
+def group(config: config_lib.Config) -> int:
+  """Rows of each question in every batch: one for each of its rollouts."""
+  return config.rollout.group if distills(config) else 1
 
 
 def teacher_decoder(
@@ -132,7 +138,10 @@ def check_lengths(
         len(row.answer) if trajectory != "rollout" else 0,
         new if trajectory != "answer" else 0,
       )
-      longest = max(longest, max(len(row.prompt), len(row.teacher)) + compared)
+      read = max(len(row.prompt), len(row.teacher))
+      if config.distill.teacher_context == "sibling":
+        read = max(read, config.data.max_teacher_tokens)
+      longest = max(longest, read + compared)
   if longest > decoder.max_positions:
     raise errors.UserError(
       f"rollout.max_new_tokens={new}, data.max_*_tokens: the longest row has {longest} "
@@ -239,6 +248,7 @@ class Prepared(NamedTuple):
   probed: Any
   total_steps: int
   identity: dict[str, Any]
+  asked: Mapping[int, data.Asked]
 
 
 def prepare(config: config_lib.Config) -> Prepared:
@@ -264,6 +274,7 @@ def prepare(config: config_lib.Config) -> Prepared:
     widths=data.widths(every, config.data.buckets, batch_size=config.train.batch_size),
     replayed=found.replayed,
     replays=replays(config),
+    group=group(config),
   )
   config_lib.claim_output(config, "train", CLAIMED)
   if found.skipped:
@@ -283,7 +294,8 @@ def prepare(config: config_lib.Config) -> Prepared:
     size = config.soft_mask.batch_size
     probed = one_pass(config, rows, codec, size, "soft_mask", "data.questions")
   return Prepared(
-    codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset), own
+    *(codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
+    *(own, found.asked),
   )
 
 
@@ -369,6 +381,7 @@ def build(config: config_lib.Config, run: Prepared) -> Built:
     balancer,
     shardings,
     distil=distil,
+    asked=run.asked,
   )
   rates = np.asarray(jax.vmap(schedule)(jnp.arange(run.total_steps)))
   teaches = distil and config.distill.teacher == "base"

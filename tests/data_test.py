@@ -275,6 +275,18 @@ def test_every_batch_holds_its_replayed_rows_beside_the_same_others(rows, genera
   assert all(equal(a, mixed[7 + i]) for i, a in enumerate(tail))
 
 
+def test_copies_follow_their_row_under_ids_of_their_own(rows):
+  options = {"batch_size": 2, "seed": 0, "pad_id": 0, "steps": 2}
+  widths = data.widths(rows, 1)
+  plain = data.dataset(rows, widths=widths, **options)
+  grouped = data.dataset(rows, widths=widths, group=3, **options)
+  for one, three in zip(plain, grouped):
+    ids = [3 * row_id + copy for row_id in one.row_id_B for copy in range(3)]
+    assert three.row_id_B.tolist() == ids
+    for plainly, copied in zip(one[:-1], three[:-1]):
+      np.testing.assert_array_equal(copied, np.repeat(plainly, 3, axis=0))
+
+
 def test_no_replay_is_the_plain_run(rows, general):
   without = batches(rows)
   for step, batch in enumerate(batches(rows, replayed=general, replays=0)):

@@ -14,6 +14,7 @@ from raft_jax import (
   measure,
   records,
   report,
+  rouge,
   run_folder,
   statistics,
 )
@@ -22,12 +23,12 @@ from tests import tiny_run
 
 def test_rouge_l_by_hand():
   # Longest common subsequence "the cat on mat": precision 4/5, recall 4/6.
-  assert evaluate.rouge_l(
-    "The cat sat on the mat.", "the cat on a mat"
-  ) == pytest.approx(2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6))
-  assert evaluate.rouge_l("judges ruling courts", "judge rules court") == 1.0  # stems
-  assert evaluate.rouge_l("one two three", "three two one") == pytest.approx(1 / 3)
-  assert evaluate.rouge_l("a law", "") == 0.0
+  assert rouge.rouge_l("The cat sat on the mat.", "the cat on a mat") == pytest.approx(
+    2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6)
+  )
+  assert rouge.rouge_l("judges ruling courts", "judge rules court") == 1.0  # stems
+  assert rouge.rouge_l("one two three", "three two one") == pytest.approx(1 / 3)
+  assert rouge.rouge_l("a law", "") == 0.0
 
 
 def test_difference_is_taken_item_by_item():

@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "raft_jax"
 ROOMS = [
   "errors",
   "statistics",
+  "rouge",
   "losses",
   "vocab_head",
   "balance",
@@ -66,6 +67,7 @@ ROOMS = [
   "refine",
   "examples",
   "step",
+  "siblings",
   "fisher",
   "units",
   "checkpoint",

@@ -97,6 +97,11 @@ def _needs(law, other):
     "das": ["soft_mask.limit=4", "soft_mask.batch_size=2"],
     "recadam": ["recadam.gamma=100.0"],
     "sdft_cl": ["distill.average_rate=0.5"],
+    # What a random model samples succeeds only where every text does.
+    "sdpo": [
+      *("distill.success=0.0", "rollout.group=2", "distill.average_rate=0.5"),
+      "data.max_teacher_tokens=256",
+    ],
   }
 
 
@@ -211,6 +216,18 @@ def test_gkd_draws_by_seed_and_step_where_it_compares(make):
       assert programs.rolls_out(always, step) == programs.rolls_out(fixed, step)
 
 
+def test_sdpo_without_a_success_moves_nothing(make, needs, base):
+  """No rollout of a random model is its answer: the loss is 0, and nothing divides by
+  the count of tokens; only the decay, off here, would move the model."""
+  never = ["distill.success=1.0", "train.weight_decay=0.0"]
+  params, log = fitted(make("sdpo", *needs["sdpo"], *never))
+  assert [row["loss_kd"] for row in log] == [0.0] * STEPS
+  assert [row["grad_norm"] for row in log] == [0.0] * STEPS
+  assert [row["rollout_taught"] for row in log] == [0.0] * STEPS
+  assert all(row["rollout_length"] > 0 for row in log)
+  assert_identical(params, base)
+
+
 def test_a_teacher_with_another_tokenizer_is_refused(make, smollm, tmp_path):
   folder = tmp_path / "other"
   tiny_run.save_model(folder, smollm)
@@ -234,6 +251,10 @@ NULLS = {
   "opd_pure": ["balance.weight=0.0", "train.cross_entropy=true"],
   "gkd": ["balance.weight=0.0"],
   "sdft_cl": ["balance.weight=0.0", "train.cross_entropy=true"],
+  "sdpo": [
+    *("balance.weight=0.0", "train.cross_entropy=true"),
+    "train.loss_mean=sequence",
+  ],
   "fapm": ["prune.keep=1.0"],
   "l2sp": ["anchor.strength=0.0", "train.weight_decay=0.01"],
   "ewc": ["anchor.strength=0.0", "train.weight_decay=0.01"],
