@@ -633,7 +633,7 @@ def test_killed_anywhere_a_second_run_ends_alike_and_asks_nothing_twice(
     (corpus / name).unlink()
   root = tmp_path / "matrix"
   root.mkdir()
-  command = [sys.executable, extract_driver.__file__, str(root), str(corpus)]
+  command = [sys.executable, "-m", "tests.extract_driver", str(root), str(corpus)]
   done = subprocess.run(
     [*command, json.dumps(plan)], capture_output=True, text=True, check=True
   )
