@@ -173,7 +173,7 @@ def _completion(reply: Any, words: text.Codec) -> engines.Completion:
 
 def _start(source: str, settings: Mapping[str, Any]) -> Any:
   # Before the import, which reads it: only what went wrong, not how vLLM starts.
-  os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+  os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
   os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
   import vllm
   from vllm import platforms

@@ -167,7 +167,7 @@ def test_encoder_score_clips_and_abstains():
 def test_prompt_holds_the_texts_and_asks_for_json():
   (message,) = judge.prompt("What is X?", "X is 1.", "X is one.")
   assert message.role == "user"
-  for part in ("What is X?", "X is 1.", "X is one.", '{"score": 0.00}'):
+  for part in ("What is X?", "X is 1.", "X is one.", 'key, "score"'):
     assert message.content.count(part) == 1
   assert "$" not in message.content
 
