@@ -60,6 +60,12 @@ class Prompt(pydantic.BaseModel):
   prompt: str = pydantic.Field(min_length=1)
 
 
+class Request(Prompt):
+  """A general request, perhaps with an example of a good reply."""
+
+  reference: str | None = None
+
+
 Item = TypeVar("Item", bound=pydantic.BaseModel)
 
 

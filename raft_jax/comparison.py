@@ -26,6 +26,9 @@ COLUMNS = (
   Column("held_out_loss", "held-out loss", 3),
   Column("rouge_l", "ROUGE-L", 3),
   Column("similarity", "similarity", 3),
+  Column("d_acc", "D-Acc", 3),
+  Column("open_ended", "open-ended", 3),
+  Column("open_ended_retention", "retention, %", 1),
   Column("ifeval_prompt_strict", "IFEval", 3),
   Column("ifeval_retention", "retention, %", 1),
   Column("mmlu", "MMLU", 3),
@@ -70,6 +73,7 @@ def _values(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
   peak = cost.get("host_peak_bytes")
   return {
     **result["scores"]["trained"],
+    "open_ended_retention": retention.get("open_ended") or {},
     "ifeval_retention": retention.get("ifeval_prompt_strict") or {},
     "mmlu_retention": retention.get("mmlu") or {},
     "drift": result.get("drift") or {},

@@ -33,10 +33,10 @@ from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Model as Model
-from raft_jax.schema import PairJudge as PairJudge
 from raft_jax.schema import Recadam as Recadam
 from raft_jax.schema import Section
 from raft_jax.schema import Train as Train
+from raft_jax.schema import VerdictJudge as VerdictJudge
 from raft_jax.schema import Writer as Writer
 
 

@@ -63,6 +63,12 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
     {"refine.rewriter": config.refine.rewriter, "refine.fusion": config.refine.fusion}
   )
   yield from _panel("refine.judges", config.refine.judges)
+  yield from _panel("evaluate.judges", config.evaluate.judges)
+  if config.evaluate.open_ended.prompts is not None and not config.evaluate.judges:
+    yield (
+      "evaluate.open_ended.prompts",
+      "needs evaluate.judges, who say which answers are good",
+    )
   for i, judge in enumerate(config.refine.judges):
     if judge.engine == "encoder" and judge.model is not None:
       yield (

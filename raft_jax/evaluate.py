@@ -1,11 +1,11 @@
 """Stage 3: the trained model beside the base model, on the domain and in general.
 
 Of the domain: held-out loss of the reference answers, ROUGE-L and sentence-encoder
-similarity of greedy answers, named as what they are and never as the paper's judged
-accuracy (D-Acc). Of general abilities, where the config names items: IFEval and MMLU
-with their retention (trained in % of base), and the drift on general prompts. Every
-score carries its number of items and a 95 % interval; trained and base are compared
-item by item.
+similarity of greedy answers, named as what they are, and the paper's judged accuracy
+(D-Acc) where the config names judges. Of general abilities, where it names items:
+IFEval, MMLU and judged open-ended requests, with their retention (trained in % of
+base), and the drift on general prompts. Every score carries its number of items and a
+95 % interval; trained and base are compared item by item.
 
 Finished items go to `evaluation/journal.jsonl`, keyed by the content of the model, the
 item and the settings: a second run repeats nothing, and a new checkpoint only itself.
@@ -29,12 +29,16 @@ from raft_jax import (
   data,
   distance,
   encode,
+  engines,
   errors,
   hf,
   journal,
   measure,
   model,
+  panel,
   records,
+  refinement,
+  roles,
   rouge,
   statistics,
   text,
@@ -68,6 +72,7 @@ class General(NamedTuple):
   ifeval: Ifeval | None
   mmlu: Mmlu | None
   drift: list[list[int]] | None
+  requests: list[benchmarks.Request]
 
 
 def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
@@ -116,6 +121,14 @@ def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
     ifeval = Ifeval(orders, [asked(order.prompt) for order in orders], checkers)
   if settings.mmlu.items is not None:
     mmlu = read_mmlu(settings.mmlu, codec)
+  requests = []
+  if settings.open_ended.prompts is not None:
+    requests = benchmarks.read(
+      benchmarks.Request,
+      settings.open_ended.prompts,
+      key="evaluate.open_ended.prompts",
+      limit=settings.open_ended.limit,
+    )
   if settings.drift.prompts is not None:
     general = benchmarks.read(
       benchmarks.Prompt,
@@ -124,7 +137,7 @@ def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
       limit=settings.drift.limit,
     )
     drift = [asked(item.prompt) for item in general]
-  return General(ifeval, mmlu, drift)
+  return General(ifeval, mmlu, drift, requests)
 
 
 def read_mmlu(settings: config_lib.Mmlu, codec: text.Codec) -> Mmlu:
@@ -165,6 +178,7 @@ def check_lengths(
   config: config_lib.Config,
   domain: Domain,
   general: General,
+  requests: Sequence[Sequence[int]],
   decoder: model.DecoderConfig,
 ) -> None:
   """Whether prompts and answers fit into the model's positions.
@@ -189,6 +203,10 @@ def check_lengths(
   if general.drift is not None:
     new = settings.drift.max_new_tokens
     need[f"evaluate.drift.max_new_tokens={new}"] = max(map(len, general.drift)) + new
+  if requests:
+    new = settings.open_ended.max_new_tokens
+    key = f"evaluate.open_ended.max_new_tokens={new}"
+    need[key] = max(map(len, requests)) + new
   for key, longest in need.items():
     if longest > decoder.max_positions:
       raise errors.UserError(
@@ -222,6 +240,49 @@ def domain_scores(
     name: statistics.Scores(values_N, share=name == "ended")
     for name, values_N in values.items()
   }
+
+
+def judged(
+  who: measure.Subject,
+  domain: Domain,
+  general: General,
+  answers: Sequence[measure.Answer],
+  judges: Sequence[journal.Role],
+  settings: config_lib.Evaluate,
+  log: journal.Journal,
+) -> dict[str, statistics.Scores]:
+  """What a panel finds of a model's answers: D-Acc, and the open-ended requests."""
+  if not judges:
+    return {}
+  calls = journal.Calls(log, seed=0, title=f"{who.title}: ")
+  items = [
+    panel.Item(refinement.question_text(question), question.answer, answer.text)
+    for question, answer in zip(domain.questions, answers, strict=True)
+  ]
+  found = panel.scores("d_acc", panel.votes("correct", items, judges, calls))
+  if general.requests:
+    replies = measure.answers(
+      who,
+      open_ended_prompts(general, who.codec),
+      log,
+      max_new_tokens=settings.open_ended.max_new_tokens,
+      name="open-ended answers",
+    )
+    items = [
+      panel.Item(request.prompt, request.reference or "", reply.text)
+      for request, reply in zip(general.requests, replies, strict=True)
+    ]
+    verdicts = panel.votes("open_ended", items, judges, calls)
+    found |= panel.scores("open_ended", verdicts)
+  return found
+
+
+def open_ended_prompts(general: General, codec: text.Codec) -> list[list[int]]:
+  """The token ids of the open-ended requests."""
+  return [
+    text.prompt_ids(codec, (records.Message("user", request.prompt),))
+    for request in general.requests
+  ]
 
 
 class Measured(NamedTuple):
@@ -304,7 +365,15 @@ def summarise(
   return {"scores": described, "paired": paired}
 
 
+def _judge(stage: config_lib.VerdictJudge, config: config_lib.Config) -> journal.Role:
+  form = panel.REPLY_SCHEMA if stage.structured and stage.engine != "jax" else None
+  return roles.role(
+    "vote", stage, config.model, temperature=0.0, top_p=1.0, reply_schema=form
+  )
+
+
 RETAINED = (
+  "open_ended",
   "ifeval_prompt_strict",
   "ifeval_prompt_loose",
   "ifeval_instruction_strict",
@@ -357,7 +426,8 @@ def main(config: config_lib.Config) -> None:
   domain = read_domain(config, codec)
   general = read_general(config.evaluate, codec)
   decoder = hf.load_config(config.model.source)
-  check_lengths(config, domain, general, decoder)
+  check_lengths(config, domain, general, open_ended_prompts(general, codec), decoder)
+  judges = [_judge(stage, config) for stage in config.evaluate.judges]
   embed = encode.load(config.refine.encoder)
   settings = measure.Settings(
     config.evaluate.batch_size, config.model.dtype, config.model.unroll
@@ -380,6 +450,12 @@ def main(config: config_lib.Config) -> None:
       measure_model(who, domain, general, config.evaluate, log, embed)
       for who in (trained_model, base_model)
     )
+    # After both, so that a judge's weights come and go once.
+    for who, found in ((trained_model, trained), (base_model, base)):
+      found.general.update(
+        judged(who, domain, general, found.answers, judges, config.evaluate, log)
+      )
+    engines.release()
     drift: dict[str, Any] = {}
     if general.drift is not None:
       new = config.evaluate.drift.max_new_tokens

@@ -48,7 +48,7 @@ CLAIMED = (
   ),
   *(
     f"extract.{part}.{key}"
-    for part, section in (("writer", config.Writer), ("judges.*", config.PairJudge))
+    for part, section in (("writer", config.Writer), ("judges.*", config.VerdictJudge))
     for key in section.model_fields
     if key not in schema.PLACEMENT
   ),
@@ -219,7 +219,7 @@ def _writer(run: config.Config, settings: schema.Extract) -> journal.Role:
   return writer
 
 
-def _judge(stage: config.PairJudge, run: config.Config) -> journal.Role:
+def _judge(stage: config.VerdictJudge, run: config.Config) -> journal.Role:
   form = pairs.VERDICT_SCHEMA if stage.structured and stage.engine != "jax" else None
   return roles.role(
     "verify", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form

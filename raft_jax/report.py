@@ -29,6 +29,10 @@ SCORES = {
   "similarity": ("Encoder similarity, cosine", 1),
   "answer_tokens": ("Tokens of an answer", 0),
   "ended": ("Share of answers that ended with EOS", 0),
+  "d_acc": ("Correct by majority of the judges (D-Acc)", 1),
+  "d_acc_undecided": ("… without a majority", 0),
+  "open_ended": ("Open-ended requests, good by majority", 1),
+  "open_ended_undecided": ("… without a majority", 0),
   "ifeval_prompt_strict": ("IFEval, prompts, strict", 1),
   "ifeval_prompt_loose": ("IFEval, prompts, loose", 1),
   "ifeval_instruction_strict": ("IFEval, instructions, strict", 1),
@@ -74,7 +78,7 @@ def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
         "trained": trained,
         "paired": paired,
         "retention": (run.scores.get("retention") or {}).get(name) or {},
-        "general": name.startswith(("ifeval", "mmlu")),
+        "general": name.startswith(("open_ended", "ifeval", "mmlu")),
         "verdict": verdict,
       }
     )

@@ -146,16 +146,15 @@ class Writer(Engine):
   """`vllm`, `openai`: hold replies to the form {"pairs": [{"question", "answer"}]}."""
 
 
-class PairJudge(Asked):
-  """A language model that says of a pair whether it is faithful to its chunk, correct
-  and clear without it."""
+class VerdictJudge(Asked):
+  """A language model that answers with yes or no."""
 
   engine: Literal["jax", "vllm", "openai"] = "jax"
   """`jax`: built in; `vllm`: in this process; `openai`: a server of that protocol."""
   max_new_tokens: Positive = 64
   """Longest verdict, thinking included."""
   structured: bool = True
-  """`vllm`, `openai`: hold verdicts to their form, three times true or false."""
+  """`vllm`, `openai`: hold verdicts to their form, true or false."""
 
 
 class Shares(Section):
@@ -185,8 +184,8 @@ class Extract(Section):
   pairs_per_chunk: Positive = 4
   """Most pairs written from one chunk [O]."""
   writer: Writer = Writer()
-  judges: Annotated[tuple[PairJudge, ...], pydantic.Field(min_length=1)] = (
-    PairJudge(),
+  judges: Annotated[tuple[VerdictJudge, ...], pydantic.Field(min_length=1)] = (
+    VerdictJudge(),
   )
   """A pair is kept when more than half of them approve of it."""
   near_duplicate: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.8
@@ -468,6 +467,18 @@ class Drift(Section):
   """Tokens of the base model's answers on which both are compared."""
 
 
+class OpenEnded(Section):
+  """Answers to general requests, judged by `evaluate.judges` (as the paper's MS-Bench),
+  beside the base model's."""
+
+  prompts: str | None = None
+  """JSONL or Parquet {prompt, reference?}; null leaves it out."""
+  limit: Positive | None = None
+  """Use only the first N prompts."""
+  max_new_tokens: Positive = 512
+  """Longest answer [O]."""
+
+
 class Evaluate(Section):
   """Scores on `data.test` and of general abilities, beside the base model's."""
 
@@ -482,6 +493,10 @@ class Evaluate(Section):
   journal: str | None = None
   """File of finished items; null means one in `output`. Runs that share it measure the
   base model once."""
+  judges: tuple[VerdictJudge, ...] = ()
+  """Say which test answers are correct: the share that a majority of them calls so is
+  D-Acc. Empty: not measured. The paper has three of different families."""
+  open_ended: OpenEnded = OpenEnded()
   ifeval: Ifeval = Ifeval()
   mmlu: Mmlu = Mmlu()
   drift: Drift = Drift()

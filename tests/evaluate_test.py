@@ -165,6 +165,9 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
       f"evaluate.mmlu.items={tmp_path / 'mmlu.jsonl'}",
       f"evaluate.mmlu.examples={tmp_path / 'mmlu.jsonl'}",
       "evaluate.mmlu.shots=1",
+      "evaluate.judges=[{engine: jax, max_new_tokens: 4}]",
+      f"evaluate.open_ended.prompts={tmp_path / 'ifeval.jsonl'}",
+      "evaluate.open_ended.max_new_tokens=8",
       f"evaluate.drift.prompts={tmp_path / 'ifeval.jsonl'}",
       "evaluate.drift.max_new_tokens=8",
     ],
@@ -179,8 +182,13 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert same["scores"]["base"]["ifeval_instruction_loose"]["n"] == 3
   assert same["retention"]["ifeval_prompt_strict"] == {}  # nothing is quoted
   assert same["scores"]["base"]["mmlu"]["n"] == 4
+  # A random model answers with line ends, which is wrong whatever a judge would say.
+  assert same["scores"]["trained"]["d_acc"]["value"] == 0.0
+  assert same["scores"]["trained"]["d_acc_undecided"]["value"] == 0.0
+  assert same["scores"]["base"]["open_ended_undecided"]["n"] == 3
   page = report.render(run_folder.read(output), "t")
   assert "MMLU" in page
+  assert "Open-ended requests, good by majority" in page
   assert "Drift on 3 general prompts" in page
 
   tiny_run.save_checkpoint(output, tiny, step=2, scale=1.5)

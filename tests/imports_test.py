@@ -58,6 +58,7 @@ ROOMS = [
   "benchmarks",
   "run_folder",
   "pages",
+  "panel",
   "refinement",
   "refine_report",
   "documents",

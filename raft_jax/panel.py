@@ -1,0 +1,77 @@
+"""Accuracy by the verdicts of a panel of language models, as in the paper's D-Acc.
+
+An answer counts as right where more than half of the judges say so (RAFT, arXiv
+2606.00147, section 4: three judges). A judge whose reply is not plainly a yes or no
+abstains and stays in the panel; what no majority decides is not right, and its share is
+given beside the accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from raft_jax import journal, judge, statistics
+
+VERDICT = "good"
+"""The key of a judge's reply."""
+
+REPLY_SCHEMA = {
+  "type": "object",
+  "properties": {VERDICT: {"type": "boolean"}},
+  "required": [VERDICT],
+  "additionalProperties": False,
+}
+
+
+class Item(NamedTuple):
+  """What a judge reads; `reference` may be empty where there is none."""
+
+  question: str
+  reference: str
+  candidate: str
+
+
+def votes(
+  template: str,
+  items: Sequence[Item],
+  judges: Sequence[journal.Role],
+  calls: journal.Calls,
+) -> list[list[bool | None]]:
+  """Each judge's verdict on each item, [items][judges]; None for an abstention.
+
+  An empty answer, or one that holds a verdict of its own, is shown to no judge and is
+  wrong.
+
+  Args:
+    template: name of the prompt, "correct" or "open_ended".
+  """
+  shown = [i for i, item in enumerate(items) if _fair(item.candidate)]
+  prompts = [judge.fenced(template, items[i]._asdict()) for i in shown]
+  found: list[list[bool | None]] = [[False] * len(judges) for _ in items]
+  for number, role in enumerate(judges):
+    for i, reply in zip(shown, calls.ask(role, prompts), strict=True):
+      said = None if reply is None else judge.parse_flags(reply.text, [VERDICT])
+      found[i][number] = None if said is None else said[VERDICT]
+  return found
+
+
+def _fair(candidate: str) -> bool:
+  return bool(candidate.strip()) and f'"{VERDICT}"' not in candidate
+
+
+def scores(
+  name: str, found: Sequence[Sequence[bool | None]]
+) -> dict[str, statistics.Scores]:
+  """The share of items that a majority calls right, and of those left undecided."""
+  decided = [judge.majority(panel) for panel in found]
+  return {
+    name: _share([choice is True for choice in decided]),
+    f"{name}_undecided": _share([choice is None for choice in decided]),
+  }
+
+
+def _share(passed: Sequence[bool]) -> statistics.Scores:
+  return statistics.Scores(np.array(passed, float), share=True)
