@@ -19,9 +19,21 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from raft_jax import errors, model
+from raft_jax import errors, hosts, model
 
 FOLDER = "checkpoints"
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, which leaves it to the training loop to ask whether to stop.
+
+  Its background thread would ask about a step that is over. jax takes the step last
+  asked about for the one that this process is at, and could agree on one it has passed.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 @contextlib.contextmanager
@@ -37,7 +49,7 @@ def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
   )
-  with ocp.CheckpointManager(folder, options=options) as orbax:
+  with _Manager(folder, options=options) as orbax:
     yield orbax
     with _writable(folder):
       orbax.wait_until_finished()
@@ -67,7 +79,7 @@ def fingerprints(tree: Any) -> Any:
 
 def named_fingerprints(tree: Any) -> dict[str, list[int]]:
   """Fingerprints by the path of the leaf, ready for JSON."""
-  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(fingerprints(tree)))
+  leaves = jax.tree_util.tree_leaves_with_path(hosts.whole(fingerprints(tree)))
   return {
     # Simple names: those of a NamedTuple and of the dict that Orbax makes of it agree.
     jax.tree_util.keystr(path, simple=True, separator="/"): [

@@ -32,6 +32,7 @@ from raft_jax import (
   engines,
   errors,
   hf,
+  hosts,
   journal,
   measure,
   model,
@@ -422,6 +423,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 def main(config: config_lib.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
+  hosts.refuse("evaluate")
   codec = text.load(config.model.source)
   domain = read_domain(config, codec)
   general = read_general(config.evaluate, codec)

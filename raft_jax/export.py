@@ -22,6 +22,7 @@ from raft_jax import (
   errors,
   hf,
   hf_export,
+  hosts,
   schema,
   shards,
   wiring,
@@ -281,6 +282,7 @@ def export(config: config_lib.Config) -> Exported:
 
 def main(config: config_lib.Config) -> None:
   """Exports and says what was written."""
+  hosts.refuse("export")
   exported = export(config)
   print(
     f"exported {exported.folder}: {exported.size / 1e6:,.1f} MB,"

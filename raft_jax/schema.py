@@ -430,6 +430,22 @@ class Mesh(Section):
   """Shares of every matrix product."""
 
 
+class Cluster(Section):
+  """Several processes that train together; `launch/` has examples."""
+
+  join: bool | None = None
+  """null: where Slurm, Open MPI, GKE or a coordinator's address says that there are
+  several; true: as JAX finds them (Cloud TPU VMs need this); false: never."""
+  coordinator: str | None = None
+  """host:port of process 0; null for JAX_COORDINATOR_ADDRESS, or what JAX finds."""
+  processes: Positive | None = None
+  """How many; null for JAX_NUM_PROCESSES, or what JAX finds."""
+  index: Annotated[int, pydantic.Field(ge=0)] | None = None
+  """This process, from 0; null for JAX_PROCESS_ID, or what JAX finds."""
+  heartbeat_s: Positive = 100
+  """Seconds of silence after which a process is lost, which ends the others."""
+
+
 class Ifeval(Section):
   """Verifiable instructions (IFEval), beside the base model's score."""
 
@@ -557,6 +573,7 @@ class Config(Section):
   replay: Replay | None = None
   prune: Prune | None = None
   mesh: Mesh = Mesh()
+  cluster: Cluster = Cluster()
   evaluate: Evaluate = Evaluate()
   sweep: Sweep = Sweep()
   export: Export = Export()

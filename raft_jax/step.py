@@ -71,8 +71,8 @@ class TrainState(NamedTuple):
 class Trajectory(NamedTuple):
   """The tokens on which student and teacher are compared."""
 
-  tokens_BR: Array  # int32
-  length_B: Array  # int32, 0 where there is nothing to compare
+  tokens_BR: Any  # int32
+  length_B: Any  # int32, 0 where there is nothing to compare
   seen: sample.Seen | None = None  # by the sampler, where a step reads it
 
 

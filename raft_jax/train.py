@@ -13,7 +13,6 @@ import json
 import math
 import pathlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from raft_jax import (
   errors,
   fisher,
   hf,
+  hosts,
   journal,
   metrics,
   model,
@@ -43,29 +43,6 @@ from raft_jax import (
 from raft_jax import config as config_lib
 from raft_jax import programs as programs_lib
 from raft_jax import step as step_lib
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM; a second one acts at once."""
-  received: list[int] = []
-
-  def note(number, frame):
-    del frame
-    received.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    print(
-      "stopping after this step; once more to stop now", file=sys.stderr, flush=True
-    )
-
-  before = {
-    number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 class Clock:
@@ -108,9 +85,9 @@ def run_step(
   """Rollout, teacher and update of one batch."""
   clock = Clock(on=timed)
   if programs.roll_out is None or programs.teach is None:
+    rows = len(batch.row_id_B)
     nothing = step_lib.Trajectory(
-      jnp.zeros((len(batch.row_id_B), 0), jnp.int32),
-      jnp.zeros(len(batch.row_id_B), jnp.int32),
+      np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32)
     )
     state, values = programs.update(
       state, frozen, batch, nothing, None, anchor=anchor, measure=False
@@ -147,9 +124,16 @@ def fetch(
   Raises:
     errors.UserError: when a loss or the gradient is not finite.
   """
-  values = {
-    name: float(value) for name, value in jax.device_get(dispatched.values).items()
-  }
+  # At once: where several processes train, each fetching is a program of its own.
+  values, batch, trajectory, ended_B = hosts.whole(
+    (
+      dispatched.values,
+      dispatched.batch,
+      dispatched.trajectory,
+      dispatched.ended_B,
+    )
+  )
+  values = {name: float(value) for name, value in values.items()}
   for name in ("loss_sft", "loss_kd", "grad_norm"):
     if not math.isfinite(values.get(name, 0.0)):
       raise errors.UserError(
@@ -157,10 +141,9 @@ def fetch(
         "saved. Start again in another `output` with a lower train.learning_rate, or "
         "with model.dtype=float32"
       )
-  batch, seconds = jax.device_get(dispatched.batch), dispatched.seconds
   tokens = {"update": batch.prompt_length_B.sum() + batch.answer_length_B.sum()}
-  if dispatched.trajectory is not None:
-    tokens_BR, length_B, _ = jax.device_get(dispatched.trajectory)
+  if trajectory is not None:
+    tokens_BR, length_B, _ = trajectory
     texts = [
       text.decode(codec, row[:length]) for row, length in zip(tokens_BR, length_B)
     ]
@@ -168,9 +151,9 @@ def fetch(
     tokens["rollout"] = length_B.sum()
     tokens["teacher"] = batch.teacher_length_B.sum() + length_B.sum()
     tokens["update"] += length_B.sum()
-  if dispatched.ended_B is not None:
-    values["rollout_ended"] = float(np.mean(jax.device_get(dispatched.ended_B)))
-  for phase, spent in seconds.items():
+  if ended_B is not None:
+    values["rollout_ended"] = float(np.mean(ended_B))
+  for phase, spent in dispatched.seconds.items():
     values[f"{phase}_seconds"] = spent
     values[f"{phase}_tokens_per_s"] = float(tokens[phase] / spent)
   return values
@@ -211,11 +194,11 @@ def first_state(
   anchored = recipe.anchored(config)
   base = None
   if teaches or anchored or split.freeze or not resumes:
-    base = hf.load_params(
+    base = load(
       config.model.source,
       run.decoder,
-      dtype="float32" if split.trains_base else dtype,
-      shardings=built.base_shardings,
+      "float32" if split.trains_base else dtype,
+      built.base_shardings,
     )
   if resumes:
     state, step = checkpoint.restore(orbax, built.abstract)
@@ -229,13 +212,22 @@ def first_state(
   frozen = split.freeze(base) if split.freeze and base is not None else {}
   teacher = base if teaches else None
   if built.base_teaches and run.teacher is not None:
-    teacher = hf.load_params(
+    teacher = load(
       str(config.distill.source),
       run.teacher,
-      dtype=dtype,
-      shardings=wiring.param_shardings(run.mesh, run.teacher),
+      dtype,
+      wiring.param_shardings(run.mesh, run.teacher),
     )
   return state, Beside(frozen, teacher, anchor), step
+
+
+def load(
+  source: str, decoder: model.DecoderConfig, dtype: str, shardings: model.Params
+) -> model.Params:
+  """A model's parameters in their shards; each process reads those of its devices."""
+  return hosts.together(
+    lambda: hf.load_params(source, decoder, dtype=dtype, shardings=shardings)
+  )
 
 
 def new_state(
@@ -299,18 +291,20 @@ def importance(
 
 def placed(run: wiring.Prepared, batches: Any, title: str) -> Iterable[data.Batch]:
   """Batches on their devices, with a bar of how many were used."""
-  for batch in progress.watched(batches, title, unit="step"):
-    yield jax.device_put(batch, sharding.batch(run.mesh))
+  if hosts.leads():
+    batches = progress.watched(batches, title, unit="step")
+  for batch in batches:
+    yield sharding.spread(run.mesh, batch)
 
 
 def reporter(
   run: wiring.Prepared,
   built: wiring.Built,
   leaks: tuple[str, ...],
-  log: metrics.Log,
-  bar: progress.Progress,
+  log: metrics.Log | None,
+  bar: progress.Progress | None,
 ) -> Callable[[Dispatched], None]:
-  """A function that waits for a step, logs it and moves the bar."""
+  """A function that waits for a step and, where there are any, moves log and bar."""
   last = time.perf_counter()
 
   def report(dispatched: Dispatched) -> None:
@@ -319,8 +313,10 @@ def reporter(
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now
     values["learning_rate"] = float(built.rates[dispatched.step])
-    log.write(dispatched.step + 1, values)
-    bar.advance(dispatched.step + 1, note(values))
+    if log is not None:
+      log.write(dispatched.step + 1, values)
+    if bar is not None:
+      bar.advance(dispatched.step + 1, note(values))
 
   return report
 
@@ -335,9 +331,9 @@ def loop(
   *,
   report: Callable[[Dispatched], None],
   save: Callable[[int, step_lib.TrainState], None],
-  stop: list[int],
+  stops: Callable[[int], bool],
 ) -> int:
-  """Trains from step `start` to the end or to a signal; returns the steps done."""
+  """Trains from step `start` to the end, or until `stops`; returns the steps done."""
   every = settings.measure_every
   warm: set[Any] = set()
   pending: Dispatched | None = None
@@ -355,7 +351,7 @@ def loop(
       state,
       beside.frozen,
       beside.teacher,
-      jax.device_put(batch, sharding.batch(run.mesh)),
+      sharding.spread(run.mesh, batch),
       step,
       anchor=beside.anchor,
       measure=measure,
@@ -365,7 +361,7 @@ def loop(
     if pending is not None:
       report(pending)
     pending, done = dispatched, step + 1
-    stopping = bool(stop)  # once: a signal may come between two looks
+    stopping = stops(done)  # once: a signal may come between two looks
     if done == run.total_steps or stopping or done % settings.checkpoint_every == 0:
       # The metrics of a step are read before it is saved: a NaN never is.
       report(pending)
@@ -378,29 +374,33 @@ def loop(
 
 def fit(config: config_lib.Config) -> None:
   """Trains a model as the config says; continues where an earlier run stopped."""
-  run = wiring.prepare(config)
-  built = wiring.build(config, run)
-  output = pathlib.Path(config.output)
-  leaks = text.leak_phrases(config.distill.teacher_context)
-  with (
-    journal.locked(output / ".train"),
-    stop_signals() as stop,
-    jax.set_mesh(run.mesh),
-    checkpoint.manager(output, keep=config.train.keep_checkpoints) as orbax,
-  ):
+  cluster, output = config.cluster, pathlib.Path(config.output)
+  hosts.join(
+    asked=cluster.join,
+    coordinator=cluster.coordinator,
+    processes=cluster.processes,
+    index=cluster.index,
+    heartbeat_s=cluster.heartbeat_s,
+  )
+  leads = hosts.leads()
+  with contextlib.ExitStack() as stack:
+    if not leads:
+      stack.enter_context(contextlib.redirect_stdout(None))
+    run = hosts.together(lambda: wiring.prepare(config))
+    hosts.agree({**wiring.facts(config, run), **hosts.versions()})
+    built = wiring.build(config, run)
+    hosts.together(lambda: enter(output, stack, leads=leads))
+    stop = stack.enter_context(hosts.stop_signals())
+    stack.enter_context(jax.set_mesh(run.mesh))
+    orbax = stack.enter_context(
+      checkpoint.manager(output, keep=config.train.keep_checkpoints)
+    )
     if checkpoint.check_latest(orbax, run.identity) == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
     state, beside, start = first_state(config, run, built, orbax)
     began = time.perf_counter()
-    with (
-      contextlib.closing(
-        metrics.Log(output, resume_step=start, tensorboard=config.train.tensorboard)
-      ) as log,
-      contextlib.closing(
-        progress.Progress("train", run.total_steps, done=start)
-      ) as bar,
-    ):
+    with journals(config, run, start, leads=leads) as (log, bar):
       done = loop(
         config.train,
         run,
@@ -408,11 +408,52 @@ def fit(config: config_lib.Config) -> None:
         state,
         beside,
         start,
-        report=reporter(run, built, leaks, log, bar),
+        report=reporter(
+          run, built, text.leak_phrases(config.distill.teacher_context), log, bar
+        ),
         save=lambda step, state: checkpoint.save(orbax, step, state, run.identity),
-        stop=stop,
+        stops=lambda done: hosts.stops(stop, done),
       )
-  finish(output, start, done, run.total_steps, time.perf_counter() - began, stop)
+  if leads:
+    finish(output, start, done, run.total_steps, time.perf_counter() - began, stop)
+  if stop:
+    raise SystemExit(75 if stop[0] == signal.SIGTERM else 130)
+
+
+def enter(output: pathlib.Path, stack: contextlib.ExitStack, *, leads: bool) -> None:
+  """Locks the output folder, for all processes by the first.
+
+  Raises:
+    errors.UserError: another run holds it, or this process does not see it.
+  """
+  if leads:
+    stack.enter_context(journal.locked(output / ".train"))
+  elif not (output / "config" / "train.yaml").exists():
+    raise errors.UserError(
+      f"output: {output} holds nothing of what process 0 wrote there; choose a folder "
+      "on a file system that all processes share"
+    )
+
+
+@contextlib.contextmanager
+def journals(
+  config: config_lib.Config, run: wiring.Prepared, start: int, *, leads: bool
+) -> Iterator[tuple[metrics.Log | None, progress.Progress | None]]:
+  """The log and the bar, in the process that writes for all."""
+  if not leads:
+    yield None, None
+    return
+  with (
+    contextlib.closing(
+      metrics.Log(
+        pathlib.Path(config.output),
+        resume_step=start,
+        tensorboard=config.train.tensorboard,
+      )
+    ) as log,
+    contextlib.closing(progress.Progress("train", run.total_steps, done=start)) as bar,
+  ):
+    yield log, bar
 
 
 def finish(
@@ -423,7 +464,7 @@ def finish(
     print(
       f"stopped and saved after step {done} of {total}; rerun the same command to go on"
     )
-    raise SystemExit(75 if stop[0] == signal.SIGTERM else 130)
+    return
   lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
   first, last = (json.loads(line)["values"] for line in (lines[0], lines[-1]))
   print(

@@ -22,6 +22,7 @@ from raft_jax import (
   errors,
   examples,
   hf,
+  hosts,
   lora,
   model,
   optim,
@@ -276,7 +277,8 @@ def prepare(config: config_lib.Config) -> Prepared:
     replays=replays(config),
     group=group(config),
   )
-  config_lib.claim_output(config, "train", CLAIMED)
+  if hosts.leads():
+    config_lib.claim_output(config, "train", CLAIMED)
   if found.skipped:
     print(f"{found.skipped} rows are over a length budget and were skipped")
   if distil and config.distill.teacher_context == "paper":
@@ -297,6 +299,13 @@ def prepare(config: config_lib.Config) -> Prepared:
     *(codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
     *(own, found.asked),
   )
+
+
+def facts(config: config_lib.Config, run: Prepared) -> dict[str, Any]:
+  """What all processes of a run must have been started with, by name."""
+  keys = [key for key in config_lib.Config.model_fields if key != "cluster"]
+  content = {f"content of {name}": value for name, value in run.identity.items()}
+  return {**config_lib.values(config, keys), **content}
 
 
 def general_dataset(

@@ -1,7 +1,8 @@
 """Two training steps on several meshes of 8 CPU devices: `python -m tests.mesh_steps`.
 
 Run by `sharding_test` in a process of its own, because the number of devices is fixed
-when jax starts. Writes what each mesh arrived at to the .npz file that it is given.
+when jax starts. Writes what each mesh arrived at to the .npz file that it is given; the
+names of meshes after it leave the others out. `hosts_test` runs it as two processes.
 
 The model is mild on purpose: Adam's first step has the sign of the gradient, however
 small, and in a model that is steep round-off grows to per cents within two steps.
@@ -18,6 +19,7 @@ from raft_jax import (
   balance,
   config,
   data,
+  hosts,
   lora,
   model,
   optim,
@@ -144,16 +146,16 @@ def steps(
       step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
     )
     for index in range(STEPS):
-      batch = jax.device_put(make_batch(index), sharding.batch(mesh))
+      batch = sharding.spread(mesh, make_batch(index))
       state, seen = train.run_step(
         programs, state, frozen, teacher, batch, index, measure=False, timed=False
       )
       # jax 0.10.2 on CPU locks up when many collectives are queued.
       jax.block_until_ready(state)
       assert seen.trajectory is not None
-      out |= flat(f"rollout {index} ", seen.trajectory._asdict())
-      out |= flat(f"values {index} ", seen.values)
-  out |= flat("params ", state.params)
+      out |= flat(f"rollout {index} ", hosts.whole(seen.trajectory._asdict()))
+      out |= flat(f"values {index} ", hosts.whole(seen.values))
+    out |= flat("params ", hosts.whole(state.params))
   shards = jax.tree.map(
     lambda leaf: np.array(leaf.sharding.shard_shape(leaf.shape)),
     {"params": state.params, "adam": state.opt_state["adamw"][0].mu},
@@ -161,16 +163,23 @@ def steps(
   return out | flat("shards ", shards)
 
 
+def chosen(meshes: dict, names: list[str]) -> list:
+  return [(name, how) for name, how in meshes.items() if not names or name in names]
+
+
 def main() -> None:
+  hosts.join(asked=None, coordinator=None, processes=None, index=None, heartbeat_s=60)
+  path, *names = sys.argv[1:]
   out = flat("start ", base_params())
-  for name, (sizes, micro_batches) in MESHES.items():
+  for name, (sizes, micro_batches) in chosen(MESHES, names):
     split = trainable.everything(DECODER)
     out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
   out |= flat("adapters at start ", adapter_split().start({}))
-  for name, (sizes, micro_batches) in ADAPTER_MESHES.items():
+  for name, (sizes, micro_batches) in chosen(ADAPTER_MESHES, names):
     split = adapter_split()
     out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
-  np.savez(sys.argv[1], **out)
+  if hosts.leads():
+    np.savez(path, **out)
 
 
 if __name__ == "__main__":
