@@ -3,12 +3,17 @@
 A step is listed once it is complete on disk, so a killed run finds either the previous
 checkpoint or the next, never half of one. Beside the arrays lies `meta`: what the run
 is (model, data, tokenizer) and a fingerprint of every leaf, because Orbax restores a
-flipped bit in array data without noticing (seen with orbax 0.12.8).
+flipped bit in array data without noticing (seen with orbax 0.12.8). A seal names every
+file with its size, and with its digest unless it is large: then the fingerprints are
+what tells.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 import logging
 import pathlib
 import shutil
@@ -22,6 +27,15 @@ import orbax.checkpoint as ocp
 from raft_jax import errors, hosts, model
 
 FOLDER = "checkpoints"
+SEAL = "seal.json"
+UNSEALED = "_CHECKPOINT_METADATA"
+"""Gets the time of the commit when all else is sealed; no array hangs on it."""
+LARGE = 64 * 2**20
+"""Bytes from which on a file's digest would cost more than its arrays' fingerprints."""
+
+
+class Damaged(errors.UserError):
+  """A checkpoint that is not what was saved; the message says how to go on."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -47,7 +61,11 @@ def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
   folder = pathlib.Path(output).resolve() / FOLDER
   policies = ocp.checkpoint_managers
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
+    preservation_policy=policies.LatestN(keep),
+    cleanup_tmp_directories=True,
+    async_options=ocp.AsyncOptions(
+      post_finalization_callback=functools.partial(_seal_unnamed, folder)
+    ),
   )
   with _Manager(folder, options=options) as orbax:
     yield orbax
@@ -91,7 +109,11 @@ def named_fingerprints(tree: Any) -> dict[str, list[int]]:
 
 def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
   """Starts saving `state` under `step`; returns once the arrays may be donated."""
-  meta = {"identity": identity, "fingerprints": named_fingerprints(state)}
+  meta = {
+    "identity": identity,
+    "fingerprints": named_fingerprints(state),
+    "sealed": True,
+  }
   with _writable(orbax.directory):
     orbax.save(
       step,
@@ -101,36 +123,98 @@ def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
     )
 
 
-def check_latest(orbax: Any, identity: dict[str, Any]) -> int | None:
-  """The newest step, if there is one, after checking that it is of this run.
+def check_latest(
+  orbax: Any, identity: dict[str, Any], *, on_corrupt: str = "stop"
+) -> int | None:
+  """The newest step, if there is one, after checking that it is whole and of this run.
+
+  Args:
+    identity: what the run is.
+    on_corrupt: "previous" sets a damaged step aside and goes on to the one before.
 
   Raises:
-    errors.UserError: it belongs to another run; nothing large was read.
+    errors.UserError: it is damaged, or of another run; nothing large was read.
   """
-  step = orbax.latest_step()
-  if step is not None:
-    saved = _restore_meta(orbax, step)["identity"]
-    check_identity(orbax.directory / str(step), saved, identity)
-  return step
+  while (step := orbax.latest_step()) is not None:
+    folder = pathlib.Path(orbax.directory / str(step))
+    try:
+      hosts.together(functools.partial(check_seal, folder))
+      meta = _restore_meta(orbax, step)
+      if meta.get("sealed"):
+        hosts.together(functools.partial(check_seal, folder, sealed=True))
+    except Damaged as damage:
+      _step_back(orbax, folder, damage, on_corrupt)
+      continue
+    check_identity(folder, meta["identity"], identity)
+    return step
+  return None
 
 
-def restore(orbax: Any, abstract: Any) -> tuple[Any, int]:
+def restore(
+  orbax: Any, abstract: Any, identity: dict[str, Any], *, on_corrupt: str = "stop"
+) -> tuple[Any, int]:
   """Restores the newest checkpoint into the shapes and shardings of `abstract`.
 
-  Ask `check_latest` first whether it is of this run.
+  They may be those of other devices, or other processes, than it was saved from.
+
+  Args:
+    identity: what the run is; also asked of a step that is gone back to.
+    on_corrupt: as for `check_latest`, which comes first.
 
   Raises:
     errors.UserError: when its bytes changed on disk.
   """
-  step = orbax.latest_step()
-  folder = orbax.directory / str(step)
-  meta = _restore_meta(orbax, step)
-  with _readable(folder):
-    state = orbax.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    ).state
-  check_fingerprints(folder, meta["fingerprints"], named_fingerprints(state))
-  return state, step
+  while True:
+    step = orbax.latest_step()
+    folder = pathlib.Path(orbax.directory / str(step))
+    try:
+      meta = _restore_meta(orbax, step)
+      with _readable(folder):
+        state = orbax.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        ).state
+      check_fingerprints(folder, meta["fingerprints"], named_fingerprints(state))
+      return state, step
+    except Damaged as damage:
+      _step_back(orbax, folder, damage, on_corrupt)
+      check_latest(orbax, identity, on_corrupt=on_corrupt)
+
+
+def _step_back(
+  orbax: Any, folder: pathlib.Path, damage: Damaged, on_corrupt: str
+) -> None:
+  """Sets a damaged step aside, loudly, if that is wanted and another one is left."""
+  if on_corrupt != "previous" or not _earlier(folder):
+    raise damage
+  aside = folder.with_name(f"damaged-{folder.name}")
+  print(
+    f"WARNING: {damage}\nWARNING: set aside as {aside}; going back to step "
+    f"{max(_earlier(folder))}, and the steps since then are trained again"
+  )
+
+  def move() -> None:
+    if hosts.leads():
+      shutil.rmtree(aside, ignore_errors=True)
+      folder.rename(aside)
+
+  hosts.together(move)
+  orbax.reload()
+
+
+def _earlier(folder: pathlib.Path) -> list[int]:
+  """The steps saved before the one in `folder`, as far as their names tell."""
+  steps = [int(path.name) for path in folder.parent.glob("*") if path.name.isdigit()]
+  return [step for step in steps if step < int(folder.name)]
+
+
+def _remedy(folder: pathlib.Path) -> str:
+  earlier = _earlier(folder)
+  if not earlier:
+    return "no earlier step is left: delete the run's checkpoints to begin again"
+  return (
+    f"delete this folder, or train with --on-corrupt=previous, to go on from the step "
+    f"before ({max(earlier)})"
+  )
 
 
 def restore_params(
@@ -167,6 +251,7 @@ def restore_params(
   with ocp.CheckpointManager(folder) as orbax:
     step = orbax.latest_step()
     place, meta = folder / str(step), _restore_meta(orbax, step)
+    check_seal(place, sealed=meta.get("sealed", False))
     check_identity(place, meta["identity"], meta["identity"] | identity)
     with _readable(place):
       restored = orbax.restore(
@@ -198,13 +283,72 @@ def check_identity(
 def check_fingerprints(
   folder: pathlib.Path, saved: dict[str, list[int]], found: dict[str, list[int]]
 ) -> None:
-  """Raises UserError when restored arrays are not bit for bit those saved."""
+  """Raises Damaged when restored arrays are not bit for bit those saved."""
   changed = [name for name, value in found.items() if saved.get(name) != value]
   if changed:
-    raise errors.UserError(
+    raise Damaged(
       f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not "
-      "those that were saved; delete this folder to go on from the step before"
+      f"those that were saved; {_remedy(folder)}"
     )
+
+
+# --- The seal -------------------------------------------------------------------------
+
+
+def _seal_unnamed(folder: pathlib.Path) -> None:
+  """Seals the step that is complete but for its name, which Orbax gives it last."""
+  if hosts.leads():
+    for step in folder.glob("*.orbax-checkpoint-tmp*"):
+      seal(step)
+
+
+def seal(step: pathlib.Path) -> None:
+  """Writes down size and digest of every file of a step."""
+  files = {
+    path.relative_to(step).as_posix(): _measure(path, path.stat().st_size < LARGE)
+    for path in sorted(step.rglob("*"))
+    if path.is_file() and path.name not in (UNSEALED, SEAL)
+  }
+  (step / SEAL).write_text(json.dumps({"sha256": _digest(files), "files": files}))
+
+
+def check_seal(step: pathlib.Path, *, sealed: bool = False) -> None:
+  """Compares every file of a step with its seal.
+
+  Args:
+    sealed: that there is no seal is damage, too.
+
+  Raises:
+    Damaged: names the file.
+  """
+  path = step / SEAL
+  if not path.exists():
+    if sealed:
+      raise Damaged(f"{path}: missing; {_remedy(step)}")
+    return
+  try:
+    content = json.loads(path.read_bytes())
+    files = content["files"]
+    intact = content["sha256"] == _digest(files)
+  except (ValueError, KeyError, TypeError):
+    intact = False
+  if not intact:
+    raise Damaged(f"{path}: damaged; {_remedy(step)}")
+  for name, (size, digest) in files.items():
+    file = step / name
+    found = _measure(file, digest is not None) if file.is_file() else None
+    if found != [size, digest]:
+      what = "missing" if found is None else "not what was saved"
+      raise Damaged(f"{file}: {what}; {_remedy(step)}")
+
+
+def _measure(path: pathlib.Path, whole: bool) -> list[Any]:
+  digest = hashlib.sha256(path.read_bytes()).hexdigest() if whole else None
+  return [path.stat().st_size, digest]
+
+
+def _digest(files: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _restore_meta(orbax: Any, step: int) -> dict[str, Any]:
@@ -235,7 +379,6 @@ def _readable(folder: Any) -> Iterator[None]:
     yield
   except Exception as error:  # Orbax raises bare ones, too, for damaged files
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise errors.UserError(
-      f"{folder}: cannot be restored ({reason[:200]}); delete this folder to go on "
-      "from the step before"
+    raise Damaged(
+      f"{folder}: cannot be restored ({reason[:200]}); {_remedy(pathlib.Path(folder))}"
     ) from error

@@ -185,7 +185,11 @@ class Beside(NamedTuple):
 
 
 def first_state(
-  config: config_lib.Config, run: wiring.Prepared, built: wiring.Built, orbax: Any
+  config: config_lib.Config,
+  run: wiring.Prepared,
+  built: wiring.Built,
+  orbax: Any,
+  on_corrupt: str,
 ) -> tuple[step_lib.TrainState, Beside, int]:
   """The state to go on from, the parameters beside it, and the step."""
   split, dtype = run.split, config.model.dtype
@@ -201,7 +205,9 @@ def first_state(
       built.base_shardings,
     )
   if resumes:
-    state, step = checkpoint.restore(orbax, built.abstract)
+    state, step = checkpoint.restore(
+      orbax, built.abstract, run.identity, on_corrupt=on_corrupt
+    )
     print(f"resuming after step {step} of {run.total_steps}")
   else:
     assert base is not None
@@ -372,8 +378,12 @@ def loop(
   return done
 
 
-def fit(config: config_lib.Config) -> None:
-  """Trains a model as the config says; continues where an earlier run stopped."""
+def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
+  """Trains a model as the config says; continues where an earlier run stopped.
+
+  Args:
+    on_corrupt: "previous" goes on from the step before a damaged checkpoint.
+  """
   cluster, output = config.cluster, pathlib.Path(config.output)
   hosts.join(
     asked=cluster.join,
@@ -395,10 +405,11 @@ def fit(config: config_lib.Config) -> None:
     orbax = stack.enter_context(
       checkpoint.manager(output, keep=config.train.keep_checkpoints)
     )
-    if checkpoint.check_latest(orbax, run.identity) == run.total_steps:
+    newest = checkpoint.check_latest(orbax, run.identity, on_corrupt=on_corrupt)
+    if newest == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
-    state, beside, start = first_state(config, run, built, orbax)
+    state, beside, start = first_state(config, run, built, orbax, on_corrupt)
     began = time.perf_counter()
     with journals(config, run, start, leads=leads) as (log, bar):
       done = loop(
@@ -474,9 +485,20 @@ def finish(
   )
 
 
+OPTIONS = {
+  "--on-corrupt": {
+    "metavar": "stop|previous",
+    "choices": ("stop", "previous"),
+    "default": "stop",
+    "help": "a damaged checkpoint: say so and stop (default), or go on from the one "
+    "before",
+  }
+}
+
+
 def main() -> None:
   """Command line."""
-  command_line.run("train", fit, __doc__)
+  command_line.run("train", fit, __doc__, options=OPTIONS)
 
 
 if __name__ == "__main__":

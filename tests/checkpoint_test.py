@@ -40,19 +40,28 @@ def abstract(state):
   )
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("original")
   state = make_state()
-  with checkpoint.manager(tmp_path, keep=2) as orbax:
+  with checkpoint.manager(folder, keep=2) as orbax:
     for number in (5, 6, 7):
       checkpoint.save(orbax, number, state, IDENTITY)
+  return folder, state
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+  """A run's folder of its own with checkpoints of steps 6 and 7, and their state."""
+  folder, state = original
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
   return tmp_path, state
 
 
-def restore(folder, state, identity=IDENTITY):
+def restore(folder, state, identity=IDENTITY, **options):
   with checkpoint.manager(folder, keep=2) as orbax:
-    checkpoint.check_latest(orbax, identity)
-    return checkpoint.restore(orbax, abstract(state))
+    checkpoint.check_latest(orbax, identity, **options)
+    return checkpoint.restore(orbax, abstract(state), identity, **options)
 
 
 def test_everything_comes_back_bit_for_bit_and_old_steps_go(saved):
@@ -104,31 +113,97 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def data_files(folder):
-  """Files that hold array data of step 7, largest first."""
-  files = [f for f in (folder / "checkpoints/7/state").rglob("*") if f.is_file()]
-  return sorted(files, key=lambda f: f.stat().st_size, reverse=True)
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_array_data_never_passes(saved, damage):
-  folder, state = saved
-  file = data_files(folder)[0]
+def damage(file, how):
   content = bytearray(file.read_bytes())
-  if damage == "flip":
+  if how == "flip":
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-  elif damage == "truncate":
-    file.write_bytes(content[: len(content) // 2])
-  else:
+  file.write_bytes({"truncate": content[:-1], "empty": b""}.get(how, content))
+  if how == "delete":
     file.unlink()
-  with pytest.raises(errors.UserError, match="checkpoints/7"):
-    restore(folder, state)
-  with pytest.raises(errors.UserError, match="checkpoints/7"):
-    checkpoint.restore_params(folder, SHAPES, {"model": "some/model"})
+
+
+# Of the step itself: Orbax writes these last, and no array hangs on them.
+MARKS = {checkpoint.UNSEALED, "commit_success.txt"}
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "empty"])
+def test_damage_to_any_file_is_named_with_the_step_before(saved, how):
+  folder, state = saved
+  whole, kept = folder / "checkpoints/7", folder / "kept"
+  shutil.copytree(whole, kept)
+  files = [path.relative_to(kept) for path in kept.rglob("*") if path.is_file()]
+  assert len(files) > 10
+  for name in files:
+    damage(whole / name, how)
+    if str(name) in MARKS:
+      jax.tree.map(np.testing.assert_array_equal, restore(folder, state)[0], state)
+    else:
+      with pytest.raises(errors.UserError) as caught:
+        restore(folder, state)
+      assert str(caught.value).startswith(f"{whole / name}: "), name
+      assert "go on from the step before (6)" in str(caught.value), name
+      with pytest.raises(errors.UserError, match="checkpoints/7"):
+        checkpoint.restore_params(folder, SHAPES, {"model": "some/model"})
+    shutil.rmtree(whole)
+    shutil.copytree(kept, whole)
   # The remedy that the message names works.
-  shutil.rmtree(folder / "checkpoints/7")
+  shutil.rmtree(whole)
   assert restore(folder, state)[1] == 6
+
+
+def flip_an_array(folder):
+  """A bit of the largest file of step 7, which holds array data."""
+  files = (folder / "checkpoints/7/state").rglob("*/d/*")
+  damage(max(files, key=lambda path: path.stat().st_size), "flip")
+
+
+def test_a_flipped_bit_in_a_file_too_large_for_a_digest_is_seen(saved, monkeypatch):
+  folder, state = saved
+  monkeypatch.setattr(checkpoint, "LARGE", 0)
+  checkpoint.seal(folder / "checkpoints/7")
+  flip_an_array(folder)
+  with pytest.raises(errors.UserError, match=r"checkpoints/7: the bytes of .*\(6\)"):
+    restore(folder, state)
+  with pytest.raises(errors.UserError, match="checkpoints/7: "):
+    checkpoint.restore_params(folder, SHAPES, {"model": "some/model"})
+  # Found only when it is restored, and gone back from all the same.
+  assert restore(folder, state, on_corrupt="previous")[1] == 6
+
+
+def test_going_back_is_loud_and_keeps_the_damaged_step(saved, capsys):
+  folder, state = saved
+  flip_an_array(folder)
+  restored, number = restore(folder, state, on_corrupt="previous")
+  assert number == 6
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  said = capsys.readouterr().out
+  assert said.count("WARNING: ") == 2
+  assert "going back to step 6" in said
+  assert {path.name for path in (folder / "checkpoints").iterdir()} == {
+    *("6", "damaged-7")
+  }
+  # The step comes again, and nothing is in its way.
+  with checkpoint.manager(folder, keep=2) as orbax:
+    checkpoint.save(orbax, 7, state, IDENTITY)
+  assert restore(folder, state)[1] == 7
+
+
+def test_an_empty_step_is_damage_and_another_run_is_not(saved):
+  folder, state = saved
+  (folder / "checkpoints/8").mkdir()
+  with pytest.raises(errors.UserError, match=r"checkpoints/8: .*\(7\)"):
+    restore(folder, state)
+  with pytest.raises(errors.UserError, match="whose data was"):
+    restore(folder, state, IDENTITY | {"data": "other"}, on_corrupt="previous")
+  assert not (folder / "checkpoints/damaged-7").exists()
+
+
+def test_without_a_step_to_go_back_to_damage_stops_the_run(saved):
+  folder, state = saved
+  shutil.rmtree(folder / "checkpoints/6")
+  flip_an_array(folder)
+  with pytest.raises(errors.UserError, match="no earlier step is left"):
+    restore(folder, state, on_corrupt="previous")
 
 
 def test_fingerprints_see_a_flipped_bit_and_a_swapped_row():
@@ -147,6 +222,7 @@ def test_damage_is_not_logged_beside_the_error_that_is_raised(saved, caplog):
   folder, _ = saved
   (folder / "checkpoints/7/_CHECKPOINT_METADATA").write_text("junk")
   shutil.rmtree(folder / "checkpoints/7/state")
+  checkpoint.seal(folder / "checkpoints/7")  # or the seal would speak, not Orbax
   with pytest.raises(errors.UserError, match="cannot be restored"):
     checkpoint.restore_params(folder, SHAPES, IDENTITY)
   assert caplog.records == []
