@@ -88,9 +88,14 @@ def fingerprints(tree: Any) -> Any:
 
   def of_leaf(leaf):
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32).ravel()
-    odd = 2 * jax.lax.iota(jnp.uint32, bits.size) + 1
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * odd)])
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    # Not by flattening, which would gather what lies on several devices.
+    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+      along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+      place += along * jnp.uint32(stride % 2**32)
+      stride *= leaf.shape[axis]
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (2 * place + 1))])
 
   return jax.tree.map(of_leaf, tree)
 

@@ -216,6 +216,10 @@ def test_fingerprints_see_a_flipped_bit_and_a_swapped_row():
   assert checkpoint.named_fingerprints(flipped) != plain
   assert checkpoint.named_fingerprints(swapped) != plain
   assert checkpoint.named_fingerprints({"a": leaf + 0}) == plain
+  # By hand: the sum, and the sum weighted by 1, 3, 5, ... in row-major order.
+  flat = np.array(leaf).view(np.uint32).ravel().astype(object)
+  weighted = sum(int(x) * (2 * i + 1) for i, x in enumerate(flat))
+  assert plain == {"a": [int(flat.sum()) % 2**32, weighted % 2**32]}
 
 
 def test_damage_is_not_logged_beside_the_error_that_is_raised(saved, caplog):

@@ -114,6 +114,17 @@ def test_the_facts_name_every_version_and_the_code():
   assert re.fullmatch("[0-9a-f]{64}", facts["sha256 of raft_jax"])
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays():
+  """Ends what a failed test left running."""
+  yield
+  while STARTED:
+    STARTED.pop().kill()
+
+
+STARTED: list[subprocess.Popen] = []
+
+
 def start(*commands: list[str], devices: int):
   """One process, or several that find each other, each on so many devices."""
   with contextlib.closing(socket.socket()) as free:
@@ -123,7 +134,7 @@ def start(*commands: list[str], devices: int):
     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     "JAX_NUM_PROCESSES": str(len(commands)),
   }
-  return [
+  STARTED[:] = [
     subprocess.Popen(
       [sys.executable, "-m", *command],
       stdout=subprocess.PIPE,
@@ -142,6 +153,7 @@ def start(*commands: list[str], devices: int):
     )
     for index, command in enumerate(commands)
   ]
+  return list(STARTED)
 
 
 def ended(started) -> list[tuple[int, str, str]]:
@@ -193,7 +205,7 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
   assert one.keys() == two.keys()
   for name, value in one.items():
     kind, rest = name.removeprefix("all: ").split(" ", 1)
-    if kind in ("rollout", "shards", "start"):
+    if kind != "params" and kind != "values":
       np.testing.assert_array_equal(two[name], value, name)
     elif kind == "values":
       np.testing.assert_allclose(two[name], value, rtol=1e-5, err_msg=name)
@@ -262,57 +274,88 @@ def trained(folder: pathlib.Path, source: pathlib.Path):
   return checkpoint.restore_params(folder / "run", shapes, {})
 
 
-@pytest.mark.slow
-def test_a_run_survives_its_processes_and_ends_as_one_that_never_stopped(
-  tmp_path, source
-):
-  """SIGTERM to one of two, SIGKILL of one, then 4 devices, then 1."""
-  whole, folder = tmp_path / "whole", tmp_path / "moved"
-  [(status, out, err)] = ended(start(write_config(whole, source), devices=8))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, source):
+  """A run on eight devices of one process that nothing stopped."""
+  folder = tmp_path_factory.mktemp("whole")
+  [(status, out, err)] = ended(start(write_config(folder, source), devices=8))
   assert status == 0, out + err
-  command = write_config(folder, source)
+  return folder
 
-  two = start(command, command, devices=4)
-  wait_for_step(two, folder, 2)
-  two[1].send_signal(signal.SIGTERM)
-  found = ended(two)
-  assert [status for status, *_ in found] == [75, 75], found
-  saved = trained(folder, source)[1]
-  assert 2 < saved < STEPS
-  assert f"stopped and saved after step {saved} of {STEPS}" in found[0][1]
-  assert said(found[1][1]) == ""  # one of them speaks
 
-  two = start(command, command, devices=4)
-  wait_for_step(two, folder, saved + 2)
-  two[1].kill()
-  killed = time.monotonic()
-  [(status, out, err), _] = ended(two)
-  assert status not in (0, 2, 75), out + err
-  assert time.monotonic() - killed < 60
-  assert f"resuming after step {saved} of {STEPS}" in out
-
-  four = start(command, devices=4)
-  wait_for_step(four, folder, saved + 3)
-  four[0].send_signal(signal.SIGTERM)
-  [(status, out, err)] = ended(four)
-  assert status == 75, out + err
-  [(status, out, err)] = ended(start(command, devices=1))
-  assert status == 0, out + err
-
+def assert_same_run(folder: pathlib.Path, whole: pathlib.Path, source: pathlib.Path):
+  """Every step once, on the same rows with the same keys, values within rounding."""
   assert [step for step, _ in logged(folder)] == list(range(1, STEPS + 1))
   for (_, ours), (step, theirs) in zip(logged(folder), logged(whole)):
     assert ours["rollout_length"] == theirs["rollout_length"], step
     for name in ("loss_sft", "loss_kd", "kd_weight", "grad_norm"):
       assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (step, name)
-  start_params = hf.load_params(str(source), hf.load_config(str(source)))
+  first = hf.load_params(str(source), hf.load_config(str(source)))
+  (ours, step), (theirs, _) = trained(folder, source), trained(whole, source)
+  assert step == STEPS
   jax.tree.map(
-    lambda ours, theirs, first: np.testing.assert_array_less(
-      np.linalg.norm(ours - theirs), 1e-2 * np.linalg.norm(theirs - first)
+    lambda x, y, start: np.testing.assert_array_less(
+      np.linalg.norm(x - y), 1e-2 * np.linalg.norm(y - start)
     ),
-    trained(folder, source)[0],
-    trained(whole, source)[0],
-    start_params,
+    *(ours, theirs, first),
   )
+
+
+@pytest.mark.slow
+def test_two_processes_stop_as_one_and_are_started_again_when_one_is_lost(
+  tmp_path, source, whole
+):
+  command = write_config(tmp_path, source)
+  two = start(command, command, devices=4)
+  wait_for_step(two, tmp_path, 2)
+  two[1].send_signal(signal.SIGTERM)
+  found = ended(two)
+  assert [status for status, *_ in found] == [75, 75], found
+  saved = trained(tmp_path, source)[1]
+  assert 2 < saved < STEPS
+  assert f"stopped and saved after step {saved} of {STEPS}" in found[0][1]
+  assert said(found[1][1]) == ""  # one of them speaks
+
+  python = script(
+    tmp_path / "python",
+    f'echo $$ > "{tmp_path}/pid-$JAX_PROCESS_ID"',
+    f'exec "{sys.executable}" "$@"',
+  )
+  launcher = subprocess.Popen(
+    [str(LAUNCH / "local_multiprocess.sh"), "train", "2", *command[1:]],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={
+      **os.environ,
+      **{"PYTHON": python, "PAUSE": "0", "JAX_PLATFORMS": "cpu"},
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    },
+  )
+  STARTED.append(launcher)
+  wait_for_step([launcher], tmp_path, saved + 2)
+  os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+  [(status, out, err)] = ended([launcher])
+  assert status == 0, out + err
+  assert "ended with status 137; starting again" in err
+  assert out.count(f"of {STEPS}\n") == 2  # resumed twice
+  assert_same_run(tmp_path, whole, source)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_devices(tmp_path, source, whole):
+  """8 devices, then 4, then 1."""
+  command = write_config(tmp_path, source)
+  for devices, until in ((8, 3), (4, 7)):
+    one = start(command, devices=devices)
+    wait_for_step(one, tmp_path, until)
+    one[0].send_signal(signal.SIGTERM)
+    [(status, out, err)] = ended(one)
+    assert status == 75, out + err
+  [(status, out, err)] = ended(start(command, devices=1))
+  assert status == 0, out + err
+  assert_same_run(tmp_path, whole, source)
 
 
 @pytest.mark.slow
@@ -326,3 +369,99 @@ def test_processes_that_were_started_differently_say_so_and_end(tmp_path, source
     for status, _, err in found:
       assert status == 2, err
       assert re.search(f"error: {said_of_it}", err), err
+
+
+# --- The launchers --------------------------------------------------------------------
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+
+
+def script(path: pathlib.Path, *lines: str) -> str:
+  path.write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
+  path.chmod(0o755)
+  return str(path)
+
+
+def launch(*command: str, **environment: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command,
+    check=False,
+    capture_output=True,
+    text=True,
+    timeout=60,
+    env={**os.environ, "PAUSE": "0", **environment},
+  )
+
+
+@pytest.mark.parametrize(
+  ("statuses", "restarts", "final", "runs"),
+  [
+    ([75, 134, 137, 143, 0], "9", 0, 5),
+    ([75, 2, 0], "9", 2, 2),
+    ([1, 0], "9", 1, 1),
+    ([130, 0], "9", 130, 1),
+    ([75, 75, 75, 0], "2", 75, 3),
+  ],
+)
+def test_what_a_rerun_mends_is_run_again(tmp_path, statuses, restarts, final, runs):
+  log = tmp_path / "log"
+  fake = script(
+    tmp_path / "fake",
+    f'echo "$1" >> {log}',
+    f"set -- {' '.join(map(str, statuses))}",
+    f"shift $(($(wc -l < {log}) - 1))",
+    "exit $1",
+  )
+  done = launch(str(LAUNCH / "again.sh"), fake, "two words", RESTARTS=restarts)
+  assert done.returncode == final
+  assert log.read_text() == "two words\n" * runs
+
+
+def test_a_stopped_loop_passes_the_signal_on_and_ends(tmp_path):
+  ready, stopped = tmp_path / "ready", tmp_path / "stopped"
+  os.mkfifo(ready)
+  fake = script(
+    tmp_path / "fake", "trap 'exit 75' TERM", f"echo > {ready}", "while :; do :; done"
+  )
+  loop = subprocess.Popen(
+    [str(LAUNCH / "again.sh"), fake], env={**os.environ, "ON_STOP": f"touch {stopped}"}
+  )
+  ready.read_text()  # until the command runs
+  loop.terminate()
+  assert loop.wait(timeout=60) == 75
+  assert stopped.exists()
+
+
+def test_processes_of_one_machine_get_their_numbers_and_one_status(tmp_path):
+  log = tmp_path / "log"
+  fake = script(
+    tmp_path / "python",
+    f'echo "$JAX_NUM_PROCESSES $JAX_PROCESS_ID $*" >> {log}',
+    # The first is killed, which the second takes for damage; then all is well.
+    f"[ $(wc -l < {log}) -gt 2 ] && exit 0",
+    '[ "$JAX_PROCESS_ID" = 0 ] && kill -9 $$',
+    "exit 2",
+  )
+  done = launch(
+    *(str(LAUNCH / "local_multiprocess.sh"), "train", "2", "--config", "a b"),
+    PYTHON=fake,
+  )
+  assert done.returncode == 0, done.stderr
+  assert sorted(log.read_text().splitlines()) == [
+    *["2 0 -m raft_jax.train --config a b"] * 2,
+    *["2 1 -m raft_jax.train --config a b"] * 2,
+  ]
+
+
+def test_workers_of_one_machine_refine_and_then_one_merges(tmp_path):
+  log = tmp_path / "log"
+  fake = script(tmp_path / "python", f'echo "$*" >> {log}')
+  command = [str(LAUNCH / "local_multiprocess.sh"), "refine", "2", "--config", "c"]
+  assert launch(*command, PYTHON=fake).returncode == 0
+  first, second, last = log.read_text().splitlines()
+  assert sorted([first, second]) == [
+    "-m raft_jax.refine --config c --num-workers 2 --worker 0",
+    "-m raft_jax.refine --config c --num-workers 2 --worker 1",
+  ]
+  assert last == "-m raft_jax.refine --config c"
+  assert launch(*command[:1], "evaluate", "2").returncode == 2

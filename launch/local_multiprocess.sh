@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# A stage in N processes on this machine, started again while that helps (again.sh):
+# launch/local_multiprocess.sh train|refine N --config FILE [key=value ...]
+# `train` makes one run of them; `refine` shares its rows out and then merges.
+# PYTHON names the interpreter (default .venv/bin/python). Where there are N GPUs, each
+# process gets one. To try `train` on a CPU:
+# XLA_FLAGS=--xla_force_host_platform_device_count=4 launch/local_multiprocess.sh train 2 ...
+set -uo pipefail
+if [ $# -lt 2 ] || [[ ! $1 =~ ^(train|refine)$ ]] || [[ ! $2 =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 train|refine N --config FILE [key=value ...]" >&2
+  exit 2
+fi
+if [ -z "${ONE_ATTEMPT:-}" ]; then
+  export ONE_ATTEMPT=1
+  exec "$(dirname "$0")/again.sh" "$0" "$@"
+fi
+stage=$1 count=$2
+shift 2
+python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
+gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
+if [ "$stage" = train ]; then
+  # Another port for each attempt: the last one may not be free yet.
+  export JAX_COORDINATOR_ADDRESS=localhost:$((20000 + RANDOM % 20000))
+  export JAX_NUM_PROCESSES=$count
+fi
+children=()
+trap 'kill -TERM "${children[@]}" 2> /dev/null' TERM INT
+for ((index = 0; index < count; index++)); do
+  [ "$gpus" -ge "$count" ] && export CUDA_VISIBLE_DEVICES=$index
+  if [ "$stage" = train ]; then
+    JAX_PROCESS_ID=$index "$python" -m raft_jax.train "$@" &
+  else
+    "$python" -m raft_jax.refine "$@" --num-workers "$count" --worker "$index" &
+  fi
+  children+=($!)
+done
+ends=" "
+for child in "${children[@]}"; do
+  wait "$child"
+  status=$?
+  while kill -0 "$child" 2> /dev/null; do # a trap ends `wait` early
+    wait "$child"
+    status=$?
+  done
+  ends+="$status "
+done
+# What was done to one process counts before what the others made of its loss.
+for status in 130 143 137 75 2 134 $(tr ' ' '\n' <<< "$ends" | sort -rn); do
+  [[ $ends == *" $status "* ]] && break
+done
+if [ "$stage" = refine ] && [ "$status" -eq 0 ]; then
+  "$python" -m raft_jax.refine "$@"
+  status=$?
+fi
+exit "$status"
