@@ -165,7 +165,7 @@ def together(work: Callable[[], T]) -> T:
   result: Any = None
   try:
     result, own = work(), ""
-  except errors.UserError as error:
+  except (errors.UserError, OSError) as error:
     if jax.process_count() == 1:
       raise
     own = str(error)
