@@ -137,13 +137,12 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, spec(("batch",)))
 
 
-def spread(mesh: Mesh, rows: Any) -> Any:
-  """A tree of numpy arrays of the whole batch, on the devices as `batch` says.
+def spread(place: jax.sharding.Sharding, rows: Any) -> Any:
+  """A tree of numpy arrays of the whole batch, on the devices that `place` names.
 
   Every process gives all rows and places those of its own devices, so that which rows
   a step reads does not depend on how many processes there are.
   """
-  place = batch(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), rows
   )

@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
-from raft_jax import data, rouge, step, text
+from raft_jax import data, hosts, rouge, sharding, step, text
 
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
@@ -71,7 +70,7 @@ def instruct(
     max_tokens: budget of a context; a longer one counts as none. Contexts are as wide
       as it, so that nothing compiles anew.
   """
-  tokens_BR, length_B, row_id_B = jax.device_get(
+  tokens_BR, length_B, row_id_B = hosts.whole(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
@@ -94,9 +93,10 @@ def instruct(
     if len(ids) <= max_tokens:
       context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
       taught_B[row] = True
-  where = batch.row_id_B.sharding
-  context_BC, context_length_B, compared_B = jax.device_put(
-    (context_BC, context_length_B, np.where(taught_B, length_B, 0)), where
+  # Every process has scored all rows, and alike; each places its own.
+  context_BC, context_length_B, compared_B = sharding.spread(
+    batch.row_id_B.sharding,
+    (context_BC, context_length_B, np.where(taught_B, length_B, 0)),
   )
   return Instructed(
     batch._replace(teacher_BC=context_BC, teacher_length_B=context_length_B),

@@ -300,7 +300,7 @@ def placed(run: wiring.Prepared, batches: Any, title: str) -> Iterable[data.Batc
   if hosts.leads():
     batches = progress.watched(batches, title, unit="step")
   for batch in batches:
-    yield sharding.spread(run.mesh, batch)
+    yield sharding.spread(sharding.batch(run.mesh), batch)
 
 
 def reporter(
@@ -357,7 +357,7 @@ def loop(
       state,
       beside.frozen,
       beside.teacher,
-      sharding.spread(run.mesh, batch),
+      sharding.spread(sharding.batch(run.mesh), batch),
       step,
       anchor=beside.anchor,
       measure=measure,

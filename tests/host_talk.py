@@ -40,7 +40,7 @@ def main() -> None:
   }
   mesh = sharding.make_mesh(1, -1, 1)
   with jax.set_mesh(mesh):
-    rows = sharding.spread(mesh, {"x": np.arange(8).reshape(4, 2)})
+    rows = sharding.spread(sharding.batch(mesh), {"x": np.arange(8).reshape(4, 2)})
     said["own rows"] = [shard.data.tolist() for shard in rows["x"].addressable_shards]
     said["all rows"] = hosts.whole(rows)["x"].tolist()
   json.dump(said, sys.stdout)

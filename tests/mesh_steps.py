@@ -146,7 +146,7 @@ def steps(
       step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
     )
     for index in range(STEPS):
-      batch = sharding.spread(mesh, make_batch(index))
+      batch = sharding.spread(sharding.batch(mesh), make_batch(index))
       state, seen = train.run_step(
         programs, state, frozen, teacher, batch, index, measure=False, timed=False
       )
