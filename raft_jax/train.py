@@ -300,7 +300,9 @@ def placed(run: wiring.Prepared, batches: Any, title: str) -> Iterable[data.Batc
   if hosts.leads():
     batches = progress.watched(batches, title, unit="step")
   for batch in batches:
-    yield sharding.spread(sharding.batch(run.mesh), batch)
+    # A batch may be a single row here, which every device then reads.
+    rows = sharding.place(run.mesh, ("batch",), batch.row_id_B.shape)
+    yield sharding.spread(rows, batch)
 
 
 def reporter(

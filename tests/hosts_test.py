@@ -371,6 +371,28 @@ def test_processes_that_were_started_differently_say_so_and_end(tmp_path, source
       assert re.search(f"error: {said_of_it}", err), err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "overrides", [["method=das"], ["method=sdpo", "data.max_teacher_tokens=256"]]
+)
+def test_what_methods_do_beside_the_steps_is_the_same_in_two_processes(
+  tmp_path, source, overrides
+):
+  """Importance of units, a row at a time; texts scored between rollout and teacher."""
+  logs = []
+  for processes in (1, 2):
+    folder = tmp_path / str(processes)
+    command = [*write_config(folder, source), *overrides, "train.max_steps=2"]
+    found = ended(start(*[command] * processes, devices=2 // processes))
+    assert [status for status, *_ in found] == [0] * processes, found
+    logs.append(logged(folder))
+  one, two = logs
+  assert len(one) == len(two) == 2
+  for (_, theirs), (step, ours) in zip(one, two):
+    for name in theirs.keys() & {"loss_sft", "loss_kd", "grad_norm", "reward"}:
+      assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (step, name)
+
+
 # --- The launchers --------------------------------------------------------------------
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
