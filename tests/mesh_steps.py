@@ -135,6 +135,7 @@ def steps(
     balancer,
     shardings,
     distil=True,
+    asked={},
   )
   out = {}
   with jax.set_mesh(mesh):
