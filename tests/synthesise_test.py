@@ -17,6 +17,7 @@ from raft_jax import (
   encode,
   engines,
   errors,
+  examples,
   jax_engine,
   records,
   sealed,
@@ -326,6 +327,22 @@ def test_replay_takes_the_finished_file_of_its_own_settings_only(scripted):
   assert "synthesise.seed: 0 -> 1" in message
   pathlib.Path(path).write_text("")
   assert "no finished questions" in _refused(synthesise.questions, run)
+
+
+def test_training_replays_what_was_written(scripted, tmp_path):
+  run, _ = scripted
+  synthesise.fit(run)
+  domain = tmp_path / "domain.jsonl"
+  domain.write_text('{"question": "What is a tort?", "answer": "A wrong."}\n')
+  given = run.data.model_copy(update={"questions": str(domain), "answers": "original"})
+  run = run.model_copy(update={"data": given})
+  found = examples.read(run, engines.codec("some/model"), distil=False)
+  assert [row.prompt for row in found.rows] == [("What", "is", "a", "tort?")]
+  # The scripted tokenizer's tokens are words, and 0 ends an answer.
+  assert [(row.prompt, row.answer) for row in found.replayed] == [
+    ((*row["question"].split(),), (*row["answer"].split(), 0))
+    for row in _read(run, "questions")
+  ]
 
 
 @pytest.mark.parametrize(
