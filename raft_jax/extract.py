@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,9 +31,9 @@ from raft_jax import (
   judge,
   pairs,
   progress,
-  records,
   roles,
   schema,
+  sealed,
   text,
 )
 
@@ -56,7 +55,6 @@ CLAIMED = (
 """Config keys that decide the result; a folder's second run may not change them."""
 
 SPLITS = ("train", "validation", "test")
-MANIFEST = "MANIFEST.json"
 
 
 class Extracted(NamedTuple):
@@ -157,7 +155,7 @@ def fit(run: config.Config) -> None:
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   with journal.open_journal(folder / "journal.jsonl") as book:
-    if _complete(folder, inputs):
+    if sealed.inputs(folder) == inputs:
       config.claim_output(run, "extract", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
@@ -305,44 +303,12 @@ def _write(
   summary: Mapping[str, Any],
   inputs: str,
 ) -> None:
-  """Summary first, then rows, and the manifest that seals them last, if there are any.
-
-  Without its manifest a folder is unfinished.
-  """
-  (folder / MANIFEST).unlink(missing_ok=True)
-  for stale in folder.glob(f"{records.TEMPORARY}*"):
-    stale.unlink()
-  with records.replacing(folder / "summary.json") as temporary:
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+  """Writes the splits, and seals them if there is anything in them."""
   rows = {
     name: [row_of(pair) for pair in kept] for name, kept in extracted.splits.items()
   }
-  for name, values in {**rows, "dropped": dropped}.items():
-    with records.replacing(folder / f"{name}.jsonl") as temporary:
-      temporary.write_bytes(b"".join(map(_line, values)))
-  if summary["kept"]:
-    sealed = {"inputs": inputs, "kept": summary["splits"], "sha256": _digests(folder)}
-    with records.replacing(folder / MANIFEST) as temporary:
-      temporary.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n")
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-  content = json.dumps(row, ensure_ascii=False, allow_nan=False)
-  return content.encode("utf-8", "backslashreplace") + b"\n"  # of half a surrogate pair
-
-
-def _digests(folder: pathlib.Path) -> dict[str, str]:
-  files = [folder / f"{name}.jsonl" for name in (*SPLITS, "dropped")]
-  return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _complete(folder: pathlib.Path, inputs: str) -> bool:
-  try:
-    sealed = json.loads((folder / MANIFEST).read_bytes())
-    whole = (folder / "summary.json").exists() and sealed["sha256"] == _digests(folder)
-    return whole and sealed["inputs"] == inputs
-  except (OSError, ValueError, KeyError, TypeError):
-    return False  # not there, or damaged: the journal rebuilds it
+  seal = {"inputs": inputs, "kept": summary["splits"]} if summary["kept"] else None
+  sealed.write(folder, {**rows, "dropped": dropped}, summary, seal)
 
 
 def show(summary: Mapping[str, Any], folder: pathlib.Path) -> None:

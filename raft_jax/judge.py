@@ -73,6 +73,23 @@ REFUSED = {"too_long": "prompt_too_long", "filtered": "filtered"}
 
 
 def flaw(reply: engines.Completion | None, given: str) -> str | None:
+  """Why a reply is no answer in the words of its prompt's question, or None.
+
+  As `no_answer`, and neither words of the prompt nor of a verdict may stand in it.
+  """
+  reason = no_answer(reply, given)
+  if reason is not None or reply is None:
+    return reason
+  said, given = _plain(reply.text), _plain(given)
+  leaks = any(phrase in said and phrase not in given for phrase in LEAKS)
+  if leaks or said.startswith(("question:", "answer:", "draft:")):
+    return "leak"
+  if steers(said) and not steers(given):
+    return "steers_judge"
+  return None
+
+
+def no_answer(reply: engines.Completion | None, given: str) -> str | None:
   """Why a reply is no answer, or None. What `given` says itself is no flaw.
 
   None for the reply means that its prompt did not fit the model.
@@ -88,11 +105,6 @@ def flaw(reply: engines.Completion | None, given: str) -> str | None:
     return "truncated"
   if any(said.startswith(r) and r not in given for r in REFUSALS):
     return "refusal"
-  leaks = any(phrase in said and phrase not in given for phrase in LEAKS)
-  if leaks or said.startswith(("question:", "answer:", "draft:")):
-    return "leak"
-  if steers(said) and not steers(given):
-    return "steers_judge"
   return None
 
 

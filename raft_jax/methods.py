@@ -162,6 +162,12 @@ METHODS = {
     "Rolnick et al., arXiv 1811.11682",
     _on_questions(replay={}),
   ),
+  "ssr": Method(
+    "that with general questions which the model wrote and answered itself: run the "
+    "stage `synthesise` first",
+    "Huang et al., arXiv 2403.01244",
+    _on_questions(replay={}, synthesise={}),
+  ),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from raft_jax import documents, duplicates, engines, journal, judge, records
 
@@ -40,13 +40,19 @@ class Pair(NamedTuple):
     return {**self.chunk.place(), "question": self.question, "answer": self.answer}
 
 
-Item = TypeVar("Item", documents.Document, documents.Chunk, Pair)
+class Placed(Protocol):
+  """What can be dropped: it says where it stands; its class says what it is."""
+
+  def place(self) -> dict[str, Any]: ...
+
+
+Item = TypeVar("Item", bound=Placed)
 
 Dropped = dict[str, Any]
 """What was dropped, and why: {what, reason, document, ...}."""
 
 
-def drop(item: Item, reason: str, **details: Any) -> Dropped:
+def drop(item: Placed, reason: str, **details: Any) -> Dropped:
   what = type(item).__name__.lower()
   return {"what": what, "reason": reason, **item.place(), **details}
 

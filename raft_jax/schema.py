@@ -218,6 +218,39 @@ class Refine(Section):
   thresholds perhaps, ask nothing twice."""
 
 
+class QuestionWriter(Engine):
+  """Who writes questions after the example of others, and answers them: the model to
+  be trained."""
+
+  max_new_tokens: Positive = 128
+  """Longest question, thinking included; `data.max_answer_tokens` bounds answers."""
+  temperature: Annotated[float, pydantic.Field(ge=0.0)] = 0.9
+  """Of sampling questions; answers take the most probable token."""
+  top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.6
+  """Sample questions from the most probable tokens that hold this mass."""
+
+
+class Synthesise(Section):
+  """Questions for `replay` that the model itself writes and answers (SSR). null:
+  none."""
+
+  seeds: str
+  """Questions of general kind as examples: JSONL or Parquet {question}, two or more."""
+  writer: QuestionWriter = QuestionWriter()
+  drafts: Positive = 1140
+  """Questions to write, each after an ordered pair of seeds: 20 make 380 pairs, which
+  are each asked three times."""
+  near_duplicate: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.8
+  """Drafts that share this much (Jaccard index of their character 5-grams) with a seed
+  or an earlier draft are dropped [O]."""
+  clusters: Positive = 20
+  """Of the drafts' embeddings by `refine.encoder`."""
+  keep: Positive = 200
+  """Drafts to keep and answer: from each cluster its share, nearest to its centre."""
+  seed: Seed = 0
+  """Of the order of pairs, of sampling and of clustering."""
+
+
 class Train(Section):
   """Stage 2: cross-entropy beside on-policy distillation."""
 
@@ -405,8 +438,9 @@ class SoftMask(Section):
 class Replay(Section):
   """General questions beside those of the domain in every batch. null: none."""
 
-  questions: str
-  """In the form of `data.questions`; their answers are learnt as they are."""
+  questions: str | None = None
+  """In the form of `data.questions`; their answers are learnt as they are. null: those
+  that `synthesise` wrote into `output`."""
   share: Annotated[float, pydantic.Field(ge=0.0, lt=1.0)] = 0.2
   """Of each batch, which grows for it: `train.batch_size` counts the domain's [O]."""
 
@@ -559,6 +593,7 @@ class Config(Section):
   data: Data
   extract: Extract | None = None
   refine: Refine = Refine()
+  synthesise: Synthesise | None = None
   method: str = "raft"
   """RAFT, or a method it is compared with: a word for values of the other keys."""
   train: Train = Train()

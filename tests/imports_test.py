@@ -64,8 +64,11 @@ ROOMS = [
   "refine_report",
   "documents",
   "duplicates",
+  "sealed",
   "pairs",
   "extract",
+  "clusters",
+  "synthesise",
   "refine",
   "examples",
   "step",
@@ -108,6 +111,7 @@ FENCES = {
   "grain": {"shards", "data"},
   "array_record": {"shards", "data"},
   "datasketch": {"duplicates"},
+  "sklearn": {"clusters"},
   "semantic_text_splitter": {"documents"},
   "matplotlib": {"figures", "comparison"},
   "jinja2": {"hf_tokenizer", "text", "pages"},  # chat templates, and pages
@@ -126,7 +130,8 @@ LIGHT = {
   *("errors", "strict_yaml", "records", "shards", "text", "engines", "encode"),
   *("jax_engine", "vllm_engine", "openai_engine", "roles", "methods"),
   *("schema", "conflicts", "config", "command_line", "journal", "judge", "refine"),
-  *("documents", "duplicates", "pairs", "extract"),
+  *("documents", "duplicates", "sealed", "pairs", "extract"),
+  *("clusters", "synthesise"),
 }
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "chex"}
 

@@ -89,6 +89,7 @@ def _needs(law, other):
   general = law.parent / "culture/validation.jsonl"
   return {
     "replay": [f"replay.questions={general}"],
+    "ssr": [f"replay.questions={general}", f"synthesise.seeds={general}"],
     "ewc": [
       *(f"anchor.questions={general}", "anchor.limit=8"),
       *("anchor.batch_size=4", "anchor.max_new_tokens=5"),
@@ -262,6 +263,7 @@ NULLS = {
   "freeze": ["freeze=null"],
   "das": ["soft_mask=null"],
   "replay": ["replay.share=0.0"],
+  "ssr": ["replay.questions=null", "replay.share=0.0"],
   "lora": ["lora=null", "train.weight_decay=0.01"],
   "raft": ["balance.mode=fixed", "balance.weight=0.0", "data.answers=original"],
 }

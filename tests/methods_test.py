@@ -17,6 +17,7 @@ NEEDED = {
   "replay": [f"replay.questions={GENERAL}"],
   "ewc": [f"anchor.questions={GENERAL}"],
   "opd_recover": ["distill.source=the/original"],
+  "ssr": ["synthesise.seeds=configs/data/seeds.jsonl"],
 }
 
 
@@ -75,6 +76,13 @@ def test_the_users_own_values_win(load):
     ("fused-sft", [], "did you mean 'fused_sft'?"),
     ("SFT!", [], "known: raft, sft, fused_sft, "),
     ("replay", ["replay={}"], "replay.questions: is required"),
+    ("ssr", ["synthesise=null"], "replay.questions: is required: name a file"),
+    ("ssr", ["synthesise.keep=2000"], "synthesise.keep: must not exceed synthesise.dr"),
+    (
+      "ssr",
+      ["synthesise.writer={timeout_s: 1.0}"],
+      "synthesise.writer.timeout_s: is r",
+    ),
     ("ewc", ["anchor.questions=null"], "anchor.questions: anchor.importance needs"),
     ("opd_recover", ["distill.source=null"], "distill.source: method 'opd_recover'"),
     ("opd_pure", ["distill.teacher=none"], "no loss is left"),
@@ -116,7 +124,14 @@ def test_its_config_is_the_quickstart_but_for_the_method(name, monkeypatch):
   )
   changed = set(config.diff(plain, own)) - {"method", "output"}
   of_method = {"lora": {"train.learning_rate"}, "opd_recover": {"data.questions"}}
-  sections = ("anchor.", "distill.source", "recadam.", "refine.", "soft_mask.")
+  sections = (
+    "anchor.",
+    "distill.source",
+    "recadam.",
+    "refine.",
+    "soft_mask.",
+    "synthesise.",
+  )
   assert {key for key in changed if not key.startswith(sections)} <= {
     *("train.measure_every", "rollout.max_new_tokens"),
     *of_method.get(name, ()),
