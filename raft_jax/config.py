@@ -20,6 +20,7 @@ from typing import Any
 import pydantic
 
 from raft_jax import conflicts, errors, methods, schema, strict_yaml
+from raft_jax.schema import Adaptive as Adaptive
 from raft_jax.schema import Anchor as Anchor
 from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config

@@ -180,6 +180,7 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
       "is required: name a file of general questions, or add a `synthesise` section, "
       "which makes one",
     )
+  yield from _adaptive(config)
   if config.prune is not None and config.export.adapter:
     yield "export.adapter", "an adapter cannot hold a pruned change; delete one of both"
   freeze = config.freeze
@@ -194,6 +195,30 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
     ):
       if getattr(config, name) is not None:
         yield name, f"{what}, and `lora` trains none of these; delete one of the two"
+
+
+def _adaptive(config: schema.Config) -> Iterator[tuple[str, str]]:
+  """What adaptive replay cannot do without."""
+  adaptive = None if config.replay is None else config.replay.adaptive
+  if adaptive is None:
+    return
+  if not config.train.cross_entropy:
+    yield (
+      "replay.adaptive",
+      "reads the cross-entropy of what it replays, which train.cross_entropy=false "
+      "leaves out; set replay.adaptive=null",
+    )
+  if config.rollout.group > 1 and config.distill.teacher != "none":
+    yield (
+      "replay.adaptive",
+      "counts a row of the batch as a question, and rollout.group makes it several; "
+      "set one of the two back",
+    )
+  if adaptive.longest < adaptive.interval:
+    yield (
+      "replay.adaptive.longest",
+      f"must not be below replay.adaptive.interval={adaptive.interval}",
+    )
 
 
 def _unused(config: schema.Config) -> Iterator[tuple[str, str]]:

@@ -244,6 +244,38 @@ def replays(batch_size: int, share: float) -> int:
   )
 
 
+def ending_with(
+  batch: Batch,
+  rows: Sequence[Row],
+  *,
+  pad_id: int,
+  widths: Sequence[tuple[int, int, int]],
+) -> Batch:
+  """The batch with other rows in the place of its last ones, as wide as they need."""
+  kept = [
+    Row(
+      tuple(batch.prompt_BP[i, : batch.prompt_length_B[i]].tolist()),
+      tuple(batch.answer_BA[i, : batch.answer_length_B[i]].tolist()),
+      tuple(batch.teacher_BC[i, : batch.teacher_length_B[i]].tolist()),
+      int(batch.row_id_B[i]),
+    )
+    for i in range(len(batch.row_id_B) - len(rows))
+  ]
+  return _collate([*kept, *rows], pad_id, widths)
+
+
+def in_order(
+  rows: Sequence[Row], batch_size: int, *, pad_id: int, width: tuple[int, int, int]
+) -> list[Batch]:
+  """Every row once, in batches of one shape; the last is filled up with its first."""
+  batches = []
+  for start in range(0, len(rows), batch_size):
+    part = rows[start : start + batch_size]
+    filled = [part[i % len(part)] for i in range(batch_size)]
+    batches.append(_collate(filled, pad_id, [width]))
+  return batches
+
+
 def _collate(
   rows: Sequence[Row], pad_id: int, widths: Sequence[tuple[int, int, int]]
 ) -> Batch:

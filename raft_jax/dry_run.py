@@ -130,6 +130,7 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
     total_steps=1,
     identity={},
     asked={},
+    replay=None,
   )
 
 

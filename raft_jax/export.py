@@ -36,7 +36,7 @@ HYPERPARAMETERS: Any = {
   "train": True,
   **dict.fromkeys(("lora", "recadam", "freeze", "soft_mask", "prune"), True),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
-  "replay": {"share"},
+  "replay": {"share", "adaptive"},
   "rollout": True,
   "distill": schema.Distill.model_fields.keys() - {"source"},
   "balance": True,

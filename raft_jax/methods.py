@@ -168,6 +168,12 @@ METHODS = {
     "Huang et al., arXiv 2403.01244",
     _on_questions(replay={}, synthesise={}),
   ),
+  "mssr": Method(
+    "SFT with events of replay, at growing intervals, of what is forgotten; our "
+    "reconstruction",
+    "after arXiv 2603.09892",
+    _on_questions(replay={"share": 0.5, "adaptive": {}}),
+  ),
 }
 
 

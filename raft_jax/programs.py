@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from raft_jax import config as config_lib
-from raft_jax import data, model, recipe, sample, siblings, text, trainable
+from raft_jax import data, model, recipe, replay, sample, siblings, text, trainable
 from raft_jax import step as step_lib
 
 
@@ -70,6 +70,7 @@ def make_settings(
     skip_first=distill.skip_first,
     mask_eos=distill.mask_eos,
     teacher_decoder=teacher,
+    row_losses=replay.adaptive(config),
   )
 
 

@@ -435,6 +435,33 @@ class SoftMask(Section):
   """Share of the units that are dropped in each of two passes, which are compared."""
 
 
+class Adaptive(Section):
+  """Replays what is forgotten, at growing intervals; between these events all rows of a
+  batch are the domain's. OUR RECONSTRUCTION of MSSR (arXiv 2603.09892), whose equations
+  were not to be had; `{}` for the defaults. null: the same share of every batch."""
+
+  strength: Annotated[float, pydantic.Field(gt=0.0)] = 20.0
+  """Of each memory at first, in steps: after so many 1/e of it is left [O]."""
+  growth: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Share by which a replay strengthens a memory whose loss has not risen [O]."""
+  age_exponent: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Of what faded since the last replay, in the chance to be drawn; 0: no part [O]."""
+  loss_exponent: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Of `floor` and the loss's rise over the base model's, there; 0: no part [O]."""
+  floor: Annotated[float, pydantic.Field(gt=0.0)] = 0.1
+  """Beside that rise: keeps questions whose loss has not risen in the draw [O]."""
+  decay: Annotated[float, pydantic.Field(ge=0.0, lt=1.0)] = 0.5
+  """Of the moving average of each question's loss, per replay [O]."""
+  interval: Annotated[int, pydantic.Field(ge=2)] = 4
+  """Steps to the first event, and the fewest between two [O]."""
+  factor: Annotated[float, pydantic.Field(ge=1.0)] = 1.3
+  """By which the interval grows after each event, or shrinks [O]."""
+  longest: Annotated[int, pydantic.Field(ge=2)] = 32
+  """Most steps between two events [O]."""
+  tolerance: Annotated[float, pydantic.Field(ge=0.0)] = 0.1
+  """Mean rise of an event's losses above which the interval shrinks [O]."""
+
+
 class Replay(Section):
   """General questions beside those of the domain in every batch. null: none."""
 
@@ -442,7 +469,9 @@ class Replay(Section):
   """In the form of `data.questions`; their answers are learnt as they are. null: those
   that `synthesise` wrote into `output`."""
   share: Annotated[float, pydantic.Field(ge=0.0, lt=1.0)] = 0.2
-  """Of each batch, which grows for it: `train.batch_size` counts the domain's [O]."""
+  """Of each batch, which grows for it: `train.batch_size` counts the domain's [O]. With
+  `adaptive`, of the batches of its events, which do not grow."""
+  adaptive: Adaptive | None = None
 
 
 class Prune(Section):

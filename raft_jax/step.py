@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raft_jax import balance, data, losses, model, sample, trainable, vocab_head
+from raft_jax import (
+  balance,
+  data,
+  losses,
+  model,
+  sample,
+  sharding,
+  trainable,
+  vocab_head,
+)
 
 
 class Settings(NamedTuple):
@@ -45,6 +54,7 @@ class Settings(NamedTuple):
   skip_first: int = 0
   mask_eos: bool = False
   teacher_decoder: model.DecoderConfig | None = None
+  row_losses: bool = False
 
   @property
   def mass_temperature(self) -> float:
@@ -266,12 +276,39 @@ def loss_terms(
       answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
     )
     terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
+  rows = {}
+  if settings.row_losses:
+    rows[ROWS] = jax.lax.stop_gradient(mean_by_row(nll_BA, batch.answer_length_B))
   if support is None:
-    return terms, {}
+    return terms, rows
   terms["kd"], seen = distillation(
     rollout_BRD, embedding_VD, trajectory, support, weights.kd_BR, settings=settings
   )
-  return terms, seen
+  return terms, seen | rows
+
+
+ROWS = "row_loss_B"
+"""Name of each row's cross-entropy among what a step leaves behind."""
+
+
+def mean_by_row(nll_BA: Array, length_B: Array) -> Array:
+  """[B]: mean over the tokens of each answer."""
+  valid_BA = columns(length_B, nll_BA.shape[1])
+  return jnp.sum(jnp.where(valid_BA, nll_BA, 0), axis=1) / jnp.maximum(length_B, 1)
+
+
+def row_losses(params: model.Params, batch: data.Batch, settings: Settings) -> Array:
+  """[B]: each answer's cross-entropy in nats per token; no gradient is taken."""
+  rows = batch.answer_BA.shape[0]
+  nothing = Trajectory(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
+  answer_BAD, _ = student_hidden(params, batch, nothing, settings)
+  nll_BA = vocab_head.cross_entropy(
+    answer_BAD,
+    model.gathered_head(params, settings.dtype),
+    batch.answer_BA,
+    softcap=settings.decoder.logit_softcap,
+  )
+  return sharding.everywhere(mean_by_row(nll_BA, batch.answer_length_B))
 
 
 def distillation(
@@ -395,7 +432,12 @@ def gradients_apart(
     trees = {"sft": pullback({"sft": one, "kd": zero})[0]}
     if part[2] is not None:
       trees["kd"] = pullback({"sft": zero, "kd": one})[0]
-    return trees, terms, seen
+    rows_B = seen.pop(ROWS, None)  # the only thing that is not summed
+    return (trees, terms, seen), rows_B
+
+  def add(total: Any, part: Parts):
+    found, rows_B = of_micro_batch(part)
+    return jax.tree.map(jnp.add, total, found), rows_B
 
   # Rows i, i + M, ... form micro-batch i: a batch spread over devices in blocks of rows
   # is then split without moving a row.
@@ -407,13 +449,11 @@ def gradients_apart(
   )
   first = jax.tree.map(lambda x: x[0], stacked)
   zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro_batch, first)
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro_batch, first)[0]
   )
-  (trees, terms, seen), _ = jax.lax.scan(
-    lambda total, part: (jax.tree.map(jnp.add, total, of_micro_batch(part)), None),
-    zeros,
-    stacked,
-  )
+  (trees, terms, seen), rows_MB = jax.lax.scan(add, zeros, stacked)
+  if rows_MB is not None:
+    seen[ROWS] = rows_MB.swapaxes(0, 1).reshape(-1)
   valid = any_token(parts[-1])
   norms = cosine = None
   if measure and "kd" in trees:
@@ -513,9 +553,12 @@ def describe(
     "loss_sft": taken.losses["sft"],
     "grad_norm": optax.tree.norm(taken.balanced),
   }
-  if not taken.seen:
+  seen = dict(taken.seen)
+  if ROWS in seen:
+    out[ROWS] = sharding.everywhere(seen.pop(ROWS))
+  if not seen:
     return out
-  seen, kd_weight = taken.seen, balance.loss_weights(balance_state)["kd"]
+  kd_weight = balance.loss_weights(balance_state)["kd"]
   out |= {
     "loss_kd": taken.losses["kd"],
     "ema_sft": balance_state.ema["sft"],

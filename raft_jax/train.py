@@ -35,6 +35,7 @@ from raft_jax import (
   model,
   progress,
   recipe,
+  replay,
   sharding,
   text,
   units,
@@ -133,7 +134,9 @@ def fetch(
       dispatched.ended_B,
     )
   )
-  values = {name: float(value) for name, value in values.items()}
+  values = {
+    name: float(value) for name, value in values.items() if name != step_lib.ROWS
+  }
   for name in ("loss_sft", "loss_kd", "grad_norm"):
     if not math.isfinite(values.get(name, 0.0)):
       raise errors.UserError(
@@ -190,8 +193,8 @@ def first_state(
   built: wiring.Built,
   orbax: Any,
   on_corrupt: str,
-) -> tuple[step_lib.TrainState, Beside, int]:
-  """The state to go on from, the parameters beside it, and the step."""
+) -> tuple[step_lib.TrainState, Beside, replay.Memory | None, int]:
+  """The state to go on from, the parameters and memory beside it, and the step."""
   split, dtype = run.split, config.model.dtype
   resumes = orbax.latest_step() is not None
   teaches = built.base_teaches and run.teacher is None
@@ -205,13 +208,12 @@ def first_state(
       built.base_shardings,
     )
   if resumes:
-    state, step = checkpoint.restore(
-      orbax, built.abstract, run.identity, on_corrupt=on_corrupt
-    )
+    state, memory, step = restored(orbax, run, built.abstract, on_corrupt)
     print(f"resuming after step {step} of {run.total_steps}")
   else:
     assert base is not None
     state, step = new_state(config, run, built, base), 0
+    memory = first_memory(run, built, base, config.train.batch_size)
   anchor = base if anchored else None
   if base is not None and (teaches or split.freeze):
     base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
@@ -224,7 +226,7 @@ def first_state(
       dtype,
       wiring.param_shardings(run.mesh, run.teacher),
     )
-  return state, Beside(frozen, teacher, anchor), step
+  return state, Beside(frozen, teacher, anchor), memory, step
 
 
 def load(
@@ -295,6 +297,60 @@ def importance(
   return fisher.normalised(information)
 
 
+def first_memory(
+  run: wiring.Prepared, built: wiring.Built, base: model.Params, batch_size: int
+) -> replay.Memory | None:
+  """Of adaptive replay, where there is any: one pass over what can be replayed."""
+  plan = run.replay
+  if plan is None:
+    return None
+  batches = data.in_order(
+    plan.rows, batch_size, pad_id=plan.pad_id, width=plan.widths[-1]
+  )
+  losses_of = jax.jit(functools.partial(step_lib.row_losses, settings=built.settings))
+  found = [
+    hosts.whole(losses_of(base, batch))
+    for batch in placed(run, batches, "losses before training")
+  ]
+  first_N = np.concatenate(found)[: len(plan.rows)]
+  settings = plan.settings
+  return replay.fresh(first_N, strength=settings.strength, interval=settings.interval)
+
+
+def saved(
+  run: wiring.Prepared, state: step_lib.TrainState, replayer: replay.Replayer | None
+) -> Any:
+  """What a checkpoint holds: the train state and, where there is one, the memory."""
+  if replayer is None:
+    return state
+  memory = sharding.spread(sharding.replicated(run.mesh), replayer.memory)
+  return {**state._asdict(), "memory": memory}
+
+
+def restored(
+  orbax: Any, run: wiring.Prepared, abstract: step_lib.TrainState, on_corrupt: str
+) -> tuple[step_lib.TrainState, replay.Memory | None, int]:
+  """State, memory and step of the newest checkpoint."""
+  if run.replay is None:
+    state, step = checkpoint.restore(
+      orbax, abstract, run.identity, on_corrupt=on_corrupt
+    )
+    return state, None, step
+  whole = sharding.replicated(run.mesh)
+  blank = replay.fresh(np.zeros(len(run.replay.rows)), strength=0, interval=0)
+  memory = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), blank
+  )
+  found, step = checkpoint.restore(
+    orbax,
+    {**abstract._asdict(), "memory": memory},
+    run.identity,
+    on_corrupt=on_corrupt,
+  )
+  memory = hosts.whole(found.pop("memory"))
+  return step_lib.TrainState(**found), memory, step
+
+
 def placed(run: wiring.Prepared, batches: Any, title: str) -> Iterable[data.Batch]:
   """Batches on their devices, with a bar of how many were used."""
   if hosts.leads():
@@ -311,6 +367,7 @@ def reporter(
   leaks: tuple[str, ...],
   log: metrics.Log | None,
   bar: progress.Progress | None,
+  replayer: replay.Replayer | None,
 ) -> Callable[[Dispatched], None]:
   """A function that waits for a step and, where there are any, moves log and bar."""
   last = time.perf_counter()
@@ -318,6 +375,9 @@ def reporter(
   def report(dispatched: Dispatched) -> None:
     nonlocal last
     values = fetch(dispatched, run.codec, leaks)
+    if replayer is not None:
+      loss_B = hosts.whole(dispatched.values[step_lib.ROWS])
+      values |= replayer.observe(dispatched.step, loss_B)
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now
     values["learning_rate"] = float(built.rates[dispatched.step])
@@ -337,6 +397,7 @@ def loop(
   beside: Beside,
   start: int,
   *,
+  replayer: replay.Replayer | None,
   report: Callable[[Dispatched], None],
   save: Callable[[int, step_lib.TrainState], None],
   stops: Callable[[int], bool],
@@ -347,6 +408,8 @@ def loop(
   pending: Dispatched | None = None
   done = start
   for step, batch in enumerate(data.iterate(run.dataset, start_step=start), start):
+    if replayer is not None:
+      batch = replayer.mix(step, batch)
     shape = batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
     measure = every > 0 and step % every == 0
     # A step that compiles says nothing about speed.
@@ -411,7 +474,10 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
     if newest == run.total_steps:
       print(f"already trained: {orbax.directory / str(run.total_steps)}")
       return
-    state, beside, start = first_state(config, run, built, orbax, on_corrupt)
+    state, beside, memory, start = first_state(config, run, built, orbax, on_corrupt)
+    replayer = None
+    if run.replay is not None and memory is not None:
+      replayer = replay.Replayer(run.replay, memory)
     began = time.perf_counter()
     with journals(config, run, start, leads=leads) as (log, bar):
       done = loop(
@@ -421,10 +487,14 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
         state,
         beside,
         start,
+        replayer=replayer,
         report=reporter(
-          run, built, text.leak_phrases(config.distill.teacher_context), log, bar
+          *(run, built, text.leak_phrases(config.distill.teacher_context), log, bar),
+          replayer,
         ),
-        save=lambda step, state: checkpoint.save(orbax, step, state, run.identity),
+        save=lambda step, state: checkpoint.save(
+          orbax, step, saved(run, state, replayer), run.identity
+        ),
         stops=lambda done: hosts.stops(stop, done),
       )
   if leads:

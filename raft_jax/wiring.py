@@ -28,6 +28,7 @@ from raft_jax import (
   optim,
   prune,
   recipe,
+  replay,
   sharding,
   text,
   trainable,
@@ -89,8 +90,8 @@ def check(
 
 
 def replays(config: config_lib.Config) -> int:
-  """Replayed rows in every batch."""
-  if config.replay is None:
+  """Rows by which replay makes every batch grow."""
+  if config.replay is None or replay.adaptive(config):
     return 0
   return data.replays(config.train.batch_size, config.replay.share)
 
@@ -250,6 +251,7 @@ class Prepared(NamedTuple):
   total_steps: int
   identity: dict[str, Any]
   asked: Mapping[int, data.Asked]
+  replay: replay.Plan | None
 
 
 def prepare(config: config_lib.Config) -> Prepared:
@@ -265,6 +267,8 @@ def prepare(config: config_lib.Config) -> Prepared:
   found = examples.read(config, codec, distil=distil)
   every = [*found.rows, *found.replayed]
   check_lengths(config, every, decoder, distil=distil)
+  widths = data.widths(every, config.data.buckets, batch_size=config.train.batch_size)
+  plan = replay.plan(config, found.replayed, pad_id=codec.pad_id, widths=widths)
   dataset = data.dataset(
     found.rows,
     batch_size=config.train.batch_size,
@@ -272,7 +276,7 @@ def prepare(config: config_lib.Config) -> Prepared:
     steps=config.train.max_steps,
     seed=config.train.seed,
     pad_id=codec.pad_id,
-    widths=data.widths(every, config.data.buckets, batch_size=config.train.batch_size),
+    widths=widths,
     replayed=found.replayed,
     replays=replays(config),
     group=group(config),
@@ -297,7 +301,7 @@ def prepare(config: config_lib.Config) -> Prepared:
     probed = one_pass(config, rows, codec, size, "soft_mask", "data.questions")
   return Prepared(
     *(codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
-    *(own, found.asked),
+    *(own, found.asked, plan),
   )
 
 

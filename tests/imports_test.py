@@ -71,6 +71,7 @@ ROOMS = [
   "synthesise",
   "refine",
   "examples",
+  "replay",
   "step",
   "siblings",
   "fisher",

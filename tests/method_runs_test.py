@@ -90,6 +90,10 @@ def _needs(law, other):
   return {
     "replay": [f"replay.questions={general}"],
     "ssr": [f"replay.questions={general}", f"synthesise.seeds={general}"],
+    "mssr": [
+      f"replay.questions={general}",
+      *("replay.adaptive.interval=2", "replay.adaptive.factor=1.0"),
+    ],
     "ewc": [
       *(f"anchor.questions={general}", "anchor.limit=8"),
       *("anchor.batch_size=4", "anchor.max_new_tokens=5"),
@@ -115,6 +119,12 @@ def fitted(settings):
   log = pathlib.Path(settings.output) / "metrics.jsonl"
   lines = log.read_text(encoding="utf-8").splitlines()
   return params, [json.loads(line)["values"] for line in lines]
+
+
+def state_at_the_end(settings):
+  """Fingerprints of every array of the last checkpoint, optimizer and memory too."""
+  meta = pathlib.Path(settings.output) / f"checkpoints/{STEPS}/meta/metadata"
+  return json.loads(meta.read_text(encoding="utf-8"))["fingerprints"]
 
 
 def assert_identical(one, other):
@@ -154,10 +164,12 @@ def test_it_trains_and_a_resumed_run_ends_with_the_same_bits(name, make, needs, 
   key = "loss_sft" if settings.train.cross_entropy else "loss_kd"
   assert all(np.isfinite(row[key]) for row in log)
   assert distance(whole, base) > 0
+  saved = state_at_the_end(settings)
   # As if the run had been killed after its second step was saved.
   shutil.rmtree(f"{settings.output}/checkpoints/{STEPS}")
   again, repeated = fitted(settings)
   assert_identical(again, whole)
+  assert state_at_the_end(settings) == saved
   timeless = [
     {k: v for k, v in row.items() if "seconds" not in k} for row in (*log, *repeated)
   ]
@@ -198,6 +210,18 @@ def test_parts_go_together(make, needs, base):
     params,
     whole,
   )
+
+
+def test_mssr_replays_in_events_and_is_sft_without_one(make, needs, law, sft):
+  """Two events in four steps; where the first would come after the last step the
+  batches and the bits are SFT's, which has the same questions and so padded widths."""
+  _, log = fitted(make("mssr", *needs["mssr"]))
+  assert ["replay_interval" in row for row in log] == [False, True, False, True]
+  domain = f"replay.questions={law / 'train.jsonl'}"
+  never = make("mssr", domain, f"replay.adaptive.interval={STEPS + 1}")
+  params, log = fitted(never)
+  assert not any("replay_interval" in row for row in log)
+  assert_identical(params, sft[0])
 
 
 def test_gkd_draws_by_seed_and_step_where_it_compares(make):
@@ -264,6 +288,7 @@ NULLS = {
   "das": ["soft_mask=null"],
   "replay": ["replay.share=0.0"],
   "ssr": ["replay.questions=null", "replay.share=0.0"],
+  "mssr": ["replay.share=0.0"],
   "lora": ["lora=null", "train.weight_decay=0.01"],
   "raft": ["balance.mode=fixed", "balance.weight=0.0", "data.answers=original"],
 }

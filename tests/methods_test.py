@@ -15,6 +15,7 @@ output: runs/x
 GENERAL = "configs/data/wordnet/culture/train.jsonl"
 NEEDED = {
   "replay": [f"replay.questions={GENERAL}"],
+  "mssr": [f"replay.questions={GENERAL}"],
   "ewc": [f"anchor.questions={GENERAL}"],
   "opd_recover": ["distill.source=the/original"],
   "ssr": ["synthesise.seeds=configs/data/seeds.jsonl"],
@@ -83,6 +84,13 @@ def test_the_users_own_values_win(load):
       ["synthesise.writer={timeout_s: 1.0}"],
       "synthesise.writer.timeout_s: is r",
     ),
+    (
+      "mssr",
+      ["train.cross_entropy=false", "distill.teacher=base", "balance.mode=fixed"],
+      "replay.adaptive: reads the cross-entropy",
+    ),
+    ("mssr", ["rollout.group=2", "distill.teacher=base"], "replay.adaptive: counts"),
+    ("mssr", ["replay.adaptive.longest=3"], "replay.adaptive.longest: must not be"),
     ("ewc", ["anchor.questions=null"], "anchor.questions: anchor.importance needs"),
     ("opd_recover", ["distill.source=null"], "distill.source: method 'opd_recover'"),
     ("opd_pure", ["distill.teacher=none"], "no loss is left"),

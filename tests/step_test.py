@@ -115,8 +115,9 @@ def test_packed_losses_equal_each_sequence_on_its_own():
   batch, trajectory, support = jax.tree.map(lambda x: x[:3], whole)
   teacher = params
   weights = step.token_weights(batch, trajectory, SETTINGS)
-  terms, _ = step.loss_terms(
-    params, batch, trajectory, support, weights, settings=SETTINGS
+  by_row = SETTINGS._replace(row_losses=True)
+  terms, seen = step.loss_terms(
+    params, batch, trajectory, support, weights, settings=by_row
   )
   sft, kd = [], []
   for i in range(3):
@@ -142,6 +143,9 @@ def test_packed_losses_equal_each_sequence_on_its_own():
     kd.append(divergence.mean())
   np.testing.assert_allclose(terms["sft"], np.mean(sft), rtol=1e-5)
   np.testing.assert_allclose(terms["kd"], np.mean(kd), rtol=1e-4)
+  np.testing.assert_allclose(seen[step.ROWS], sft, rtol=1e-5)
+  alone = step.row_losses(params, batch, SETTINGS)  # without the trajectory
+  np.testing.assert_allclose(alone, sft, rtol=1e-5)
 
 
 def test_the_trajectory_cannot_see_the_answer():
@@ -270,7 +274,7 @@ def test_micro_batches_change_nothing(mean):
   params, batch, trajectory, support = setting()
   results = {}
   for parts in (1, 2, 4):
-    settings = SETTINGS._replace(micro_batches=parts, loss_mean=mean)
+    settings = SETTINGS._replace(micro_batches=parts, loss_mean=mean, row_losses=True)
     weights = step.token_weights(batch, trajectory, settings)
     balancer = balance.balance_by_ema()
 
@@ -296,6 +300,9 @@ def test_micro_batches_change_nothing(mean):
       results[parts, "weight"], results[1, "weight"], rtol=1e-5
     )
     assert_trees_close(results[parts].balanced, results[1].balanced, 1e-5)
+    np.testing.assert_allclose(
+      results[parts].seen[step.ROWS], results[1].seen[step.ROWS], rtol=1e-5
+    )
 
 
 def test_state_keeps_its_shape_and_compiles_once():
