@@ -176,12 +176,12 @@ class Plan(NamedTuple):
 
   Attributes:
     rows: all of them; a row's number is its place here.
-    count: rows of one event.
+    size: rows of one event.
     widths: padded widths of the run's batches.
   """
 
   rows: Sequence[data.Row]
-  count: int
+  size: int
   settings: config_lib.Adaptive
   seed: int
   pad_id: int
@@ -244,7 +244,7 @@ class Replayer:
       loss_exponent=settings.loss_exponent,
       floor=settings.floor,
     )
-    chosen = draw(chances_N, self._plan.count, seed=self._plan.seed, now=step + 1)
+    chosen = draw(chances_N, self._plan.size, seed=self._plan.seed, now=step + 1)
     self._drawn = step, chosen
     rows = [self._plan.rows[i] for i in chosen]
     return data.ending_with(
