@@ -331,6 +331,15 @@ class Role(NamedTuple):
   reply_schema: Mapping[str, Any] | None = None
 
 
+def too_long(role: Role, name: str, count: int) -> errors.UserError:
+  """What is wrong with the row `name`, whose prompt has `count` tokens."""
+  return errors.UserError(
+    f"question {name}: the {role.name} prompt has {count} tokens and max_new_tokens is "
+    f"{role.max_new_tokens}, but the model holds {role.generator.prompt_limit} in all; "
+    f"{_SHORTEN}"
+  )
+
+
 class Stopped(SystemExit):
   """A signal asked the run to end; all finished calls are in the journal."""
 
@@ -404,11 +413,7 @@ class Calls:
       limit = role.generator.prompt_limit - role.max_new_tokens
     for i, count in tokens.items():
       if count > limit and names is not None:
-        raise errors.UserError(
-          f"question {names[i]}: the {role.name} prompt has {count} tokens and "
-          f"max_new_tokens is {role.max_new_tokens}, but the model holds "
-          f"{role.generator.prompt_limit} in all; {_SHORTEN}"
-        )
+        raise too_long(role, names[i], count)
     if tokens and self.one_model and role.generator.local:
       self.model = self.model or role.generator.identity
       if self.model != role.generator.identity:

@@ -127,7 +127,10 @@ def fit(
       config.claim_output(run, "refine", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
-    method = _method(run, encoder)
+    rewriter = _role("rewrite", run.refine.rewriter, run)
+    method = _method(run, encoder, rewriter)
+    if count > WINDOW:
+      _check_lengths(run, rewriter)
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "refine", CLAIMED)
     calls = journal.Calls(book, run.refine.seed)
@@ -202,9 +205,22 @@ Method = Callable[
 ]
 
 
-def _method(run: config.Config, encoder: encode.Encoder) -> Method:
+def _check_lengths(run: config.Config, rewriter: journal.Role) -> None:
+  """Refuses a row that is too long now, not when its window's turn comes."""
+  limit = rewriter.generator.prompt_limit
+  if limit is None or run.data.too_long == "skip":
+    return
+  for question in records.rows(run.data.questions, limit=run.data.limit):
+    prompt = refinement.rewrite_prompt(question, run.refine.prompt)
+    count = rewriter.generator.count_tokens([records.Message("user", prompt)])
+    if count + rewriter.max_new_tokens > limit:
+      raise journal.too_long(rewriter, question.id, count)
+
+
+def _method(
+  run: config.Config, encoder: encode.Encoder, rewriter: journal.Role
+) -> Method:
   """`refinement.refine` with the engines and settings of the config."""
-  rewriter = _role("rewrite", run.refine.rewriter, run)
   fusion = _role("fuse", run.refine.fusion, run)
   judges = [_judge(each, run, encoder) for each in run.refine.judges]
 

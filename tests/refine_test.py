@@ -616,6 +616,19 @@ def test_windows_are_one_run_and_load_each_model_once_a_pass(
   assert order == ["scripted some/model", "scripted another", "scripted some/model"]
 
 
+def test_a_long_row_of_a_late_window_is_refused_before_anything_is_asked(
+  scripted, questions, monkeypatch
+):
+  run, log = scripted
+  rows = questions.read_text().splitlines()
+  rows[-1] = json.dumps({"id": "late", "question": "Why?", "answer": "word " * 10_000})
+  questions.write_text("\n".join(rows))
+  monkeypatch.setattr(refine, "WINDOW", 5)
+  with pytest.raises(errors.UserError, match="question late: the rewrite prompt has 1"):
+    refine.fit(run)
+  assert not log.exists()
+
+
 def test_workers_and_a_merge_are_one_worker_and_ask_nothing_twice(
   scripted, tmp_path, capsys
 ):
