@@ -357,7 +357,9 @@ def test_the_teacher_is_the_frozen_base_and_no_copy(trained, tmp_path, dtype):
   run = wiring.prepare(settings)
   built = wiring.build(settings, run)
   with jax.set_mesh(run.mesh), checkpoint.manager(output, keep=2) as orbax:
-    state, (frozen, teacher, _), *_ = train.first_state(settings, run, built, orbax)
+    state, (frozen, teacher, _), *_ = train.first_state(
+      settings, run, built, orbax, "stop"
+    )
   assert "lora" not in teacher
 
   def same(ours, theirs):
