@@ -5,10 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=test
-[[ " $* " == *slow* ]] && extras=test,plan
+# A file's tests share what they compile, so that files are what two processes share out.
+# Slow tests want the machine for themselves.
+processes=(-n 2 --dist loadfile)
+[[ " $* " == *slow* ]] && extras=test,plan processes=()
 launch/install.sh "$extras"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest "${processes[@]}" "$@"
