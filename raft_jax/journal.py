@@ -46,7 +46,7 @@ from raft_jax import encode, engines, errors, progress, records
 
 _LOG = logging.getLogger(__name__)
 
-PAIRS_PER_BATCH = 32
+PAIRS_PER_BATCH = 128
 """Encoder calls made durable together."""
 
 
@@ -141,7 +141,7 @@ class Finished(Mapping[str, Any]):
 
   def _read(self, file: int, start: int) -> Any:
     self._files[file].seek(start)
-    return json.loads(self._files[file].readline())["value"]
+    return json.loads(self._files[file].readline().decode())["value"]
 
   def close(self) -> None:
     self._table.close()
