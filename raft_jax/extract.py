@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -163,22 +162,15 @@ def fit(run: config.Config) -> None:
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "extract", CLAIMED)
     calls = journal.Calls(book, settings.seed)
-    try:
-      with journal.listening(calls.signals):
-        extracted = extract(
-          found,
-          writer=writer,
-          judges=judges,
-          count_tokens=lambda said: len(text.encode(codec, said)),
-          settings=settings,
-          calls=calls,
-        )
-    except journal.Stopped:
-      kept = f"{len(book.calls)} calls are kept"
-      print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
-      raise
-    finally:
-      engines.release()
+    with journal.at_work(calls):
+      extracted = extract(
+        found,
+        writer=writer,
+        judges=judges,
+        count_tokens=lambda said: len(text.encode(codec, said)),
+        settings=settings,
+        calls=calls,
+      )
     dropped = [*unusable, *extracted.dropped]
     summary = summarise(len(found) + len(unusable), extracted, dropped, calls)
     _write(folder, extracted, dropped, summary, inputs)

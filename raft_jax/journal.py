@@ -545,6 +545,21 @@ def _completion(value: Mapping[str, Any]) -> engines.Completion:
 
 
 @contextlib.contextmanager
+def at_work(calls: Calls) -> Iterator[None]:
+  """Where a stage makes its calls: a signal ends it after a micro-batch and says how to
+  go on, and in the end no model is left in memory."""
+  try:
+    with listening(calls.signals):
+      yield
+  except Stopped:
+    kept = f"{len(calls.book.calls)} calls are kept"
+    print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
+    raise
+  finally:
+    engines.release()
+
+
+@contextlib.contextmanager
 def listening(signals: list[int]) -> Iterator[None]:
   """Notes the first SIGINT or SIGTERM in `signals`; a second one ends the process."""
   watched = (signal.SIGINT, signal.SIGTERM)

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -134,15 +133,8 @@ def fit(
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "refine", CLAIMED)
     calls = journal.Calls(book, run.refine.seed)
-    try:
-      with journal.listening(calls.signals):
-        refined = _refine_all(run, share, count, folder, calls, method)
-    except journal.Stopped:
-      kept = f"{len(book.calls)} calls are kept"
-      print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
-      raise
-    finally:
-      engines.release()
+    with journal.at_work(calls):
+      refined = _refine_all(run, share, count, folder, calls, method)
     if share != WHOLE:
       print(
         f"worker {share.worker} of {share.workers} is done; when all are, run the same "

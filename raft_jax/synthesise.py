@@ -21,7 +21,6 @@ import collections
 import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -283,28 +282,21 @@ def fit(run: config.Config) -> None:
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "synthesise", CLAIMED)
     calls = journal.Calls(book, settings.seed)
-    try:
-      with journal.listening(calls.signals):
-        made = synthesise(
-          seeds,
-          writer=writer,
-          answerer=answerer,
-          encoder=encoder,
-          fits_prompt=lambda said: (
-            len(text.prompt_ids(codec, _turn(said))) <= run.data.max_prompt_tokens
-          ),
-          fits_answer=lambda said: (
-            len(text.answer_ids(codec, said)) <= run.data.max_answer_tokens
-          ),
-          settings=settings,
-          calls=calls,
-        )
-    except journal.Stopped:
-      kept = f"{len(book.calls)} calls are kept"
-      print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
-      raise
-    finally:
-      engines.release()
+    with journal.at_work(calls):
+      made = synthesise(
+        seeds,
+        writer=writer,
+        answerer=answerer,
+        encoder=encoder,
+        fits_prompt=lambda said: (
+          len(text.prompt_ids(codec, _turn(said))) <= run.data.max_prompt_tokens
+        ),
+        fits_answer=lambda said: (
+          len(text.answer_ids(codec, said)) <= run.data.max_answer_tokens
+        ),
+        settings=settings,
+        calls=calls,
+      )
     summary = summarise(len(seeds), made, calls)
     seal = {"inputs": inputs, "kept": summary["kept"]} if made.rows else None
     files = {QUESTIONS: made.rows, "dropped": made.dropped}

@@ -280,8 +280,8 @@ extract:
   documents: "{tmp_path / "law.txt"}"
   chunk_tokens: 800
   pairs_per_chunk: 1
-  writer: {{engine: vllm, batch_size: 64, context_tokens: 1280, max_new_tokens: 128}}
-  judges: [{{engine: vllm, batch_size: 64, context_tokens: 1280}}]
+  writer: {{engine: vllm, batch_size: 64, context_tokens: 1536, max_new_tokens: 128}}
+  judges: [{{engine: vllm, batch_size: 64, context_tokens: 1536}}]
 output: "{output}"
 """
   )
@@ -299,11 +299,15 @@ output: "{output}"
   summary = json.loads((output / "extracted/summary.json").read_text())
   assert summary["chunks"] >= 16
   reasons = summary["dropped"]["chunks"].keys() | summary["dropped"]["pairs"].keys()
-  # The form holds every reply that ended; it cannot keep a text from being empty
-  # (malformed), nor a verdict from being cut off.
-  assert not reasons & {"not_json", "surplus", "no_pairs"}
-  (votes,) = summary["judges"]
-  assert votes["abstained"] < (votes["approved"] + votes["disapproved"]) / 2
+  assert not reasons & {"not_json", "surplus", "no_pairs", "undecided"}
+  assert [votes["abstained"] for votes in summary["judges"]] == [0]
+  # The form has no word for a text that is empty, which alone makes a pair malformed.
+  rows = (output / "extracted/dropped.jsonl").read_text().splitlines()
+  malformed = [row for row in map(json.loads, rows) if row["reason"] == "malformed"]
+  for row in malformed:
+    (pair,) = json.loads(row["reply"])["pairs"]
+    assert set(pair) == {"question", "answer"}
+    assert "" in (pair["question"].strip(), pair["answer"].strip())
 
 
 @contextlib.contextmanager
