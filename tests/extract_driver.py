@@ -13,7 +13,7 @@ import re
 import sys
 import types
 
-from raft_jax import config, engines, extract, jax_engine, journal
+from raft_jax import config, engines, extract, jax_engine
 from tests import refine_driver
 
 
@@ -83,42 +83,14 @@ def result(folder: pathlib.Path) -> dict[str, str]:
 
 
 def matrix(root: pathlib.Path, documents: pathlib.Path, plan: list) -> list[dict]:
-  """For each [kind, occurrence, signal, times]: a struck run, another, a verdict."""
+  """See `refine_driver.strikes`."""
 
-  def run(folder: pathlib.Path, log: str, blow: list | None = None) -> int:
-    def work() -> None:
-      script(folder / log)
-      if blow:
-        refine_driver.strike(*blow)
-      extract.fit(make_config(folder / "out", documents))
+  def fit(output: pathlib.Path, log: pathlib.Path) -> None:
+    script(log)
+    extract.fit(make_config(output, documents))
 
-    folder.mkdir(exist_ok=True)
-    return refine_driver.forked(work)
-
-  assert run(root / "whole", "log") == 0
-  expected = result(root / "whole/out")
-  verdicts = []
-  for i, blow in enumerate(plan):
-    folder = root / f"struck{i}"
-    first = run(folder, "first", blow)
-    book = folder / "out/extracted/journal.jsonl"
-    kept = refine_driver.finished(book)
-    second = run(folder, "second")
-    again = refine_driver.logged(folder / "second")
-    seeds = {str(journal.seed_from(key)) for key in kept}
-    left_over = (folder / "out/extracted").glob(".tmp-*")
-    verdicts.append(
-      {
-        "blow": blow,
-        "first": first,
-        "second": second,
-        "kept": len(kept),
-        "asked_again": len(seeds.intersection(again)),
-        "same": result(folder / "out") == expected,
-        "left_over": [path.name for path in left_over],
-      }
-    )
-  return verdicts
+  verdicts = refine_driver.strikes(root, plan, fit, result, "extracted")
+  return [refine_driver.shown(verdict) for verdict in verdicts]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -179,47 +180,99 @@ def finished(book: pathlib.Path) -> dict[str, dict]:
   return dict(call for call in calls if call is not None)
 
 
-def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict]:
-  """For each [kind, occurrence, signal, times]: a struck run, another, a verdict."""
+class Verdict(NamedTuple):
+  """What a struck run and the one after it did.
+
+  Attributes:
+    first, second: their exit statuses.
+    kept: finished calls in the journal in between.
+    again: what the second run asked, from the models' log.
+    asked_again: how many of the kept calls the second run repeated.
+    same: whether its files are those of a run that nothing struck.
+    left_over: temporary files in its folder.
+  """
+
+  blow: list
+  first: int
+  second: int
+  kept: dict[str, dict]
+  again: list[str]
+  asked_again: int
+  same: bool
+  left_over: list[str]
+
+
+def strikes(
+  root: pathlib.Path,
+  plan: list,
+  fit: Callable[[pathlib.Path, pathlib.Path], None],
+  result: Callable[[pathlib.Path], dict[str, str]],
+  stage: str,
+) -> list[Verdict]:
+  """For each [kind, occurrence, signal, times] of a plan: a struck run, and another.
+
+  Args:
+    fit: runs a stage with scripted models; takes its output and the models' log.
+    result: of an output, what must not depend on the blow.
+    stage: the stage's folder in the output.
+  """
 
   def run(folder: pathlib.Path, log: str, blow: list | None = None) -> int:
     def work() -> None:
-      script(folder / log)
-      refine.WINDOW = 8  # two windows of rows
       if blow:
         strike(*blow)
-      refine.fit(make_config(folder / "out", questions))
+      fit(folder / "out", folder / log)
 
     folder.mkdir(exist_ok=True)
     return forked(work)
 
-  whole = root / "whole"
-  assert run(whole, "log") == 0
-  expected = result(whole / "out")
+  assert run(root / "whole", "log") == 0
+  expected = result(root / "whole/out")
   verdicts = []
   for i, blow in enumerate(plan):
     folder = root / f"struck{i}"
     first = run(folder, "first", blow)
-    book = folder / "out/refined/journal.jsonl"
-    kept = finished(book)
+    kept = finished(folder / "out" / stage / "journal.jsonl")
     second = run(folder, "second")
     again = logged(folder / "second")
-    seeds = {str(journal.seed_from(k)) for k, v in kept.items() if "text" in v}
-    pairs = sum("cosine" in v for v in kept.values())
     verdicts.append(
-      {
-        "blow": blow,
-        "first": first,
-        "second": second,
-        "kept": len(kept),
-        "asked_again": len(seeds.intersection(again)),
-        "embedded": again.count("embedded") + 2 * pairs,
-        "same": result(folder / "out") == expected,
-        "left_over": [p.name for p in (folder / "out/refined").glob(".tmp-*")],
-      }
+      Verdict(
+        blow,
+        first,
+        second,
+        kept,
+        again,
+        len({str(journal.seed_from(key)) for key in kept} & {*again}),
+        result(folder / "out") == expected,
+        [path.name for path in (folder / "out" / stage).glob(".tmp-*")],
+      )
     )
-  total = logged(whole / "log").count("embedded")
-  return [{**verdict, "expected_embedded": total} for verdict in verdicts]
+  return verdicts
+
+
+def shown(verdict: Verdict) -> dict:
+  """A verdict for a test to read, its calls as their number."""
+  tree = verdict._asdict()
+  del tree["again"]
+  return {**tree, "kept": len(verdict.kept)}
+
+
+def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict]:
+  """Struck refinements, each with the texts that were embedded in all."""
+
+  def fit(output: pathlib.Path, log: pathlib.Path) -> None:
+    script(log)
+    refine.WINDOW = 8  # two windows of rows
+    refine.fit(make_config(output, questions))
+
+  verdicts = strikes(root, plan, fit, result, "refined")
+  total = logged(root / "whole/log").count("embedded")
+  found = []
+  for verdict in verdicts:
+    pairs = sum("cosine" in value for value in verdict.kept.values())
+    embedded = verdict.again.count("embedded") + 2 * pairs
+    found.append({**shown(verdict), "embedded": embedded, "expected_embedded": total})
+  return found
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import types
 import sklearn.cluster  # noqa: F401 - once, and not in every fork
 import threadpoolctl  # noqa: F401
 
-from raft_jax import config, encode, engines, jax_engine, journal, synthesise
+from raft_jax import config, encode, engines, jax_engine, synthesise
 from tests import refine_driver
 
 WORDS = ("why", "how", "when", "name", "list", "sort", "rain", "bread", "tax", "train")
@@ -90,38 +90,14 @@ def result(folder: pathlib.Path) -> dict[str, str]:
 
 
 def matrix(root: pathlib.Path, seeds: pathlib.Path, plan: list) -> list[dict]:
-  """For each [kind, occurrence, signal]: a struck run, another, a verdict."""
+  """See `refine_driver.strikes`."""
 
-  def run(folder: pathlib.Path, log: str, blow: list | None = None) -> int:
-    def work() -> None:
-      script(folder / log)
-      if blow:
-        refine_driver.strike(*blow)
-      synthesise.fit(make_config(folder / "out", seeds))
+  def fit(output: pathlib.Path, log: pathlib.Path) -> None:
+    script(log)
+    synthesise.fit(make_config(output, seeds))
 
-    folder.mkdir(exist_ok=True)
-    return refine_driver.forked(work)
-
-  assert run(root / "whole", "log") == 0
-  expected = result(root / "whole/out")
-  verdicts = []
-  for i, blow in enumerate(plan):
-    folder = root / f"struck{i}"
-    first = run(folder, "first", blow)
-    kept = refine_driver.finished(folder / "out/synthesised/journal.jsonl")
-    second = run(folder, "second")
-    again = refine_driver.logged(folder / "second")
-    verdicts.append(
-      {
-        "first": first,
-        "second": second,
-        "kept": len(kept),
-        "asked_again": len({str(journal.seed_from(key)) for key in kept} & {*again}),
-        "same": result(folder / "out") == expected,
-        "left_over": [p.name for p in (folder / "out/synthesised").glob(".tmp-*")],
-      }
-    )
-  return verdicts
+  verdicts = refine_driver.strikes(root, plan, fit, result, "synthesised")
+  return [refine_driver.shown(verdict) for verdict in verdicts]
 
 
 if __name__ == "__main__":
