@@ -24,6 +24,7 @@ import numpy as np
 from rich import console, table
 
 from raft_jax import (
+  asking,
   benchmarks,
   command_line,
   data,
@@ -248,14 +249,14 @@ def judged(
   domain: Domain,
   general: General,
   answers: Sequence[measure.Answer],
-  judges: Sequence[journal.Role],
+  judges: Sequence[asking.Role],
   settings: config_lib.Evaluate,
   log: journal.Journal,
 ) -> dict[str, statistics.Scores]:
   """What a panel finds of a model's answers: D-Acc, and the open-ended requests."""
   if not judges:
     return {}
-  calls = journal.Calls(log, seed=0, title=f"{who.title}: ")
+  calls = asking.Calls(log, seed=0, title=f"{who.title}: ")
   items = [
     panel.Item(refinement.question_text(question), question.answer, answer.text)
     for question, answer in zip(domain.questions, answers, strict=True)
@@ -366,7 +367,7 @@ def summarise(
   return {"scores": described, "paired": paired}
 
 
-def _judge(stage: config_lib.VerdictJudge, config: config_lib.Config) -> journal.Role:
+def _judge(stage: config_lib.VerdictJudge, config: config_lib.Config) -> asking.Role:
   form = panel.REPLY_SCHEMA if stage.structured and stage.engine != "jax" else None
   return roles.role(
     "vote", stage, config.model, temperature=0.0, top_p=1.0, reply_schema=form

@@ -2,7 +2,7 @@
 
 `extract` below is the whole method: documents are cut at sentence ends, a language
 model writes pairs about each part, several judge them, what repeats is dropped, and the
-rest is split by document. Calls go through `journal.Calls`, so a stopped run continues
+rest is split by document. Calls go through `asking.Calls`, so a stopped run continues
 where it was, and the files are a pure function of the documents and the journal.
 
 Run it as `python -m raft_jax.extract --config FILE`.
@@ -21,6 +21,7 @@ import rich.table
 
 import raft_jax
 from raft_jax import (
+  asking,
   command_line,
   config,
   documents,
@@ -71,11 +72,11 @@ class Extracted(NamedTuple):
 def extract(
   found: Sequence[documents.Document],
   *,
-  writer: journal.Role,
-  judges: Sequence[journal.Role],
+  writer: asking.Role,
+  judges: Sequence[asking.Role],
   count_tokens: Callable[[str], int],
   settings: schema.Extract,
-  calls: journal.Calls,
+  calls: asking.Calls,
 ) -> Extracted:
   """Pairs from documents; each document, chunk and pair is kept or dropped."""
   threshold = settings.near_duplicate
@@ -161,8 +162,8 @@ def fit(run: config.Config) -> None:
     writer, judges = _writer(run, settings), [_judge(j, run) for j in settings.judges]
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "extract", CLAIMED)
-    calls = journal.Calls(book, settings.seed)
-    with journal.at_work(calls):
+    calls = asking.Calls(book, settings.seed)
+    with asking.at_work(calls):
       extracted = extract(
         found,
         writer=writer,
@@ -187,7 +188,7 @@ def check(run: config.Config) -> schema.Extract:
   return run.extract
 
 
-def _writer(run: config.Config, settings: schema.Extract) -> journal.Role:
+def _writer(run: config.Config, settings: schema.Extract) -> asking.Role:
   stage = settings.writer
   # The built-in engine cannot hold a reply to a form.
   held = stage.structured and stage.engine != "jax"
@@ -209,7 +210,7 @@ def _writer(run: config.Config, settings: schema.Extract) -> journal.Role:
   return writer
 
 
-def _judge(stage: config.VerdictJudge, run: config.Config) -> journal.Role:
+def _judge(stage: config.VerdictJudge, run: config.Config) -> asking.Role:
   form = pairs.VERDICT_SCHEMA if stage.structured and stage.engine != "jax" else None
   return roles.role(
     "verify", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form
@@ -244,7 +245,7 @@ def summarise(
   read: int,
   extracted: Extracted,
   dropped: Iterable[pairs.Dropped],
-  calls: journal.Calls,
+  calls: asking.Calls,
 ) -> dict[str, Any]:
   """The content of summary.json: what there was, what was kept, why not the rest."""
   reasons: dict[str, collections.Counter[str]] = collections.defaultdict(

@@ -10,7 +10,7 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from raft_jax import documents, duplicates, engines, journal, judge, records
+from raft_jax import asking, documents, duplicates, engines, judge, records
 
 CRITERIA = ("faithful", "correct", "self_contained")
 """What each judge says true or false to."""
@@ -63,8 +63,8 @@ def drop(item: Placed, reason: str, **details: Any) -> Dropped:
 def write(
   chunks: Sequence[documents.Chunk],
   most: int,
-  writer: journal.Role,
-  calls: journal.Calls,
+  writer: asking.Role,
+  calls: asking.Calls,
 ) -> tuple[list[Pair], list[Dropped]]:
   """The pairs that the writer makes of each chunk, and chunks and parts without one."""
   prompts = [
@@ -155,7 +155,7 @@ def _flaw(pair: Pair) -> str | None:
 
 
 def verify(
-  pairs: Sequence[Pair], judges: Sequence[journal.Role], calls: journal.Calls
+  pairs: Sequence[Pair], judges: Sequence[asking.Role], calls: asking.Calls
 ) -> tuple[list[Pair], list[Dropped], list[dict[str, int]]]:
   """The pairs of which more than half of the judges approve, in all criteria.
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raft_jax import journal, judge, statistics
+from raft_jax import asking, judge, statistics
 
 VERDICT = "good"
 """The key of a judge's reply."""
@@ -37,8 +37,8 @@ class Item(NamedTuple):
 def votes(
   template: str,
   items: Sequence[Item],
-  judges: Sequence[journal.Role],
-  calls: journal.Calls,
+  judges: Sequence[asking.Role],
+  calls: asking.Calls,
 ) -> list[list[bool | None]]:
   """Each judge's verdict on each item, [items][judges]; None for an abstention.
 

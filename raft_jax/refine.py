@@ -26,6 +26,7 @@ import rich.table
 
 import raft_jax
 from raft_jax import (
+  asking,
   command_line,
   config,
   encode,
@@ -132,8 +133,8 @@ def fit(
       _check_lengths(run, rewriter)
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "refine", CLAIMED)
-    calls = journal.Calls(book, run.refine.seed)
-    with journal.at_work(calls):
+    calls = asking.Calls(book, run.refine.seed)
+    with asking.at_work(calls):
       refined = _refine_all(run, share, count, folder, calls, method)
     if share != WHOLE:
       print(
@@ -192,12 +193,10 @@ def _journal(run: config.Config, folder: pathlib.Path, share: Share) -> Any:
       yield book
 
 
-Method = Callable[
-  [Sequence[records.Question], journal.Calls], Sequence[records.Refined]
-]
+Method = Callable[[Sequence[records.Question], asking.Calls], Sequence[records.Refined]]
 
 
-def _check_lengths(run: config.Config, rewriter: journal.Role) -> None:
+def _check_lengths(run: config.Config, rewriter: asking.Role) -> None:
   """Refuses a row that is too long now, not when its window's turn comes."""
   limit = rewriter.generator.prompt_limit
   if limit is None or run.data.too_long == "skip":
@@ -206,18 +205,18 @@ def _check_lengths(run: config.Config, rewriter: journal.Role) -> None:
     prompt = refinement.rewrite_prompt(question, run.refine.prompt)
     count = rewriter.generator.count_tokens([records.Message("user", prompt)])
     if count + rewriter.max_new_tokens > limit:
-      raise journal.too_long(rewriter, question.id, count)
+      raise asking.too_long(rewriter, question.id, count)
 
 
 def _method(
-  run: config.Config, encoder: encode.Encoder, rewriter: journal.Role
+  run: config.Config, encoder: encode.Encoder, rewriter: asking.Role
 ) -> Method:
   """`refinement.refine` with the engines and settings of the config."""
   fusion = _role("fuse", run.refine.fusion, run)
   judges = [_judge(each, run, encoder) for each in run.refine.judges]
 
   def method(
-    questions: Sequence[records.Question], calls: journal.Calls
+    questions: Sequence[records.Question], calls: asking.Calls
   ) -> Sequence[records.Refined]:
     return refinement.refine(
       questions,
@@ -241,7 +240,7 @@ def _refine_all(
   share: Share,
   count: int,
   folder: pathlib.Path,
-  calls: journal.Calls,
+  calls: asking.Calls,
   method: Method,
 ) -> shards.Spool:
   """The records of a worker's share of `count` rows, window by window.
@@ -262,7 +261,7 @@ def _refine_all(
         if calls.one_model:
           last = first + len(window)
           calls.title = f"rows {first + 1:,}-{last:,} of {len(spool):,}: "
-        with contextlib.suppress(journal.OtherModel):
+        with contextlib.suppress(asking.OtherModel):
           spool.put(first, map(records.to_json, method(window, calls)))
   return spool
 
@@ -282,7 +281,7 @@ def check(run: config.Config) -> None:
     )
 
 
-def _role(name: str, stage: config.Engine, run: config.Config) -> journal.Role:
+def _role(name: str, stage: config.Engine, run: config.Config) -> asking.Role:
   return roles.role(
     name, stage, run.model, temperature=stage.temperature, top_p=stage.top_p
   )
@@ -400,7 +399,7 @@ def _judges_of(
 # What is written and shown
 
 
-def _made(calls: journal.Calls) -> dict[str, Any]:
+def _made(calls: asking.Calls) -> dict[str, Any]:
   """What the calls of this result cost, for summary.json."""
   totals = calls.totals("seconds", "completion_tokens", "thinking_tokens", "truncated")
   used = int(sum(totals["calls"].values()))

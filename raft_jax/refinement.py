@@ -1,7 +1,7 @@
 """The method of stage 1: rewrite, filter, fuse, judge, select.
 
 `refine` below is the whole of it: RAFT (arXiv 2606.00147) Eq. 1-4. Every pass puts one
-kind of question about all rows that are still open, through `journal.Calls`: what the
+kind of question about all rows that are still open, through `asking.Calls`: what the
 journal holds is not asked again, so that the records are a pure function of questions
 and journal. `reselect` chooses anew among what was asked before.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from raft_jax import encode, journal, judge, records
+from raft_jax import asking, encode, judge, records
 
 
 class Item(NamedTuple):
@@ -23,7 +23,7 @@ class Item(NamedTuple):
   candidate: str
 
 
-Judge = Callable[[Sequence[Item], journal.Calls], list[float | None]]
+Judge = Callable[[Sequence[Item], asking.Calls], list[float | None]]
 """Scores in 0..1, None for an abstention."""
 
 
@@ -38,14 +38,14 @@ class Rewrite(NamedTuple):
 def refine(
   questions: Sequence[records.Question],
   *,
-  rewriter: journal.Role,
-  fusion: journal.Role,
+  rewriter: asking.Role,
+  fusion: asking.Role,
   judges: Sequence[Judge],
   encoder: encode.Encoder,
   threshold: float,
   rounds: int,
   accept_at: float,
-  calls: journal.Calls,
+  calls: asking.Calls,
   prompt: str = "rewrite",
   skip_too_long: bool = False,
 ) -> list[records.Refined]:
@@ -81,9 +81,9 @@ def refine(
 
 def rewrite(
   questions: Sequence[records.Question],
-  rewriter: journal.Role,
+  rewriter: asking.Role,
   encoder: encode.Encoder,
-  calls: journal.Calls,
+  calls: asking.Calls,
   names: Sequence[str] | None = None,
   prompt: str = "rewrite",
 ) -> list[Rewrite]:
@@ -104,9 +104,9 @@ def rewrite(
 def fuse_and_judge(
   rows: Sequence[tuple[records.Question, str]],
   number: int,
-  fusion: journal.Role,
+  fusion: asking.Role,
   judges: Sequence[Judge],
-  calls: journal.Calls,
+  calls: asking.Calls,
 ) -> list[records.Round]:
   """One round of Eq. 4 for each question and its rewrite.
 
@@ -241,10 +241,10 @@ def _user(content: str) -> tuple[records.Message, ...]:
   return (records.Message("user", content),)
 
 
-def language_judge(role: journal.Role) -> Judge:
+def language_judge(role: asking.Role) -> Judge:
   """A language model as a judge; a reply without a plain score is an abstention."""
 
-  def score(items: Sequence[Item], calls: journal.Calls) -> list[float | None]:
+  def score(items: Sequence[Item], calls: asking.Calls) -> list[float | None]:
     replies = calls.ask(role, [judge.prompt(*item) for item in items])
     return [None if r is None else judge.parse_score(r.text) for r in replies]
 
@@ -254,7 +254,7 @@ def language_judge(role: journal.Role) -> Judge:
 def encoder_judge(encoder: encode.Encoder) -> Judge:
   """The sentence encoder as a judge; see `judge.encoder_score`."""
 
-  def score(items: Sequence[Item], calls: journal.Calls) -> list[float | None]:
+  def score(items: Sequence[Item], calls: asking.Calls) -> list[float | None]:
     pairs = [(item.original, item.candidate) for item in items]
     return [judge.encoder_score(c) for c in calls.cosines("judge", encoder, pairs)]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from raft_jax import (
+  asking,
   config,
   engines,
   errors,
   jax_engine,
-  journal,
   openai_engine,
   schema,
   vllm_engine,
@@ -25,7 +25,7 @@ def role(
   temperature: float,
   top_p: float,
   reply_schema: Mapping[str, Any] | None = None,
-) -> journal.Role:
+) -> asking.Role:
   """The role `name`, ready to be asked; weights are loaded when it is.
 
   Args:
@@ -43,7 +43,7 @@ def role(
       f"{name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
       f"prompt: {stage.model or model.source} holds {limit} tokens; lower it"
     )
-  return journal.Role(
+  return asking.Role(
     name,
     generator,
     stage.max_new_tokens,

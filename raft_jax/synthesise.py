@@ -9,7 +9,7 @@ of examples and their answers. Ours is a chat, for models that are tuned to one:
 user asks for a question three times, and the seeds are the assistant's first two
 replies. No answers are shown, as they are written anew in any case.
 
-Calls go through `journal.Calls`, so a stopped run continues where it was, and the files
+Calls go through `asking.Calls`, so a stopped run continues where it was, and the files
 are a pure function of the seeds and the journal; only embeddings are computed again.
 
 Run it as `python -m raft_jax.synthesise --config FILE`.
@@ -30,6 +30,7 @@ import rich.table
 
 import raft_jax
 from raft_jax import (
+  asking,
   clusters,
   command_line,
   config,
@@ -91,13 +92,13 @@ class Synthesised(NamedTuple):
 def synthesise(
   seeds: Sequence[str],
   *,
-  writer: journal.Role,
-  answerer: journal.Role,
+  writer: asking.Role,
+  answerer: asking.Role,
   encoder: encode.Encoder,
   fits_prompt: Callable[[str], bool],
   fits_answer: Callable[[str], bool],
   settings: schema.Synthesise,
-  calls: journal.Calls,
+  calls: asking.Calls,
 ) -> Synthesised:
   """Questions and answers after the seeds; each draft is kept or dropped.
 
@@ -134,8 +135,8 @@ def order(seeds: int, seed: int) -> list[tuple[int, int]]:
 def write(
   seeds: Sequence[str],
   settings: schema.Synthesise,
-  writer: journal.Role,
-  calls: journal.Calls,
+  writer: asking.Role,
+  calls: asking.Calls,
   fits: Callable[[str], bool],
 ) -> tuple[list[Draft], list[pairs.Dropped]]:
   """What the model writes after pairs of seeds, pair after pair, round after round."""
@@ -281,8 +282,8 @@ def fit(run: config.Config) -> None:
     writer, answerer = _roles(run, settings)
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "synthesise", CLAIMED)
-    calls = journal.Calls(book, settings.seed)
-    with journal.at_work(calls):
+    calls = asking.Calls(book, settings.seed)
+    with asking.at_work(calls):
       made = synthesise(
         seeds,
         writer=writer,
@@ -363,7 +364,7 @@ def read_seeds(path: str) -> list[str]:
 
 def _roles(
   run: config.Config, settings: schema.Synthesise
-) -> tuple[journal.Role, journal.Role]:
+) -> tuple[asking.Role, asking.Role]:
   stage = settings.writer
   answering = stage.model_copy(update={"max_new_tokens": run.data.max_answer_tokens})
   return (
@@ -391,7 +392,7 @@ def _inputs(
   )
 
 
-def summarise(seeds: int, made: Synthesised, calls: journal.Calls) -> dict[str, Any]:
+def summarise(seeds: int, made: Synthesised, calls: asking.Calls) -> dict[str, Any]:
   """The content of summary.json: what there was, what was kept, why not the rest."""
   reasons = collections.Counter(row["reason"] for row in made.dropped)
   totals = calls.totals("seconds", "completion_tokens", "thinking_tokens")

@@ -17,6 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from raft_jax import (
+  asking,
   command_line,
   documents,
   duplicates,
@@ -347,7 +348,7 @@ def _pair(passage, question="What is a tort?", answer="A civil wrong."):
 def _asked(tmp_path, passage, reply):
   """What writer and judge are asked of a chunk, where the writer says `reply`."""
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    calls, seen = journal.Calls(book, 0), []
+    calls, seen = asking.Calls(book, 0), []
 
     class Fixed:
       identity, local, prompt_limit = "fixed", True, None
@@ -359,7 +360,7 @@ def _asked(tmp_path, passage, reply):
         seen.extend(request.messages[-1].content for request in requests)
         return [_says(reply) for _ in requests]
 
-    role = journal.Role("r", Fixed(), 8, 0.0, 1.0, 2)
+    role = asking.Role("r", Fixed(), 8, 0.0, 1.0, 2)
     pair = _pair(passage)
     written, _ = pairs.write([pair.chunk], 2, role, calls)
     pairs.verify([pair], [role], calls)

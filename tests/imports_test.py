@@ -54,6 +54,7 @@ ROOMS = [
   "command_line",
   "progress",
   "journal",
+  "asking",
   "roles",
   "judge",
   "benchmarks",

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from raft_jax import engines, journal, judge, panel
+from raft_jax import asking, engines, journal, judge, panel
 
 
 class Judge:
@@ -34,7 +34,7 @@ class Judge:
 
 
 def _role(name, replies):
-  return journal.Role("vote", Judge(name, replies), 8, 0.0, 1.0, 2, panel.REPLY_SCHEMA)
+  return asking.Role("vote", Judge(name, replies), 8, 0.0, 1.0, 2, panel.REPLY_SCHEMA)
 
 
 YES, NO, PROSE = json.dumps({"good": True}), json.dumps({"good": False}), "Good!"
@@ -51,7 +51,7 @@ def test_each_judge_votes_or_abstains_and_nothing_is_asked_twice(tmp_path, templ
     _role("c", {"ONE!": YES, "TWO!": '{"good": "yes"}'}),
   ]
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    calls = journal.Calls(book, 0)
+    calls = asking.Calls(book, 0)
     found = panel.votes(template, items, roles, calls)
     assert found == [[True, None, True], [False, False, None], [False] * 3, [False] * 3]
     # An empty answer and one with a verdict in it were shown to nobody.

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from raft_jax import (
+  asking,
   config,
   encode,
   engines,
@@ -125,7 +126,7 @@ def _refine(tmp_path, questions, rewriting, fusing, judges, **changes):
   """Runs `refine.refine`; returns records and the three scripted generators."""
   scripts = [Script(rewriting), Script(fusing), Script(judges)]
   roles = [
-    journal.Role(name, script, 8, 1.0, 1.0, 2)
+    asking.Role(name, script, 8, 1.0, 1.0, 2)
     for name, script in zip(("rewrite", "fuse", "judge"), scripts, strict=True)
   ]
   settings = {"threshold": 0.8, "rounds": 3, "accept_at": 0.8, **changes}
@@ -136,7 +137,7 @@ def _refine(tmp_path, questions, rewriting, fusing, judges, **changes):
       fusion=roles[1],
       judges=[refinement.language_judge(roles[2])],
       encoder=Same(),
-      calls=journal.Calls(book, 0),
+      calls=asking.Calls(book, 0),
       **settings,
     )
   return refined, scripts
@@ -254,8 +255,8 @@ def test_judges_that_never_give_a_score_keep_the_original(tmp_path):
 def test_without_sampling_a_round_is_not_asked_again(tmp_path):
   script = Script(lambda r: _says("fused"))
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    calls = journal.Calls(book, 0)
-    role = journal.Role("fuse", script, 8, 0.0, 1.0, 2)
+    calls = asking.Calls(book, 0)
+    role = asking.Role("fuse", script, 8, 0.0, 1.0, 2)
     for number in (1, 2):
       calls.ask(role, [(records.Message("user", "x"),)], round_number=number)
   assert len(script.asked) == 1
@@ -296,9 +297,9 @@ def test_a_judge_that_can_is_held_to_its_form(tmp_path):
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
     for form in (None, judge.REPLY_SCHEMA):
       script = Script(lambda r: _says('{"score": 0.5}'))
-      role = journal.Role("judge", script, 8, 0.0, 1.0, 2, form)
+      role = asking.Role("judge", script, 8, 0.0, 1.0, 2, form)
       item = refinement.Item("q", "a", "b")
-      assert refinement.language_judge(role)([item], journal.Calls(book, 0)) == [0.5]
+      assert refinement.language_judge(role)([item], asking.Calls(book, 0)) == [0.5]
       seen += [request.reply_schema for request in script.asked]
   # Two calls, for the form is part of what a verdict depends on.
   assert seen == [None, judge.REPLY_SCHEMA]
