@@ -30,6 +30,7 @@ from raft_jax import (
   model,
   recipe,
   sharding,
+  starting,
   text,
   train,
   wiring,
@@ -136,8 +137,8 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
 
 def abstract_beside(
   config: config_lib.Config, run: wiring.Prepared, built: wiring.Built
-) -> train.Beside:
-  """What the steps read beside the state, as `train.first_state` has it: frozen
+) -> starting.Beside:
+  """What the steps read beside the state, as `starting.first_state` has it: frozen
   parameters and the base model as teacher are the same buffers."""
 
   def of(decoder: model.DecoderConfig, dtype: str) -> model.Params:
@@ -159,7 +160,7 @@ def abstract_beside(
       jax.eval_shape(run.split.freeze, base),
     )
     frozen = {**frozen, **base}
-  return train.Beside(
+  return starting.Beside(
     frozen=frozen,
     teacher=teacher if built.base_teaches else None,
     anchor=anchor if recipe.anchored(config) else None,

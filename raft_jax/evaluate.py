@@ -27,16 +27,14 @@ from raft_jax import (
   asking,
   benchmarks,
   command_line,
-  data,
   distance,
   encode,
   engines,
-  errors,
+  exam,
   hf,
   hosts,
   journal,
   measure,
-  model,
   panel,
   records,
   refinement,
@@ -47,175 +45,6 @@ from raft_jax import (
   wiring,
 )
 from raft_jax import config as config_lib
-
-
-class Domain(NamedTuple):
-  """The test questions of the domain that fit the budgets, and their tokens."""
-
-  questions: list[records.Question]
-  rows: list[data.Row]
-
-
-class Ifeval(NamedTuple):
-  items: list[benchmarks.Instructions]
-  prompts: list[list[int]]
-  checkers: Any
-
-
-class Mmlu(NamedTuple):
-  items: list[benchmarks.Choice]
-  prompts: list[list[int]]
-  letters: list[int]
-
-
-class General(NamedTuple):
-  """General abilities to measure; None where the config names no items."""
-
-  ifeval: Ifeval | None
-  mmlu: Mmlu | None
-  drift: list[list[int]] | None
-  requests: list[benchmarks.Request]
-
-
-def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
-  """Reads `data.test`."""
-  if config.data.test is None:
-    raise errors.UserError(
-      "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
-      " file of held-out questions"
-    )
-  questions = records.read_questions(
-    config.data.test,
-    limit=config.evaluate.limit,
-    reject_threshold=config.data.reject_threshold,
-  )
-  rows, skipped = data.encode_rows(
-    [(question.messages, question.answer) for question in questions],
-    codec=codec,
-    teacher_context="none",
-    max_prompt_tokens=config.data.max_prompt_tokens,
-    max_answer_tokens=config.data.max_answer_tokens,
-    max_teacher_tokens=config.data.max_teacher_tokens,
-    too_long=config.data.too_long,
-    names=[question.id for question in questions],
-  )
-  if skipped:
-    print(f"{len(skipped)} test questions are over a length budget and were skipped")
-  return Domain([questions[row.row_id] for row in rows], rows)
-
-
-def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
-  """Reads the benchmarks that the config names, and what scores them."""
-
-  def asked(prompt: str) -> list[int]:
-    return text.prompt_ids(codec, (records.Message("user", prompt),))
-
-  ifeval = mmlu = drift = None
-  if settings.ifeval.items is not None:
-    checkers = benchmarks.load_checkers(settings.ifeval.nltk_data)
-    orders = benchmarks.read(
-      benchmarks.Instructions,
-      settings.ifeval.items,
-      key="evaluate.ifeval.items",
-      split="train",  # the hub's copy has no other
-      limit=settings.ifeval.limit,
-    )
-    ifeval = Ifeval(orders, [asked(order.prompt) for order in orders], checkers)
-  if settings.mmlu.items is not None:
-    mmlu = read_mmlu(settings.mmlu, codec)
-  requests = []
-  if settings.open_ended.prompts is not None:
-    requests = benchmarks.read(
-      benchmarks.Request,
-      settings.open_ended.prompts,
-      key="evaluate.open_ended.prompts",
-      limit=settings.open_ended.limit,
-    )
-  if settings.drift.prompts is not None:
-    general = benchmarks.read(
-      benchmarks.Prompt,
-      settings.drift.prompts,
-      key="evaluate.drift.prompts",
-      limit=settings.drift.limit,
-    )
-    drift = [asked(item.prompt) for item in general]
-  return General(ifeval, mmlu, drift, requests)
-
-
-def read_mmlu(settings: config_lib.Mmlu, codec: text.Codec) -> Mmlu:
-  """Reads the questions and puts the solved ones before each."""
-  source = str(settings.items)
-  if settings.examples is None and benchmarks.is_file(source) and settings.shots:
-    raise errors.UserError(
-      "evaluate.mmlu.examples: not set; name the file of solved questions (MMLU's dev"
-      " set), or set evaluate.mmlu.shots=0"
-    )
-  items = benchmarks.read(
-    benchmarks.Choice,
-    source,
-    key="evaluate.mmlu.items",
-    limit=settings.limit,
-  )
-  examples = benchmarks.read(
-    benchmarks.Choice,
-    settings.examples or source,
-    key="evaluate.mmlu.examples",
-    split="dev",
-  )
-  prompts = benchmarks.mmlu_prompts(items, examples, shots=settings.shots)
-  ids = [text.document_ids(codec, prompt) for prompt in prompts]
-  letters = []
-  for letter in benchmarks.LETTERS:
-    *before, last = text.document_ids(codec, f"{prompts[0]} {letter}")
-    if before != ids[0]:
-      raise errors.UserError(
-        f"evaluate.mmlu: the model's tokenizer has no token {' ' + letter!r}, by which"
-        " answers are compared; leave evaluate.mmlu.items out"
-      )
-    letters.append(last)
-  return Mmlu(items, ids, letters)
-
-
-def check_lengths(
-  config: config_lib.Config,
-  domain: Domain,
-  general: General,
-  requests: Sequence[Sequence[int]],
-  decoder: model.DecoderConfig,
-) -> None:
-  """Whether prompts and answers fit into the model's positions.
-
-  Raises:
-    UserError: they do not.
-  """
-  settings = config.evaluate
-  new = settings.max_new_tokens
-  need = {
-    f"evaluate.max_new_tokens={new}, data.max_*_tokens": max(
-      len(row.prompt) + max(len(row.answer), new) for row in domain.rows
-    )
-  }
-  if general.ifeval is not None:
-    new = settings.ifeval.max_new_tokens
-    key = f"evaluate.ifeval.max_new_tokens={new}"
-    need[key] = max(map(len, general.ifeval.prompts)) + new
-  if general.mmlu is not None:
-    key = f"evaluate.mmlu.shots={settings.mmlu.shots}"
-    need[key] = max(map(len, general.mmlu.prompts))
-  if general.drift is not None:
-    new = settings.drift.max_new_tokens
-    need[f"evaluate.drift.max_new_tokens={new}"] = max(map(len, general.drift)) + new
-  if requests:
-    new = settings.open_ended.max_new_tokens
-    key = f"evaluate.open_ended.max_new_tokens={new}"
-    need[key] = max(map(len, requests)) + new
-  for key, longest in need.items():
-    if longest > decoder.max_positions:
-      raise errors.UserError(
-        f"{key}: prompt and answer take up to {longest} tokens, but"
-        f" {config.model.source} was made for {decoder.max_positions}; lower it (for"
-        " the domain's questions with data.too_long=skip)"
-      )
 
 
 def domain_scores(
@@ -246,8 +75,8 @@ def domain_scores(
 
 def judged(
   who: measure.Subject,
-  domain: Domain,
-  general: General,
+  domain: exam.Domain,
+  general: exam.General,
   answers: Sequence[measure.Answer],
   judges: Sequence[asking.Role],
   settings: config_lib.Evaluate,
@@ -265,7 +94,7 @@ def judged(
   if general.requests:
     replies = measure.answers(
       who,
-      open_ended_prompts(general, who.codec),
+      exam.open_ended_prompts(general, who.codec),
       log,
       max_new_tokens=settings.open_ended.max_new_tokens,
       name="open-ended answers",
@@ -279,14 +108,6 @@ def judged(
   return found
 
 
-def open_ended_prompts(general: General, codec: text.Codec) -> list[list[int]]:
-  """The token ids of the open-ended requests."""
-  return [
-    text.prompt_ids(codec, (records.Message("user", request.prompt),))
-    for request in general.requests
-  ]
-
-
 class Measured(NamedTuple):
   """One model's scores, its answers to the test questions and the seconds it took."""
 
@@ -298,8 +119,8 @@ class Measured(NamedTuple):
 
 def measure_model(
   who: measure.Subject,
-  domain: Domain,
-  general: General,
+  domain: exam.Domain,
+  general: exam.General,
   settings: config_lib.Evaluate,
   log: journal.Journal,
   embed: Callable[[Sequence[str]], np.ndarray],
@@ -426,10 +247,12 @@ def main(config: config_lib.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
   hosts.refuse("evaluate")
   codec = text.load(config.model.source)
-  domain = read_domain(config, codec)
-  general = read_general(config.evaluate, codec)
+  domain = exam.read_domain(config, codec)
+  general = exam.read_general(config.evaluate, codec)
   decoder = hf.load_config(config.model.source)
-  check_lengths(config, domain, general, open_ended_prompts(general, codec), decoder)
+  exam.check_lengths(
+    config, domain, general, exam.open_ended_prompts(general, codec), decoder
+  )
   judges = [_judge(stage, config) for stage in config.evaluate.judges]
   embed = encode.load(config.refine.encoder)
   settings = measure.Settings(

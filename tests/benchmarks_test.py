@@ -10,7 +10,7 @@ from raft_jax import (
   benchmarks,
   config,
   errors,
-  evaluate,
+  exam,
   hf,
   journal,
   measure,
@@ -209,7 +209,7 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
 
   codec, decoder = text.load(folder), hf.load_config(folder)
   settings = config.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=2)
-  mmlu = evaluate.read_mmlu(settings, codec)
+  mmlu = exam.read_mmlu(settings, codec)
   assert mmlu.prompts == [text.document_ids(codec, prompt) for prompt in prompts]
   who = measure.subject(
     hf.load_params(folder, decoder),
@@ -231,11 +231,11 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
 def test_mmlu_needs_its_examples(quiz, smollm):
   codec = text.load(smollm)
   with pytest.raises(errors.UserError, match=r"evaluate\.mmlu\.examples: not set"):
-    evaluate.read_mmlu(config.Mmlu(items=str(quiz["test"])), codec)
+    exam.read_mmlu(config.Mmlu(items=str(quiz["test"])), codec)
   too_many = config.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=3)
   with pytest.raises(errors.UserError, match="2 examples of subject 'moral_disputes'"):
-    evaluate.read_mmlu(too_many, codec)
-  none = evaluate.read_mmlu(config.Mmlu(items=str(quiz["test"]), shots=0), codec)
+    exam.read_mmlu(too_many, codec)
+  none = exam.read_mmlu(config.Mmlu(items=str(quiz["test"]), shots=0), codec)
   assert "(with answers) about moral disputes.\n\nWhich" in text.decode(
     codec, none.prompts[0]
   )
