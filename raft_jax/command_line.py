@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import raft_jax
-from raft_jax import config, errors, schema
+from raft_jax import config, errors, key_table
 
 
 def run(
@@ -125,7 +125,7 @@ def _user_fault(error: BaseException) -> str | None:
 
 def _help_table() -> str:
   lines = ["every key, its type and default:"]
-  for key in schema.every_key():
+  for key in key_table.every_key():
     head = f"  {key.name}" + (f"  {key.type} = {key.default}" if key.type else "")
     lines += [head] if key.type else ["", head]
     indent = "      "
@@ -138,7 +138,7 @@ def _help_table() -> str:
 def reference() -> str:
   """A Markdown table of all keys; the README holds it verbatim."""
   rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-  for key in schema.every_key():
+  for key in key_table.every_key():
     name = f"`{key.name}`" if key.type else f"**`{key.name}`**"
     default = f"`{key.default}`" if key.default not in ("", "required") else key.default
     meaning = key.meaning.replace("|", "\\|")

@@ -11,7 +11,7 @@ import markupsafe
 import numpy as np
 from matplotlib.axes import Axes
 
-from raft_jax import errors, figures, pages, records
+from raft_jax import durable, errors, figures, pages
 
 
 class Column(NamedTuple):
@@ -227,6 +227,6 @@ def write(output: pathlib.Path) -> pathlib.Path:
   )
   path = output / "comparison.html"
   pages.write(path, page)
-  with records.replacing(output / "comparison.md") as temporary:
+  with durable.replacing(output / "comparison.md") as temporary:
     temporary.write_text(markdown(rows), encoding="utf-8")
   return path

@@ -19,7 +19,7 @@ from typing import Any
 
 import pydantic
 
-from raft_jax import conflicts, errors, methods, schema, strict_yaml
+from raft_jax import conflicts, errors, key_table, methods, strict_yaml
 from raft_jax.schema import Adaptive as Adaptive
 from raft_jax.schema import Anchor as Anchor
 from raft_jax.schema import Balance as Balance
@@ -218,10 +218,10 @@ def _suggest(name: str, parents: Sequence[str | int], section: type[Section]) ->
   near = difflib.get_close_matches(name, section.model_fields, n=1)
   if near:
     return f"did you mean `{prefix}{near[0]}`?"
-  last = {key.name.rsplit(".", 1)[-1] for key in schema.every_key()}
+  last = {key.name.rsplit(".", 1)[-1] for key in key_table.every_key()}
   word = next(iter(difflib.get_close_matches(name, last, n=1, cutoff=0.8)), None)
   elsewhere = [
-    key.name for key in schema.every_key() if key.name.rsplit(".", 1)[-1] == word
+    key.name for key in key_table.every_key() if key.name.rsplit(".", 1)[-1] == word
   ]
   if elsewhere:
     return f"did you mean `{'` or `'.join(elsewhere)}`?"

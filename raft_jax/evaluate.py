@@ -28,6 +28,7 @@ from raft_jax import (
   benchmarks,
   command_line,
   distance,
+  durable,
   encode,
   engines,
   exam,
@@ -36,7 +37,6 @@ from raft_jax import (
   journal,
   measure,
   panel,
-  records,
   refinement,
   roles,
   rouge,
@@ -312,9 +312,9 @@ def main(config: config_lib.Config) -> None:
     }
     for i, question in enumerate(domain.questions[: config.evaluate.samples])
   ]
-  with records.replacing(folder / "samples.jsonl") as path:
+  with durable.replacing(folder / "samples.jsonl") as path:
     path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-  with records.replacing(folder / "scores.json") as path:
+  with durable.replacing(folder / "scores.json") as path:
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
   show(result)
 

@@ -33,7 +33,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from raft_jax import errors
+from raft_jax import durable, errors
 
 _LOG = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def open_journal(
       file.truncate(lines.whole_bytes)
       file.seek(lines.whole_bytes)
       os.fsync(file.fileno())
-    _sync_folder(path.parent)
+    durable.sync(path.parent)
     for other in others:
       calls.add_file(open_files.enter_context(open(other, "rb")), Lines(other))
     yield Journal(path, file, calls, int(bool(lines.torn)))
@@ -287,12 +287,3 @@ def locked(path: pathlib.Path) -> Iterator[None]:
   finally:
     holder_path.unlink(missing_ok=True)
     lock.release()
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-  """Make the file's name itself survive a power cut."""
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

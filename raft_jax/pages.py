@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from raft_jax import records, run_folder
+from raft_jax import durable, run_folder
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -68,6 +68,6 @@ def template(name: str) -> jinja2.Template:
 
 def write(path: pathlib.Path, page: str) -> None:
   """Writes a page, all of it or nothing."""
-  with records.replacing(path) as temporary:
+  with durable.replacing(path) as temporary:
     # A lone surrogate, possible in JSON, is not encodable: show it as "?".
     temporary.write_bytes(page.encode("utf-8", errors="replace"))

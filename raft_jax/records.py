@@ -9,24 +9,21 @@ Refined records travel as canonical JSON.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import pathlib
-import shutil
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raft_jax import errors
+from raft_jax import durable, errors
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("id", "domain", "question", "messages", "answer")
-TEMPORARY = ".tmp-"
 
 
 class Message(NamedTuple):
@@ -381,7 +378,7 @@ def _write_rejects(path: pathlib.Path, rejects: list[dict[str, Any]]) -> None:
     path.unlink(missing_ok=True)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  with replacing(path) as temporary:
+  with durable.replacing(path) as temporary:
     temporary.write_bytes(b"".join(_canonical(reject) + b"\n" for reject in rejects))
 
 
@@ -459,43 +456,3 @@ def _canonical(value: Any) -> bytes:
     value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
   )
   return text.encode("utf-8")
-
-
-# Whole files
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a temporary path; the file written there becomes `path`, durably.
-
-  A kill at any instant leaves the old file, or the new one whole.
-
-  Raises:
-    errors.UserError: the disk is full or unwritable (names the file and free space),
-      or the body raised RuntimeError.
-  """
-  temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-  try:
-    yield temporary
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-  except (OSError, RuntimeError) as e:
-    temporary.unlink(missing_ok=True)
-    raise errors.UserError(_write_failure(path, e)) from e
-
-
-def _write_failure(path: pathlib.Path, e: Exception) -> str:
-  free = shutil.disk_usage(path.parent).free
-  return (
-    f"{path}: cannot write: {e}; {free / 1e6:.0f} MB are free there: make room or "
-    f"change `output`, then run the command again"
-  )
-
-
-def _sync(path: pathlib.Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -29,6 +29,7 @@ from raft_jax import (
   asking,
   command_line,
   config,
+  durable,
   encode,
   engines,
   errors,
@@ -461,7 +462,7 @@ def _seal(
   summary = summarise(
     map(records.from_json, spool), run.refine.similarity_threshold, made
   )
-  with records.replacing(folder / "summary.json") as temporary:
+  with durable.replacing(folder / "summary.json") as temporary:
     temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
   page = folder / "refine_report.html"
   refine_report.write(

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from raft_jax import records
+from raft_jax import durable
 
 MANIFEST = "MANIFEST.json"
 
@@ -30,16 +30,16 @@ def write(
       all that they depend on. None leaves the folder unfinished.
   """
   (folder / MANIFEST).unlink(missing_ok=True)
-  for stale in folder.glob(f"{records.TEMPORARY}*"):
+  for stale in folder.glob(f"{durable.TEMPORARY}*"):
     stale.unlink()
-  with records.replacing(folder / "summary.json") as temporary:
+  with durable.replacing(folder / "summary.json") as temporary:
     temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
   for name, rows in files.items():
-    with records.replacing(folder / f"{name}.jsonl") as temporary:
+    with durable.replacing(folder / f"{name}.jsonl") as temporary:
       temporary.write_bytes(b"".join(map(_line, rows)))
   if seal is not None:
     sealed = {**seal, "sha256": {f"{n}.jsonl": _sha256(folder, n) for n in files}}
-    with records.replacing(folder / MANIFEST) as temporary:
+    with durable.replacing(folder / MANIFEST) as temporary:
       temporary.write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n")
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, overload
 
 from array_record.python import array_record_module
 
-from raft_jax import errors, records
+from raft_jax import durable, errors
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_VERSION = 1
@@ -101,7 +101,7 @@ def write_shards(
   # Without its manifest a folder is unfinished: readers refuse it until the new one.
   (folder / MANIFEST).unlink(missing_ok=True)
   for stale in [
-    *folder.glob(f"{records.TEMPORARY}*"),
+    *folder.glob(f"{durable.TEMPORARY}*"),
     *folder.glob("shard-*.array_record"),
   ]:
     stale.unlink()
@@ -116,13 +116,13 @@ def write_shards(
   manifest = Manifest(MANIFEST_VERSION, len(data), files, dict(meta))
   tree = dataclasses.asdict(manifest) | {"files": [file._asdict() for file in files]}
   text = json.dumps(tree, sort_keys=True, indent=2, allow_nan=False) + "\n"
-  with records.replacing(folder / MANIFEST) as temporary:
+  with durable.replacing(folder / MANIFEST) as temporary:
     temporary.write_bytes(text.encode())
   return manifest
 
 
 def _write_shard(path: pathlib.Path, chunk: Sequence[bytes]) -> ShardFile:
-  with records.replacing(path) as temporary:
+  with durable.replacing(path) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in chunk:
       writer.write(record)

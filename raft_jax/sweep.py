@@ -27,9 +27,9 @@ from rich import console, table
 from raft_jax import (
   command_line,
   config,
+  durable,
   errors,
   examples,
-  records,
   refine,
   run_folder,
 )
@@ -133,7 +133,7 @@ def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
       print(f"error: {error}", file=sys.stderr, flush=True)
       failed.append(run.name)
     else:
-      with records.replacing(folder / "finished.json") as path:
+      with durable.replacing(folder / "finished.json") as path:
         path.write_text(json.dumps(_mark(run, stages)))
   return failed
 
@@ -154,7 +154,7 @@ def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> int:
     The most bytes of host memory that it held.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
-  with records.replacing(file) as path:
+  with durable.replacing(file) as path:
     path.write_text(config.dump(settings), encoding="utf-8")
   command = [sys.executable, "-m", f"raft_jax.{stage}", "--config", str(file)]
   process = subprocess.Popen(command)
@@ -173,7 +173,7 @@ def _note_cost(folder: pathlib.Path, peak: int) -> None:
   path = folder / "cost.json"
   if path.exists():
     peak = max(peak, json.loads(path.read_text())["host_peak_bytes"])
-  with records.replacing(path) as temporary:
+  with durable.replacing(path) as temporary:
     temporary.write_text(json.dumps({"host_peak_bytes": peak}))
 
 
@@ -264,7 +264,7 @@ def main(base: config.Config) -> None:
   rows = collect(runs)
   output = pathlib.Path(base.output)
   if rows:
-    with records.replacing(output / "sweep.json") as path:
+    with durable.replacing(output / "sweep.json") as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
     show(rows)
   print(f"{len(rows)} of {len(runs)} runs have scores: {output / 'sweep.json'}")
