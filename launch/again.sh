@@ -6,18 +6,14 @@
 # A SIGTERM or Ctrl-C to this script is passed on as SIGTERM, and ends the loop; ON_STOP
 # is a command to run after that, for schedulers that can start the job once more.
 set -uo pipefail
+. "$(dirname "$0")/waiting.sh"
 stopped=
 child=
 trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null' TERM INT
 for ((left = ${RESTARTS:-20}; ; left--)); do
   "$@" &
   child=$!
-  wait "$child"
-  status=$?
-  while kill -0 "$child" 2> /dev/null; do # a trap ends `wait` early
-    wait "$child"
-    status=$?
-  done
+  ended "$child"
   if [ -n "$stopped" ]; then
     ${ON_STOP:-}
     exit "$status"

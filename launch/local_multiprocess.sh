@@ -14,6 +14,7 @@ if [ -z "${ONE_ATTEMPT:-}" ]; then
   export ONE_ATTEMPT=1
   exec "$(dirname "$0")/again.sh" "$0" "$@"
 fi
+. "$(dirname "$0")/waiting.sh"
 stage=$1 count=$2
 shift 2
 python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
@@ -36,12 +37,7 @@ for ((index = 0; index < count; index++)); do
 done
 ends=" "
 for child in "${children[@]}"; do
-  wait "$child"
-  status=$?
-  while kill -0 "$child" 2> /dev/null; do # a trap ends `wait` early
-    wait "$child"
-    status=$?
-  done
+  ended "$child"
   ends+="$status "
 done
 # What was done to one process counts before what the others made of its loss.

@@ -87,7 +87,7 @@ def write(
 
   Args:
     refined: every record, read once.
-    summary: as `refine.summarise` gives it.
+    summary: as `refined_folder.summarise` gives it.
     judges: names of the panel, in the order of the scores.
     accept_at: mean score that ended a question's rounds.
   """

@@ -65,6 +65,7 @@ ROOMS = [
   "panel",
   "refinement",
   "refine_report",
+  "refined_folder",
   "documents",
   "duplicates",
   "sealed",
