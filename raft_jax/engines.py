@@ -82,7 +82,7 @@ class Generator(Protocol):
     """
 
 
-_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 def without_thinking(reply: Completion) -> Completion:
@@ -94,7 +94,7 @@ def without_thinking(reply: Completion) -> Completion:
   """
   opening, closed, rest = reply.text.partition("</think>")
   answer = rest if closed and "<think>" not in opening else reply.text
-  answer = _THINKING.sub("", answer)
+  answer = THINKING.sub("", answer)
   if answer == reply.text:
     return reply
   share = 1 - len(answer) / len(reply.text)

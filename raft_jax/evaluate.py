@@ -188,13 +188,6 @@ def summarise(
   return {"scores": described, "paired": paired}
 
 
-def _judge(stage: config_lib.VerdictJudge, config: config_lib.Config) -> asking.Role:
-  form = panel.REPLY_SCHEMA if stage.structured and stage.engine != "jax" else None
-  return roles.role(
-    "vote", stage, config.model, temperature=0.0, top_p=1.0, reply_schema=form
-  )
-
-
 RETAINED = (
   "open_ended",
   "ifeval_prompt_strict",
@@ -253,7 +246,10 @@ def main(config: config_lib.Config) -> None:
   exam.check_lengths(
     config, domain, general, exam.open_ended_prompts(general, codec), decoder
   )
-  judges = [_judge(stage, config) for stage in config.evaluate.judges]
+  judges = [
+    roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
+    for stage in config.evaluate.judges
+  ]
   embed = encode.load(config.refine.encoder)
   settings = measure.Settings(
     config.evaluate.batch_size, config.model.dtype, config.model.unroll

@@ -67,9 +67,6 @@ def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
 def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
   """Reads the benchmarks that the config names, and what scores them."""
 
-  def asked(prompt: str) -> list[int]:
-    return text.prompt_ids(codec, (records.Message("user", prompt),))
-
   ifeval = mmlu = drift = None
   if settings.ifeval.items is not None:
     checkers = benchmarks.load_checkers(settings.ifeval.nltk_data)
@@ -80,7 +77,7 @@ def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
       split="train",  # the hub's copy has no other
       limit=settings.ifeval.limit,
     )
-    ifeval = Ifeval(orders, [asked(order.prompt) for order in orders], checkers)
+    ifeval = Ifeval(orders, _asked(codec, orders), checkers)
   if settings.mmlu.items is not None:
     mmlu = read_mmlu(settings.mmlu, codec)
   requests = []
@@ -98,7 +95,7 @@ def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
       key="evaluate.drift.prompts",
       limit=settings.drift.limit,
     )
-    drift = [asked(item.prompt) for item in general]
+    drift = _asked(codec, general)
   return General(ifeval, mmlu, drift, requests)
 
 
@@ -180,7 +177,11 @@ def check_lengths(
 
 def open_ended_prompts(general: General, codec: text.Codec) -> list[list[int]]:
   """The token ids of the open-ended requests."""
-  return [
-    text.prompt_ids(codec, (records.Message("user", request.prompt),))
-    for request in general.requests
-  ]
+  return _asked(codec, general.requests)
+
+
+def _asked(
+  codec: text.Codec, items: Sequence[benchmarks.Instructions | benchmarks.Prompt]
+) -> list[list[int]]:
+  turns = [records.user_turn(item.prompt) for item in items]
+  return [text.prompt_ids(codec, turn) for turn in turns]

@@ -159,7 +159,11 @@ def fit(run: config.Config) -> None:
       config.claim_output(run, "extract", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
-    writer, judges = _writer(run, settings), [_judge(j, run) for j in settings.judges]
+    writer = _writer(run, settings)
+    judges = [
+      roles.judge("verify", stage, run.model, pairs.VERDICT_SCHEMA)
+      for stage in settings.judges
+    ]
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "extract", CLAIMED)
     calls = asking.Calls(book, settings.seed)
@@ -190,15 +194,13 @@ def check(run: config.Config) -> schema.Extract:
 
 def _writer(run: config.Config, settings: schema.Extract) -> asking.Role:
   stage = settings.writer
-  # The built-in engine cannot hold a reply to a form.
-  held = stage.structured and stage.engine != "jax"
   writer = roles.role(
     "write",
     stage,
     run.model,
     temperature=stage.temperature,
     top_p=stage.top_p,
-    reply_schema=pairs.reply_schema(settings.pairs_per_chunk) if held else None,
+    reply_schema=roles.form(stage, pairs.reply_schema(settings.pairs_per_chunk)),
   )
   limit = writer.generator.prompt_limit
   if limit is not None and settings.chunk_tokens + stage.max_new_tokens >= limit:
@@ -208,13 +210,6 @@ def _writer(run: config.Config, settings: schema.Extract) -> asking.Role:
       f"{stage.model or run.model.source} holds; lower one"
     )
   return writer
-
-
-def _judge(stage: config.VerdictJudge, run: config.Config) -> asking.Role:
-  form = pairs.VERDICT_SCHEMA if stage.structured and stage.engine != "jax" else None
-  return roles.role(
-    "verify", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form
-  )
 
 
 def _inputs(

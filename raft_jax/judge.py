@@ -131,8 +131,7 @@ def fenced(
   and an engine's prefix cache serves them.
   """
   nonce = _nonce(*texts.values())
-  text = template(name).substitute(texts, nonce=nonce, **settings)
-  return (records.Message("user", text),)
+  return records.user_turn(template(name).substitute(texts, nonce=nonce, **settings))
 
 
 @functools.cache

@@ -31,6 +31,11 @@ class Message(NamedTuple):
   content: str
 
 
+def user_turn(content: str) -> tuple[Message, ...]:
+  """A conversation of one turn; no system turn, which some chat templates refuse."""
+  return (Message("user", content),)
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
   """One training or test example; `messages` ends with a user turn."""
@@ -294,7 +299,7 @@ def _question(row: bytes | Mapping[str, Any]) -> Question:
     raise _Reject("has both `question` and `messages`; keep one")
   messages: tuple[Message, ...]
   if has_question:
-    messages = (Message("user", _text("question", values["question"])),)
+    messages = user_turn(_text("question", values["question"]))
   elif has_messages:
     messages = _messages(values["messages"])
   else:

@@ -197,7 +197,7 @@ def _check_lengths(run: config.Config, rewriter: asking.Role) -> None:
     return
   for question in records.rows(run.data.questions, limit=run.data.limit):
     prompt = refinement.rewrite_prompt(question, run.refine.prompt)
-    count = rewriter.generator.count_tokens([records.Message("user", prompt)])
+    count = rewriter.generator.count_tokens(records.user_turn(prompt))
     if count + rewriter.max_new_tokens > limit:
       raise asking.too_long(rewriter, question.id, count)
 
@@ -286,10 +286,8 @@ def _judge(
 ) -> refinement.Judge:
   if stage.engine == "encoder":
     return refinement.encoder_judge(encoder)
-  # The built-in engine cannot hold a reply to a form.
-  form = judge.REPLY_SCHEMA if stage.structured and stage.engine != "jax" else None
   return refinement.language_judge(
-    roles.role("judge", stage, run.model, temperature=0.0, top_p=1.0, reply_schema=form)
+    roles.judge("judge", stage, run.model, judge.REPLY_SCHEMA)
   )
 
 

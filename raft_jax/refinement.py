@@ -88,7 +88,9 @@ def rewrite(
   prompt: str = "rewrite",
 ) -> list[Rewrite]:
   """Eq. 1 and 2: the model's own words for each answer, and their cosine with it."""
-  prompts = [_user(rewrite_prompt(question, prompt)) for question in questions]
+  prompts = [
+    records.user_turn(rewrite_prompt(question, prompt)) for question in questions
+  ]
   replies = calls.ask(rewriter, prompts, names=names)
   flaws = [
     judge.flaw(reply, question_text(q) + "\n" + q.answer)
@@ -117,7 +119,9 @@ def fuse_and_judge(
     template.substitute(question=question_text(q), answer=q.answer, rewrite=rewritten)
     for q, rewritten in rows
   ]
-  replies = calls.ask(fusion, [_user(p) for p in prompts], round_number=number)
+  replies = calls.ask(
+    fusion, [records.user_turn(p) for p in prompts], round_number=number
+  )
   texts = ["" if reply is None else reply.text.strip() for reply in replies]
   usable = [
     i
@@ -234,11 +238,6 @@ def question_text(question: records.Question) -> str:
   if len(question.messages) == 1:
     return question.messages[0].content
   return "\n".join(f"{role}: {content}" for role, content in question.messages)
-
-
-def _user(content: str) -> tuple[records.Message, ...]:
-  # One user turn and no system turn: some models' chat templates refuse the latter.
-  return (records.Message("user", content),)
 
 
 def language_judge(role: asking.Role) -> Judge:

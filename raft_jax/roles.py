@@ -54,6 +54,29 @@ def role(
   )
 
 
+def judge(
+  name: str,
+  stage: schema.Judge | schema.VerdictJudge,
+  model: config.Model,
+  reply_schema: Mapping[str, Any],
+) -> asking.Role:
+  """A role that gives verdicts: greedily, and in their form where its engine can.
+
+  Raises:
+    UserError: as `role`.
+  """
+  held = form(stage, reply_schema)
+  return role(name, stage, model, temperature=0.0, top_p=1.0, reply_schema=held)
+
+
+def form(
+  stage: schema.Judge | schema.VerdictJudge | schema.Writer,
+  reply_schema: Mapping[str, Any],
+) -> Mapping[str, Any] | None:
+  """What a role's replies are held to; the built-in engine can hold them to nothing."""
+  return reply_schema if stage.structured and stage.engine != "jax" else None
+
+
 def _generator(stage: schema.Asked, model: config.Model) -> engines.Generator:
   source = stage.model or model.source
   if stage.engine == "openai":

@@ -8,15 +8,12 @@ work is a function of tokens and answers alone, and a resumed run repeats it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from raft_jax import data, hosts, rouge, sharding, step, text
-
-THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+from raft_jax import data, engines, hosts, rouge, sharding, step, text
 
 
 class Instructed(NamedTuple):
@@ -74,7 +71,7 @@ def instruct(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
-    THINKING.sub("", text.decode(codec, row[:length])).strip()
+    engines.THINKING.sub("", text.decode(codec, row[:length])).strip()
     for row, length in zip(tokens_BR, length_B)
   ]
   source = [asked[int(row_id) // group] for row_id in row_id_B]

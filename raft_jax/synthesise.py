@@ -113,7 +113,7 @@ def synthesise(
   fresh = [draft for draft in unlike if draft.seeds]
   repeats = [row for row in again if row["seeds"]]
   chosen, cluster, others, sizes = choose(fresh, encoder, settings)
-  prompts = [_turn(draft.text) for draft in chosen]
+  prompts = [records.user_turn(draft.text) for draft in chosen]
   rows, unanswered = [], []
   replies = calls.ask(answerer, prompts)
   for draft, number, reply in zip(chosen, cluster, replies, strict=True):
@@ -256,10 +256,6 @@ def row_of(draft: Draft, answer: str, cluster: int) -> dict[str, Any]:
   }
 
 
-def _turn(content: str) -> tuple[records.Message, ...]:
-  return (records.Message("user", content),)
-
-
 # The run
 
 
@@ -290,7 +286,8 @@ def fit(run: config.Config) -> None:
         answerer=answerer,
         encoder=encoder,
         fits_prompt=lambda said: (
-          len(text.prompt_ids(codec, _turn(said))) <= run.data.max_prompt_tokens
+          len(text.prompt_ids(codec, records.user_turn(said)))
+          <= run.data.max_prompt_tokens
         ),
         fits_answer=lambda said: (
           len(text.answer_ids(codec, said)) <= run.data.max_answer_tokens
