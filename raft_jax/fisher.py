@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raft_jax import data, model, sample, step
+from raft_jax import data, model, objective, sample
 
 LARGEST = 1e3
 """Bound of the normalised information: heavy tails would stop what they sit on."""
@@ -70,22 +70,26 @@ def normalised(information: Any) -> Any:
 
 
 def log_likelihood(
-  params: model.Params, batch: data.Batch, settings: step.Settings
+  params: model.Params, batch: data.Batch, settings: objective.Settings
 ) -> jax.Array:
   """Mean over rows of the log-probability of each whole answer, in nats."""
   rows = batch.answer_BA.shape[0]
-  nothing = step.Trajectory(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
-  answer_BA = step.columns(batch.answer_length_B, batch.answer_BA.shape[1])
-  weights = step.Weights(answer_BA / rows, jnp.zeros((rows, 0)))
+  nothing = objective.Trajectory(
+    jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32)
+  )
+  answer_BA = objective.columns(batch.answer_length_B, batch.answer_BA.shape[1])
+  weights = objective.Weights(answer_BA / rows, jnp.zeros((rows, 0)))
   settings = settings._replace(cross_entropy=True)
-  terms, _ = step.loss_terms(params, batch, nothing, None, weights, settings=settings)
+  terms, _ = objective.loss_terms(
+    params, batch, nothing, None, weights, settings=settings
+  )
   return -terms["sft"]
 
 
 def sampled(
   params: model.Params,
   batches: Iterable[data.Batch],
-  settings: step.Settings,
+  settings: objective.Settings,
   *,
   seed: int,
   max_new_tokens: int,

@@ -11,7 +11,17 @@ import numpy as np
 import optax
 
 from raft_jax import config as config_lib
-from raft_jax import data, model, recipe, replay, sample, siblings, text, trainable
+from raft_jax import (
+  data,
+  model,
+  objective,
+  recipe,
+  replay,
+  sample,
+  siblings,
+  text,
+  trainable,
+)
 from raft_jax import step as step_lib
 
 
@@ -25,8 +35,8 @@ class Programs(NamedTuple):
       rollouts; made on the host, which waits for them.
   """
 
-  roll_out: Callable[..., tuple[step_lib.Trajectory, jax.Array | None]] | None
-  teach: Callable[..., step_lib.Support] | None
+  roll_out: Callable[..., tuple[objective.Trajectory, jax.Array | None]] | None
+  teach: Callable[..., objective.Support] | None
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
   teacher: Callable[..., model.Params] | None = None
   instruct: Callable[..., siblings.Instructed] | None = None
@@ -47,10 +57,10 @@ def make_settings(
   decoder: model.DecoderConfig,
   codec: text.Codec,
   teacher: model.DecoderConfig | None = None,
-) -> step_lib.Settings:
+) -> objective.Settings:
   """The few values the step needs."""
   distill = config.distill
-  return step_lib.Settings(
+  return objective.Settings(
     decoder=decoder,
     eos_ids=codec.eos_ids,
     dtype=config.model.dtype,
@@ -84,7 +94,7 @@ def rolls_out(config: config_lib.Config, step: int) -> bool:
 
 def compile_programs(
   config: config_lib.Config,
-  settings: step_lib.Settings,
+  settings: objective.Settings,
   codec: text.Codec,
   optimizer: optax.GradientTransformationExtraArgs,
   balancer: optax.GradientTransformationExtraArgs,
@@ -113,7 +123,7 @@ def compile_programs(
     params: model.Params, frozen: model.Params, batch: data.Batch, step: int
   ):
     if not rolls_out(config, step):
-      return step_lib.Trajectory(batch.answer_BA, batch.answer_length_B), None
+      return objective.Trajectory(batch.answer_BA, batch.answer_length_B), None
     rollout = sample.generate(
       trainable.combine(frozen, params),
       settings.decoder,
@@ -131,10 +141,10 @@ def compile_programs(
       unroll=settings.unroll,
       watch=settings.watch,
     )
-    trajectory = step_lib.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)
+    trajectory = objective.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)
     return trajectory, rollout.ended_B
 
-  teach = jax.jit(functools.partial(step_lib.teach, settings=settings))
+  teach = jax.jit(functools.partial(objective.teach, settings=settings))
   instruct = None
   if config.distill.teacher_context == "sibling":
     instruct = functools.partial(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raft_jax import data, engines, hosts, rouge, sharding, step, text
+from raft_jax import data, engines, hosts, objective, rouge, sharding, text
 
 
 class Instructed(NamedTuple):
@@ -26,7 +26,7 @@ class Instructed(NamedTuple):
   """
 
   batch: data.Batch
-  trajectory: step.Trajectory
+  trajectory: objective.Trajectory
   told: dict[str, float]
 
 
@@ -48,7 +48,7 @@ def first_other_success(success_N: np.ndarray, group: int) -> np.ndarray:
 
 def instruct(
   batch: data.Batch,
-  trajectory: step.Trajectory,
+  trajectory: objective.Trajectory,
   *,
   codec: text.Codec,
   asked: Mapping[int, data.Asked],

@@ -18,6 +18,7 @@ from raft_jax import (
   hf,
   hosts,
   model,
+  objective,
   progress,
   recipe,
   replay,
@@ -161,7 +162,7 @@ def first_memory(
   batches = data.in_order(
     plan.rows, batch_size, pad_id=plan.pad_id, width=plan.widths[-1]
   )
-  losses_of = jax.jit(functools.partial(step_lib.row_losses, settings=built.settings))
+  losses_of = jax.jit(functools.partial(objective.row_losses, settings=built.settings))
   found = [
     hosts.whole(losses_of(base, batch))
     for batch in placed(run, batches, "losses before training")

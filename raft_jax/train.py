@@ -28,6 +28,7 @@ from raft_jax import (
   journal,
   metrics,
   model,
+  objective,
   progress,
   replay,
   sharding,
@@ -60,7 +61,7 @@ class Dispatched(NamedTuple):
   step: int
   values: dict[str, Any]
   batch: data.Batch
-  trajectory: step_lib.Trajectory | None
+  trajectory: objective.Trajectory | None
   ended_B: jax.Array | None
   seconds: dict[str, float]
 
@@ -81,7 +82,7 @@ def run_step(
   clock = Clock(on=timed)
   if programs.roll_out is None or programs.teach is None:
     rows = len(batch.row_id_B)
-    nothing = step_lib.Trajectory(
+    nothing = objective.Trajectory(
       np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32)
     )
     state, values = programs.update(
@@ -129,7 +130,7 @@ def fetch(
     )
   )
   values = {
-    name: float(value) for name, value in values.items() if name != step_lib.ROWS
+    name: float(value) for name, value in values.items() if name != objective.ROWS
   }
   for name in ("loss_sft", "loss_kd", "grad_norm"):
     if not math.isfinite(values.get(name, 0.0)):
@@ -184,7 +185,7 @@ def reporter(
     nonlocal last
     values = fetch(dispatched, run.codec, leaks)
     if replayer is not None:
-      loss_B = hosts.whole(dispatched.values[step_lib.ROWS])
+      loss_B = hosts.whole(dispatched.values[objective.ROWS])
       values |= replayer.observe(dispatched.step, loss_B)
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raft_jax import data, losses, model, step, vocab_head
+from raft_jax import data, losses, model, objective, vocab_head
 
 
 class Units(NamedTuple):
@@ -67,7 +67,7 @@ def disagreement(
   batch: data.Batch,
   key: Array,
   *,
-  settings: step.Settings,
+  settings: objective.Settings,
   rate: float,
 ) -> Array:
   """KL of two passes that drop different units, mean over rows of means over tokens.
@@ -86,7 +86,7 @@ def disagreement(
     settings: of the run.
     rate: share of units that a pass drops.
   """
-  nothing = step.Trajectory(
+  nothing = objective.Trajectory(
     jnp.zeros((len(batch.row_id_B), 0), jnp.int32),
     jnp.zeros(len(batch.row_id_B), jnp.int32),
   )
@@ -94,7 +94,7 @@ def disagreement(
 
   def read(key: Array) -> tuple[Array, Array]:
     own = gated(params, dropped(key, gates, rate), decoder.head_dim)
-    hidden_BAD, _ = step.student_hidden(own, batch, nothing, settings)
+    hidden_BAD, _ = objective.student_hidden(own, batch, nothing, settings)
     return hidden_BAD, model.output_embedding(own).astype(settings.dtype)
 
   first, second = (read(own) for own in jax.random.split(key))
@@ -113,7 +113,7 @@ def disagreement(
   as_second = kl(
     q_BAK, p_BAK, kind="forward", student_logsumexp=q_sum_BA, teacher_logsumexp=p_sum_BA
   )
-  answer_BA = step.columns(batch.answer_length_B, batch.answer_BA.shape[1])
+  answer_BA = objective.columns(batch.answer_length_B, batch.answer_BA.shape[1])
   return losses.masked_mean(
     as_first + as_second - jax.lax.stop_gradient(as_second), answer_BA
   )
@@ -123,7 +123,7 @@ def importance(
   params: model.Params,
   batches: Iterable[data.Batch],
   *,
-  settings: step.Settings,
+  settings: objective.Settings,
   rate: float,
   seed: int,
 ) -> Units:

@@ -25,6 +25,7 @@ from raft_jax import (
   hosts,
   lora,
   model,
+  objective,
   optim,
   prune,
   recipe,
@@ -369,7 +370,7 @@ class Built(NamedTuple):
   abstract: step_lib.TrainState
   shardings: step_lib.TrainState
   base_shardings: model.Params
-  settings: step_lib.Settings
+  settings: objective.Settings
   base_teaches: bool
 
 

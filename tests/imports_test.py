@@ -76,6 +76,7 @@ ROOMS = [
   "refine",
   "examples",
   "replay",
+  "objective",
   "step",
   "siblings",
   "fisher",

@@ -26,6 +26,7 @@ from raft_jax import (
   hf,
   hf_export,
   lora,
+  objective,
   optim,
   starting,
   step,
@@ -57,10 +58,10 @@ def setting():
   base = model_test.random_params(CONFIG)
   batch = step_test.make_batch()
   rng = np.random.default_rng(1)
-  trajectory = step.Trajectory(
+  trajectory = objective.Trajectory(
     jnp.array(rng.integers(6, 97, (4, 5)), jnp.int32), jnp.array([5, 3, 0, 4])
   )
-  support = step.teach(
+  support = objective.teach(
     base, batch.teacher_BC, batch.teacher_length_B, trajectory, settings=SETTINGS
   )
   return base, batch, trajectory, support
@@ -118,10 +119,10 @@ def test_the_gradient_is_that_of_the_merged_kernels_by_the_chain_rule():
   split = split_of()
   adapters = random_adapters(split.shapes)
   frozen = split.freeze(base)
-  weights = step.token_weights(batch, trajectory, SETTINGS)
+  weights = objective.token_weights(batch, trajectory, SETTINGS)
 
   def total(params):
-    terms, _ = step.loss_terms(
+    terms, _ = objective.loss_terms(
       params, batch, trajectory, support, weights, settings=SETTINGS
     )
     return terms["sft"] + terms["kd"]

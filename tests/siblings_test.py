@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import data, records, sample, siblings, step, text
+from raft_jax import data, objective, records, sample, siblings, text
 from tests import model_test, step_test
 
 GROUP, WATCH, NEW = 2, 20, 5
@@ -38,7 +38,7 @@ def told(codec, answers, max_tokens, success=0.5):
   question = [records.Message("user", f"Question {i}?") for i in range(2)]
   return siblings.instruct(
     data.Batch(nothing, lengths, nothing, lengths, nothing, lengths, rows),
-    step.Trajectory(jnp.array(tokens), lengths),
+    objective.Trajectory(jnp.array(tokens), lengths),
     codec=codec,
     asked={i: ((question[i],), "alpha beta gamma delta") for i in range(2)},
     group=3,
@@ -102,7 +102,7 @@ def test_one_steps_loss_in_float64():
   off_RB = np.random.default_rng(0).normal(0.7, 1, rollout.tokens_BR.shape)
   before = rollout.seen.log_prob_BR - off_RB.astype(np.float32)
   seen = rollout.seen._replace(log_prob_BR=before)
-  trajectory = step.Trajectory(rollout.tokens_BR, length_B, seen)
+  trajectory = objective.Trajectory(rollout.tokens_BR, length_B, seen)
   settings = step_test.SETTINGS._replace(
     **{
       "cross_entropy": False,
@@ -117,10 +117,10 @@ def test_one_steps_loss_in_float64():
 
   @jax.jit
   def loss(params, teacher):
-    support = step.teach(teacher, *context, trajectory, settings=settings)
-    weights = step.token_weights(batch, trajectory, settings)
+    support = objective.teach(teacher, *context, trajectory, settings=settings)
+    weights = objective.token_weights(batch, trajectory, settings)
     parts = (batch, trajectory, support, weights)
-    return step.loss_terms(params, *parts, settings=settings)[0]["kd"]
+    return objective.loss_terms(params, *parts, settings=settings)[0]["kd"]
 
   def predictions(params, before_BC, length_B):
     """Distributions at each rollout token, of rows that are not packed."""

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from raft_jax import balance, data, losses, model, optim, sample, step
+from raft_jax import balance, data, losses, model, objective, optim, sample, step
 from tests import model_test
 
 CONFIG = model_test.CONFIG
-SETTINGS = step.Settings(decoder=CONFIG, eos_ids=(5,), top_k=20)
+SETTINGS = objective.Settings(decoder=CONFIG, eos_ids=(5,), top_k=20)
 RATE = 1e-3
 
 
@@ -52,12 +52,12 @@ def roll_out(params, batch, new=5):
     eos_ids=(5,),
     pad_id=5,
   )
-  return step.Trajectory(rollout.tokens_BR, rollout.length_B)
+  return objective.Trajectory(rollout.tokens_BR, rollout.length_B)
 
 
 @jax.jit
 def teach(params, batch, trajectory):
-  return step.teach(
+  return objective.teach(
     params, batch.teacher_BC, batch.teacher_length_B, trajectory, settings=SETTINGS
   )
 
@@ -114,9 +114,9 @@ def test_packed_losses_equal_each_sequence_on_its_own():
   # Three rows are enough: every one of them compiles shapes of its own.
   batch, trajectory, support = jax.tree.map(lambda x: x[:3], whole)
   teacher = params
-  weights = step.token_weights(batch, trajectory, SETTINGS)
+  weights = objective.token_weights(batch, trajectory, SETTINGS)
   by_row = SETTINGS._replace(row_losses=True)
-  terms, seen = step.loss_terms(
+  terms, seen = objective.loss_terms(
     params, batch, trajectory, support, weights, settings=by_row
   )
   sft, kd = [], []
@@ -143,16 +143,16 @@ def test_packed_losses_equal_each_sequence_on_its_own():
     kd.append(divergence.mean())
   np.testing.assert_allclose(terms["sft"], np.mean(sft), rtol=1e-5)
   np.testing.assert_allclose(terms["kd"], np.mean(kd), rtol=1e-4)
-  np.testing.assert_allclose(seen[step.ROWS], sft, rtol=1e-5)
-  alone = step.row_losses(params, batch, SETTINGS)  # without the trajectory
+  np.testing.assert_allclose(seen[objective.ROWS], sft, rtol=1e-5)
+  alone = objective.row_losses(params, batch, SETTINGS)  # without the trajectory
   np.testing.assert_allclose(alone, sft, rtol=1e-5)
 
 
 def test_the_trajectory_cannot_see_the_answer():
   params, batch, trajectory, _ = setting()
   other = batch._replace(answer_BA=(batch.answer_BA + 1) % 97)
-  _, seen = step.student_hidden(params, batch, trajectory, SETTINGS)
-  _, changed = step.student_hidden(params, other, trajectory, SETTINGS)
+  _, seen = objective.student_hidden(params, batch, trajectory, SETTINGS)
+  _, changed = objective.student_hidden(params, other, trajectory, SETTINGS)
   np.testing.assert_array_equal(seen, changed)
 
 
@@ -160,10 +160,10 @@ def test_teacher_with_the_students_context_gives_no_loss_and_no_gradient():
   params, batch, trajectory, _ = setting()
   batch = with_own_prompt_as_context(batch)
   support = teach(params, batch, trajectory)
-  weights = step.token_weights(batch, trajectory, SETTINGS)
+  weights = objective.token_weights(batch, trajectory, SETTINGS)
 
   def kd(params):
-    return step.loss_terms(
+    return objective.loss_terms(
       params, batch, trajectory, support, weights, settings=SETTINGS
     )[0]["kd"]
 
@@ -215,14 +215,14 @@ def test_distillation_alone_is_its_own_gradient():
   """Without cross-entropy: the same loss and gradient, and the answer is not read."""
   params, batch, trajectory, support = setting()
   settings = SETTINGS._replace(cross_entropy=False)
-  weights = step.token_weights(batch, trajectory, settings)
+  weights = objective.token_weights(batch, trajectory, settings)
   assert not step.any_token(weights)["sft"]
 
   def kd(settings, batch):
     def loss(params):
-      weights = step.token_weights(batch, trajectory, settings)
+      weights = objective.token_weights(batch, trajectory, settings)
       parts = (batch, trajectory, support, weights)
-      return step.loss_terms(params, *parts, settings=settings)[0]["kd"]
+      return objective.loss_terms(params, *parts, settings=settings)[0]["kd"]
 
     return jax.value_and_grad(loss)(params)
 
@@ -244,8 +244,8 @@ def test_a_teacher_of_another_shape_reads_with_its_own_network():
   other = model.init(jax.random.key(3), decoder)
   context = (batch.teacher_BC, batch.teacher_length_B, trajectory)
   settings = SETTINGS._replace(teacher_decoder=decoder)
-  found = step.teach(other, *context, settings=settings)
-  alone = step.teach(other, *context, settings=SETTINGS._replace(decoder=decoder))
+  found = objective.teach(other, *context, settings=settings)
+  alone = objective.teach(other, *context, settings=SETTINGS._replace(decoder=decoder))
   assert_trees_identical(found, alone)
   assert not np.array_equal(found.ids_BRK, support.ids_BRK)
 
@@ -275,7 +275,7 @@ def test_micro_batches_change_nothing(mean):
   results = {}
   for parts in (1, 2, 4):
     settings = SETTINGS._replace(micro_batches=parts, loss_mean=mean, row_losses=True)
-    weights = step.token_weights(batch, trajectory, settings)
+    weights = objective.token_weights(batch, trajectory, settings)
     balancer = balance.balance_by_ema()
 
     def weigh(balancer=balancer, **observed):
@@ -283,7 +283,7 @@ def test_micro_batches_change_nothing(mean):
       return balance.loss_weights(advanced)
 
     def loss(p, part, settings=settings):
-      return step.loss_terms(p, *part, settings=settings)
+      return objective.loss_terms(p, *part, settings=settings)
 
     take = functools.partial(step.gradients_together, loss, weigh=weigh)
     if parts > 1:
@@ -301,7 +301,7 @@ def test_micro_batches_change_nothing(mean):
     )
     assert_trees_close(results[parts].balanced, results[1].balanced, 1e-5)
     np.testing.assert_allclose(
-      results[parts].seen[step.ROWS], results[1].seen[step.ROWS], rtol=1e-5
+      results[parts].seen[objective.ROWS], results[1].seen[objective.ROWS], rtol=1e-5
     )
 
 
@@ -333,9 +333,9 @@ def test_order_of_the_rows_is_immaterial():
 def test_skip_first_and_mask_eos_drop_their_tokens():
   _, batch, trajectory, _ = setting()
   tokens = trajectory.tokens_BR.at[0, 2].set(5)
-  trajectory = step.Trajectory(tokens, trajectory.length_B.at[0].set(3))
-  plain = step.token_weights(batch, trajectory, SETTINGS).kd_BR
-  masked = step.token_weights(
+  trajectory = objective.Trajectory(tokens, trajectory.length_B.at[0].set(3))
+  plain = objective.token_weights(batch, trajectory, SETTINGS).kd_BR
+  masked = objective.token_weights(
     batch, trajectory, SETTINGS._replace(skip_first=1, mask_eos=True)
   ).kd_BR
   assert (plain[0] > 0).tolist() == [True, True, True, False, False]
@@ -358,8 +358,8 @@ def test_training_on_one_batch_fits_it():
 def test_logged_mass_is_of_the_distribution_that_is_sampled():
   """Softmax of whole logits at temperature 1, summed over the teacher's top K."""
   params, batch, trajectory, support = setting()
-  weights = step.token_weights(batch, trajectory, SETTINGS)
-  _, seen = step.loss_terms(
+  weights = objective.token_weights(batch, trajectory, SETTINGS)
+  _, seen = objective.loss_terms(
     params, batch, trajectory, support, weights, settings=SETTINGS
   )
   length = int(batch.teacher_length_B[0])
@@ -371,7 +371,7 @@ def test_logged_mass_is_of_the_distribution_that_is_sampled():
   scores = np.array(hidden @ model.output_embedding(params).T, np.float64)
   p = np.exp(scores - scores.max(-1, keepdims=True))
   p = np.sort(p / p.sum(-1, keepdims=True), axis=-1)[length - 1 : -1, -20:]
-  first_row = step.teach(
+  first_row = objective.teach(
     params,
     batch.teacher_BC[:1],
     batch.teacher_length_B[:1],

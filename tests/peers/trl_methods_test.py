@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import config, losses, programs, sample, step, text
+from raft_jax import config, losses, objective, programs, sample, text
 from tests import model_test
 
 torch = pytest.importorskip("torch")
@@ -56,17 +56,17 @@ def ours(settings, seen=None):
   """Loss and gradient of the student's logits."""
   student, teacher, tokens, _ = drawn()
   head = jnp.eye(VOCABULARY)
-  trajectory = step.Trajectory(jnp.array(tokens), jnp.array(LENGTHS), seen)
+  trajectory = objective.Trajectory(jnp.array(tokens), jnp.array(LENGTHS), seen)
   weights = losses.mean_weights(
-    step.kd_mask(trajectory, settings), per=settings.loss_mean
+    objective.kd_mask(trajectory, settings), per=settings.loss_mean
   )
-  support = step.name_support(
+  support = objective.name_support(
     teacher, head, trajectory, softcap=None, settings=settings
   )
 
   def loss(student):
     parts = (trajectory, support, weights)
-    return step.distillation(student, head, *parts, settings=settings)[0]
+    return objective.distillation(student, head, *parts, settings=settings)[0]
 
   return jax.jit(jax.value_and_grad(loss))(student)
 
