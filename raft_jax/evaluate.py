@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from rich import console, table
 
@@ -40,6 +41,7 @@ from raft_jax import (
   refinement,
   roles,
   rouge,
+  sample,
   statistics,
   text,
   wiring,
@@ -251,8 +253,10 @@ def main(config: config_lib.Config) -> None:
     for stage in config.evaluate.judges
   ]
   embed = encode.load(config.refine.encoder)
+  unroll = config.model.unroll
   settings = measure.Settings(
-    config.evaluate.batch_size, config.model.dtype, config.model.unroll
+    *(config.evaluate.batch_size, config.model.dtype, unroll),
+    sample.unrolled(config.rollout.unroll, unroll, jax.default_backend()),
   )
   # A missing checkpoint is seen first. Both models are in memory at once, less than
   # training needs: the drift compares them token by token.

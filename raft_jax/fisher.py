@@ -109,6 +109,6 @@ def sampled(
       eos_ids=settings.eos_ids,
       pad_id=pad_id,
       dtype=settings.dtype,
-      unroll=settings.unroll,
+      unroll=settings.rollout_unroll,
     )
     yield batch._replace(answer_BA=rollout.tokens_BR, answer_length_B=rollout.length_B)

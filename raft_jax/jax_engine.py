@@ -75,6 +75,8 @@ class _JaxEngine:
     self, requests: Sequence[engines.Request], prompts: Sequence[list[int]]
   ) -> list[engines.Completion]:
     """One call of the sampler, for requests that share width and sampling."""
+    import jax
+
     from raft_jax import sample
 
     config, words = _config(self.source), engines.codec(self.source)
@@ -102,6 +104,7 @@ class _JaxEngine:
       eos_ids=words.eos_ids,
       pad_id=words.pad_id,
       dtype=self.dtype,
+      unroll=sample.unrolled(None, 1, jax.default_backend()),
     )
     tokens_BR, length_B, ended_B = map(np.asarray, rollout[:3])
     return [

@@ -38,6 +38,7 @@ class Settings(NamedTuple):
   batch_size: int
   dtype: str
   unroll: int
+  rollout_unroll: int = 1
 
 
 class Subject(NamedTuple):
@@ -281,7 +282,8 @@ def answers(
       top_p=1.0,
       eos_ids=codec.eos_ids,
       pad_id=codec.pad_id,
-      **precision(who),
+      dtype=who.settings.dtype,
+      unroll=who.settings.rollout_unroll,
     )
     tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout[:3])
     rows = [tokens_BR[i, : length_B[i]].tolist() for i in range(len(batch))]

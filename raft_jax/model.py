@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -305,10 +306,16 @@ def gathered_head(params: Params, dtype: str) -> Array:
   return sharding.gathered(embedding_VD, "vocab", "embed")
 
 
-def gathered(params: Params, config: DecoderConfig, dtype: str) -> Params:
+def gathered(
+  params: Params, config: DecoderConfig, dtype: str, *, apart: bool = False
+) -> Params:
   """All parameters whole over `fsdp`, kernels in `dtype`: for a loop that reads them.
 
   Vectors keep their type: what a norm adds to its scale is added in float32.
+
+  Args:
+    apart: each layer's as arrays of their own: "layers" is then a tuple of trees, and
+      so are adapters.
   """
 
   def gather(leaf: Array, names: tuple[str, ...]) -> Array:
@@ -316,9 +323,24 @@ def gathered(params: Params, config: DecoderConfig, dtype: str) -> Params:
     return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
 
   whole = axes(config)
-  base = jax.tree.map(gather, {name: params[name] for name in whole}, whole)
+  base = {name: params[name] for name in whole}
   small = {name: params[name] for name in params if name not in whole}  # adapters
+  if apart:
+    # Before they are gathered: the stack is never whole beside its layers.
+    base["layers"] = _apart(base["layers"], config)
+    own = {name: names[1:] for name, names in whole["layers"].items()}
+    whole["layers"] = (own,) * config.n_layers
+    small = {name: _apart(tree, config) for name, tree in small.items()}
+  base = jax.tree.map(gather, base, whole)
   return {**base, **jax.tree.map(sharding.everywhere, small)}
+
+
+def _apart(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
+  """What is stacked along the layers, one tree a layer."""
+  return tuple(
+    jax.tree.map(operator.itemgetter(index), stacked)
+    for index in range(config.n_layers)
+  )
 
 
 def init_cache(
@@ -366,6 +388,7 @@ def forward(
   Args:
     params: tree as `shapes(config)`; float32 masters are cast layer by layer. Under
       "lora" it may hold adapters: name of a kernel -> `project`'s, stacked like it.
+      Or what `gathered` makes of it.
     tokens_BT: int32 ids.
     positions_BT: int32 rotary positions, which need not follow the column.
     mask_BTS: True where a query may attend to a key; S = T without a cache, else the
@@ -409,13 +432,19 @@ def forward(
 
   body = jax.checkpoint(layer) if remat else layer
   kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-  lora = params.get("lora", {})
-  (x_BTD, kv), _ = jax.lax.scan(
-    body,
-    (x_BTD, kv),
-    (params["layers"], lora, jnp.arange(config.n_layers), _layer_data(config)),
-    unroll=unroll or config.n_layers,
-  )
+  layers, lora, own = params["layers"], params.get("lora", {}), _layer_data(config)
+  if isinstance(layers, tuple):
+    adapters: Any = lora or ({},) * config.n_layers
+    each = zip(layers, adapters, range(config.n_layers), _apart(own, config))
+    for inputs in each:
+      (x_BTD, kv), _ = body((x_BTD, kv), inputs)
+  else:
+    (x_BTD, kv), _ = jax.lax.scan(
+      body,
+      (x_BTD, kv),
+      (layers, lora, jnp.arange(config.n_layers), own),
+      unroll=unroll or config.n_layers,
+    )
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
   return rms_norm(x_BTD, params["final_norm"], config), cache

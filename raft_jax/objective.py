@@ -36,6 +36,7 @@ class Settings(NamedTuple):
   dtype: str = "float32"
   remat: bool = False
   unroll: int = 1
+  rollout_unroll: int = 1
   micro_batches: int = 1
   cross_entropy: bool = True
   loss_mean: str = "sequence"

@@ -57,15 +57,18 @@ def make_settings(
   decoder: model.DecoderConfig,
   codec: text.Codec,
   teacher: model.DecoderConfig | None = None,
+  *,
+  platform: str = "cpu",
 ) -> objective.Settings:
-  """The few values the step needs."""
-  distill = config.distill
+  """The few values the step needs on devices of a platform, as JAX names it."""
+  distill, unroll = config.distill, config.model.unroll
   return objective.Settings(
     decoder=decoder,
     eos_ids=codec.eos_ids,
     dtype=config.model.dtype,
     remat=config.model.remat,
-    unroll=config.model.unroll,
+    unroll=unroll,
+    rollout_unroll=sample.unrolled(config.rollout.unroll, unroll, platform),
     micro_batches=config.train.micro_batches,
     cross_entropy=config.train.cross_entropy,
     loss_mean=config.train.loss_mean,
@@ -138,7 +141,7 @@ def compile_programs(
       eos_ids=codec.eos_ids,
       pad_id=codec.pad_id,
       dtype=settings.dtype,
-      unroll=settings.unroll,
+      unroll=settings.rollout_unroll,
       watch=settings.watch,
     )
     trajectory = objective.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)

@@ -310,6 +310,10 @@ class Rollout(Section):
   """Of sampling; 0 takes the most probable token."""
   top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0
   """Sample from the most probable tokens that hold this mass."""
+  unroll: Annotated[int, pydantic.Field(ge=0)] | None = None
+  """Layers per iteration of the scan over layers; 0 means no scan, each layer's weights
+  by themselves. null: 0 on GPUs, where a scan copies them for every token, and
+  `model.unroll` elsewhere."""
 
 
 class Distill(Section):

@@ -386,7 +386,10 @@ def build(config: config_lib.Config, run: Prepared) -> Built:
   distil = distills(config)
   abstract, shardings = state_shardings(run.mesh, run.split, optimizer)
   base_shardings = param_shardings(run.mesh, run.decoder)
-  settings = programs_lib.make_settings(config, run.decoder, run.codec, run.teacher)
+  settings = programs_lib.make_settings(
+    *(config, run.decoder, run.codec, run.teacher),
+    platform=run.mesh.devices.flat[0].platform,
+  )
   programs = programs_lib.compile_programs(
     config,
     settings,

@@ -58,19 +58,24 @@ MESHES = {
   "tensor": ((1, 1, 8), 1),
   "all": ((2, 2, 2), 1),
   "all, batch in two parts": ((2, 2, 2), 2),
+  "all, layers apart": ((2, 2, 2), 1),
 }
-"""Name: sizes of the axes, micro-batches."""
-ADAPTER_MESHES = {ONE_ADAPTERS: ((1, 1, 1), 1), ADAPTERS: ((2, 2, 2), 1)}
+"""Name: sizes of the axes, micro-batches. Layers apart: rollouts as on GPUs."""
+ADAPTER_MESHES = {
+  ONE_ADAPTERS: ((1, 1, 1), 1),
+  ADAPTERS: ((2, 2, 2), 1),
+  f"{ADAPTERS}, layers apart": ((2, 2, 2), 1),
+}
 """The same, to train adapters of a frozen model."""
 
 
-def run_config(micro_batches: int) -> schema.Config:
+def run_config(micro_batches: int, *, apart: bool) -> schema.Config:
   return config.Config.model_validate(
     {
       "model": {"source": "none"},
       "data": {"questions": "none"},
       "train": {"batch_size": ROWS, "micro_batches": micro_batches},
-      "rollout": {"max_new_tokens": 6, "top_p": 0.9},
+      "rollout": {"max_new_tokens": 6, "top_p": 0.9, "unroll": 0 if apart else None},
       "distill": {"top_k": 16},
       "output": "none",
     }
@@ -112,7 +117,11 @@ def adapter_split() -> trainable.Split:
 
 
 def steps(
-  sizes: tuple[int, int, int], micro_batches: int, split: trainable.Split
+  sizes: tuple[int, int, int],
+  micro_batches: int,
+  split: trainable.Split,
+  *,
+  apart: bool,
 ) -> dict[str, np.ndarray]:
   """Trains as `train.fit` does; what came out, by name."""
   if sizes == (1, 1, 1):
@@ -120,7 +129,7 @@ def steps(
     mesh = Mesh(one, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
   else:
     mesh = sharding.make_mesh(*sizes)
-  run = run_config(micro_batches)
+  run = run_config(micro_batches, apart=apart)
   codec = text.Codec(None, eos_ids=(5,), pad_id=5, digest="", controls=())
   balancer = balance.balance_by_ema()
   optimizer = optim.chain(
@@ -172,13 +181,14 @@ def main() -> None:
   hosts.join(asked=None, coordinator=None, processes=None, index=None, heartbeat_s=60)
   path, *names = sys.argv[1:]
   out = flat("start ", base_params())
-  for name, (sizes, micro_batches) in chosen(MESHES, names):
-    split = trainable.everything(DECODER)
-    out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
   out |= flat("adapters at start ", adapter_split().start({}))
-  for name, (sizes, micro_batches) in chosen(ADAPTER_MESHES, names):
-    split = adapter_split()
-    out |= {f"{name}: {k}": v for k, v in steps(sizes, micro_batches, split).items()}
+  for meshes, split in (
+    (MESHES, trainable.everything(DECODER)),
+    (ADAPTER_MESHES, adapter_split()),
+  ):
+    for name, (sizes, micro_batches) in chosen(meshes, names):
+      arrived = steps(sizes, micro_batches, split, apart="layers apart" in name)
+      out |= {f"{name}: {key}": value for key, value in arrived.items()}
   if hosts.leads():
     np.savez(path, **out)
 

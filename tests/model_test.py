@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from raft_jax import model
+from raft_jax import model, rotary
 
 CONFIG = model.DecoderConfig(
   vocab_size=97,
@@ -169,6 +169,39 @@ def test_remat_and_unroll_change_no_gradient(options):
     ),
     plain,
     other,
+  )
+
+
+def test_layers_apart_compute_what_they_compute_in_a_stack():
+  """With all that may differ between layers, in prefill and decoding."""
+  config = dataclasses.replace(
+    CONFIG,
+    ropes=(rotary.Rope(1e4), rotary.Rope(1e2)),
+    layer_ropes=(0, 1, 0),
+    windows=(2, 0, 3),
+  )
+  params = random_params(config)
+  valid = jnp.arange(6) < jnp.array([[6], [4]])
+  seen = jnp.pad(model.causal_mask(valid), ((0, 0), (0, 0), (0, 2)))
+  next_seen = jnp.concatenate([valid, jnp.array([[True, False]] * 2)], 1)[:, None]
+
+  def run(params):
+    cache = model.init_cache(config, 2, 8)
+    tokens, places = jnp.arange(12).reshape(2, 6), model.positions(valid)
+    first, cache = model.forward(params, config, tokens, places, seen, cache=cache)
+    second, cache = model.forward(
+      *(params, config, jnp.array([[7], [9]]), jnp.array([[6], [4]]), next_seen),
+      cache=cache,
+      cache_index=6,
+    )
+    return first, second, cache
+
+  apart = model.gathered(params, config, "float32", apart=True)
+  assert len(apart["layers"]) == 3
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    run(params),
+    run(apart),
   )
 
 

@@ -85,6 +85,24 @@ def test_rows_end_at_their_first_eos_and_are_padded_after_it(params):
     assert end or length == 40
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_layers_apart_sample_the_same_tokens(params, temperature):
+  stacked, apart = (
+    generate(params, PROMPTS, temperature=temperature, unroll=unroll, watch=4)
+    for unroll in (1, 0)
+  )
+  assert texts(apart) == texts(stacked)
+  np.testing.assert_array_equal(apart.seen.ids_BRK, stacked.seen.ids_BRK)
+
+
+@pytest.mark.parametrize(
+  ("asked", "platform", "unroll"),
+  [(None, "gpu", 0), (None, "tpu", 3), (None, "cpu", 3), (1, "gpu", 1), (0, "cpu", 0)],
+)
+def test_only_gpus_take_layers_apart_unasked(asked, platform, unroll):
+  assert sample.unrolled(asked, 3, platform) == unroll
+
+
 def test_the_loop_stops_when_every_row_has_ended(params):
   """An untied head that only scores an EOS: all rows end at once, after one pass."""
   head = jnp.zeros((97, 32)).at[EOS[1]].set(params["final_norm"])

@@ -206,9 +206,10 @@ def test_after_a_step_each_device_still_holds_its_share_only(arrived, kind):
       assert tuple(found) == shape, (mesh, name)
 
 
-def test_adapters_train_the_same_on_eight_devices(arrived):
+@pytest.mark.parametrize("how", ["", ", layers apart"])
+def test_adapters_train_the_same_on_eight_devices(arrived, how):
   """Rollouts token for token, losses, and each half of an adapter."""
-  mesh, one = f"{mesh_steps.ADAPTERS}: ", f"{mesh_steps.ONE_ADAPTERS}: "
+  mesh, one = f"{mesh_steps.ADAPTERS}{how}: ", f"{mesh_steps.ONE_ADAPTERS}: "
   for name, tokens in named(arrived, f"{one}rollout ").items():
     np.testing.assert_array_equal(arrived[f"{mesh}rollout {name}"], tokens, name)
   for name, value in named(arrived, f"{one}values ").items():
