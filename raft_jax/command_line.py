@@ -117,6 +117,14 @@ def _user_fault(error: BaseException) -> str | None:
   if isinstance(error, OSError) and error.filename is not None and error.strerror:
     place = str(error.filename)[:200]
     return f"{place}: {error.strerror}; check the path, its rights and the free space"
+  # By name: a stage that holds no jax must not import it for this.
+  if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+    return (
+      f"a device's memory is full ({str(error).splitlines()[0][:200]}). Lower "
+      "data.max_*_tokens, rollout.max_new_tokens or a batch_size; for training also "
+      "raise train.micro_batches, or set model.remat=true or lora={}. `python -m "
+      "raft_jax.plan` says beforehand what a run needs"
+    )
   return None
 
 

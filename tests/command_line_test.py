@@ -1,5 +1,6 @@
 """The command line: one line for the user's faults, one for Ctrl-C, and the help."""
 
+import os
 import pathlib
 import re
 import signal
@@ -109,6 +110,24 @@ def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
     except KeyboardInterrupt: raise ImportError("half loaded") from None""",
   )
   interrupt_once_ready(code, tmp_path)
+
+
+def test_full_memory_says_which_keys_to_turn(tmp_path):
+  code = STAGE.replace("time.sleep(60)", "__import__('jax').numpy.zeros(2**50)")
+  command = [sys.executable, "-c", code, "--config", least_file(tmp_path)]
+  done = subprocess.run(
+    [*command, "output=slow"],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    check=False,
+  )
+  assert done.returncode == 2, done.stderr
+  line = done.stderr.splitlines()[-1]
+  assert line.startswith("error: a device's memory is full (RESOURCE_EXHAUSTED: ")
+  assert "4503599627370496" in line
+  assert "train.micro_batches" in line
+  assert "Traceback" not in done.stderr
 
 
 def test_print_config_shows_every_value_and_stops(tmp_path):

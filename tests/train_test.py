@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 import pytest
 
 from raft_jax import (
@@ -185,6 +187,54 @@ def test_a_killed_run_ends_with_the_same_bits(
     final_params(uninterrupted, source),
   )
   assert rows(output) == rows(uninterrupted)
+
+
+def whole_state(output, step):
+  """All of a checkpoint: parameters, Adam's moments, the balance with its λ."""
+  with orbax.CheckpointManager((output / checkpoint.FOLDER).resolve()) as manager:
+    assert manager.latest_step() == step
+    wanted = orbax.args.Composite(state=orbax.args.StandardRestore())
+    state = manager.restore(step, args=wanted).state
+  assert {"adamw", "balance"} <= state["opt_state"].keys()
+  return state
+
+
+@pytest.mark.slow
+def test_killed_at_any_of_twenty_instants_a_run_ends_with_the_same_bits(
+  tmp_path, source, law
+):
+  """Five before the first step, fifteen between that and the end; seeded."""
+  steps, moments = 12, random.Random(0)
+
+  def start(name):
+    output = tmp_path / name
+    write_refined(output, law)
+    path, settings = make_config(output, source, law, f"train.max_steps={steps}")
+    return output, settings, run(path, f"train.max_steps={steps}")
+
+  whole, _, process = start("whole")
+  began = time.monotonic()
+  wait_for_step(process, whole, 1)
+  first = time.monotonic()
+  assert process.wait() == 0
+  stepping = time.monotonic() - first
+  expected, found_at = whole_state(whole, steps), set()
+  for number in range(20):
+    output, settings, process = start(str(number))
+    if number < 5:
+      time.sleep(moments.uniform(0, first - began))
+    else:
+      wait_for_step(process, output, 1)
+      time.sleep(moments.uniform(0, 0.9 * stepping))
+    process.kill()
+    process.wait()
+    log = output / "metrics.jsonl"
+    found_at.add(len(log.read_text().splitlines()) if log.exists() else None)
+    train.fit(settings)
+    jax.tree.map(np.testing.assert_array_equal, whole_state(output, steps), expected)
+    assert rows(output) == rows(whole), number
+  print(f"killed after steps {found_at}; stepping took {stepping:.1f} s")
+  assert len(found_at) >= 5  # the instants were instants of the run
 
 
 def test_sigterm_saves_says_how_to_go_on_and_exits_75(
