@@ -53,6 +53,11 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
       f"must divide train.batch_size={config.train.batch_size}, "
       f"got {config.train.micro_batches}",
     )
+  if config.model.attention == "cudnn":
+    if config.model.dtype != "bfloat16":
+      yield "model.attention", "cudnn computes in bfloat16; set model.dtype=bfloat16"
+    if config.rollout.max_new_tokens % 2:
+      yield "rollout.max_new_tokens", "must be even for model.attention=cudnn"
   if config.balance.mode == "gradient_norm" and not config.train.measure_every:
     yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
   if config.balance.mode == "gradient_norm" and not config.balance.weight:

@@ -18,10 +18,19 @@ from typing import Any, NamedTuple
 # --- FLOPs ----------------------------------------------------------------------------
 
 
+ATTENTION = {
+  "dot_product_attention_fwd_wrapper": 2,
+  "dot_product_attention_bwd_wrapper": 5,
+}
+"""Products of queries and keys, or of that size, in jax's primitives for cuDNN."""
+
+
 def flops(jaxpr: Any) -> float:
   """Multiplications and additions of all matrix products in a jaxpr, on all devices.
 
   A product of [m, k] and [k, n] counts 2·m·k·n. Of a `cond` the dearest branch counts.
+  cuDNN's attention has two products forward; backward it computes the scores again, and
+  four gradients.
 
   Args:
     jaxpr: such as `jax.jit(f).trace(x).jaxpr.jaxpr`.
@@ -34,6 +43,11 @@ def flops(jaxpr: Any) -> float:
       shape = equation.invars[0].aval.shape
       depth = math.prod(shape[axis] for axis in contracted)
       total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+    elif name in ATTENTION:
+      (rows, queries, heads, width), (_, keys, *_) = (
+        variable.aval.shape for variable in equation.invars[:2]
+      )
+      total += 2.0 * ATTENTION[name] * rows * heads * queries * keys * width
     elif name == "cond":
       total += max(flops(branch.jaxpr) for branch in params["branches"])
     elif name == "while":

@@ -72,6 +72,8 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     double("update", built.programs.update),
     built.programs.teacher,
   )
+  if config.model.attention == "cudnn":
+    machines.pretend_cudnn(machine)
   beside = abstract_beside(config, run, built)
   with jax.set_mesh(run.mesh):
     batch = abstract_batch(config, run.mesh)

@@ -166,6 +166,18 @@ def devices(machine: Machine) -> list[Any]:
   return list(found.devices)
 
 
+def pretend_cudnn(machine: Machine) -> None:
+  """Lets jax trace cuDNN's attention in a process without cuDNN and without GPU.
+
+  jax 0.10.2 asks the device for both, in private functions; compiling needs neither.
+  """
+  from jax._src.cudnn import fused_attention_stablehlo as attention
+
+  capability = 9.0 if machine.kind == "h100" else 8.0
+  attention.check_cudnn_version = lambda: 91000
+  attention.check_compute_capability = lambda least: float(least) <= capability
+
+
 class _Gpu(NamedTuple):
   """What XLA's compiler asks of a GPU beside its memory."""
 

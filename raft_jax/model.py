@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 PLACED = ("batch", "tokens", "width")
 """Logical axes of the activations between layers."""
+Implementation = Literal["xla", "cudnn"]
+"""Of `jax.nn.dot_product_attention`."""
 UNLIMITED = 2**30
 """A window that no distance reaches."""
 
@@ -112,13 +114,25 @@ def rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
 
 
 def attention(
-  q_BTHh: Array, k_BSNh: Array, v_BSNh: Array, mask_BTS: Array, config: DecoderConfig
+  q_BTHh: Array,
+  k_BSNh: Array,
+  v_BSNh: Array,
+  mask_BTS: Array,
+  config: DecoderConfig,
+  implementation: Implementation = "xla",
 ) -> Array:
-  """Softmax attention; query heads share key/value heads in consecutive groups."""
+  """Softmax attention; query heads share key/value heads in consecutive groups.
+
+  Args:
+    implementation: of `jax.nn.dot_product_attention`, which has none for a softcap.
+  """
   cap = config.attention_softcap
   if cap is None:
     return jax.nn.dot_product_attention(
-      q_BTHh, k_BSNh, v_BSNh, mask=mask_BTS[:, None], scale=config.query_scale
+      *(q_BTHh, k_BSNh, v_BSNh),
+      mask=mask_BTS[:, None],
+      scale=config.query_scale,
+      implementation=implementation,
     )
   batch, length, heads, width = q_BTHh.shape
   q_BTNGh = q_BTHh.reshape(batch, length, config.n_kv_heads, -1, width)
@@ -164,11 +178,8 @@ class Block(nnx.Module):
     if config.qk_norm == "projection":
       self.q_norm, self.k_norm = norm(heads), norm(kv)
 
-  def __call__(self, x_BTD, lora, rotation, mask_BTS, cache, layer, cache_index):
-    normed = self.norm(x_BTD, "attn_norm")
-    attended, cache = self.attend(
-      normed, lora, rotation, mask_BTS, cache, layer, cache_index
-    )
+  def __call__(self, x_BTD, lora, *args):
+    attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, *args)
     x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
     normed = self.norm(x_BTD, "mlp_norm")
     gate = project(normed, self.gate, lora.get("gate"))
@@ -194,7 +205,17 @@ class Block(nnx.Module):
     x = self.norm(x, f"{name}_norm")
     return x.reshape(*x.shape[:-1], count, self.config.head_dim)
 
-  def attend(self, x_BTD, lora, rotation, mask_BTS, cache, layer, cache_index):
+  def attend(
+    self,
+    x_BTD,
+    lora,
+    rotation,
+    mask_BTS,
+    cache,
+    layer,
+    cache_index,
+    implementation,
+  ):
     c = self.config
     q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
     k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
@@ -214,7 +235,7 @@ class Block(nnx.Module):
       }
       k_BTNh = cache["k"][layer].astype(x_BTD.dtype)
       v_BTNh = cache["v"][layer].astype(x_BTD.dtype)
-    out_BTHh = attention(q_BTHh, k_BTNh, v_BTNh, mask_BTS, c)
+    out_BTHh = attention(q_BTHh, k_BTNh, v_BTNh, mask_BTS, c, implementation)
     out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
     return project(out_BTI, self.o, lora.get("o")), cache
 
@@ -382,6 +403,7 @@ def forward(
   dtype: str = "float32",
   remat: bool = False,
   unroll: int = 1,
+  implementation: Implementation = "xla",
 ) -> tuple[Array, dict[str, Array] | None]:
   """Runs the decoder up to the final norm; the head is `vocab_head`'s business.
 
@@ -400,6 +422,7 @@ def forward(
     dtype: of the activations.
     remat: recompute each layer in the backward pass.
     unroll: layers per iteration of the scan; 0 means all.
+    implementation: of attention.
 
   Returns:
     hidden_BTD in `dtype`, and the updated cache (None without one).
@@ -426,7 +449,8 @@ def forward(
     if "window" in own:
       seen_BTS = mask_BTS & (distance_BTS < own["window"])
     x_BTD, kv = _apply_block(
-      config, layer_params, x_BTD, lora, rotation, seen_BTS, kv, index, cache_index
+      *(config, layer_params, x_BTD, lora, rotation, seen_BTS),
+      *(kv, index, cache_index, implementation),
     )
     return (sharding.constrain(x_BTD, *PLACED), kv), None
 

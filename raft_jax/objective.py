@@ -37,6 +37,7 @@ class Settings(NamedTuple):
   remat: bool = False
   unroll: int = 1
   rollout_unroll: int = 1
+  attention: model.Implementation = "xla"
   micro_batches: int = 1
   cross_entropy: bool = True
   loss_mean: str = "sequence"
@@ -125,6 +126,7 @@ def teach(
     model.causal_mask(valid_BT),
     dtype=settings.dtype,
     unroll=settings.unroll,
+    implementation=settings.attention,
   )
   return name_support(
     read(hidden_BTD, context_length_B - 1, width, steps),
@@ -205,6 +207,7 @@ def student_hidden(
     dtype=settings.dtype,
     remat=settings.remat,
     unroll=settings.unroll,
+    implementation=settings.attention,
   )
   last_B = batch.prompt_length_B - 1
   answer_BAD = read(hidden_BTD, last_B, prompt_width, answer_width)

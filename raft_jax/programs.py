@@ -68,6 +68,7 @@ def make_settings(
     dtype=config.model.dtype,
     remat=config.model.remat,
     unroll=unroll,
+    attention=config.model.attention,
     rollout_unroll=sample.unrolled(config.rollout.unroll, unroll, platform),
     micro_batches=config.train.micro_batches,
     cross_entropy=config.train.cross_entropy,

@@ -35,6 +35,9 @@ class Model(Section):
   """Recompute each layer in the backward pass instead of keeping its activations."""
   unroll: Annotated[int, pydantic.Field(ge=0)] = 1
   """Layers per iteration of the scan over layers; 0 means all of them."""
+  attention: Literal["xla", "cudnn"] = "xla"
+  """Of teacher and update. `cudnn`: flash attention on NVIDIA GPUs, without arrays of
+  [heads, tokens, tokens]; wants `model.dtype=bfloat16`."""
 
 
 class Data(Section):

@@ -80,6 +80,8 @@ def check(
       f"distill.top_k: {config.distill.top_k} is larger than the vocabulary of "
       f"{config.model.source} ({decoder.vocab_size}); lower it"
     )
+  if config.model.attention == "cudnn":
+    check_cudnn(config.model.source, decoder, mesh)
   parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
   rows = (config.train.batch_size + replays(config)) * group(config)
   if rows % parts:
@@ -88,6 +90,23 @@ def check(
       f"divide into {parts} parts (mesh.data x mesh.fsdp x train.micro_batches); "
       "change one of them"
     )
+
+
+def check_cudnn(source: str, decoder: model.DecoderConfig, mesh: Mesh) -> None:
+  """Raises UserError where cuDNN's attention has no way to run."""
+  platform = mesh.devices.flat[0].platform
+  if platform != "gpu":
+    reason = f"runs on NVIDIA GPUs, and the devices here are of platform {platform}"
+  elif decoder.attention_softcap is not None:
+    reason = f"cannot cap the scores of {source}"
+  elif decoder.head_dim % 8 or decoder.head_dim > 256:
+    reason = (
+      "takes heads of a multiple of 8 and at most 256 (before H100: 128), and those of "
+      f"{source} have {decoder.head_dim}"
+    )
+  else:
+    return
+  raise errors.UserError(f"model.attention: cudnn {reason}; use xla")
 
 
 def replays(config: config_lib.Config) -> int:

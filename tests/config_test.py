@@ -253,6 +253,16 @@ BAD_FILES = {
 }
 
 
+def test_cudnn_wants_bfloat16_and_even_rollouts(tmp_path):
+  path = write(tmp_path, LEAST)
+  odd = ["model.attention=cudnn", "rollout.max_new_tokens=9"]
+  with pytest.raises(errors.UserError) as caught:
+    config.load(path, odd)
+  assert "model.attention: cudnn computes in bfloat16" in str(caught.value)
+  assert "rollout.max_new_tokens: must be even" in str(caught.value)
+  config.load(path, [odd[0], "rollout.max_new_tokens=8", "model.dtype=bfloat16"])
+
+
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_file_is_one_line_with_place_key_and_remedy(tmp_path, name):
   text, line, key, says = BAD_FILES[name]

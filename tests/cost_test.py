@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 
-from raft_jax import cost, model
+from raft_jax import cost, machines, model
 from tests import model_test
 
 
@@ -39,6 +40,29 @@ def test_flops_of_a_decoder_are_those_of_the_formula(remat):
 
   tokens_BT = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   assert counted(jax.grad(loss), model.shapes(c), tokens_BT) == expected
+
+
+def test_flops_of_cudnns_attention_are_those_of_its_products(monkeypatch):
+  """Two products forward, five backward; only traced, so that it needs no GPU."""
+  monkeypatch.setattr(fused_attention, "check_cudnn_version", None)
+  monkeypatch.setattr(fused_attention, "check_compute_capability", None)
+  machines.pretend_cudnn(machines.parse("a100_80:1"))
+  rows, queries, keys, heads, width = 2, 6, 10, 4, 8
+
+  def attended(q_BTHh, k_BSNh):
+    mask_BTS = jnp.ones((rows, queries, keys), bool)
+    out_BTHh = model.attention(
+      q_BTHh, k_BSNh, k_BSNh, mask_BTS, model_test.CONFIG, "cudnn"
+    )
+    return jnp.sum(out_BTHh.astype(jnp.float32))
+
+  arrays = (
+    jax.ShapeDtypeStruct((rows, queries, heads, width), jnp.bfloat16),
+    jax.ShapeDtypeStruct((rows, keys, 2, width), jnp.bfloat16),
+  )
+  product = 2 * rows * heads * queries * keys * width
+  assert counted(attended, *arrays) == 2 * product
+  assert counted(jax.grad(attended), *arrays) == 7 * product
 
 
 def test_loops_count_as_often_as_they_can_run():

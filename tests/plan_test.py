@@ -329,3 +329,25 @@ def test_the_real_compilers(planned, topology):
     assert found["flops"] == phase["flops"]
     assert 0 < sent(found) <= 1.1 * sent(phase), name
     assert plan.phase(answer, name, machine).seconds > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["a100_80:8", "h100:8"])
+def test_cudnns_attention_compiles_and_saves_traffic(tmp_path, topology):
+  """Without a GPU that is all there is to see of it."""
+  widths = dict.fromkeys(("prompt", "answer", "teacher"), 256)
+  long = {f"max_{name}_tokens": width for name, width in widths.items()}
+  long = {"questions": "absent.jsonl", **long}
+  answers = {}
+  for attention in ("xla", "cudnn"):
+    folder = tmp_path / attention
+    folder.mkdir()
+    source = str(save_model(folder / "model"))
+    how = {"source": source, "dtype": "bfloat16", "attention": attention}
+    run = write(folder, "", model={**how, "remat": True}, data=long)
+    answers[attention] = plan.ask(run, machines.parse(topology))["phases"]
+  for name in ("teacher", "update"):
+    ours, theirs = (answers[which][name] for which in ("cudnn", "xla"))
+    assert ours["traffic"] < theirs["traffic"], name
+    assert 1 <= ours["flops"] / theirs["flops"] < 1.1, name  # scores twice, backward
+  assert answers["cudnn"]["rollout"]["flops"] == answers["xla"]["rollout"]["flops"]

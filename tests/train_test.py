@@ -286,6 +286,10 @@ def test_sft_reads_the_questions_themselves(tmp_path, source, law):
     (["method=sft", "data.max_answer_tokens=3"], r"data\.max_answer_tokens"),
     (["method=sft", "data.max_prompt_tokens=20"], r"data\.max_prompt_tokens"),
     (["method=sft", "train.batch_size=1000"], r"train\.batch_size=1000"),
+    (
+      ["model.attention=cudnn", "model.dtype=bfloat16"],
+      "cudnn runs on NVIDIA GPUs, and the devices here are of platform cpu; use xla",
+    ),
     (["mesh.data=3"], r"mesh: data=3 .* does not fit 1 devices"),
     (["model.source=/no/such/folder"], "/no/such/folder"),
   ],
