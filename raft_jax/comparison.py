@@ -11,7 +11,7 @@ import markupsafe
 import numpy as np
 from matplotlib.axes import Axes
 
-from raft_jax import durable, errors, figures, pages
+from raft_jax import durable, errors, figures, pages, run_folder
 
 
 class Column(NamedTuple):
@@ -36,6 +36,7 @@ COLUMNS = (
   Column("drift", "drift", 3),
   Column("sft_drift", "SFT at equal fit", 3),
   Column("weight_distance", "weight distance", 5),
+  Column("support_mass", "mass in top K", 4),
   Column("step_seconds", "s a step", 2),
   Column("host_peak_gib", "host GiB", 2),
 )
@@ -78,26 +79,37 @@ def _values(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     "mmlu_retention": retention.get("mmlu") or {},
     "drift": result.get("drift") or {},
     "weight_distance": {} if distance is None else {"value": distance},
+    "support_mass": {"value": row["support_mass"]} if "support_mass" in row else {},
     "step_seconds": {"value": cost["step_seconds"]} if "step_seconds" in cost else {},
     "host_peak_gib": {} if peak is None else {"value": peak / 2**30},
   }
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Rows of label, number of seeds and cells; the base model's first."""
-  settings: dict[str, list[Mapping[str, Any]]] = {}
+def settings(
+  runs: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, list[Mapping[str, Any]]]]:
+  """Label and runs of each setting; its runs differ in their seed only."""
+  found: dict[str, list[Mapping[str, Any]]] = {}
   for run in runs:
     fixed = {key: value for key, value in run["set"].items() if key != SEED}
-    settings.setdefault(f"{run['group']} {json.dumps(fixed)}", []).append(run)
-  base = runs[0]["scores"]["scores"]["base"]
-  zero = {"value": 0.0}
-  rows = [_row("base model", [{**base, "drift": zero, "weight_distance": zero}])]
-  curve = sft_curve(runs)
-  for same in settings.values():
+    found.setdefault(f"{run['group']} {json.dumps(fixed)}", []).append(run)
+  labelled = []
+  for same in found.values():
     label = same[0]["name"]
     if len(same) > 1:
       words = label.split("-")
       label = "-".join(word for word in words if not word.startswith("seed_"))
+    labelled.append((label, same))
+  return labelled
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Rows of label, number of seeds and cells; the base model's first."""
+  base = runs[0]["scores"]["scores"]["base"]
+  zero = {"value": 0.0}
+  rows = [_row("base model", [{**base, "drift": zero, "weight_distance": zero}])]
+  curve = sft_curve(runs)
+  for label, same in settings(runs):
     row = _row(label, [_values(run) for run in same])
     at_fit = drift_at(curve, row["cells"]["held_out_loss"].get("value"))
     row["cells"]["sft_drift"] = {} if at_fit is None else {"value": at_fit}
@@ -149,15 +161,124 @@ PANELS = (
 )
 
 
-def drawings(runs: Sequence[Mapping[str, Any]]) -> list[markupsafe.Markup]:
-  """One panel a general measure, over the held-out loss; only what was measured."""
-  panels = [_panel(runs, name, title) for name, title in PANELS]
-  return [figures.svg(panel) for panel in panels if panel is not None]
+Draw = Callable[[Axes], None]
 
 
-def _panel(
-  runs: Sequence[Mapping[str, Any]], name: str, title: str
-) -> Callable[[Axes], None] | None:
+def drawings(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[markupsafe.Markup]]:
+  """The panels of each figure; only what was measured.
+
+  Returns:
+    "kept": one panel a general measure, over the held-out loss; "ratios": the loss
+    ratio over the steps; "keys": measures over each key that the sweep repeats a run
+    over.
+  """
+  panels: dict[str, list[Draw | None]] = {
+    "kept": [_panel(runs, name, title) for name, title in PANELS],
+    "ratios": [_ratios(runs)],
+    "keys": [_over_key(found) for found in swept(runs)],
+  }
+  return {
+    name: [figures.svg(panel) for panel in drawn if panel is not None]
+    for name, drawn in panels.items()
+  }
+
+
+MOST_CURVES = 2 * len(figures.COLOURS)
+
+
+def _ratios(runs: Sequence[Mapping[str, Any]]) -> Draw | None:
+  """λ·L_KD/L_SFT of each setting's first run, as in Fig. 2a of the paper."""
+  curves = [
+    (label, same[0]["ratio"]) for label, same in settings(runs) if same[0].get("ratio")
+  ]
+  if not curves:
+    return None
+
+  def draw(axes: Axes) -> None:
+    for number, (label, points) in enumerate(curves[:MOST_CURVES]):
+      axes.plot(
+        *zip(*points),
+        color=figures.COLOURS[number % len(figures.COLOURS)],
+        linestyle="-" if number < len(figures.COLOURS) else ":",
+        linewidth=1.2, label=label,
+      )  # fmt: skip
+    axes.axhline(1.0, color=figures.INK, linewidth=1.0, linestyle="--")
+    axes.set_title("λ · L_KD / L_SFT")
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+
+  return draw
+
+
+MEASURES = (
+  ("held_out_loss", "Held-out loss, nats per token"),
+  *PANELS,
+  ("support_mass", "Teacher's probability in the top K"),
+  ("step_seconds", "Seconds a step"),
+)
+
+
+class Swept(NamedTuple):
+  """A measure over a key: points of its value and the measure's mean, by group."""
+
+  key: str
+  title: str
+  curves: dict[str, list[tuple[float, float]]]
+
+
+def swept(runs: Sequence[Mapping[str, Any]]) -> list[Swept]:
+  """Measures over each key that takes several numbers in runs of one name."""
+  groups: dict[str, list[Mapping[str, Any]]] = {}
+  for run in runs:
+    groups.setdefault(run["group"], []).append(run)
+  keys: dict[str, list[str]] = {}
+  for group, same in groups.items():
+    for key in same[0]["set"]:
+      values = {run["set"].get(key) for run in same}
+      if key != SEED and len(values) > 1 and all(map(run_folder.is_number, values)):
+        keys.setdefault(key, []).append(group)
+  found = []
+  for key, names in keys.items():
+    for measure, title in MEASURES:
+      curves = {name: _means(groups[name], key, measure) for name in names}
+      curves = {name: points for name, points in curves.items() if len(points) > 1}
+      if curves:
+        found.append(Swept(key, title, curves))
+  return found
+
+
+def _means(
+  runs: Sequence[Mapping[str, Any]], key: str, measure: str
+) -> list[tuple[float, float]]:
+  """The mean of the runs that have each value of a key, in the order of the values."""
+  by_value: dict[float, list[float]] = {}
+  for run in runs:
+    score = _values(run).get(measure)
+    if score:
+      by_value.setdefault(float(run["set"][key]), []).append(score["value"])
+  return [(value, float(np.mean(scores))) for value, scores in sorted(by_value.items())]
+
+
+def _over_key(found: Swept) -> Draw:
+  def draw(axes: Axes) -> None:
+    for number, (group, points) in enumerate(found.curves.items()):
+      colour = figures.COLOURS[number % len(figures.COLOURS)]
+      axes.plot(*zip(*points), color=colour, marker="o", markersize=4.5, label=group)
+    places = sorted({x for points in found.curves.values() for x, _ in points})
+    if places[0] > 0 and places[-1] >= 8 * places[0]:
+      axes.set_xscale("log")
+    axes.set_xticks(places, [f"{x:g}" for x in places])
+    axes.minorticks_off()
+    axes.set_title(found.title)
+    axes.set_xlabel(found.key)
+    if len(found.curves) > 1:
+      axes.legend(fontsize=8)
+
+  return draw
+
+
+def _panel(runs: Sequence[Mapping[str, Any]], name: str, title: str) -> Draw | None:
   groups: dict[str, list[tuple[float, float]]] = {}
   for run in runs:
     values = _values(run)
@@ -223,6 +344,7 @@ def write(output: pathlib.Path) -> pathlib.Path:
     rows=rows,
     columns=measured(rows),
     figures=drawings(runs),
+    most_curves=MOST_CURVES,
     sources=[{**run, "set": json.dumps(run["set"], indent=2)} for run in runs],
   )
   path = output / "comparison.html"

@@ -177,12 +177,25 @@ def _note_cost(folder: pathlib.Path, peak: int) -> None:
     temporary.write_text(json.dumps({"host_peak_bytes": peak}))
 
 
-def _cost(folder: pathlib.Path) -> dict[str, float]:
-  """Median seconds of a step, the first (which compiles) left out, and peak memory."""
-  steps = run_folder.series(run_folder.read(folder), "step_seconds")[1][1:]
+def _training(folder: pathlib.Path) -> dict[str, Any]:
+  """What the log of a run has for a comparison.
+
+  Returns:
+    "cost": median seconds of a step, the first (which compiles) left out, and peak
+    memory; "support_mass": mean of the teacher's probability on the tokens compared;
+    "ratio": pairs of a step and λ·L_KD/L_SFT. What was not logged is left out.
+  """
+  run = run_folder.read(folder)
+  steps = run_folder.series(run, "step_seconds")[1][1:]
+  mass = run_folder.series(run, "teacher_mass_in_support")[1]
+  ratio = list(zip(*run_folder.series(run, "kd_ratio")))
   path = folder / "cost.json"
   cost = json.loads(path.read_text()) if path.exists() else {}
-  return cost | ({"step_seconds": statistics.median(steps)} if steps else {})
+  return {
+    "cost": cost | ({"step_seconds": statistics.median(steps)} if steps else {}),
+    **({"support_mass": statistics.fmean(mass)} if mass else {}),
+    **({"ratio": ratio} if ratio else {}),
+  }
 
 
 def _refine_once(base: config.Config, run: Planned) -> None:
@@ -225,7 +238,7 @@ def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
           "method": run.config.method,
           "set": run.overrides,
           "config_digest": config.digest(run.config),
-          "cost": _cost(pathlib.Path(run.config.output)),
+          **_training(pathlib.Path(run.config.output)),
           "scores": scores,
         }
       )

@@ -85,7 +85,10 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   page = (folder / "comparison.html").read_text()
   assert "&lt;far&gt;" in page
   assert "<far>" not in page
-  assert page.count("<svg") == 2  # drift and MMLU; IFEval was not measured
+  # Over the loss drift and MMLU (IFEval was not measured); over the learning rate loss,
+  # drift and MMLU; no ratio of losses.
+  assert page.count("<svg") == 5
+  assert "Balance of the two losses" not in page
   lines = (folder / "comparison.md").read_text().splitlines()
   assert lines[0] == (
     "| run | held-out loss | MMLU | retention, % | drift | SFT at equal fit |"
@@ -93,6 +96,40 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   )
   assert lines[5].startswith("| raft (2 seeds) | 3.250 (3.200 to 3.300) |")
   assert "| – | – |" in lines[6]  # no drift, and none of SFT at that fit
+
+
+def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
+  k = "distill.top_k"
+  runs = [
+    _run("sft-1", "sft", 3.5, 0.05, **{"train.learning_rate": 1e-5}),
+    _run("k-64-seed_0", "raft", 3.0, None, **{k: 64, "train.seed": 0}),
+    _run("k-64-seed_1", "raft", 3.2, None, **{k: 64, "train.seed": 1}),
+    _run("k-4096", "raft", 2.0, None, **{k: 4096, "train.seed": 0}),
+    _run("mode-a", "raft", 2.0, None, **{"balance.mode": "ema"}),
+    _run("mode-b", "raft", 2.1, None, **{"balance.mode": "fixed"}),
+  ]
+  for run, mass in zip(runs, (None, 0.9, 0.7, 0.99)):
+    run |= {} if mass is None else {"support_mass": mass}
+  found = {(one.key, one.title): one.curves for one in comparison.swept(runs)}
+  assert {key for key, _ in found} == {k}  # one value, a seed or a word is no sweep
+  loss = found[k, "Held-out loss, nats per token"]
+  assert loss == {"k": [(64.0, pytest.approx(3.1)), (4096.0, 2.0)]}
+  mass = found[k, "Teacher's probability in the top K"]
+  assert mass == {"k": [(64.0, pytest.approx(0.8)), (4096.0, 0.99)]}
+  assert (k, "Drift from the base model, nats per token") not in found
+
+
+def test_ratios_of_the_losses_are_drawn_once_a_setting(tmp_path):
+  seeds = [
+    _run(f"raft-seed_{seed}", "raft", 3.0, None, **{"train.seed": seed})
+    | {"ratio": [[1, 0.9], [2, 1.1]]}
+    for seed in (0, 1)
+  ]
+  fixed = _run("fixed", "raft", 3.0, None) | {"ratio": [[1, 0.5], [2, 0.1]]}
+  drawn = comparison.drawings([*seeds, fixed, RUNS[0]])
+  assert len(drawn["ratios"]) == 1
+  assert drawn["ratios"][0].count("stroke-width: 1.2") == 2 * 2  # and in the legend
+  assert comparison.drawings(RUNS)["ratios"] == []
 
 
 @pytest.mark.parametrize("runs", [[], [{"name": "x"}], {}], ids=str)
