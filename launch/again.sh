@@ -5,7 +5,9 @@
 # RESTARTS: at most so many (default 20). PAUSE: seconds between (default 10).
 # A SIGTERM or Ctrl-C to this script is passed on as SIGTERM, and ends the loop; ON_STOP
 # is a command to run after that, for schedulers that can start the job once more.
+# What jax compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR.
 set -uo pipefail
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/raft_jax}
 . "$(dirname "$0")/waiting.sh"
 stopped=
 child=

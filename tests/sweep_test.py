@@ -117,3 +117,24 @@ def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
   assert f"# {count} runs of" in path.read_text(encoding="utf-8")
   assert len(sweep.expand(config.load(path))) == count
+
+
+def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
+  rows = [
+    {"step_seconds": 60.0, "kd_ratio": 1.0, "teacher_mass_in_support": 0.8},
+    {"step_seconds": 2.0, "kd_ratio": None, "teacher_mass_in_support": 0.9},
+    {"step_seconds": 4.0, "kd_ratio": 0.5, "teacher_mass_in_support": 1.0},
+  ]
+  (tmp_path / "metrics.jsonl").write_text(
+    "".join(
+      json.dumps({"step": step, "split": "train", "values": values}) + "\n"
+      for step, values in enumerate(rows, 1)
+    )
+  )
+  (tmp_path / "cost.json").write_text('{"host_peak_bytes": 5}')
+  assert sweep._training(tmp_path) == {
+    "cost": {"host_peak_bytes": 5, "step_seconds": 3.0},
+    "support_mass": pytest.approx(0.9),
+    "ratio": [(1, 1.0), (3, 0.5)],
+  }
+  assert sweep._training(tmp_path / "empty") == {"cost": {}}
