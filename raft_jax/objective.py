@@ -162,6 +162,7 @@ def name_support(
     hidden_BRD,
     embedding_VD,
     settings.top_k,
+    spread=sharding.spec(("batch", "vocab")),
     temperature=settings.mass_temperature,
     softcap=softcap,
     return_logsumexp=True,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from raft_jax import model
+from raft_jax import model, sharding, vocab_head
 
 
 class Seen(NamedTuple):
@@ -95,7 +95,8 @@ def observe(
   """`seen` with what stands in the logits of one more token."""
   if seen is None:
     return None
-  ids_BK = jax.lax.top_k(logits_BV, seen.ids_BRK.shape[2])[1]
+  spread = sharding.spec(("batch", "vocab"))
+  _, ids_BK = vocab_head.largest(logits_BV, seen.ids_BRK.shape[2], spread)
   chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
   log_prob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
   write = jax.lax.dynamic_update_index_in_dim

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raft_jax import data, losses, model, objective, vocab_head
+from raft_jax import data, losses, model, objective, sharding, vocab_head
 
 
 class Units(NamedTuple):
@@ -100,7 +100,8 @@ def disagreement(
   first, second = (read(own) for own in jax.random.split(key))
   options: dict[str, Any] = {"softcap": decoder.logit_softcap, "return_logsumexp": True}
   top_k = min(settings.top_k, decoder.vocab_size)
-  _, ids_BAK, _ = vocab_head.topk(*first, top_k, **options)
+  spread = sharding.spec(("batch", "vocab"))
+  _, ids_BAK, _ = vocab_head.topk(*first, top_k, spread=spread, **options)
   (p_BAK, p_sum_BA), (q_BAK, q_sum_BA) = (
     vocab_head.gather(*one, ids_BAK, **options) for one in (first, second)
   )

@@ -26,7 +26,8 @@ Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import jax
@@ -173,6 +174,7 @@ def topk(
   embedding: jax.Array,
   k: int,
   *,
+  spread: jax.P | None = None,
   chunk_size: int | None = None,
   temperature: float = 1.0,
   softcap: float | None = None,
@@ -187,6 +189,7 @@ def topk(
     hidden: Final hidden states, `[..., D]`.
     embedding: Output embedding, `[V, D]`.
     k: How many, 1..V.
+    spread: The mesh axes of tokens and vocabulary; see `largest`.
     chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
@@ -209,7 +212,7 @@ def topk(
 
   def of_chunk(hidden_CD):
     logits_CV = _capped(_logits(hidden_CD, embedding), softcap)
-    values_CK, ids_CK = jax.lax.top_k(logits_CV, k)
+    values_CK, ids_CK = largest(logits_CV, k, spread)
     return values_CK, ids_CK, _logsumexp(logits_CV, temperature)
 
   hidden_ND = _flat(jax.lax.stop_gradient(hidden), 1)
@@ -218,6 +221,58 @@ def topk(
     for x in _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), hidden_ND)
   )
   return (values, ids, logsumexp) if return_logsumexp else (values, ids)
+
+
+def largest(
+  logits: jax.Array, k: int, spread: jax.P | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """`jax.lax.top_k`, each device looking at its own share of the logits.
+
+  Left to itself XLA gathers the axis that is looked through, and on CPUs the rows. Here
+  each device finds k candidates in its part of the vocabulary, and these are gathered.
+
+  Args:
+    logits: `[N, V]`.
+    k: How many, 1..V.
+    spread: The mesh axes of rows and vocabulary under `jax.set_mesh`, or None. An axis
+      that its devices do not divide is taken as whole.
+
+  Returns:
+    Values in descending order and their places, `[N, k]`; of equal values the first.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if spread is None or mesh.empty:
+    return jax.lax.top_k(logits, k)
+  rows, vocabulary = (
+    axes if size % _shares(mesh, axes) == 0 else None
+    for axes, size in zip(spread, logits.shape, strict=True)
+  )
+
+  def own(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    length = logits.shape[-1]
+    values, places = jax.lax.top_k(logits, min(k, length))
+    if vocabulary is None:
+      return values, places
+    places += length * jax.lax.axis_index(vocabulary)
+    # In the order of the parts, so that of equal values the first stays the first.
+    values, places = (
+      jax.lax.all_gather(x, vocabulary, axis=1, tiled=True) for x in (values, places)
+    )
+    values, chosen = jax.lax.top_k(values, k)
+    return values, jnp.take_along_axis(places, chosen, axis=1)
+
+  found = jax.P(rows, None)
+  return jax.shard_map(
+    own,
+    in_specs=jax.P(rows, vocabulary),
+    out_specs=(found, found),
+    check_vma=False,  # it takes what was gathered for different on each device
+  )(logits)
+
+
+def _shares(mesh: jax.sharding.AbstractMesh, axes: str | Sequence[str] | None) -> int:
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def kl_divergence(

@@ -165,6 +165,9 @@ def steps(
       assert seen.trajectory is not None
       out |= flat(f"rollout {index} ", hosts.whole(seen.trajectory._asdict()))
       out |= flat(f"values {index} ", hosts.whole(seen.values))
+      if index == 0:
+        # A tenth of the clipped gradient.
+        out |= flat("first ", hosts.whole(state.opt_state["adamw"][0].mu))
     out |= flat("params ", hosts.whole(state.params))
   shards = jax.tree.map(
     lambda leaf: np.array(leaf.sharding.shard_shape(leaf.shape)),

@@ -1,6 +1,7 @@
 """The table of axes, and training steps that do not depend on the mesh."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from raft_jax import errors, model, sharding
-from tests import mesh_steps
+from tests import mesh_steps, step_collectives
 
 MESHES = [name for name in mesh_steps.MESHES if name != mesh_steps.ONE]
 
@@ -180,6 +181,17 @@ def test_losses_and_their_balance_are_the_same_on_any_mesh(arrived, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_are_the_same_on_any_mesh(arrived, mesh):
+  """Of each tensor, in norm."""
+  theirs = named(arrived, f"{mesh_steps.ONE}: first ")
+  assert len(theirs) == 11
+  for name, value in theirs.items():
+    error = np.linalg.norm(arrived[f"{mesh}: first {name}"] - value)
+    assert np.linalg.norm(value) > 0, name
+    assert error <= 1e-5 * np.linalg.norm(value), name
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_parameters_move_the_same_way_on_any_mesh(arrived, mesh):
   """Each tensor within a hundredth of its own motion (largest measured: 0.001)."""
   for name, start in named(arrived, "start ").items():
@@ -227,3 +239,28 @@ def test_adapters_train_the_same_on_eight_devices(arrived, how):
     # The rank stays whole; the model's width lies over fsdp, the heads over tensor.
     assert tuple(arrived[f"{mesh}shards ['{kind}']{a}"]) == (2, 4, 16)
     assert tuple(arrived[f"{mesh}shards ['{kind}']{b}"]) == (2, 16, 4)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_a_tensor_parallel_step_sends_neither_logits_nor_the_vocabulary(tmp_path, head):
+  """Sums of partial products, and of the top K each device's own candidates."""
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.step_collectives", str(tmp_path), head],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert {name: program["kinds"] for name, program in found.items()} == {
+    "rollout": ["all-gather", "all-reduce"],
+    "teacher": ["all-gather", "all-reduce"],
+    "update": ["all-reduce"],
+  }
+  vocabulary = step_collectives.VOCABULARY
+  for name, program in found.items():
+    assert program["shapes"], name
+    for shape in program["shapes"]:
+      assert not {vocabulary, vocabulary // 8} & set(shape), (name, shape)
+  assert [16 * 12, 8 * 32] in found["teacher"]["shapes"]  # K of each of 8 devices

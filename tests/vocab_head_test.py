@@ -389,6 +389,40 @@ print(*sorted(set(re.findall(names, text))))
   assert lines == ["True False", "all-reduce"]
 
 
+def test_the_largest_of_spread_logits_are_those_of_the_whole():
+  """With ties across devices; sizes that do not divide stay whole on that axis."""
+  code = """
+import jax, jax.numpy as jnp, numpy as np
+from raft_jax import vocab_head
+auto = (jax.sharding.AxisType.Auto,) * 3
+mesh = jax.make_mesh((2, 1, 4), ("data", "fsdp", "tensor"), axis_types=auto)
+spread = jax.P(("data", "fsdp"), "tensor")
+rng = np.random.default_rng(0)
+whole = [((6, 64), k) for k in (5, 40, 64)]
+for shape, k in [*whole, ((5, 64), 7), ((6, 63), 7)]:
+  logits = jnp.asarray(rng.integers(0, 9, shape), jnp.float32)
+  expected = jax.lax.top_k(logits, k)
+  with jax.set_mesh(mesh):
+    found = jax.jit(vocab_head.largest, static_argnums=(1, 2))(logits, k, spread)
+  for ours, theirs in zip(found, expected):
+    np.testing.assert_array_equal(ours, theirs, err_msg=str(shape))
+  for ours, theirs in zip(vocab_head.largest(logits, k, spread), expected):
+    np.testing.assert_array_equal(ours, theirs)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={
+      **os.environ,
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "JAX_PLATFORMS": "cpu",
+    },
+  )
+  assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
   ("options", "named"),
   [({"chunk_size": 0}, "chunk_size"), ({"temperature": 0.0}, "temperature")],
