@@ -203,7 +203,7 @@ def whole_state(output, step):
 def test_killed_at_any_of_twenty_instants_a_run_ends_with_the_same_bits(
   tmp_path, source, law
 ):
-  """Five before the first step, fifteen between that and the end; seeded."""
+  """Five before the first step, fifteen a moment after one or another; seeded."""
   steps, moments = 12, random.Random(0)
 
   def start(name):
@@ -217,15 +217,14 @@ def test_killed_at_any_of_twenty_instants_a_run_ends_with_the_same_bits(
   wait_for_step(process, whole, 1)
   first = time.monotonic()
   assert process.wait() == 0
-  stepping = time.monotonic() - first
   expected, found_at = whole_state(whole, steps), set()
   for number in range(20):
     output, settings, process = start(str(number))
     if number < 5:
       time.sleep(moments.uniform(0, first - began))
     else:
-      wait_for_step(process, output, 1)
-      time.sleep(moments.uniform(0, 0.9 * stepping))
+      wait_for_step(process, output, moments.randrange(1, steps))
+      time.sleep(moments.uniform(0, 0.1))
     process.kill()
     process.wait()
     log = output / "metrics.jsonl"
@@ -233,8 +232,7 @@ def test_killed_at_any_of_twenty_instants_a_run_ends_with_the_same_bits(
     train.fit(settings)
     jax.tree.map(np.testing.assert_array_equal, whole_state(output, steps), expected)
     assert rows(output) == rows(whole), number
-  print(f"killed after steps {found_at}; stepping took {stepping:.1f} s")
-  assert len(found_at) >= 5  # the instants were instants of the run
+  assert len(found_at) >= 5, found_at  # the instants were instants of the run
 
 
 def test_sigterm_saves_says_how_to_go_on_and_exits_75(
