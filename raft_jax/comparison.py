@@ -235,8 +235,9 @@ def swept(runs: Sequence[Mapping[str, Any]]) -> list[Swept]:
   keys: dict[str, list[str]] = {}
   for group, same in groups.items():
     for key in same[0]["set"]:
-      values = {run["set"].get(key) for run in same}
-      if key != SEED and len(values) > 1 and all(map(run_folder.is_number, values)):
+      values = [run["set"].get(key) for run in same]
+      numbers = all(map(run_folder.is_number, values))
+      if key != SEED and numbers and len(set(values)) > 1:
         keys.setdefault(key, []).append(group)
   found = []
   for key, names in keys.items():

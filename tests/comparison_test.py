@@ -107,6 +107,7 @@ def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
     _run("k-4096", "raft", 2.0, None, **{k: 4096, "train.seed": 0}),
     _run("mode-a", "raft", 2.0, None, **{"balance.mode": "ema"}),
     _run("mode-b", "raft", 2.1, None, **{"balance.mode": "fixed"}),
+    _run("replay", "replay", 2.1, None, replay={"share": 0.2}),
   ]
   for run, mass in zip(runs, (None, 0.9, 0.7, 0.99)):
     run |= {} if mass is None else {"support_mass": mass}
