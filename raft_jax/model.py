@@ -456,22 +456,28 @@ def forward(
 
   body = jax.checkpoint(layer) if remat else layer
   kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-  layers, lora, own = params["layers"], params.get("lora", {}), _layer_data(config)
-  if isinstance(layers, tuple):
-    adapters: Any = lora or ({},) * config.n_layers
-    each = zip(layers, adapters, range(config.n_layers), _apart(own, config))
-    for inputs in each:
-      (x_BTD, kv), _ = body((x_BTD, kv), inputs)
-  else:
-    (x_BTD, kv), _ = jax.lax.scan(
-      body,
-      (x_BTD, kv),
-      (layers, lora, jnp.arange(config.n_layers), own),
-      unroll=unroll or config.n_layers,
-    )
+  x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
   return rms_norm(x_BTD, params["final_norm"], config), cache
+
+
+def _through_layers(
+  body: Callable[..., Any],
+  carry: Any,
+  params: Params,
+  config: DecoderConfig,
+  unroll: int,
+) -> Any:
+  """What `body` makes of `carry` layer by layer, stacked or apart (see `gathered`)."""
+  layers, own, count = params["layers"], _layer_data(config), config.n_layers
+  lora: Any = params.get("lora", {})
+  if not isinstance(layers, tuple):
+    stacked = layers, lora, jnp.arange(count), own
+    return jax.lax.scan(body, carry, stacked, unroll=unroll or count)[0]
+  for apart in zip(layers, lora or ({},) * count, range(count), _apart(own, config)):
+    carry, _ = body(carry, apart)
+  return carry
 
 
 def _layer_data(config: DecoderConfig) -> dict[str, Array]:

@@ -62,8 +62,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, says):
   assert says in line
 
 
-def interrupt_once_ready(code: str, folder: pathlib.Path) -> None:
-  """Sends Ctrl-C to a stage that is at work, which must end as the README says."""
+def interrupted_once_ready(code: str, folder: pathlib.Path) -> tuple[int, str]:
+  """Sends Ctrl-C to a stage that is at work; its status, and what it said."""
   command = [sys.executable, "-c", code, "--config", least_file(folder), "output=slow"]
   process = subprocess.Popen(
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -73,12 +73,14 @@ def interrupt_once_ready(code: str, folder: pathlib.Path) -> None:
   time.sleep(0.1)
   process.send_signal(signal.SIGINT)
   _, complaint = process.communicate(timeout=20)
-  assert process.returncode == 130
-  assert complaint == "interrupted; run the same command again to continue\n"
+  return process.returncode, complaint
+
+
+AS_THE_README_SAYS = 130, "interrupted; run the same command again to continue\n"
 
 
 def test_interrupt_gives_a_hint_and_130(tmp_path):
-  interrupt_once_ready(STAGE, tmp_path)
+  assert interrupted_once_ready(STAGE, tmp_path) == AS_THE_README_SAYS
 
 
 def test_interrupt_while_a_stage_is_being_imported(tmp_path):
@@ -99,8 +101,7 @@ except KeyboardInterrupt: pass
   assert process.stdout.readline() == "loading\n"
   process.send_signal(signal.SIGINT)
   _, complaint = process.communicate(timeout=20)
-  assert process.returncode == 130
-  assert complaint == "interrupted; run the same command again to continue\n"
+  assert (process.returncode, complaint) == AS_THE_README_SAYS
 
 
 def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
@@ -109,7 +110,7 @@ def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
     """try: time.sleep(60)
     except KeyboardInterrupt: raise ImportError("half loaded") from None""",
   )
-  interrupt_once_ready(code, tmp_path)
+  assert interrupted_once_ready(code, tmp_path) == AS_THE_README_SAYS
 
 
 def test_full_memory_says_which_keys_to_turn(tmp_path):
