@@ -23,6 +23,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
+  Column("validation_loss", "validation loss", 3),
   Column("held_out_loss", "held-out loss", 3),
   Column("rouge_l", "ROUGE-L", 3),
   Column("similarity", "similarity", 3),

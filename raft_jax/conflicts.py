@@ -14,7 +14,7 @@ from typing import Any
 from raft_jax import schema
 
 QUESTION_FILES = (
-  *("data.questions", "data.test"),
+  *("data.questions", "data.test", "data.validation"),
   *("anchor.questions", "replay.questions"),
 )
 

@@ -122,6 +122,7 @@ class Measured(NamedTuple):
 def measure_model(
   who: measure.Subject,
   domain: exam.Domain,
+  validation: exam.Domain | None,
   general: exam.General,
   settings: config_lib.Evaluate,
   log: journal.Journal,
@@ -159,6 +160,9 @@ def measure_model(
     )
     found |= benchmarks.mmlu_scores(general.mmlu.items, logits)
   scores = domain_scores(losses, answers, references, embed)
+  if validation is not None:
+    values = measure.losses(who, validation.rows, log, name="validation loss")
+    scores["validation_loss"] = statistics.Scores(np.array(values))
   return Measured(scores, found, answers, time.monotonic() - started)
 
 
@@ -188,6 +192,45 @@ def summarise(
   }
   paired = {name: statistics.compare(base[name], trained[name]) for name in base}
   return {"scores": described, "paired": paired}
+
+
+def item_lists(
+  domain: exam.Domain,
+  validation: exam.Domain | None,
+  general: exam.General,
+) -> dict[str, str]:
+  """Digests of what was asked, by the first word of the scores' names; "" for others."""
+  asked: dict[str, Any] = {"": [(row.prompt, row.answer) for row in domain.rows]}
+  if validation is not None:
+    asked["validation"] = [(row.prompt, row.answer) for row in validation.rows]
+  if general.ifeval is not None:
+    asked["ifeval"] = general.ifeval.prompts
+  if general.mmlu is not None:
+    asked["mmlu"] = general.mmlu.prompts
+  if general.requests:
+    asked["open"] = [request.prompt for request in general.requests]
+  if general.drift is not None:
+    asked["drift"] = general.drift
+  return {word: journal.content_key(items=items) for word, items in asked.items()}
+
+
+def per_item(
+  base: Mapping[str, statistics.Scores],
+  trained: Mapping[str, statistics.Scores],
+  asked: Mapping[str, str],
+) -> dict[str, Any]:
+  """Every item's scores, by which two runs are compared that were asked the same."""
+  found = {}
+  for name, score in trained.items():
+    weights_N = score.weights_N
+    found[name] = {
+      "items": asked.get(name.split("_")[0], asked[""]),
+      "share": score.share,
+      "base": base[name].values_N.tolist() if name in base else None,
+      "trained": score.values_N.tolist(),
+      "weights": None if weights_N is None else weights_N.tolist(),
+    }
+  return found
 
 
 RETAINED = (
@@ -243,6 +286,7 @@ def main(config: config_lib.Config) -> None:
   hosts.refuse("evaluate")
   codec = text.load(config.model.source)
   domain = exam.read_domain(config, codec)
+  validation = exam.read_validation(config, codec)
   general = exam.read_general(config.evaluate, codec)
   decoder = hf.load_config(config.model.source)
   exam.check_lengths(
@@ -273,7 +317,7 @@ def main(config: config_lib.Config) -> None:
   kept = config.evaluate.journal or folder / "journal.jsonl"
   with journal.open_journal(pathlib.Path(kept)) as log:
     trained, base = (
-      measure_model(who, domain, general, config.evaluate, log, embed)
+      measure_model(who, domain, validation, general, config.evaluate, log, embed)
       for who in (trained_model, base_model)
     )
     # After both, so that a judge's weights come and go once.
@@ -283,10 +327,12 @@ def main(config: config_lib.Config) -> None:
       )
     engines.release()
     drift: dict[str, Any] = {}
+    scored = trained.domain | trained.general
     if general.drift is not None:
       new = config.evaluate.drift.max_new_tokens
       values = measure_drift(base_model, trained_model, general.drift, new, log)
       drift = statistics.describe(values)
+      scored["drift"] = values
   moved = distance.weight_distances(base_params, params)
   result = {
     "model": config.model.source,
@@ -312,6 +358,11 @@ def main(config: config_lib.Config) -> None:
     }
     for i, question in enumerate(domain.questions[: config.evaluate.samples])
   ]
+  items = per_item(
+    base.domain | base.general, scored, item_lists(domain, validation, general)
+  )
+  with durable.replacing(folder / "items.json") as path:
+    path.write_text(json.dumps(items, allow_nan=False) + "\n")
   with durable.replacing(folder / "samples.jsonl") as path:
     path.write_text("".join(json.dumps(row) + "\n" for row in samples))
   with durable.replacing(folder / "scores.json") as path:

@@ -44,8 +44,21 @@ def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
       "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
       " file of held-out questions"
     )
+  return _questions(config, codec, config.data.test, "test")
+
+
+def read_validation(config: config_lib.Config, codec: text.Codec) -> Domain | None:
+  """Reads `data.validation`, where it is set."""
+  if config.data.validation is None:
+    return None
+  return _questions(config, codec, config.data.validation, "validation")
+
+
+def _questions(
+  config: config_lib.Config, codec: text.Codec, path: str, what: str
+) -> Domain:
   questions = records.read_questions(
-    config.data.test,
+    path,
     limit=config.evaluate.limit,
     reject_threshold=config.data.reject_threshold,
   )
@@ -60,7 +73,7 @@ def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
     names=[question.id for question in questions],
   )
   if skipped:
-    print(f"{len(skipped)} test questions are over a length budget and were skipped")
+    print(f"{len(skipped)} {what} questions are over a length budget and were skipped")
   return Domain([questions[row.row_id] for row in rows], rows)
 
 

@@ -25,6 +25,7 @@ from raft_jax import config as config_lib
 
 SCORES = {
   "held_out_loss": ("Held-out loss, nats per token", -1),
+  "validation_loss": ("Loss on validation questions, nats per token", -1),
   "rouge_l": ("ROUGE-L F1", 1),
   "similarity": ("Encoder similarity, cosine", 1),
   "answer_tokens": ("Tokens of an answer", 0),

@@ -47,6 +47,8 @@ class Data(Section):
   """For training: JSONL or Parquet {id?, domain?, question or messages, answer}."""
   test: str | None = None
   """Held-out questions for `evaluate`, in the same form."""
+  validation: str | None = None
+  """Others, by whose loss settings are chosen: `evaluate` scores them beside the test."""
   limit: Positive | None = None
   """Use only the first N questions."""
   max_prompt_tokens: Positive = 256

@@ -82,17 +82,31 @@ def _config(tmp_path: pathlib.Path, source: str, **data: str) -> config.Config:
 def test_a_whole_evaluation_and_its_repetition(
   tmp_path, tiny, law, monkeypatch, capsys
 ):
-  files = {"questions": str(law / "train.jsonl"), "test": str(law / "test.jsonl")}
+  files = {
+    "questions": str(law / "train.jsonl"),
+    "test": str(law / "test.jsonl"),
+    "validation": str(law / "validation.jsonl"),
+  }
   run = _config(tmp_path, tiny, **files)
   output = pathlib.Path(run.output)
   tiny_run.save_checkpoint(output, tiny, step=3, scale=1.0)
   evaluate.main(run)
   scores = json.loads((output / "evaluation/scores.json").read_text())
+  losses = scores["scores"]["base"]
+  assert losses["validation_loss"]["value"] != losses["held_out_loss"]["value"]
   assert (scores["items"], scores["checkpoint_step"], scores["model"]) == (6, 3, tiny)
   assert scores["scores"]["base"]["held_out_loss"]["n"] == 6
   # The checkpoint holds the base model itself: every paired difference is 0.
   for paired in scores["paired"].values():
     assert (paired["difference"], paired["low"], paired["high"]) == (0.0, 0.0, 0.0)
+  items = json.loads((output / "evaluation/items.json").read_text())
+  assert set(items) == set(scores["scores"]["base"])
+  for name, values in items.items():
+    assert np.mean(values["base"]) == pytest.approx(
+      scores["scores"]["base"][name]["value"]
+    )
+  assert items["rouge_l"]["items"] == items["held_out_loss"]["items"]
+  assert items["rouge_l"]["items"] != items["validation_loss"]["items"]
   # A random model of 49152 tokens knows nothing: ln(49152) = 10.8.
   assert scores["scores"]["base"]["held_out_loss"]["value"] == pytest.approx(
     10.8, abs=0.2
@@ -117,8 +131,9 @@ def test_a_whole_evaluation_and_its_repetition(
 
   monkeypatch.setattr(measure, "finish", counted)
   evaluate.main(run)
-  # Loss and answer of six questions, of two models, of which one is known.
-  assert (len(computed), sum(computed)) == (24, 12)
+  # Loss and answer of six questions and the loss of six others, of two models, of
+  # which one is known.
+  assert (len(computed), sum(computed)) == (36, 18)
   again = json.loads((output / "evaluation/scores.json").read_text())
   assert again["checkpoint_step"] == 4
   assert again["scores"]["base"] == scores["scores"]["base"]
