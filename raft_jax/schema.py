@@ -48,7 +48,7 @@ class Data(Section):
   test: str | None = None
   """Held-out questions for `evaluate`, in the same form."""
   validation: str | None = None
-  """Others, by whose loss settings are chosen: `evaluate` scores them beside the test."""
+  """Others, by whose loss settings are chosen; `evaluate` scores them as well."""
   limit: Positive | None = None
   """Use only the first N questions."""
   max_prompt_tokens: Positive = 256
