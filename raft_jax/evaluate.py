@@ -199,7 +199,7 @@ def item_lists(
   validation: exam.Domain | None,
   general: exam.General,
 ) -> dict[str, str]:
-  """Digests of what was asked, by the first word of the scores' names; "" is the rest."""
+  """Digests of what was asked, by the first word of scores' names; "" is the rest."""
   asked: dict[str, Any] = {"": [(row.prompt, row.answer) for row in domain.rows]}
   if validation is not None:
     asked["validation"] = [(row.prompt, row.answer) for row in validation.rows]
