@@ -37,7 +37,9 @@ from raft_jax import (
   hosts,
   journal,
   measure,
+  openai_engine,
   panel,
+  records,
   refinement,
   roles,
   rouge,
@@ -66,7 +68,7 @@ def domain_scores(
     "held_out_loss": np.array(losses),
     "rouge_l": rouge_N,
     "similarity": np.where(said_N, cosine_N, 0.0),
-    "answer_tokens": np.array([float(len(answer.ids)) for answer in answers]),
+    "answer_tokens": np.array([float(answer.tokens) for answer in answers]),
     "ended": np.array([float(answer.ended) for answer in answers]),
   }
   return {
@@ -100,6 +102,7 @@ def judged(
       log,
       max_new_tokens=settings.open_ended.max_new_tokens,
       name="open-ended answers",
+      messages=[records.user_turn(request.prompt) for request in general.requests],
     )
     items = [
       panel.Item(request.prompt, request.reference or "", reply.text)
@@ -137,6 +140,7 @@ def measure_model(
     log,
     max_new_tokens=settings.max_new_tokens,
     name="greedy answers",
+    messages=[question.messages for question in domain.questions],
   )
   references = [question.answer for question in domain.questions]
   found: dict[str, statistics.Scores] = {}
@@ -147,12 +151,13 @@ def measure_model(
       log,
       max_new_tokens=settings.ifeval.max_new_tokens,
       name="IFEval",
+      messages=[records.user_turn(item.prompt) for item in general.ifeval.items],
     )
     found |= benchmarks.ifeval_scores(
       general.ifeval.items, [reply.text for reply in replies], general.ifeval.checkers
     )
     # Answers that become short or stop ending explain much of what IFEval shows.
-    lengths_N = np.array([float(len(reply.ids)) for reply in replies])
+    lengths_N = np.array([float(reply.tokens) for reply in replies])
     found["ifeval_answer_tokens"] = statistics.Scores(lengths_N)
   if general.mmlu is not None:
     logits = measure.choices(
@@ -281,6 +286,28 @@ def show(result: Mapping[str, Any]) -> None:
   console.Console().print(rows)
 
 
+def connect(
+  servers: config_lib.Servers | None,
+) -> tuple[engines.Generator | None, engines.Generator | None]:
+  """The servers of the trained and of the base model; None for the built-in sampler.
+
+  Raises:
+    UserError: a server cannot be reached or does not serve its model.
+  """
+  if servers is None:
+    return None, None
+  trained, base = (
+    openai_engine.connect(
+      server.model,
+      base_url=server.base_url,
+      api_key_env=server.api_key_env,
+      timeout_s=server.timeout_s,
+    )
+    for server in (servers.trained, servers.base)
+  )
+  return trained, base
+
+
 def main(config: config_lib.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
   hosts.refuse("evaluate")
@@ -296,6 +323,7 @@ def main(config: config_lib.Config) -> None:
     roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
     for stage in config.evaluate.judges
   ]
+  trained_server, base_server = connect(config.evaluate.servers)
   embed = encode.load(config.refine.encoder)
   unroll = config.model.unroll
   settings = measure.Settings(
@@ -312,8 +340,8 @@ def main(config: config_lib.Config) -> None:
   subject = functools.partial(
     measure.subject, config=decoder, codec=codec, settings=settings
   )
-  trained_model = subject(params, title=f"step {step}")
-  base_model = subject(base_params, title="base model")
+  trained_model = subject(params, title=f"step {step}", server=trained_server)
+  base_model = subject(base_params, title="base model", server=base_server)
   kept = config.evaluate.journal or folder / "journal.jsonl"
   with journal.open_journal(pathlib.Path(kept)) as log:
     trained, base = (

@@ -19,10 +19,12 @@ from jax import Array
 from raft_jax import (
   checkpoint,
   data,
+  engines,
   errors,
   journal,
   model,
   progress,
+  records,
   sample,
   text,
   vocab_head,
@@ -47,6 +49,7 @@ class Subject(NamedTuple):
   Attributes:
     weights: fingerprints of `params`, part of the journal's keys.
     title: what the progress bars call it.
+    server: who writes its answers; None for the built-in sampler.
   """
 
   params: model.Params
@@ -55,14 +58,19 @@ class Subject(NamedTuple):
   settings: Settings
   weights: dict[str, list[int]]
   title: str
+  server: engines.Generator | None = None
 
 
 class Answer(NamedTuple):
-  """A greedy answer; `ids` hold the EOS, `ended` says that there is one."""
+  """A greedy answer; `tokens` and `ids` count the EOS, `ended` says that there is one.
+
+  A server tells no `ids`.
+  """
 
   text: str
-  ids: list[int]
+  tokens: int
   ended: bool
+  ids: Sequence[int] = ()
 
 
 def subject(
@@ -71,10 +79,11 @@ def subject(
   codec: text.Codec,
   settings: Settings,
   title: str,
+  server: engines.Generator | None = None,
 ) -> Subject:
   """A model that is measured, with the fingerprints of its weights."""
   weights = checkpoint.named_fingerprints(params)
-  return Subject(params, config, codec, settings, weights, title)
+  return Subject(params, config, codec, settings, weights, title, server)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
@@ -258,8 +267,16 @@ def answers(
   *,
   max_new_tokens: int,
   name: str,
+  messages: Sequence[tuple[records.Message, ...]] | None = None,
 ) -> list[Answer]:
-  """The greedy answer to every prompt."""
+  """The greedy answer to every prompt.
+
+  Args:
+    messages: what the prompts are made of, for the subject's server if it has one;
+      None where token ids are wanted, which a server does not tell.
+  """
+  if who.server is not None and messages is not None:
+    return served(who, messages, log, max_new_tokens=max_new_tokens, name=name)
   codec = who.codec
 
   def compute(batch: list[int]) -> list[dict[str, Any]]:
@@ -300,6 +317,60 @@ def answers(
       for prompt in prompts
     ],
     [len(prompt) for prompt in prompts],
+    compute,
+    batch_size=who.settings.batch_size,
+    title=f"{who.title}: {name}",
+  )
+  return [Answer(**answer, tokens=len(answer["ids"])) for answer in found]
+
+
+def served(
+  who: Subject,
+  asked: Sequence[tuple[records.Message, ...]],
+  log: journal.Journal,
+  *,
+  max_new_tokens: int,
+  name: str,
+) -> list[Answer]:
+  """The greedy answers of the subject's server; thinking is left out of their text.
+
+  Raises:
+    UserError: the server refuses a request as too long.
+  """
+  server = who.server
+  assert server is not None
+
+  def compute(batch: list[int]) -> list[dict[str, Any]]:
+    replies = server.generate(
+      [engines.Request(asked[i], max_new_tokens, 0.0, 1.0, seed=0) for i in batch]
+    )
+    if any(reply.finish_reason == "too_long" for reply in replies):
+      raise errors.UserError(
+        f"evaluate.servers: {server.identity} has no room for a prompt and"
+        f" {max_new_tokens} new tokens ({name}); serve it with a longer context"
+      )
+    return [
+      {
+        "text": engines.without_thinking(reply).text,
+        "tokens": reply.completion_tokens,
+        "ended": reply.finish_reason == "stop",
+      }
+      for reply in replies
+    ]
+
+  found = finish(
+    log,
+    [
+      item_key(
+        who,
+        call="served",
+        server=server.identity,
+        messages=messages,
+        max_new_tokens=max_new_tokens,
+      )
+      for messages in asked
+    ],
+    [server.count_tokens(messages) for messages in asked],
     compute,
     batch_size=who.settings.batch_size,
     title=f"{who.title}: {name}",

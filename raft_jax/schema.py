@@ -564,6 +564,29 @@ class OpenEnded(Section):
   """Longest answer [O]."""
 
 
+class Server(Section):
+  """An OpenAI-compatible server that writes a model's answers."""
+
+  model: str
+  """The model's name there."""
+  base_url: str
+  """The server's address, ending in /v1."""
+  api_key_env: str | None = None
+  """Name of the environment variable that holds the key; never the key."""
+  timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
+  """Longest wait for one reply in seconds; then it is asked for again."""
+
+
+class Servers(Section):
+  """Servers in the place of the built-in sampler: for greedy answers to test questions,
+  IFEval and open-ended requests, `batch_size` asked at a time. null: none."""
+
+  trained: Server
+  """Of the folder that `export` wrote of the checkpoint that is evaluated."""
+  base: Server
+  """Of `model.source`."""
+
+
 class Evaluate(Section):
   """Scores on `data.test` and of general abilities, beside the base model's."""
 
@@ -573,6 +596,7 @@ class Evaluate(Section):
   """Longest answer."""
   batch_size: Positive = 16
   """Questions answered at a time."""
+  servers: Servers | None = None
   samples: Annotated[int, pydantic.Field(ge=0)] = 8
   """Answers shown in the report."""
   journal: str | None = None

@@ -18,7 +18,7 @@ from raft_jax import (
   run_folder,
   statistics,
 )
-from tests import tiny_run
+from tests import chat_server, tiny_run
 
 
 def test_rouge_l_by_hand():
@@ -54,7 +54,7 @@ def test_item_scores_with_the_real_encoder():
     name: score.values_N
     for name, score in evaluate.domain_scores(
       [1.0, 2.0, 3.0],
-      [measure.Answer(a, [7] * 5, i == 0) for i, a in enumerate(answers)],
+      [measure.Answer(a, 5, i == 0) for i, a in enumerate(answers)],
       references,
       embed,
     ).items()
@@ -213,6 +213,52 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert moved["scores"]["base"] == same["scores"]["base"]
   # Every tensor is one and a half times the base model's.
   assert moved["weight_distance"]["mean"] == pytest.approx(0.5, rel=1e-5)
+
+
+def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):
+  known = {
+    question.messages[-1].content: question.answer
+    for question in records.read_questions(law / "test.jsonl", limit=6)
+  }
+
+  def answer(request: dict) -> chat_server.Reply:
+    assert (request["temperature"], request["max_tokens"]) == (0.0, 8)
+    said = known[request["messages"][-1]["content"]]
+    return chat_server.says(f"<think>Hm.</think>{said}")
+
+  with chat_server.serving(answer) as server:
+    at = f"{{model: {chat_server.MODEL}, base_url: '{server.url}'}}"
+    _config(
+      tmp_path, tiny, questions=str(law / "train.jsonl"), test=str(law / "test.jsonl")
+    )
+    run = config.load(
+      tmp_path / "run.yaml",
+      [f"evaluate.servers={{trained: {at}, base: {at}}}", "evaluate.max_new_tokens=8"],
+    )
+    output = pathlib.Path(run.output)
+    tiny_run.save_checkpoint(output, tiny, step=1, scale=1.5)
+    evaluate.main(run)
+    evaluate.main(run)  # asks for nothing again
+  assert len(server.asked) == 2 * 6
+  scores = json.loads((output / "evaluation/scores.json").read_text())["scores"]
+  for who in ("base", "trained"):
+    # The answers are the references; the server counts five tokens and ends each.
+    assert scores[who]["rouge_l"]["value"] == 1.0
+    assert scores[who]["answer_tokens"]["value"] == 5.0
+    assert scores[who]["ended"]["value"] == 1.0
+  # Losses are the models' own.
+  losses = [scores[who]["held_out_loss"]["value"] for who in ("base", "trained")]
+  assert losses[0] != losses[1]
+
+  full = chat_server.error(400, "This model's maximum context length is 8 tokens.")
+  with chat_server.serving(lambda request: full) as server:
+    at = f"{{model: {chat_server.MODEL}, base_url: '{server.url}'}}"
+    run = config.load(
+      tmp_path / "run.yaml",
+      [f"evaluate.servers={{trained: {at}, base: {at}}}", "evaluate.max_new_tokens=9"],
+    )
+    with pytest.raises(errors.UserError, match=r"evaluate\.servers: .* no room"):
+      evaluate.main(run)
 
 
 def test_bad_input_is_named_before_anything_is_computed(tmp_path, tiny, law):
