@@ -120,6 +120,22 @@ def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   assert len(sweep.expand(config.load(path))) == count
 
 
+@pytest.mark.parametrize("name", ["raft_paper", "raft_tuned"])
+def test_the_presets_are_runs_of_the_reproduction(name):
+  preset = config.load(pathlib.Path("configs") / f"{name}.yaml")
+  runs = sweep.expand(config.load("configs/sweeps/reproduce.yaml"))
+  group = "raft" if name == "raft_paper" else name
+  run = next(run.config for run in runs if run.group == group)
+  # IFEval's items come from outside; how answers are batched is no setting of a method.
+  for section in config.Config.model_fields.keys() - {"output", "sweep", "evaluate"}:
+    ours, theirs = (getattr(value, section) for value in (preset, run))
+    if section == "refine":
+      ours, theirs = (
+        value.model_copy(update={"journal": None}) for value in (ours, theirs)
+      )
+    assert ours == theirs, section
+
+
 def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
   rows = [
     {"step_seconds": 60.0, "kd_ratio": 1.0, "teacher_mass_in_support": 0.8},
