@@ -14,6 +14,7 @@ import statistics
 from typing import Any
 
 from raft_jax import (
+  collected,
   command_line,
   comparison,
   errors,
@@ -186,7 +187,7 @@ def write(output: pathlib.Path) -> pathlib.Path:
 def main(config: config_lib.Config) -> None:
   """Writes the report of the run, or of the sweep, whose folder the config names."""
   output = pathlib.Path(config.output)
-  if (output / "sweep.json").exists():
+  if collected.exist(output):
     print(f"comparison: {comparison.write(output)}")
     return
   if not (output / "config").is_dir():

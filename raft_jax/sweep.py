@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from rich import console, table
 
 from raft_jax import (
+  collected,
   command_line,
   config,
   durable,
@@ -230,7 +231,7 @@ def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
     path = pathlib.Path(run.config.output) / "evaluation" / "scores.json"
     if path.exists():
       scores = json.loads(path.read_text(encoding="utf-8"))
-      scores["weight_distance"].pop("tensors", None)
+      tensors = scores["weight_distance"].pop("tensors", {})
       rows.append(
         {
           "name": run.name,
@@ -240,6 +241,8 @@ def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
           "config_digest": config.digest(run.config),
           **_training(pathlib.Path(run.config.output)),
           "scores": scores,
+          "items": collected.items_of(path.parent),
+          "weight_distances": collected.short(list(tensors.values())),
         }
       )
   return rows
@@ -277,7 +280,7 @@ def main(base: config.Config) -> None:
   rows = collect(runs)
   output = pathlib.Path(base.output)
   if rows:
-    with durable.replacing(output / "sweep.json") as path:
+    with durable.replacing(output / collected.FILE) as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
     show(rows)
   print(f"{len(rows)} of {len(runs)} runs have scores: {output / 'sweep.json'}")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from raft_jax import comparison, config, errors, report
+from raft_jax import collected, comparison, config, curves, errors, report
 
 
 def _score(value: float) -> dict:
@@ -44,8 +44,12 @@ def _write(folder, runs=RUNS):
   return folder
 
 
+def _read(folder):
+  return collected.read(_write(folder))[folder.name]
+
+
 def test_seeds_are_one_row_and_settings_are_many(tmp_path):
-  rows = comparison.table(comparison.read(_write(tmp_path)))
+  rows = comparison.table(_read(tmp_path))
   assert [(row["label"], row["seeds"]) for row in rows] == [
     ("base model", 1),
     ("sft-learning_rate_1e-05", 1),
@@ -64,7 +68,7 @@ def test_seeds_are_one_row_and_settings_are_many(tmp_path):
 
 
 def test_drift_is_read_off_the_sft_curve_at_equal_fit(tmp_path):
-  rows = comparison.table(comparison.read(_write(tmp_path)))
+  rows = comparison.table(_read(tmp_path))
   # 3.25 lies halfway between SFT's 3.0 (0.15) and 3.5 (0.05).
   assert rows[3]["cells"]["sft_drift"]["value"] == pytest.approx(0.10)
   assert rows[1]["cells"]["sft_drift"]["value"] == pytest.approx(0.05)
@@ -90,12 +94,13 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   assert page.count("<svg") == 5
   assert "Balance of the two losses" not in page
   lines = (folder / "comparison.md").read_text().splitlines()
-  assert lines[0] == (
+  assert lines[0].endswith(": Every setting")
+  assert lines[2] == (
     "| run | held-out loss | MMLU | retention, % | drift | SFT at equal fit |"
     " weight distance |"
   )
-  assert lines[5].startswith("| raft (2 seeds) | 3.250 (3.200 to 3.300) |")
-  assert "| – | – |" in lines[6]  # no drift, and none of SFT at that fit
+  assert lines[7].startswith("| raft (2 seeds) | 3.250 (3.200 to 3.300) |")
+  assert "| – | – |" in lines[8]  # no drift, and none of SFT at that fit
 
 
 def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
@@ -111,7 +116,7 @@ def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
   ]
   for run, mass in zip(runs, (None, 0.9, 0.7, 0.99)):
     run |= {} if mass is None else {"support_mass": mass}
-  found = {(one.key, one.title): one.curves for one in comparison.swept(runs)}
+  found = {(one.key, one.title): one.curves for one in curves.swept(runs)}
   assert {key for key, _ in found} == {k}  # one value, a seed or a word is no sweep
   loss = found[k, "Held-out loss, nats per token"]
   assert loss == {"k": [(64.0, pytest.approx(3.1)), (4096.0, 2.0)]}
@@ -127,13 +132,13 @@ def test_ratios_of_the_losses_are_drawn_once_a_setting(tmp_path):
     for seed in (0, 1)
   ]
   fixed = _run("fixed", "raft", 3.0, None) | {"ratio": [[1, 0.5], [2, 0.1]]}
-  drawn = comparison.drawings([*seeds, fixed, RUNS[0]])
+  drawn = curves.drawings([*seeds, fixed, RUNS[0]])
   assert len(drawn["ratios"]) == 1
   assert drawn["ratios"][0].count("stroke-width: 1.2") == 2 * 2  # and in the legend
-  assert comparison.drawings(RUNS)["ratios"] == []
+  assert curves.drawings(RUNS)["ratios"] == []
 
 
 @pytest.mark.parametrize("runs", [[], [{"name": "x"}], {}], ids=str)
 def test_damaged_collections_are_named(tmp_path, runs):
   with pytest.raises(errors.UserError, match=r"sweep\.json: cannot be read"):
-    comparison.read(_write(tmp_path, runs))
+    collected.read(_write(tmp_path, runs))

@@ -1,0 +1,187 @@
+"""What sweeps have collected: runs by domain, their settings, and scores of both.
+
+`raft_jax.sweep` leaves `sweep.json` in its folder; a folder of such folders is one
+comparison over several domains.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from raft_jax import bootstrap, errors
+
+Run = Mapping[str, Any]
+"""One run of a sweep, as `sweep.json` has it."""
+
+FILE = "sweep.json"
+
+SEED, RATE = "train.seed", "train.learning_rate"
+"""Runs that differ in the first alone are one setting; of settings that differ in the
+second alone one is chosen."""
+
+ITEM_SCORES = (
+  "validation_loss",
+  "held_out_loss",
+  "rouge_l",
+  "similarity",
+  "d_acc",
+  "open_ended",
+  "ifeval_prompt_strict",
+  "ifeval_instruction_strict_but_no_comma",
+  "mmlu",
+  "drift",
+)
+"""Scores that are compared item by item."""
+
+
+def items_of(evaluation: pathlib.Path) -> dict[str, Any]:
+  """`ITEM_SCORES` of an evaluation's `items.json`, short enough to be kept together."""
+  path = evaluation / "items.json"
+  if not path.exists():  # evaluated by an earlier version
+    return {}
+  found = json.loads(path.read_text(encoding="utf-8"))
+  kept = {}
+  for name in ITEM_SCORES:
+    if name in found:
+      score = found[name]
+      kept[name] = {
+        "items": score["items"][:16],
+        **{
+          who: None if score[who] is None else short(score[who])
+          for who in ("base", "trained", "weights")
+        },
+      }
+  return kept
+
+
+def short(numbers: Sequence[float]) -> list[float]:
+  """Five digits of each."""
+  return [float(f"{number:.5g}") for number in numbers]
+
+
+def read(output: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  """Domain -> the runs of its sweep; of one sweep, its folder's name -> its runs.
+
+  Raises:
+    errors.UserError: no sweep, a damaged file, or one without a run.
+  """
+  files = [output / FILE] if (output / FILE).exists() else _below(output)
+  if not files:
+    raise errors.UserError(
+      f"{output}: holds no {FILE}; run `python -m raft_jax.sweep` with this config"
+    )
+  return {path.parent.name: _runs(path) for path in files}
+
+
+def exist(output: pathlib.Path) -> bool:
+  """Whether a folder holds a sweep, or folders of sweeps."""
+  return (output / FILE).exists() or bool(_below(output))
+
+
+def _below(output: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(output.glob(f"*/{FILE}"))
+
+
+def _runs(path: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    if not runs:
+      raise ValueError("no run")
+    for run in runs:
+      values(run)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise errors.UserError(
+      f"{path}: cannot be read ({error}); run `python -m raft_jax.sweep` again"
+    ) from error
+  return runs
+
+
+def values(run: Run) -> dict[str, Mapping[str, Any]]:
+  """Column -> {value, low, high} of one run; {} where it was not measured."""
+  result = run["scores"]
+  retention = result.get("retention") or {}
+  distance = (result.get("weight_distance") or {}).get("mean")
+  cost = run.get("cost") or {}
+  peak = cost.get("host_peak_bytes")
+  return {
+    **result["scores"]["trained"],
+    "open_ended_retention": retention.get("open_ended") or {},
+    "ifeval_retention": retention.get("ifeval_prompt_strict") or {},
+    "mmlu_retention": retention.get("mmlu") or {},
+    "drift": result.get("drift") or {},
+    "weight_distance": {} if distance is None else {"value": distance},
+    "support_mass": {"value": run["support_mass"]} if "support_mass" in run else {},
+    "step_seconds": {"value": cost["step_seconds"]} if "step_seconds" in cost else {},
+    "host_peak_gib": {} if peak is None else {"value": peak / 2**30},
+  }
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+  """Label and runs of each setting; its runs differ in their seed only."""
+  labelled = []
+  for same in _alike(runs, {SEED}):
+    label = same[0]["name"]
+    if len(same) > 1:
+      words = label.split("-")
+      label = "-".join(word for word in words if not word.startswith("seed_"))
+    labelled.append((label, same))
+  return labelled
+
+
+def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
+  """Of each setting in all but the learning rate: the runs at the best one, by label.
+
+  The best has the lowest mean loss on the validation questions; without those, or
+  where none was measured, the first.
+  """
+  found: dict[str, list[Run]] = {}
+  for alike in _alike(runs, {SEED, RATE}):
+    by_rate = _alike(alike, {SEED})
+    best = min(by_rate, key=_validation_loss)
+    label = best[0]["group"]
+    if label in found:  # a group that repeats over other keys
+      label = settings(best)[0][0]
+    found[label] = best
+  return found
+
+
+def _validation_loss(runs: Sequence[Run]) -> float:
+  scores = [values(run).get("validation_loss") or {} for run in runs]
+  return float(np.mean([score.get("value", np.inf) for score in scores]))
+
+
+def _alike(runs: Sequence[Run], apart_from: set[str]) -> list[list[Run]]:
+  """Runs that agree in their name and in all keys but some."""
+  found: dict[str, list[Run]] = {}
+  for run in runs:
+    fixed = {key: value for key, value in run["set"].items() if key not in apart_from}
+    found.setdefault(f"{run['group']} {json.dumps(fixed)}", []).append(run)
+  return list(found.values())
+
+
+def samples(
+  runs: Sequence[Run], name: str, who: str = "trained"
+) -> tuple[np.ndarray, str] | None:
+  """A score of a setting, each item's mean over its runs: [S] of `bootstrap.means`, and
+  which items they are. None where a run has not measured it, or on other items.
+
+  Args:
+    who: "trained", or "base" for the model before training.
+  """
+  found = [(run.get("items") or {}).get(name) for run in runs]
+  scores = [score for score in found if score]
+  if not scores or len(scores) < len(found):
+    return None
+  first = scores[0]
+  if any(score["items"] != first["items"] for score in scores):
+    return None
+  # The base model has no drift from itself.
+  count = len(first["trained"])
+  values_M = np.mean([score[who] or [0.0] * count for score in scores], axis=0)
+  weights_M = None if first["weights"] is None else np.array(first["weights"])
+  return bootstrap.means(values_M, first["items"], weights_M), first["items"]

@@ -1,0 +1,200 @@
+"""Methods against each other on the same items: side by side, and at equal fit.
+
+At the learning rates that validation chose, methods stand beside the base model and
+against SFT; at equal fit every setting stands beside SFT that learned as much. All
+numbers have 95 % intervals over items (`bootstrap`); of several seeds each item's
+mean counts. Of several domains the mean over domains is given, of settings that all of
+them have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from raft_jax import bootstrap, collected
+
+Domains = Mapping[str, Sequence[collected.Run]]
+Samples = np.ndarray | None
+"""float64 [S] as of `bootstrap.means`, or None where it was not measured."""
+
+
+class Measure(NamedTuple):
+  """A score, its heading and the digits it is shown with."""
+
+  name: str
+  words: str
+  digits: int = 3
+
+
+FIT = Measure("held_out_loss", "held-out loss")
+
+GENERAL = (
+  Measure("open_ended", "open-ended"),
+  Measure("ifeval_prompt_strict", "IFEval"),
+  Measure("ifeval_instruction_strict_but_no_comma", "IFEval but commas"),
+  Measure("mmlu", "MMLU"),
+)
+"""Shares of general requests answered well: their retention is given."""
+
+KEPT = (Measure("drift", "drift"), *GENERAL)
+"""What tells forgetting."""
+
+MEASURES = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"), *KEPT)
+
+BASE, SFT = "base model", "sft"
+
+
+class Row(NamedTuple):
+  """A line of a table: name, seeds, and {value, low, high} by the cell's name."""
+
+  label: str
+  seeds: int
+  cells: dict[str, dict[str, float]]
+
+
+def methods(domains: Domains) -> list[Row]:
+  """The scores of the base model and of each method at its chosen learning rate."""
+  picked = {name: collected.chosen(runs) for name, runs in domains.items()}
+
+  def base(measure: Measure) -> Samples:
+    return _mean([_base(runs, measure) for runs in domains.values()])
+
+  rows = [Row(BASE, 1, _cells(MEASURES, base))]
+  for label in _in_all(picked):
+    parts = [found[label] for found in picked.values()]
+
+    def score(measure: Measure, parts: Any = parts) -> Samples:
+      return _mean([_of(runs, measure) for runs in parts])
+
+    rows.append(Row(label, _seeds(parts), _cells(MEASURES, score)))
+  return rows
+
+
+def against_sft(domains: Domains) -> list[Row]:
+  """Each method minus SFT, and its retention; both at their chosen learning rates.
+
+  Cells of retention are named `retained_` and the measure: 100 · method / base.
+  """
+  picked = {name: collected.chosen(runs) for name, runs in domains.items()}
+  rows = []
+  for label in _in_all(picked):
+    parts = [(found[label], found.get(SFT, [])) for found in picked.values()]
+
+    def minus(measure: Measure, parts: Any = parts) -> Samples:
+      return _mean([_difference(_of(a, measure), _of(b, measure)) for a, b in parts])
+
+    def retained(measure: Measure, parts: Any = parts) -> Samples:
+      bases = [_base(runs, measure) for runs in domains.values()]
+      return _mean(
+        [_share(_of(a, measure), base) for (a, _), base in zip(parts, bases)]
+      )
+
+    cells = {} if label == SFT else _cells(MEASURES, minus)
+    kept = _cells(GENERAL, retained)
+    cells |= {f"retained_{name}": cell for name, cell in kept.items()}
+    seeds = _seeds([runs for runs, _ in parts])
+    if cells:
+      rows.append(Row(label, seeds, cells))
+  return rows
+
+
+def at_equal_fit(domains: Domains) -> list[Row]:
+  """Each setting beside SFT that fits the domain as well.
+
+  SFT's settings and the base model are a line of each measure over the held-out loss;
+  it is read off at the setting's own held-out loss, in every resample anew. Cells: the
+  measure, `sft_` and the measure, `gap_` and the measure: setting minus SFT.
+  """
+  named = {name: dict(collected.settings(runs)) for name, runs in domains.items()}
+  rows = []
+  for label in _in_all(named):
+    parts = [found[label] for found in named.values()]
+    if parts[0][0]["method"] == SFT:
+      continue
+    cells = {FIT.name: _described(_mean([_of(same, FIT) for same in parts]))}
+    for measure in KEPT:
+      pairs = [
+        (_of(same, measure), _sft_at(runs, same, measure))
+        for same, runs in zip(parts, domains.values())
+      ]
+      own, sft = (_mean([pair[i] for pair in pairs]) for i in (0, 1))
+      gap = _mean([_difference(*pair) for pair in pairs])
+      found = {"": own, "sft_": sft, "gap_": gap}
+      described = {word + measure.name: _described(x) for word, x in found.items()}
+      cells |= {name: cell for name, cell in described.items() if cell}
+    if len(cells) > 1:
+      rows.append(Row(label, _seeds(parts), cells))
+  return rows
+
+
+def sft_points(
+  runs: Sequence[collected.Run], measure: Measure
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(held-out loss [S], measure [S]) of the base model and of each setting of SFT."""
+  sft = [same for _, same in collected.settings(runs) if same[0]["method"] == SFT]
+  found = [(_base(runs, FIT), _base(runs, measure))]
+  found += [(_of(same, FIT), _of(same, measure)) for same in sft]
+  return [(fit, kept) for fit, kept in found if fit is not None and kept is not None]
+
+
+def _sft_at(
+  runs: Sequence[collected.Run], same: Sequence[collected.Run], measure: Measure
+) -> Samples:
+  fit, points = _of(same, FIT), sft_points(runs, measure)
+  if fit is None or len(points) < 2:
+    return None
+  return bootstrap.read_off(points, fit)
+
+
+def _of(
+  runs: Sequence[collected.Run], measure: Measure, who: str = "trained"
+) -> Samples:
+  found = collected.samples(runs, measure.name, who) if runs else None
+  return None if found is None else found[0]
+
+
+def _base(runs: Sequence[collected.Run], measure: Measure) -> Samples:
+  """Of the base model, which stands beside the first run that measured it."""
+  having = [run for run in runs if (run.get("items") or {}).get(measure.name)]
+  return _of(having[:1], measure, "base")
+
+
+def _difference(one: Samples, other: Samples) -> Samples:
+  return None if one is None or other is None else one - other
+
+
+def _share(one: Samples, base: Samples) -> Samples:
+  if one is None or base is None or base[0] == 0:
+    return None
+  with np.errstate(divide="ignore", invalid="ignore"):
+    return 100.0 * one / base
+
+
+def _mean(parts: Sequence[Samples]) -> Samples:
+  """Over domains; None unless every one has it."""
+  found = [part for part in parts if part is not None]
+  return np.mean(found, axis=0) if found and len(found) == len(parts) else None
+
+
+def _described(samples: Samples) -> dict[str, float]:
+  return {} if samples is None else bootstrap.describe(samples)
+
+
+def _cells(
+  measures: Sequence[Measure], score: Callable[[Measure], Samples]
+) -> dict[str, dict[str, float]]:
+  cells = {measure.name: _described(score(measure)) for measure in measures}
+  return {name: cell for name, cell in cells.items() if cell}
+
+
+def _seeds(parts: Sequence[Sequence[collected.Run]]) -> int:
+  return min(len(runs) for runs in parts)
+
+
+def _in_all(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """The labels that every domain has, in the order of the first."""
+  first, *others = found.values()
+  return [label for label in first if all(label in other for other in others)]

@@ -1,0 +1,221 @@
+"""The drawings of a comparison: what was kept over domain fit, ratios, swept keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import markupsafe
+import numpy as np
+from matplotlib.axes import Axes
+
+from raft_jax import collected, figures, run_folder
+
+PANELS = (
+  ("drift", "Drift from the base model, nats per token"),
+  ("ifeval_prompt_strict", "IFEval, prompts, strict"),
+  ("ifeval_instruction_strict_but_no_comma", "IFEval, instructions but commas, strict"),
+  ("mmlu", "MMLU"),
+)
+
+
+Draw = Callable[[Axes], None]
+
+
+def drawings(runs: Sequence[collected.Run]) -> dict[str, list[markupsafe.Markup]]:
+  """The panels of each figure; only what was measured.
+
+  Returns:
+    "kept": one panel a general measure, over the held-out loss; "ratios": the loss
+    ratio over the steps; "distances": how far tensors moved; "keys": measures over
+    each key that the sweep repeats a run over.
+  """
+  panels: dict[str, list[Draw | None]] = {
+    "kept": [_panel(runs, name, title) for name, title in PANELS],
+    "ratios": [_ratios(runs)],
+    "distances": [_distances(runs)],
+    "keys": [_over_key(found) for found in swept(runs)],
+  }
+  return {
+    name: [figures.svg(panel) for panel in drawn if panel is not None]
+    for name, drawn in panels.items()
+  }
+
+
+MOST_CURVES = 2 * len(figures.COLOURS)
+
+
+def _ratios(runs: Sequence[collected.Run]) -> Draw | None:
+  """λ·L_KD/L_SFT of each setting's first run, as in Fig. 2a of the paper."""
+  curves = [
+    (label, same[0]["ratio"])
+    for label, same in collected.settings(runs)
+    if same[0].get("ratio")
+  ]
+  if not curves:
+    return None
+
+  def draw(axes: Axes) -> None:
+    for number, (label, points) in enumerate(curves[:MOST_CURVES]):
+      axes.plot(
+        *zip(*points),
+        color=figures.COLOURS[number % len(figures.COLOURS)],
+        linestyle="-" if number < len(figures.COLOURS) else ":",
+        linewidth=1.2, label=label,
+      )  # fmt: skip
+    axes.axhline(1.0, color=figures.INK, linewidth=1.0, linestyle="--")
+    axes.set_title("λ · L_KD / L_SFT")
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+
+  return draw
+
+
+MEASURES = (
+  ("held_out_loss", "Held-out loss, nats per token"),
+  *PANELS,
+  ("support_mass", "Teacher's probability in the top K"),
+  ("step_seconds", "Seconds a step"),
+)
+
+
+class Swept(NamedTuple):
+  """A measure over a key: points of its value and the measure's mean, by group."""
+
+  key: str
+  title: str
+  curves: dict[str, list[tuple[float, float]]]
+
+
+def swept(runs: Sequence[collected.Run]) -> list[Swept]:
+  """Measures over each key that takes several numbers in runs of one name."""
+  groups: dict[str, list[collected.Run]] = {}
+  for run in runs:
+    groups.setdefault(run["group"], []).append(run)
+  keys: dict[str, list[str]] = {}
+  for group, same in groups.items():
+    for key in same[0]["set"]:
+      values = [run["set"].get(key) for run in same]
+      numbers = all(map(run_folder.is_number, values))
+      if key != collected.SEED and numbers and len(set(values)) > 1:
+        keys.setdefault(key, []).append(group)
+  found = []
+  for key, names in keys.items():
+    for measure, title in MEASURES:
+      curves = {name: _means(groups[name], key, measure) for name in names}
+      curves = {name: points for name, points in curves.items() if len(points) > 1}
+      if curves:
+        found.append(Swept(key, title, curves))
+  return found
+
+
+def _means(
+  runs: Sequence[collected.Run], key: str, measure: str
+) -> list[tuple[float, float]]:
+  """The mean of the runs that have each value of a key, in the order of the values."""
+  by_value: dict[float, list[float]] = {}
+  for run in runs:
+    score = collected.values(run).get(measure)
+    if score:
+      by_value.setdefault(float(run["set"][key]), []).append(score["value"])
+  return [(value, float(np.mean(scores))) for value, scores in sorted(by_value.items())]
+
+
+def _over_key(found: Swept) -> Draw:
+  def draw(axes: Axes) -> None:
+    for number, (group, points) in enumerate(found.curves.items()):
+      colour = figures.COLOURS[number % len(figures.COLOURS)]
+      axes.plot(*zip(*points), color=colour, marker="o", markersize=4.5, label=group)
+    places = sorted({x for points in found.curves.values() for x, _ in points})
+    if places[0] > 0 and places[-1] >= 8 * places[0]:
+      axes.set_xscale("log")
+    axes.set_xticks(places, [f"{x:g}" for x in places])
+    axes.minorticks_off()
+    axes.set_title(found.title)
+    axes.set_xlabel(found.key)
+    if len(found.curves) > 1:
+      axes.legend(fontsize=8)
+
+  return draw
+
+
+def _panel(runs: Sequence[collected.Run], name: str, title: str) -> Draw | None:
+  """A general measure over the held-out loss: a line for each name in the sweep."""
+  groups: dict[str, list[list[Point]]] = {}
+  for _, same in collected.settings(runs):
+    points = [point for point in (_point(run, name) for run in same) if point]
+    if points:
+      groups.setdefault(same[0]["group"], []).append(points)
+  if not groups:
+    return None
+  base = _base_point(runs, name)
+
+  def draw(axes: Axes) -> None:
+    x, y = base
+    axes.scatter([x], [y], color=figures.INK, marker="*", s=60, label="base model")
+    markers = "osD^vPX"
+    for number, (group, places) in enumerate(groups.items()):
+      colour = figures.COLOURS[number % len(figures.COLOURS)]
+      means = sorted(tuple(np.mean(points, axis=0).tolist()) for points in places)
+      axes.plot(
+        *zip(*means),
+        color=colour,
+        marker=markers[number // len(figures.COLOURS) % len(markers)],
+        markersize=4.5, linewidth=1.2, label=group,
+      )  # fmt: skip
+      for points in places:
+        if len(points) > 1:
+          axes.plot(*zip(*points), ".", color=colour, markersize=4, alpha=0.5)
+    axes.set_title(title)
+    axes.set_xlabel("held-out loss, nats per token (left is better)")
+    axes.legend(fontsize=7)
+
+  return draw
+
+
+Point = tuple[float, float]
+
+
+def _point(run: collected.Run, name: str) -> Point | None:
+  scores = collected.values(run)
+  if not scores.get(name):
+    return None
+  return scores["held_out_loss"]["value"], scores[name]["value"]
+
+
+def _base_point(runs: Sequence[collected.Run], name: str) -> Point:
+  """The base model's scores, which stand beside every run that measured them."""
+  having = next(run for run in runs if collected.values(run).get(name))
+  base = having["scores"]["scores"]["base"]
+  kept = 0.0 if name == "drift" else base[name]["value"]
+  return base["held_out_loss"]["value"], kept
+
+
+def _distances(runs: Sequence[collected.Run]) -> Draw | None:
+  """How many tensors moved how far, of each method's first run, as in Fig. 3."""
+  moved = {
+    label: same[0]["weight_distances"]
+    for label, same in collected.chosen(runs).items()
+    if same[0].get("weight_distances")
+  }
+  if not moved:
+    return None
+
+  def draw(axes: Axes) -> None:
+    shown = list(moved.items())[:MOST_CURVES]
+    together = np.concatenate([values for _, values in shown])
+    edges = np.histogram_bin_edges(together, bins=40).tolist()
+    for number, (label, values) in enumerate(shown):
+      axes.hist(
+        values, edges, histtype="step",
+        color=figures.COLOURS[number % len(figures.COLOURS)],
+        linestyle="-" if number < len(figures.COLOURS) else ":",
+        linewidth=1.2, label=f"{label}, mean {np.mean(values):.2g}",
+      )  # fmt: skip
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    axes.set_title("Tensors by relative change")
+    axes.set_xlabel("‖θ − θ₀‖ / ‖θ₀‖")
+    axes.legend(fontsize=7)
+
+  return draw

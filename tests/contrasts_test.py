@@ -1,0 +1,177 @@
+"""Methods against SFT on hand-made items, worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from raft_jax import collected, comparison, contrasts
+
+QUESTIONS, PROMPTS = 40, 30
+RNG = np.random.default_rng(0)
+HARD = RNG.normal(0.0, 0.5, QUESTIONS)  # how hard each question is
+FAR = RNG.exponential(1.0, PROMPTS)  # how easily each prompt drifts
+FAR /= FAR.mean()
+
+
+def _items(values, base, items: str) -> dict:
+  base, trained = (
+    None if scores is None else [float(score) for score in scores]
+    for scores in (base, values)
+  )
+  return {"items": items, "base": base, "trained": trained, "weights": None}
+
+
+def _run(
+  name, method, loss, drift, *, passed=0.5, validation=None, **overrides
+) -> dict:
+  passes = (np.arange(20) < 20 * passed).astype(float)
+  score = {"value": loss, "low": loss, "high": loss, "n": QUESTIONS}
+  trained = {"held_out_loss": score}
+  if validation is not None:
+    trained["validation_loss"] = {**score, "value": validation}
+  return {
+    "name": name,
+    "group": name.split("-")[0],
+    "method": method,
+    "set": overrides,
+    "config_digest": "00",
+    "scores": {
+      "scores": {
+        "base": {
+          "held_out_loss": {**score, "value": 4.0},
+          "ifeval_prompt_strict": {"value": 0.8, "low": 0.6, "high": 0.9, "n": 20},
+        },
+        "trained": {
+          **trained,
+          "ifeval_prompt_strict": {"value": passed, "low": 0.0, "high": 1.0, "n": 20},
+        },
+      },
+      "drift": {"value": drift, "low": drift, "high": drift, "n": PROMPTS},
+      "weight_distance": {"mean": 0.001},
+    },
+    "items": {
+      "held_out_loss": _items(loss + HARD, 4.0 + HARD, "questions"),
+      "drift": _items(drift * FAR, None, "prompts"),
+      "ifeval_prompt_strict": _items(passes, np.arange(20) < 16, "orders"),
+    },
+  }
+
+
+def _rate(rate: float, seed: int = 0) -> dict:
+  return {"train.learning_rate": rate, "train.seed": seed}
+
+
+RUNS = [
+  _run("sft-low", "sft", 3.5, 0.05, passed=0.7, validation=3.6, **_rate(1e-5)),
+  _run("sft-high-seed_0", "sft", 3.0, 0.15, validation=3.1, **_rate(2e-5)),
+  _run("sft-high-seed_1", "sft", 3.0, 0.25, validation=3.1, **_rate(2e-5, 1)),
+  _run("raft-low", "raft", 3.25, 0.06, passed=0.8, validation=3.3, **_rate(2e-5)),
+  _run("raft-high", "raft", 2.9, 0.1, passed=0.6, validation=3.0, **_rate(5e-5)),
+]
+
+
+def test_each_method_stands_at_the_rate_that_validation_chose():
+  rows = contrasts.methods({"law": RUNS})
+  assert [(row.label, row.seeds) for row in rows] == [
+    ("base model", 1),
+    ("sft", 2),
+    ("raft", 1),
+  ]
+  base, sft, raft = (row.cells for row in rows)
+  assert base["drift"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+  assert sft["drift"]["value"] == pytest.approx(0.2)  # the mean of two seeds
+  assert raft["held_out_loss"]["value"] == pytest.approx(2.9 + HARD.mean())
+  assert "mmlu" not in raft
+
+
+def test_methods_are_compared_with_sft_item_by_item():
+  (sft, raft) = contrasts.against_sft({"law": RUNS})
+  loss = raft.cells["held_out_loss"]
+  # All questions are 0.1 better, hard or not: the difference is certain.
+  assert [loss[k] for k in ("value", "low", "high")] == pytest.approx([-0.1] * 3)
+  assert raft.cells["ifeval_prompt_strict"]["value"] == pytest.approx(0.1)
+  kept = raft.cells["retained_ifeval_prompt_strict"]
+  assert kept["value"] == pytest.approx(100 * 0.6 / 0.8)
+  assert kept["low"] < kept["value"] < kept["high"]
+  assert set(sft.cells) == {"retained_ifeval_prompt_strict"}
+
+
+def test_at_equal_fit_the_line_through_sft_is_read_off():
+  low, high = contrasts.at_equal_fit({"law": RUNS})
+  # 3.25 lies halfway between SFT's 3.5 (drift 0.05, passed 0.7) and 3.0 (0.2, 0.5).
+  cells = low.cells
+  assert low.label == "raft-low"
+  assert cells["sft_drift"]["value"] == pytest.approx(0.125)
+  assert cells["gap_drift"]["value"] == pytest.approx(0.06 - 0.125)
+  # Every prompt's share of the gap is the same, and no loss of the questions matters.
+  far = cells["gap_drift"]["high"] / cells["drift"]["low"]
+  assert far == pytest.approx((0.06 - 0.125) / 0.06)
+  assert cells["sft_ifeval_prompt_strict"]["value"] == pytest.approx(0.6)
+  assert cells["gap_ifeval_prompt_strict"]["value"] == pytest.approx(0.2)
+  # A better fit than any run of SFT has no place on the line.
+  assert high.label == "raft-high"
+  assert "gap_drift" not in high.cells
+
+
+def test_domains_are_averaged_where_all_have_a_setting():
+  other = [
+    _run("sft-low", "sft", 3.5, 0.05, **_rate(1e-5)),
+    _run("raft-low", "raft", 3.75, 0.075, **_rate(2e-5)),
+  ]
+  rows = contrasts.at_equal_fit({"law": RUNS, "web": other})
+  assert [row.label for row in rows] == ["raft-low"]
+  # In the other domain SFT has 0.025 there, RAFT 0.05 more; in law it has 0.065 less.
+  assert rows[0].cells["gap_drift"]["value"] == pytest.approx((0.05 - 0.065) / 2)
+  alone = contrasts.against_sft({"law": RUNS, "web": RUNS[:3]})
+  assert [row.label for row in alone] == ["sft"]
+
+
+def test_runs_on_other_items_are_not_compared():
+  other = json.loads(json.dumps(RUNS))
+  other[2]["items"]["drift"]["items"] = "other prompts"
+  assert collected.samples(other[1:3], "drift") is None
+  assert "drift" not in contrasts.methods({"law": other})[1].cells
+
+
+def test_a_folder_of_domains_is_one_comparison(tmp_path):
+  for domain in ("law", "web"):
+    (tmp_path / domain).mkdir()
+    (tmp_path / domain / "sweep.json").write_text(json.dumps(RUNS))
+  assert collected.exist(tmp_path)
+  assert not collected.exist(tmp_path / "law" / "none")
+  page = comparison.write(tmp_path).read_text()
+  for heading in ("<h2>law</h2>", "<h2>web</h2>", "At equal fit, mean of 2 domains"):
+    assert heading in page
+  # Labels lead to the config of a run.
+  assert 'href="#law/raft-low"' in page
+  assert 'id="law/raft-low"' in page
+  lines = (tmp_path / "comparison.md").read_text().splitlines()
+  assert lines[0] == "### Methods, mean of 2 domains"
+  assert "### web: Every setting" in lines
+
+
+def test_what_is_kept_of_an_evaluation_is_short(tmp_path):
+  (tmp_path / "items.json").write_text(
+    json.dumps(
+      {
+        "drift": {
+          "items": "a" * 64, "share": False, "base": None,
+          "trained": [0.123456789], "weights": None,
+        },
+        "ended": {
+          "items": "b" * 64, "share": True, "base": [0.0], "trained": [1.0],
+          "weights": None,
+        },
+      }
+    )
+  )  # fmt: skip
+  assert collected.items_of(tmp_path) == {
+    "drift": {
+      "items": "a" * 16,
+      "base": None,
+      "trained": [0.12346],
+      "weights": None,
+    }
+  }
+  assert collected.items_of(tmp_path / "absent") == {}
