@@ -1,9 +1,10 @@
 """Means over items that are resampled together, for intervals of what is made of them.
 
-Differences, ratios and points read off a curve are computed in every resample. Two means
-over the same items see the same resamples, which pairs them; means over different items
-are independent. Percentiles: Efron, "Bootstrap Methods: Another Look at the Jackknife",
-1979. Shapes: M items, S samples: the mean over all items first, then one a resample.
+Differences, ratios and points read off a curve are computed in every resample. Two
+means over the same items see the same resamples, which pairs them; means over different
+items are independent. Percentiles: Efron, "Bootstrap Methods: Another Look at the
+Jackknife", 1979. Shapes: M items, S samples: the mean over all items first, then one a
+resample.
 """
 
 from __future__ import annotations
