@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's claim on a small real model: every method of its Table 1 on SmolLM2-135M,
 # fit to the domain beside what was forgotten (configs/sweeps/reproduce.yaml).
-# launch/reproduce_small.sh [--general FOLDER] [--domains FOLDER] [DOMAIN ...]
-# DOMAIN: law and web unless named; of configs/data/wordnet, or of --domains, which holds
+# launch/reproduce_small.sh [--general FOLDER] [--data FOLDER] [DOMAIN ...]
+# DOMAIN: law and web unless named; of configs/data/wordnet, or of --data, which holds
 #   DOMAIN/{train,validation,test}.jsonl.
 # --general: a folder with ifeval.jsonl (rows of google/IFEval), which is then scored too.
 # Installs into .venv first. 2 CPU cores: about 2 hours a domain; stop it at any time,
@@ -10,11 +10,11 @@
 #   nohup launch/reproduce_small.sh > reproduce.log 2>&1 &
 # SWEEP names another sweep, OUTPUT another folder than runs/reproduce.
 set -euo pipefail
-usage="usage: $0 [--general FOLDER] [--domains FOLDER] [DOMAIN ...]"
-general= domains=
+usage="usage: $0 [--general FOLDER] [--data FOLDER] [DOMAIN ...]"
+general= data=
 while [ $# -gt 0 ]; do
   case $1 in
-    --general | --domains)
+    --general | --data)
       [ -d "${2:-}" ] || {
         echo "error: $1: ${2:-nothing} is not a folder; $usage" >&2
         exit 2
@@ -31,11 +31,11 @@ while [ $# -gt 0 ]; do
 done
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- law web
-domains=${domains:-configs/data/wordnet}
+data=${data:-configs/data/wordnet}
 for domain in "$@"; do
   for split in train validation test; do
-    [ -f "$domains/$domain/$split.jsonl" ] || {
-      echo "error: $domains/$domain/$split.jsonl is not there; $usage" >&2
+    [ -f "$data/$domain/$split.jsonl" ] || {
+      echo "error: $data/$domain/$split.jsonl is not there; $usage" >&2
       exit 2
     }
   done
@@ -53,7 +53,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/raft_jax}
 sweep=${SWEEP:-configs/sweeps/reproduce.yaml} output=${OUTPUT:-runs/reproduce}
 for domain in "$@"; do
-  files=$domains/$domain
+  files=$data/$domain
   .venv/bin/python -m raft_jax.sweep --config "$sweep" "output=$output/$domain" \
     "data.questions=$files/train.jsonl" "data.validation=$files/validation.jsonl" \
     "data.test=$files/test.jsonl" ${keys[@]+"${keys[@]}"}
