@@ -90,6 +90,8 @@ ROOMS = [
   "train",
   "measure",
   "distance",
+  "harness_model",
+  "harness",
   "exam",
   "evaluate",
   "export",
@@ -110,7 +112,7 @@ FENCES = {
   "sentence_transformers": {"encode"},
   "torch": {"encode"},
   "orbax": {"checkpoint"},
-  "lm_eval": {"benchmarks"},
+  "lm_eval": {"benchmarks", "harness_model", "harness"},
   "nltk": {"benchmarks"},
   "langdetect": {"benchmarks"},
   "datasets": {"benchmarks"},
@@ -122,7 +124,12 @@ FENCES = {
   "sklearn": {"clusters"},
   "semantic_text_splitter": {"documents"},
   "matplotlib": {"figures", "comparison"},
-  "jinja2": {"hf_tokenizer", "text", "pages"},  # chat templates, and pages
+  "jinja2": {
+    "hf_tokenizer",
+    "text",
+    "pages",
+    "harness_model",
+  },  # chat templates, and pages
   "pickle": set(),
   "cloudpickle": set(),
   "dill": set(),
