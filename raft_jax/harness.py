@@ -6,11 +6,12 @@ Imports the harness (the `eval` extra) when it is imported itself.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import pathlib
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,22 +102,40 @@ def read(settings: config_lib.Tasks, positions: int) -> Tasks:
       task.set_config("num_fewshot", settings.shots or 0)
     elif settings.shots is not None and task.get_config("num_fewshot") != 0:
       task.set_config("num_fewshot", settings.shots)
+    _seed([task])
+    with _named(
+      f"evaluate.tasks.names: {name} cannot write its requests",
+      "lower evaluate.tasks.shots, or leave the task out",
+    ):
+      task.build_all_requests(limit=1)
   return Tasks(dict(loaded), settings.limit, settings.chat)
 
 
 def _built(manager: Any, name: str) -> list[Any]:
-  try:
+  with _named(
+    f"evaluate.tasks.names: cannot load {name!r}",
+    "without a network its data must be in the cache of `datasets`, or in files that a"
+    " task of evaluate.tasks.include reads",
+  ):
     built = manager.load([name])
-  # A task is its author's code and data from anywhere, so this may be any exception.
+  groups = built.get("groups", {})
+  return [groups[name]] if name in groups else list(built["tasks"].values())
+
+
+@contextlib.contextmanager
+def _named(what: str, remedy: str) -> Iterator[None]:
+  """Exceptions of a task as a message: it is code, and data from anywhere.
+
+  Raises:
+    UserError: with the exception's first line.
+  """
+  try:
+    yield
   except Exception as error:
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     raise errors.UserError(
-      f"evaluate.tasks.names: cannot load {name!r} ({type(error).__name__}: {reason});"
-      " without a network its data must be in the cache of `datasets`, or in files that"
-      " a task of evaluate.tasks.include reads"
+      f"{what} ({type(error).__name__}: {reason}); {remedy}"
     ) from error
-  groups = built.get("groups", {})
-  return [groups[name]] if name in groups else list(built["tasks"].values())
 
 
 def _check(name: str, task: Any, positions: int) -> None:

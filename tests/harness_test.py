@@ -33,20 +33,7 @@ from raft_jax import (
 )
 from tests import tiny_run
 
-WORDS = [
-  "law",
-  "river",
-  "judge",
-  "stone",
-  "court",
-  "water",
-  "appeal",
-  "wind",
-  "statute",
-  "rain",
-  "tort",
-  "snow",
-]
+WORDS = ("law", "river", "judge", "stone", "court", "water", "appeal", "wind", "rain")
 
 
 def _words(start: int, count: int) -> str:
@@ -374,8 +361,10 @@ def test_what_cannot_be_asked_is_named(tmp_path, folder, alone):
   broken = quiz.replace('"json"', '"no/such_dataset"')
   (other / "quiz.yaml").write_text(broken)
   _refused(other, r"names: cannot load 'quiz' \(.*no/such_dataset.*network", "quiz")
-  (other / "quiz.yaml").write_text(quiz.replace("acc_norm", "no_such_metric"))
-  _refused(other, r"names: cannot load 'quiz' \(", "quiz")
+  (other / "quiz.yaml").write_text(quiz.replace("answer", "!function average.none"))
+  _refused(other, r"names: cannot load 'quiz' \(AttributeError", "quiz")
+  with pytest.raises(errors.UserError, match=r"quiz cannot write .* lower .*shots"):
+    harness.read(_settings(folder, "quiz", shots=6), 512)
 
 
 def test_the_harness_is_an_extra(monkeypatch, who):
