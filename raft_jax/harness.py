@@ -54,7 +54,7 @@ class Found(NamedTuple):
     asked: digests of every task's items, by `task_<task>`.
   """
 
-  scores: dict[str, statistics.Scores | float]
+  scores: dict[str, statistics.Figure]
   directions: dict[str, int]
   asked: dict[str, str]
 
@@ -88,7 +88,7 @@ def read(settings: config_lib.Tasks, positions: int) -> Tasks:
         + " `lm-eval ls tasks` lists them all"
       )
   _seed(())
-  built = [_built(manager, name) for name in settings.names]
+  built = [_built(manager, name) for name in dict.fromkeys(settings.names)]
   try:
     loaded = manager.load([part for parts in built for part in parts])
   except ValueError as error:  # a task that two of the names bring
@@ -226,7 +226,7 @@ def _add_task(
 
 def _score(
   metric: str, values: Sequence[Any], aggregate: Callable[..., Any] | None, total: Any
-) -> statistics.Scores | float | None:
+) -> statistics.Figure | None:
   """Item by item, or the figure alone; None where there is no figure."""
   numbers = all(isinstance(value, NUMBERS) for value in values)
   if aggregate in MEANS and numbers and np.isfinite(values).all():

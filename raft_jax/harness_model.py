@@ -151,7 +151,8 @@ class Adapter(protocol.TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    return self.tokenizer.eos_token_id
+    eos = self.tokenizer.eos_token_id
+    return self.who.codec.eos_ids[0] if eos is None else eos
 
   @property
   def prefix_token_id(self) -> int:
@@ -208,7 +209,8 @@ class Adapter(protocol.TemplateLM):
           f"evaluate.tasks: a task asks for the probability of {len(continuation)}"
           f" tokens, but the model was made for 1 to {longest}; leave it out"
         )
-      joined = (*context, *continuation)
+      # A context of spaces alone has given them to the continuation.
+      joined = (*(context or [self.prefix_token_id]), *continuation)
       cut += len(joined) > longest + 1
       inputs = joined[-(longest + 1) :][:-1]
       asked.append(((inputs, len(continuation)), continuation[-1]))
@@ -336,10 +338,10 @@ def written(
     ended = {i for i, answer in zip(open_rows, answers) if answer.ended}
     open_rows = [i for i in open_rows if i not in ended and not stopped(ids[i])]
     spent += new
-  eos = who.codec.tokenizer.eos_token
+  ends = [*stops, *filter(None, [who.codec.tokenizer.eos_token])]
   return [
     model_utils.postprocess_generated_text(
-      text.decode(who.codec, _until(row, stopped)), [*stops, eos], None
+      text.decode(who.codec, _until(row, stopped)), ends, None
     )
     for row in ids
   ]

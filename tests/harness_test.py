@@ -287,6 +287,14 @@ def test_a_killed_evaluation_repeats_nothing(
   assert "lost their beginning" in caplog.text
 
 
+def test_a_context_of_spaces_is_the_start_of_a_text(tmp_path, who):
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    adapter = harness_model.Adapter(who, log)
+    requests = [types.SimpleNamespace(args=args) for args in ((" ", "a"), ("", " a"))]
+    one, other = adapter.loglikelihood(requests)
+  assert one == other
+
+
 def test_choices_of_one_token_share_their_context(tmp_path, who, folder, alone):
   tasks = harness.read(_settings(folder, "letters"), 512)
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
@@ -377,7 +385,7 @@ def test_the_harness_is_an_extra(monkeypatch, who):
     exam.read_tasks(config.Tasks(names=("arc_easy",)), who.config)
 
 
-def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone, monkeypatch):
+def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   files = {"questions": str(law / "train.jsonl"), "test": str(law / "test.jsonl")}
   output = tmp_path / "output"
   tiny_run.write_config(tmp_path / "run.yaml", tiny, output, **files)
