@@ -43,18 +43,20 @@ def _write(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
   return path
 
 
-def _quiz(domain: str, split: str, count: int) -> list[dict]:
+def _quiz(domain: str) -> list[dict]:
   """Questions of a domain; the wrong choices are other entries' answers."""
-  rows = _rows(DATA / f"wordnet/{domain}/{split}.jsonl")
-  answers = [row["answer"].split(". ")[0].rstrip(".") for row in rows]
-  found = []
-  for i, row in enumerate(rows[:count]):
-    choices = [answers[(i + step) % len(rows)] for step in (7, 11, 13)]
-    choices.insert(i % 4, answers[i])
+  rows = _rows(DATA / f"wordnet/{domain}/train.jsonl")
+  answers = {row["question"]: row["answer"].split(". ")[0].rstrip(".") for row in rows}
+  # The shortest, so that five solved questions stay short, too.
+  answers = dict(sorted(answers.items(), key=lambda pair: len(pair[1]))[:40])
+  said, found = list(answers.values()), []
+  for i, question in enumerate(answers):
+    choices = [said[(i + step) % len(said)] for step in (7, 11, 13)]
+    choices.insert(i % 4, said[i])
     found.append(
       {
         "subject": domain,
-        "question": row["question"],
+        "question": question,
         "choices": choices,
         "answer": "ABCD"[i % 4],
       }
@@ -123,10 +125,11 @@ def files(tmp_path) -> dict[str, pathlib.Path]:
     )
     orders = _rows(folder / "ifeval.jsonl", ITEMS)
   else:
-    domains = sorted(path.parent.name for path in DATA.glob("wordnet/*/test.jsonl"))
-    parts = [_quiz(domain, "test", -(-ITEMS // len(domains))) for domain in domains]
-    test = list(itertools.chain(*parts))[:ITEMS]
-    dev = [row for domain in domains for row in _quiz(domain, "train", 5)]
+    domains = sorted(path.name for path in DATA.glob("wordnet/*/"))
+    quizzes = [_quiz(domain) for domain in domains]
+    each = -(-ITEMS // len(domains))
+    dev = [row for quiz in quizzes for row in quiz[:5]]
+    test = [row for quiz in quizzes for row in quiz[5 : 5 + each]][:ITEMS]
     orders = _orders()
   assert len(test) == len(orders) == ITEMS
   return {
