@@ -37,6 +37,7 @@ from raft_jax.schema import Model as Model
 from raft_jax.schema import Recadam as Recadam
 from raft_jax.schema import Section
 from raft_jax.schema import Servers as Servers
+from raft_jax.schema import Tasks as Tasks
 from raft_jax.schema import Train as Train
 from raft_jax.schema import VerdictJudge as VerdictJudge
 from raft_jax.schema import Writer as Writer

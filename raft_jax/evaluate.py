@@ -3,9 +3,10 @@
 Of the domain: held-out loss of the reference answers, ROUGE-L and sentence-encoder
 similarity of greedy answers, named as what they are, and the paper's judged accuracy
 (D-Acc) where the config names judges. Of general abilities, where it names items:
-IFEval, MMLU and judged open-ended requests, with their retention (trained in % of
-base), and the drift on general prompts. Every score carries its number of items and a
-95 % interval; trained and base are compared item by item.
+IFEval, MMLU, any task of lm-evaluation-harness and judged open-ended requests, with
+their retention (trained in % of base), and the drift on general prompts. A score that
+is a mean of items carries their number and a 95 % interval; trained and base are
+compared item by item.
 
 Finished items go to `evaluation/journal.jsonl`, keyed by the content of the model, the
 item and the settings: a second run repeats nothing, and a new checkpoint only itself.
@@ -18,7 +19,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,6 +50,9 @@ from raft_jax import (
   wiring,
 )
 from raft_jax import config as config_lib
+
+if TYPE_CHECKING:
+  from raft_jax import harness
 
 
 def domain_scores(
@@ -114,10 +118,14 @@ def judged(
 
 
 class Measured(NamedTuple):
-  """One model's scores, its answers to the test questions and the seconds it took."""
+  """One model's scores, its answers to the test questions and the seconds it took.
+
+  Those of `tasks` are in `general`, too.
+  """
 
   domain: dict[str, statistics.Scores]
-  general: dict[str, statistics.Scores]
+  general: dict[str, statistics.Figure]
+  tasks: harness.Found | None
   answers: list[measure.Answer]
   seconds: float
 
@@ -127,6 +135,7 @@ def measure_model(
   domain: exam.Domain,
   validation: exam.Domain | None,
   general: exam.General,
+  tasks: Callable[[measure.Subject, journal.Journal], harness.Found] | None,
   settings: config_lib.Evaluate,
   log: journal.Journal,
   embed: Callable[[Sequence[str]], np.ndarray],
@@ -143,7 +152,7 @@ def measure_model(
     messages=[question.messages for question in domain.questions],
   )
   references = [question.answer for question in domain.questions]
-  found: dict[str, statistics.Scores] = {}
+  found: dict[str, statistics.Figure] = {}
   if general.ifeval is not None:
     replies = measure.answers(
       who,
@@ -164,11 +173,14 @@ def measure_model(
       who, general.mmlu.prompts, general.mmlu.letters, log, name="MMLU"
     )
     found |= benchmarks.mmlu_scores(general.mmlu.items, logits)
+  asked = None if tasks is None else tasks(who, log)
+  if asked is not None:
+    found |= asked.scores
   scores = domain_scores(losses, answers, references, embed)
   if validation is not None:
     values = measure.losses(who, validation.rows, log, name="validation loss")
     scores["validation_loss"] = statistics.Scores(np.array(values))
-  return Measured(scores, found, answers, time.monotonic() - started)
+  return Measured(scores, found, asked, answers, time.monotonic() - started)
 
 
 def measure_drift(
@@ -188,7 +200,7 @@ def measure_drift(
 
 
 def summarise(
-  base: Mapping[str, statistics.Scores], trained: Mapping[str, statistics.Scores]
+  base: Mapping[str, statistics.Figure], trained: Mapping[str, statistics.Figure]
 ) -> dict[str, Any]:
   """Means with intervals for both models, and of trained minus base item by item."""
   described = {
@@ -204,7 +216,7 @@ def item_lists(
   validation: exam.Domain | None,
   general: exam.General,
 ) -> dict[str, str]:
-  """Digests of what was asked, by the first word of scores' names; "" is the rest."""
+  """Digests of what was asked, by how scores' names begin; "" is the rest."""
   asked: dict[str, Any] = {"": [(row.prompt, row.answer) for row in domain.rows]}
   if validation is not None:
     asked["validation"] = [(row.prompt, row.answer) for row in validation.rows]
@@ -220,18 +232,23 @@ def item_lists(
 
 
 def per_item(
-  base: Mapping[str, statistics.Scores],
-  trained: Mapping[str, statistics.Scores],
+  base: Mapping[str, statistics.Figure],
+  trained: Mapping[str, statistics.Figure],
   asked: Mapping[str, str],
 ) -> dict[str, Any]:
   """Every item's scores, by which two runs are compared that were asked the same."""
   found = {}
   for name, score in trained.items():
-    weights_N = score.weights_N
+    if isinstance(score, float):
+      continue
+    weights_N, other = score.weights_N, base.get(name)
+    starts = [word for word in asked if not word or f"{name}_".startswith(f"{word}_")]
     found[name] = {
-      "items": asked.get(name.split("_")[0], asked[""]),
+      "items": asked[max(starts, key=len)],
       "share": score.share,
-      "base": base[name].values_N.tolist() if name in base else None,
+      "base": None
+      if other is None or isinstance(other, float)
+      else other.values_N.tolist(),
       "trained": score.values_N.tolist(),
       "weights": None if weights_N is None else weights_N.tolist(),
     }
@@ -319,6 +336,7 @@ def main(config: config_lib.Config) -> None:
   exam.check_lengths(
     config, domain, general, exam.open_ended_prompts(general, codec), decoder
   )
+  tasks = exam.read_tasks(config.evaluate.tasks, decoder)
   judges = [
     roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
     for stage in config.evaluate.judges
@@ -345,7 +363,9 @@ def main(config: config_lib.Config) -> None:
   kept = config.evaluate.journal or folder / "journal.jsonl"
   with journal.open_journal(pathlib.Path(kept)) as log:
     trained, base = (
-      measure_model(who, domain, validation, general, config.evaluate, log, embed)
+      measure_model(
+        who, domain, validation, general, tasks, config.evaluate, log, embed
+      )
       for who in (trained_model, base_model)
     )
     # After both, so that a judge's weights come and go once.
@@ -355,23 +375,29 @@ def main(config: config_lib.Config) -> None:
       )
     engines.release()
     drift: dict[str, Any] = {}
-    scored = trained.domain | trained.general
+    base_scores, scored = statistics.alike(
+      base.domain | base.general, trained.domain | trained.general
+    )
+    compared = summarise(base_scores, scored)
     if general.drift is not None:
       new = config.evaluate.drift.max_new_tokens
       values = measure_drift(base_model, trained_model, general.drift, new, log)
       drift = statistics.describe(values)
       scored["drift"] = values
   moved = distance.weight_distances(base_params, params)
+  directions = {} if trained.tasks is None else trained.tasks.directions
+  asked = {} if trained.tasks is None else trained.tasks.asked
   result = {
     "model": config.model.source,
     "checkpoint_step": step,
     "items": len(domain.rows),
-    **summarise(base.domain | base.general, trained.domain | trained.general),
+    **compared,
     "retention": {
-      name: statistics.retention(base.general[name], trained.general[name])
-      for name in RETAINED
-      if name in base.general
+      name: statistics.retention(base_scores[name], scored[name])
+      for name in base_scores
+      if name in RETAINED or directions.get(name) == 1
     },
+    "directions": directions,
     "drift": drift,
     "weight_distance": {"mean": float(np.mean(list(moved.values()))), "tensors": moved},
     "seconds": {"base": base.seconds, "trained": trained.seconds},
@@ -386,9 +412,7 @@ def main(config: config_lib.Config) -> None:
     }
     for i, question in enumerate(domain.questions[: config.evaluate.samples])
   ]
-  items = per_item(
-    base.domain | base.general, scored, item_lists(domain, validation, general)
-  )
+  items = per_item(base_scores, scored, item_lists(domain, validation, general) | asked)
   with durable.replacing(folder / "items.json") as path:
     path.write_text(json.dumps(items, allow_nan=False) + "\n")
   with durable.replacing(folder / "samples.jsonl") as path:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import benchmarks, data, errors, model, records, text
 from raft_jax import config as config_lib
+
+if TYPE_CHECKING:
+  from raft_jax import harness, journal, measure
 
 
 class Domain(NamedTuple):
@@ -144,6 +148,20 @@ def read_mmlu(settings: config_lib.Mmlu, codec: text.Codec) -> Mmlu:
       )
     letters.append(last)
   return Mmlu(items, ids, letters)
+
+
+def read_tasks(
+  settings: config_lib.Tasks, decoder: model.DecoderConfig
+) -> Callable[[measure.Subject, journal.Journal], harness.Found] | None:
+  """Loads the harness' tasks that the config names; returns what asks a model."""
+  if not settings.names:
+    return None
+  try:
+    from raft_jax import harness
+  except ImportError as error:
+    raise errors.UserError(f"evaluate.tasks: needs {benchmarks.EXTRA}") from error
+  tasks = harness.read(settings, decoder.max_positions)
+  return functools.partial(harness.measured, tasks)
 
 
 def check_lengths(

@@ -53,8 +53,10 @@ def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
   difference leaves out 0.
   """
   scores = run.scores.get("scores") or {}
+  directions = run.scores.get("directions") or {}  # of the harness' tasks
+  tasks = {name: (name.replace("_", " "), sign) for name, sign in directions.items()}
   rows = []
-  for name, (words, direction) in SCORES.items():
+  for name, (words, direction) in {**SCORES, **tasks}.items():
     base = (scores.get("base") or {}).get(name) or {}
     trained = (scores.get("trained") or {}).get(name) or {}
     paired = (run.scores.get("paired") or {}).get(name) or {}
@@ -80,7 +82,7 @@ def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
         "trained": trained,
         "paired": paired,
         "retention": (run.scores.get("retention") or {}).get(name) or {},
-        "general": name.startswith(("open_ended", "ifeval", "mmlu")),
+        "general": name.startswith(("open_ended", "ifeval", "mmlu", "task_")),
         "verdict": verdict,
       }
     )

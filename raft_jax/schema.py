@@ -552,6 +552,22 @@ class Drift(Section):
   """Tokens of the base model's answers on which both are compared."""
 
 
+class Tasks(Section):
+  """Any task of lm-evaluation-harness, beside the base model's scores. `servers` do not
+  answer these."""
+
+  names: tuple[str, ...] = ()
+  """Tasks, groups and tags by the harness' names, such as arc_easy; empty: none."""
+  include: str | None = None
+  """Folder of more tasks' YAML files; functions that these name are run."""
+  limit: Positive | None = None
+  """Use only the first N items of each task."""
+  shots: Annotated[int, pydantic.Field(ge=0)] | None = None
+  """Solved examples per prompt; null: each task's own number."""
+  chat: bool = False
+  """Prompts as the chat template has them, examples as turns."""
+
+
 class OpenEnded(Section):
   """Answers to general requests, judged by `evaluate.judges` (as the paper's MS-Bench),
   beside the base model's."""
@@ -609,6 +625,7 @@ class Evaluate(Section):
   ifeval: Ifeval = Ifeval()
   mmlu: Mmlu = Mmlu()
   drift: Drift = Drift()
+  tasks: Tasks = Tasks()
 
 
 class SweepRun(Section):

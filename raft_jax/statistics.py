@@ -7,6 +7,7 @@ without its interval and no two models are compared but on the same items.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +31,20 @@ class Scores(NamedTuple):
   share: bool = False
 
 
+Figure = Scores | float
+"""A score item by item, or one of a whole set that is no mean of items (a perplexity):
+its intervals are not known."""
+
+
 class Interval(NamedTuple):
   low: float
   high: float
 
 
-def mean(scores: Scores) -> float:
+def mean(scores: Figure) -> float:
   """The weighted mean."""
+  if isinstance(scores, float):
+    return scores
   return float(np.average(scores.values_N, weights=scores.weights_N))
 
 
@@ -120,8 +128,10 @@ def _bootstrap(statistic: Any, *samples: np.ndarray) -> Interval:
   return Interval(float(found.low), float(found.high))
 
 
-def describe(scores: Scores) -> dict[str, Any]:
+def describe(scores: Figure) -> dict[str, Any]:
   """Mean, interval and number of items, ready for JSON."""
+  if isinstance(scores, float):
+    return {"value": scores}
   return {
     "value": mean(scores),
     **interval(scores)._asdict(),
@@ -129,8 +139,30 @@ def describe(scores: Scores) -> dict[str, Any]:
   }
 
 
-def compare(base: Scores, trained: Scores) -> dict[str, Any]:
+def alike(
+  base: Mapping[str, Figure], trained: Mapping[str, Figure]
+) -> tuple[dict[str, Figure], dict[str, Figure]]:
+  """Two models' scores under the names that both have, of one kind each.
+
+  What a model said may decide whether a score is known item by item, and whether every
+  item just passed or failed. What one lacks the other loses.
+  """
+  left, right = {}, {}
+  for name in base.keys() & trained.keys():
+    one, other = base[name], trained[name]
+    if isinstance(one, float) or isinstance(other, float):
+      one, other = mean(one), mean(other)
+    elif one.share != other.share:
+      one, other = one._replace(share=False), other._replace(share=False)
+    left[name], right[name] = one, other
+  order = [name for name in base if name in left]
+  return {name: left[name] for name in order}, {name: right[name] for name in order}
+
+
+def compare(base: Figure, trained: Figure) -> dict[str, Any]:
   """Trained minus base on the same items, ready for JSON; `p` only for shares."""
+  if isinstance(base, float) or isinstance(trained, float):
+    return {"difference": mean(trained) - mean(base)}
   difference = Scores(trained.values_N - base.values_N, base.weights_N)
   found = {"difference": mean(difference), **interval(difference)._asdict()}
   if base.share:
@@ -138,10 +170,12 @@ def compare(base: Scores, trained: Scores) -> dict[str, Any]:
   return found
 
 
-def retention(base: Scores, trained: Scores) -> dict[str, Any]:
+def retention(base: Figure, trained: Figure) -> dict[str, Any]:
   """100 · trained / base with its paired interval; empty where base scores 0."""
   if mean(base) == 0:
     return {}
   found: dict[str, Any] = {"value": 100.0 * mean(trained) / mean(base)}
+  if isinstance(base, float) or isinstance(trained, float):
+    return found
   between = ratio_interval(base, trained)
   return found | (between._asdict() if between else {})

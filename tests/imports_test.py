@@ -91,6 +91,8 @@ ROOMS = [
   "train",
   "measure",
   "distance",
+  "harness_model",
+  "harness",
   "exam",
   "evaluate",
   "export",
@@ -114,7 +116,7 @@ FENCES = {
   "sentence_transformers": {"encode"},
   "torch": {"encode"},
   "orbax": {"checkpoint"},
-  "lm_eval": {"benchmarks"},
+  "lm_eval": {"benchmarks", "harness_model", "harness"},
   "nltk": {"benchmarks"},
   "langdetect": {"benchmarks"},
   "datasets": {"benchmarks"},
@@ -126,7 +128,8 @@ FENCES = {
   "sklearn": {"clusters"},
   "semantic_text_splitter": {"documents"},
   "matplotlib": {"figures", "curves"},
-  "jinja2": {"hf_tokenizer", "text", "pages"},  # chat templates, and pages
+  # Chat templates, and pages.
+  "jinja2": {"hf_tokenizer", "text", "pages", "harness_model"},
   "pickle": set(),
   "cloudpickle": set(),
   "dill": set(),

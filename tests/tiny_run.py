@@ -1,6 +1,7 @@
 """A whole run in small: a tiny random model with a real tokenizer and a checkpoint."""
 
 import pathlib
+from typing import Any
 
 import jax
 import torch
@@ -9,7 +10,9 @@ import transformers
 from raft_jax import checkpoint, config, engines, hf, hf_tokenizer, text
 
 
-def save_model(folder: pathlib.Path, smollm: str, seed: int = 0) -> pathlib.Path:
+def save_model(
+  folder: pathlib.Path, smollm: str, seed: int = 0, **fields: Any
+) -> pathlib.Path:
   """A Llama of 2 layers with SmolLM2's tokenizer, as transformers saves it."""
   tokenizer = hf_tokenizer.load(smollm)
   torch.manual_seed(seed)
@@ -22,8 +25,8 @@ def save_model(folder: pathlib.Path, smollm: str, seed: int = 0) -> pathlib.Path
       num_attention_heads=4,
       num_key_value_heads=2,
       max_position_embeddings=512,
-      tie_word_embeddings=True,
       eos_token_id=text.load(smollm).eos_ids[0],
+      **{"tie_word_embeddings": True, **fields},
     )
   )
   network.save_pretrained(folder)
