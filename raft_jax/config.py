@@ -24,12 +24,14 @@ from raft_jax.schema import Adaptive as Adaptive
 from raft_jax.schema import Anchor as Anchor
 from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config
+from raft_jax.schema import Drift as Drift
 from raft_jax.schema import Engine as Engine
 from raft_jax.schema import Evaluate as Evaluate
 from raft_jax.schema import Export as Export
 from raft_jax.schema import Extract as Extract
 from raft_jax.schema import Freeze as Freeze
 from raft_jax.schema import Fusion as Fusion
+from raft_jax.schema import Ifeval as Ifeval
 from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
