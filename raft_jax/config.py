@@ -36,11 +36,13 @@ from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Model as Model
+from raft_jax.schema import Prune as Prune
 from raft_jax.schema import Recadam as Recadam
 from raft_jax.schema import Section
 from raft_jax.schema import Servers as Servers
 from raft_jax.schema import Train as Train
 from raft_jax.schema import VerdictJudge as VerdictJudge
+from raft_jax.schema import Watch as Watch
 from raft_jax.schema import Writer as Writer
 
 
@@ -313,8 +315,10 @@ def check_output(config: Config, stage: str, keys: Sequence[str]) -> None:
   Raises:
     errors.UserError: the folder is not ours, or was made with other values of `keys`.
   """
+  names = _flat(_tree(config))
   for key in keys:
-    if not any(_under(name, [key]) for name in _flat(_tree(config))):
+    # The keys of a section that is null here are none of its own.
+    if not any(_under(name, [key]) or _under(key, [name]) for name in names):
       raise ValueError(f"no config key {key!r}")
   output = pathlib.Path(config.output)
   try:
