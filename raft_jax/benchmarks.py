@@ -166,13 +166,14 @@ def _quiet() -> Iterator[None]:
     yield
 
 
-def load_checkers(nltk_data: str | None) -> Any:
+def load_checkers(nltk_data: str | None, *, key: str = "evaluate.ifeval") -> Any:
   """lm-evaluation-harness' IFEval, ready to score without a network.
 
   Args:
     nltk_data: folder (or `pkg://PACKAGE/FOLDER`) that holds `tokenizers/punkt_tab`,
       NLTK's sentence model, which two kinds of instruction need; None looks where NLTK
       does.
+    key: the section's, for messages.
 
   Raises:
     UserError: the harness or the sentence model is missing.
@@ -181,7 +182,7 @@ def load_checkers(nltk_data: str | None) -> Any:
     import langdetect
     import nltk
   except ImportError as error:
-    raise errors.UserError(f"evaluate.ifeval: needs {EXTRA}") from error
+    raise errors.UserError(f"{key}: needs {EXTRA}") from error
   if nltk_data is not None:
     folder = hf.resolve(nltk_data)
     # The checkers look the model up again for each answer.
@@ -190,14 +191,14 @@ def load_checkers(nltk_data: str | None) -> Any:
     nltk.data.find("tokenizers/punkt_tab/english/")
   except LookupError as error:
     raise errors.UserError(
-      "evaluate.ifeval.nltk_data: NLTK's sentence model is missing; run `python -m"
+      f"{key}.nltk_data: NLTK's sentence model is missing; run `python -m"
       " nltk.downloader punkt_tab`, or name a folder with tokenizers/punkt_tab"
     ) from error
   try:
     with _quiet():
       from lm_eval.tasks.ifeval import utils
   except ImportError as error:
-    raise errors.UserError(f"evaluate.ifeval: needs {EXTRA}") from error
+    raise errors.UserError(f"{key}: needs {EXTRA}") from error
   # Language detection draws random numbers; unseeded, the same answer passes or fails.
   langdetect.DetectorFactory.seed = 0
   return utils

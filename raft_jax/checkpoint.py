@@ -17,7 +17,7 @@ import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ import orbax.checkpoint as ocp
 from raft_jax import errors, hosts, model
 
 FOLDER = "checkpoints"
+BEST = "best"
+"""Holds the parameters of the best step, where a run is watched."""
 SEAL = "seal.json"
 UNSEALED = "_CHECKPOINT_METADATA"
 """Gets the time of the commit when all else is sealed; no array hangs on it."""
@@ -51,14 +53,21 @@ class _Manager(ocp.CheckpointManager):
 
 
 @contextlib.contextmanager
-def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
-  """Orbax's manager of `output/checkpoints`; saves in the background.
+def manager(
+  output: str | pathlib.Path, *, keep: int | None, name: str = FOLDER
+) -> Iterator[Any]:
+  """Orbax's manager of a folder of checkpoints; saves in the background.
 
   Leaving the context waits for the last save and raises what it raised: a failed save
   is never swallowed.
+
+  Args:
+    output: the run's folder.
+    keep: older checkpoints than so many are deleted; None leaves them to `drop`.
+    name: of the folder of checkpoints in it.
   """
   _hush()
-  folder = pathlib.Path(output).resolve() / FOLDER
+  folder = pathlib.Path(output).resolve() / name
   policies = ocp.checkpoint_managers
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policies.LatestN(keep),
@@ -69,9 +78,7 @@ def manager(output: str | pathlib.Path, *, keep: int) -> Iterator[Any]:
   )
   with _Manager(folder, options=options) as orbax:
     yield orbax
-    with _writable(folder):
-      orbax.wait_until_finished()
-      orbax.check_for_errors()
+    commit(orbax)
 
 
 def _hush() -> None:
@@ -126,6 +133,19 @@ def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
       ),
     )
+
+
+def commit(orbax: Any) -> None:
+  """Waits until what was saved is on the disk; raises what the saving raised."""
+  with _writable(orbax.directory):
+    orbax.wait_until_finished()
+    orbax.check_for_errors()
+
+
+def drop(orbax: Any, steps: Iterable[int]) -> None:
+  """Deletes checkpoints."""
+  for step in steps:
+    orbax.delete(step)
 
 
 def check_latest(
@@ -213,6 +233,8 @@ def _earlier(folder: pathlib.Path) -> list[int]:
 
 
 def _remedy(folder: pathlib.Path) -> str:
+  if folder.parent.name == BEST:
+    return "set watch.keep=last to read the last step instead"
   earlier = _earlier(folder)
   if not earlier:
     return "no earlier step is left: delete the run's checkpoints to begin again"
@@ -222,8 +244,17 @@ def _remedy(folder: pathlib.Path) -> str:
   )
 
 
+def steps(output: str | pathlib.Path, name: str = FOLDER) -> list[int]:
+  """The steps that a folder of checkpoints holds, in no order."""
+  folder = pathlib.Path(output).resolve() / name
+  return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+
+
 def restore_params(
-  output: str | pathlib.Path, shapes: model.Params, identity: dict[str, Any]
+  output: str | pathlib.Path,
+  shapes: model.Params,
+  identity: dict[str, Any],
+  name: str = FOLDER,
 ) -> tuple[model.Params, int]:
   """The trained parameters of a run's newest checkpoint, for evaluation and export.
 
@@ -231,6 +262,7 @@ def restore_params(
     output: the run's folder.
     shapes: tree of the parameters that the run trains.
     identity: those parts of the run's that must be as they were saved.
+    name: of the folder of checkpoints.
 
   Returns:
     The float32 parameter tree and the step it was saved at.
@@ -238,9 +270,8 @@ def restore_params(
   Raises:
     errors.UserError: when there is no checkpoint, or it is of another model.
   """
-  folder = pathlib.Path(output).resolve() / FOLDER
-  steps = [path for path in folder.glob("*") if path.name.isdigit()]
-  if not steps:
+  folder = pathlib.Path(output).resolve() / name
+  if not steps(output, name):
     raise errors.UserError(
       f"{folder}: no checkpoint; run `python -m raft_jax.train` with this config first"
     )

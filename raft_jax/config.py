@@ -24,22 +24,26 @@ from raft_jax.schema import Adaptive as Adaptive
 from raft_jax.schema import Anchor as Anchor
 from raft_jax.schema import Balance as Balance
 from raft_jax.schema import Config as Config
+from raft_jax.schema import Drift as Drift
 from raft_jax.schema import Engine as Engine
 from raft_jax.schema import Evaluate as Evaluate
 from raft_jax.schema import Export as Export
 from raft_jax.schema import Extract as Extract
 from raft_jax.schema import Freeze as Freeze
 from raft_jax.schema import Fusion as Fusion
+from raft_jax.schema import Ifeval as Ifeval
 from raft_jax.schema import Judge as Judge
 from raft_jax.schema import Lora as Lora
 from raft_jax.schema import Mmlu as Mmlu
 from raft_jax.schema import Model as Model
+from raft_jax.schema import Prune as Prune
 from raft_jax.schema import Recadam as Recadam
 from raft_jax.schema import Section
 from raft_jax.schema import Servers as Servers
 from raft_jax.schema import Tasks as Tasks
 from raft_jax.schema import Train as Train
 from raft_jax.schema import VerdictJudge as VerdictJudge
+from raft_jax.schema import Watch as Watch
 from raft_jax.schema import Writer as Writer
 
 
@@ -312,8 +316,10 @@ def check_output(config: Config, stage: str, keys: Sequence[str]) -> None:
   Raises:
     errors.UserError: the folder is not ours, or was made with other values of `keys`.
   """
+  names = _flat(_tree(config))
   for key in keys:
-    if not any(_under(name, [key]) for name in _flat(_tree(config))):
+    # The keys of a section that is null here are none of its own.
+    if not any(_under(name, [key]) or _under(key, [name]) for name in names):
       raise ValueError(f"no config key {key!r}")
   output = pathlib.Path(config.output)
   try:

@@ -186,6 +186,14 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
       "which makes one",
     )
   yield from _adaptive(config)
+  if config.watch is not None:
+    if config.data.validation is None:
+      yield "data.validation", "is required for `watch`: name a file of questions"
+    if config.watch.max_drift is not None and config.watch.drift.prompts is None:
+      yield (
+        "watch.max_drift",
+        "needs watch.drift.prompts; name them, or delete this line",
+      )
   if config.prune is not None and config.export.adapter:
     yield "export.adapter", "an adapter cannot hold a pruned change; delete one of both"
   freeze = config.freeze

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raft_jax import journal, measure, model, vocab_head
+from raft_jax import journal, measure, model, statistics, vocab_head
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
@@ -80,8 +80,24 @@ def drift(
     [len(prompt) + len(answer) for prompt, answer in rows],
     compute,
     batch_size=who.settings.batch_size,
-    title=f"{who.title}: {name}",
+    title=measure.bar_title(who, name),
   )
+
+
+def from_base(
+  base: measure.Subject,
+  trained: measure.Subject,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  log: journal.Journal,
+) -> statistics.Scores:
+  """KL(base, trained) on the base model's own greedy answers to general prompts."""
+  answers = measure.answers(
+    base, prompts, log, max_new_tokens=max_new_tokens, name="answers for the drift"
+  )
+  rows = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers)]
+  values = drift(base, trained, rows, log, name="drift")
+  return statistics.Scores(np.array(values))
 
 
 @jax.jit

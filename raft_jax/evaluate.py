@@ -183,22 +183,6 @@ def measure_model(
   return Measured(scores, found, asked, answers, time.monotonic() - started)
 
 
-def measure_drift(
-  base: measure.Subject,
-  trained: measure.Subject,
-  prompts: Sequence[Sequence[int]],
-  max_new_tokens: int,
-  log: journal.Journal,
-) -> statistics.Scores:
-  """KL(base, trained) on the base model's own greedy answers to general prompts."""
-  answers = measure.answers(
-    base, prompts, log, max_new_tokens=max_new_tokens, name="answers for the drift"
-  )
-  rows = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers)]
-  values = distance.drift(base, trained, rows, log, name="drift")
-  return statistics.Scores(np.array(values))
-
-
 def summarise(
   base: Mapping[str, statistics.Figure], trained: Mapping[str, statistics.Figure]
 ) -> dict[str, Any]:
@@ -330,7 +314,7 @@ def main(config: config_lib.Config) -> None:
   hosts.refuse("evaluate")
   codec = text.load(config.model.source)
   domain = exam.read_domain(config, codec)
-  validation = exam.read_validation(config, codec)
+  validation = exam.read_validation(config, codec, config.evaluate.limit)
   general = exam.read_general(config.evaluate, codec)
   decoder = hf.load_config(config.model.source)
   exam.check_lengths(
@@ -381,7 +365,7 @@ def main(config: config_lib.Config) -> None:
     compared = summarise(base_scores, scored)
     if general.drift is not None:
       new = config.evaluate.drift.max_new_tokens
-      values = measure_drift(base_model, trained_model, general.drift, new, log)
+      values = distance.from_base(base_model, trained_model, general.drift, new, log)
       drift = statistics.describe(values)
       scored["drift"] = values
   moved = distance.weight_distances(base_params, params)

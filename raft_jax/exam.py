@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import benchmarks, data, errors, model, records, text
@@ -48,23 +48,27 @@ def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
       "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
       " file of held-out questions"
     )
-  return _questions(config, codec, config.data.test, "test")
+  return _questions(config, codec, config.data.test, "test", config.evaluate.limit)
 
 
-def read_validation(config: config_lib.Config, codec: text.Codec) -> Domain | None:
-  """Reads `data.validation`, where it is set."""
+def read_validation(
+  config: config_lib.Config, codec: text.Codec, limit: int | None
+) -> Domain | None:
+  """Reads the first `limit` of `data.validation`, where it is set."""
   if config.data.validation is None:
     return None
-  return _questions(config, codec, config.data.validation, "validation")
+  return _questions(config, codec, config.data.validation, "validation", limit)
 
 
 def _questions(
-  config: config_lib.Config, codec: text.Codec, path: str, what: str
+  config: config_lib.Config,
+  codec: text.Codec,
+  path: str,
+  what: str,
+  limit: int | None,
 ) -> Domain:
   questions = records.read_questions(
-    path,
-    limit=config.evaluate.limit,
-    reject_threshold=config.data.reject_threshold,
+    path, limit=limit, reject_threshold=config.data.reject_threshold
   )
   rows, skipped = data.encode_rows(
     [(question.messages, question.answer) for question in questions],
@@ -83,18 +87,7 @@ def _questions(
 
 def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
   """Reads the benchmarks that the config names, and what scores them."""
-
-  ifeval = mmlu = drift = None
-  if settings.ifeval.items is not None:
-    checkers = benchmarks.load_checkers(settings.ifeval.nltk_data)
-    orders = benchmarks.read(
-      benchmarks.Instructions,
-      settings.ifeval.items,
-      key="evaluate.ifeval.items",
-      split="train",  # the hub's copy has no other
-      limit=settings.ifeval.limit,
-    )
-    ifeval = Ifeval(orders, _asked(codec, orders), checkers)
+  mmlu = None
   if settings.mmlu.items is not None:
     mmlu = read_mmlu(settings.mmlu, codec)
   requests = []
@@ -105,15 +98,41 @@ def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:
       key="evaluate.open_ended.prompts",
       limit=settings.open_ended.limit,
     )
-  if settings.drift.prompts is not None:
-    general = benchmarks.read(
-      benchmarks.Prompt,
-      settings.drift.prompts,
-      key="evaluate.drift.prompts",
-      limit=settings.drift.limit,
-    )
-    drift = _asked(codec, general)
+  ifeval = read_ifeval(settings.ifeval, codec, section="evaluate")
+  drift = read_drift(settings.drift, codec, section="evaluate")
   return General(ifeval, mmlu, drift, requests)
+
+
+def read_ifeval(
+  settings: config_lib.Ifeval, codec: text.Codec, *, section: str
+) -> Ifeval | None:
+  """Reads the prompts, where some are named, and what scores the answers."""
+  if settings.items is None:
+    return None
+  checkers = benchmarks.load_checkers(settings.nltk_data, key=f"{section}.ifeval")
+  orders = benchmarks.read(
+    benchmarks.Instructions,
+    settings.items,
+    key=f"{section}.ifeval.items",
+    split="train",  # the hub's copy has no other
+    limit=settings.limit,
+  )
+  return Ifeval(orders, _asked(codec, orders), checkers)
+
+
+def read_drift(
+  settings: config_lib.Drift, codec: text.Codec, *, section: str
+) -> list[list[int]] | None:
+  """Reads the general prompts, where some are named."""
+  if settings.prompts is None:
+    return None
+  prompts = benchmarks.read(
+    benchmarks.Prompt,
+    settings.prompts,
+    key=f"{section}.drift.prompts",
+    limit=settings.limit,
+  )
+  return _asked(codec, prompts)
 
 
 def read_mmlu(settings: config_lib.Mmlu, codec: text.Codec) -> Mmlu:
@@ -197,12 +216,23 @@ def check_lengths(
     new = settings.open_ended.max_new_tokens
     key = f"evaluate.open_ended.max_new_tokens={new}"
     need[key] = max(map(len, requests)) + new
+  check_need(need, config.model.source, decoder)
+
+
+def check_need(
+  need: Mapping[str, int], source: str, decoder: model.DecoderConfig
+) -> None:
+  """Compares tokens of prompt and answer, by the keys that decide them.
+
+  Raises:
+    UserError: they are more than the model's positions.
+  """
   for key, longest in need.items():
     if longest > decoder.max_positions:
       raise errors.UserError(
-        f"{key}: prompt and answer take up to {longest} tokens, but"
-        f" {config.model.source} was made for {decoder.max_positions}; lower it (for"
-        " the domain's questions with data.too_long=skip)"
+        f"{key}: prompt and answer take up to {longest} tokens, but {source} was made"
+        f" for {decoder.max_positions}; lower it (for the domain's questions with"
+        " data.too_long=skip)"
       )
 
 

@@ -1,4 +1,4 @@
-"""Stage 4: the newest checkpoint as a Hugging Face folder with a model card.
+"""Stage 4: the trained model as a Hugging Face folder with a model card.
 
 The folder is what transformers and vLLM load: float32 safetensors (the master weights,
 unrounded), config, tokenizer with its chat template, generation config and README.md.
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from raft_jax import (
-  checkpoint,
   command_line,
   errors,
   hf,
@@ -37,6 +36,7 @@ HYPERPARAMETERS: Any = {
   **dict.fromkeys(("lora", "recadam", "freeze", "soft_mask", "prune"), True),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
   "replay": {"share", "adaptive"},
+  "watch": {"every", "limit", "max_drift", "patience", "keep"},
   "rollout": True,
   "distill": schema.Distill.model_fields.keys() - {"source"},
   "balance": True,
@@ -258,7 +258,7 @@ def export(config: config_lib.Config) -> Exported:
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
     shapes = wiring.make_split(config, decoder).shapes
-    params, step = checkpoint.restore_params(output, shapes, wiring.identity(config))
+    params, step = wiring.restored(config, shapes)
     hf_export.save_adapter(
       folder,
       params["lora"],

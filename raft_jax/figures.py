@@ -92,10 +92,16 @@ def _panel(
   curves: Mapping[str, str],
   *,
   line_at: float | None = None,
+  mark_at: float | None = None,
   bottom: float | None = None,
   log: bool = False,
 ) -> Callable[[Axes], None] | None:
-  """A panel of curves over the training step, or None if none was measured."""
+  """A panel of curves over the training step, or None if none was measured.
+
+  Args:
+    line_at: value of a dashed line.
+    mark_at: step of a dotted one.
+  """
   measured = {
     name: label for name, label in curves.items() if run_folder.series(run, name)[0]
   }
@@ -107,6 +113,8 @@ def _panel(
       _curve(axes, run, name, label, colour)
     if line_at is not None:
       axes.axhline(line_at, color=INK, linewidth=1.0, linestyle="--")
+    if mark_at is not None:
+      axes.axvline(mark_at, color=INK, linewidth=1.0, linestyle=":")
     if log and all(
       value > 0 for name in measured for value in run_folder.series(run, name)[1]
     ):
@@ -194,7 +202,27 @@ def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
     "student_mass_outside_support": "student",
     "teacher_mass_outside_support": "teacher",
   }
+  best = run_folder.series(run, "watch_best")[1][-1:]
+  best_step = best[0] if best else None
+  limit = run_folder.setting(run, "watch", "max_drift")
   panels = {
+    "watch": [
+      _panel(
+        *(run, "Validation loss, nats per token", {"watch_loss": "loss"}),
+        mark_at=best_step,
+      ),
+      _panel(
+        *(run, "Drift, nats per token", {"watch_drift": "drift"}),
+        line_at=limit if run_folder.is_number(limit) else None,
+        mark_at=best_step,
+        bottom=0,
+      ),
+      _panel(
+        *(run, "IFEval, share of instructions", {"watch_ifeval": "share"}),
+        mark_at=best_step,
+        bottom=0,
+      ),
+    ],
     "losses": [
       _panel(run, "SFT loss, nats per token", {"loss_sft": "L_SFT"}),
       _panel(run, "Distillation loss, nats", {"loss_kd": "L_KD"}, bottom=0),

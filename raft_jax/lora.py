@@ -118,7 +118,8 @@ def _merged(kernel_LOI: Array, adapter: model.Params) -> Array:
   update_LOI = jnp.einsum(
     "lor,lri->loi", b_LOr, adapter["a"], precision=jax.lax.Precision.HIGHEST
   )
-  return kernel_LOI + update_LOI.astype(kernel_LOI.dtype)
+  # Rounded once, as where the kernel is float32 and a forward pass casts the sum.
+  return (kernel_LOI.astype(jnp.float32) + update_LOI).astype(kernel_LOI.dtype)
 
 
 def merge(params: model.Params) -> model.Params:

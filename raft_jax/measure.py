@@ -48,7 +48,7 @@ class Subject(NamedTuple):
 
   Attributes:
     weights: fingerprints of `params`, part of the journal's keys.
-    title: what the progress bars call it.
+    title: what the progress bars call it; None for no bars.
     server: who writes its answers; None for the built-in sampler.
   """
 
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
   codec: text.Codec
   settings: Settings
   weights: dict[str, list[int]]
-  title: str
+  title: str | None
   server: engines.Generator | None = None
 
 
@@ -78,7 +78,7 @@ def subject(
   config: model.DecoderConfig,
   codec: text.Codec,
   settings: Settings,
-  title: str,
+  title: str | None,
   server: engines.Generator | None = None,
 ) -> Subject:
   """A model that is measured, with the fingerprints of its weights."""
@@ -204,19 +204,28 @@ def finish(
   compute: Callable[[list[int]], list[Any]],
   *,
   batch_size: int,
-  title: str,
+  title: str | None,
 ) -> list[Any]:
   """The value of every key, in order; what the journal lacks is computed in batches."""
   todo = [i for i, key in enumerate(keys) if key not in log.calls]
   done = len(keys) - len(todo)
-  bar = progress.Progress(title, len(keys), done=done, unit="item")
+  bar = None
+  if title is not None:
+    bar = progress.Progress(title, len(keys), done=done, unit="item")
   for batch in by_length(todo, lengths, batch_size):
     values = compute(batch)
     log.append({keys[i]: value for i, value in zip(batch, values)})
     done += len(batch)
-    bar.advance(done)
-  bar.close()
+    if bar is not None:
+      bar.advance(done)
+  if bar is not None:
+    bar.close()
   return [log.calls[key] for key in keys]
+
+
+def bar_title(who: Subject, name: str) -> str | None:
+  """What a progress bar says of work on a model."""
+  return None if who.title is None else f"{who.title}: {name}"
 
 
 def item_key(who: Subject, **item: Any) -> str:
@@ -256,7 +265,7 @@ def losses(
     [len(row.prompt) + len(row.answer) for row in rows],
     compute,
     batch_size=who.settings.batch_size,
-    title=f"{who.title}: {name}",
+    title=bar_title(who, name),
   )
 
 
@@ -319,7 +328,7 @@ def answers(
     [len(prompt) for prompt in prompts],
     compute,
     batch_size=who.settings.batch_size,
-    title=f"{who.title}: {name}",
+    title=bar_title(who, name),
   )
   return [Answer(**answer, tokens=len(answer["ids"])) for answer in found]
 
@@ -373,7 +382,7 @@ def served(
     [server.count_tokens(messages) for messages in asked],
     compute,
     batch_size=who.settings.batch_size,
-    title=f"{who.title}: {name}",
+    title=bar_title(who, name),
   )
   return [Answer(**answer) for answer in found]
 
@@ -408,7 +417,7 @@ def choices(
     [len(prompt) for prompt in prompts],
     compute,
     batch_size=who.settings.batch_size,
-    title=f"{who.title}: {name}",
+    title=bar_title(who, name),
   )
 
 

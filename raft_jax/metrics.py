@@ -117,16 +117,25 @@ def keep_until(path: pathlib.Path, step: int) -> None:
   """Drops rows after `step`, and a torn last line, from a log that goes on."""
   if not path.exists():
     return
-  kept = []
+  temporary = path.with_suffix(".tmp")
+  kept = "".join(f"{line}\n" for line, _ in rows_until(path, step))
+  temporary.write_text(kept, encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def rows_until(path: pathlib.Path, step: int) -> list[tuple[str, dict[str, Any]]]:
+  """The whole lines of a log up to a step, and what they say; none without a file."""
+  if not path.exists():
+    return []
+  found = []
   for line in path.read_text(encoding="utf-8").splitlines():
     try:
-      if json.loads(line)["step"] <= step:
-        kept.append(line + "\n")
+      row = json.loads(line)
+      if row["step"] <= step:
+        found.append((line, row))
     except (json.JSONDecodeError, KeyError, TypeError):
       continue
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  os.replace(temporary, path)
+  return found
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:

@@ -151,6 +151,9 @@ def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
     if rate_N:
       median = pages.number(statistics.median(rate_N), 0)
       rows.append((f"train: {phase}", None, f"median {median} tokens/s"))
+  looks_N = run_folder.series(run, "watch_seconds")[1]
+  if looks_N:
+    rows.append(("train: looks", sum(looks_N), f"{len(looks_N)} looks"))
   for who, seconds in (run.scores.get("seconds") or {}).items():
     rows.append((f"evaluate: {who}", seconds, ""))
   return rows

@@ -628,6 +628,44 @@ class Evaluate(Section):
   tasks: Tasks = Tasks()
 
 
+class WatchDrift(Drift):
+  """Drift from the base model, as `evaluate.drift`."""
+
+  limit: Positive | None = 16
+  """Use only the first N prompts."""
+  max_new_tokens: Positive = 48
+  """Tokens of the base model's answers on which both are compared."""
+
+
+class WatchIfeval(Ifeval):
+  """The strict share of instructions obeyed, as `evaluate.ifeval`."""
+
+  limit: Positive | None = 16
+  """Use only the first N prompts."""
+  max_new_tokens: Positive = 96
+  """Longest answer."""
+
+
+class Watch(Section):
+  """Looks, while it trains, at the loss on `data.validation` and at general abilities.
+  The best step is that of the lowest loss among the looks whose drift is at most
+  `max_drift`. `{}` for the defaults. null: none."""
+
+  every: Positive = 25
+  """Steps between two looks; the last step is looked at, too [O]."""
+  limit: Positive = 32
+  """Use only the first N questions of `data.validation` [O]."""
+  drift: WatchDrift = WatchDrift()
+  ifeval: WatchIfeval = WatchIfeval()
+  max_drift: Annotated[float, pydantic.Field(gt=0.0)] | None = None
+  """Nats per token above which a step is not the best, whatever its loss; null: any."""
+  patience: Positive | None = None
+  """Training ends after so many looks in a row without a new best; null: never."""
+  keep: Literal["best", "last"] = "best"
+  """The step that `evaluate` and `export` read: the best, if there is one, or the
+  last."""
+
+
 class SweepRun(Section):
   """A run of a sweep, or several."""
 
@@ -683,6 +721,7 @@ class Config(Section):
   soft_mask: SoftMask | None = None
   replay: Replay | None = None
   prune: Prune | None = None
+  watch: Watch | None = None
   mesh: Mesh = Mesh()
   cluster: Cluster = Cluster()
   evaluate: Evaluate = Evaluate()

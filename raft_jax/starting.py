@@ -34,12 +34,14 @@ class Beside(NamedTuple):
   """Parameters that the steps read and never change; `{}` or None where none do.
 
   All of the base model, in the same buffers where they agree in dtype: frozen ones,
-  the teacher's, and those that updates stay near.
+  the teacher's, and those that updates stay near; and the model itself, for looks at
+  how the trained one differs.
   """
 
   frozen: model.Params
   teacher: model.Params | None
   anchor: model.Params | None
+  base: model.Params | None = None
 
 
 def first_state(
@@ -53,9 +55,9 @@ def first_state(
   split, dtype = run.split, config.model.dtype
   resumes = orbax.latest_step() is not None
   teaches = built.base_teaches and run.teacher is None
-  anchored = recipe.anchored(config)
+  anchored, compared = recipe.anchored(config), compares(config)
   base = None
-  if teaches or anchored or split.freeze or not resumes:
+  if teaches or anchored or compared or split.freeze or not resumes:
     base = load(
       config.model.source,
       run.decoder,
@@ -70,7 +72,7 @@ def first_state(
     state, step = new_state(config, run, built, base), 0
     memory = first_memory(run, built, base, config.train.batch_size)
   anchor = base if anchored else None
-  if base is not None and (teaches or split.freeze):
+  if base is not None and (teaches or compared or split.freeze):
     base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
   frozen = split.freeze(base) if split.freeze and base is not None else {}
   teacher = base if teaches else None
@@ -81,7 +83,16 @@ def first_state(
       dtype,
       wiring.param_shardings(run.mesh, run.teacher),
     )
-  return state, Beside(frozen, teacher, anchor), memory, step
+  beside = Beside(frozen, teacher, anchor, base if compared else None)
+  return state, beside, memory, step
+
+
+def compares(config: config_lib.Config) -> bool:
+  """Whether looks at the trained model read the base model, too."""
+  watch = config.watch
+  return watch is not None and (
+    watch.drift.prompts is not None or config.prune is not None
+  )
 
 
 def load(

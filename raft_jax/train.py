@@ -34,6 +34,7 @@ from raft_jax import (
   sharding,
   starting,
   text,
+  watch,
   wiring,
 )
 from raft_jax import config as config_lib
@@ -164,6 +165,8 @@ def note(values: dict[str, float]) -> str:
     "loss_kd": "kd",
     "kd_weight": "λ",
     "rollout_length": "len",
+    "watch_loss": "val",
+    "watch_drift": "drift",
   }
   return "  ".join(
     f"{short} {values[name]:.3g}" for name, short in shown.items() if name in values
@@ -177,11 +180,15 @@ def reporter(
   log: metrics.Log | None,
   bar: progress.Progress | None,
   replayer: replay.Replayer | None,
-) -> Callable[[Dispatched], None]:
-  """A function that waits for a step and, where there are any, moves log and bar."""
+  watcher: watch.Watcher | None,
+) -> Callable[..., None]:
+  """A function that waits for a step and, where there are any, moves log and bar.
+
+  Given the parameters after the step, too, it has the watcher look at them.
+  """
   last = time.perf_counter()
 
-  def report(dispatched: Dispatched) -> None:
+  def report(dispatched: Dispatched, params: model.Params | None = None) -> None:
     nonlocal last
     values = fetch(dispatched, run.codec, leaks)
     if replayer is not None:
@@ -190,6 +197,11 @@ def reporter(
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now
     values["learning_rate"] = float(built.rates[dispatched.step])
+    if watcher is not None and params is not None:
+      # The step's values were found finite: the panel is not asked about a NaN.
+      values |= watcher.look(dispatched.step + 1, params)
+      last = time.perf_counter()
+      values["watch_seconds"] = last - now
     if log is not None:
       log.write(dispatched.step + 1, values)
     if bar is not None:
@@ -207,11 +219,13 @@ def loop(
   start: int,
   *,
   replayer: replay.Replayer | None,
-  report: Callable[[Dispatched], None],
+  watcher: watch.Watcher | None,
+  report: Callable[..., None],
   save: Callable[[int, step_lib.TrainState], None],
   stops: Callable[[int], bool],
 ) -> int:
-  """Trains from step `start` to the end, or until `stops`; returns the steps done."""
+  """Trains from step `start` to the end, until `stops` or the watcher says that it is
+  over; returns the steps done."""
   every = settings.measure_every
   warm: set[Any] = set()
   pending: Dispatched | None = None
@@ -241,11 +255,15 @@ def loop(
     if pending is not None:
       report(pending)
     pending, done = dispatched, step + 1
-    stopping = stops(done)  # once: a signal may come between two looks
+    stopping = stops(done)  # once: a signal may come between two askings
+    if watcher is not None and watcher.due(done):
+      report(pending, state.params)  # before the next step takes their buffers
+      pending, stopping = None, stopping or watcher.verdict.over
     if done == run.total_steps or stopping or done % settings.checkpoint_every == 0:
       # The metrics of a step are read before it is saved: a NaN never is.
-      report(pending)
-      pending = None
+      if pending is not None:
+        report(pending)
+        pending = None
       save(done, state)
     if stopping:
       break
@@ -272,6 +290,7 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
       stack.enter_context(contextlib.redirect_stdout(None))
     run = hosts.together(lambda: wiring.prepare(config))
     hosts.agree({**wiring.facts(config, run), **hosts.versions()})
+    panel = watch.read(config, run.codec, run.decoder)
     built = wiring.build(config, run)
     hosts.together(lambda: enter(output, stack, leads=leads))
     stop = stack.enter_context(hosts.stop_signals())
@@ -280,9 +299,13 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
       checkpoint.manager(output, keep=config.train.keep_checkpoints)
     )
     newest = checkpoint.check_latest(orbax, run.identity, on_corrupt=on_corrupt)
-    if newest == run.total_steps:
-      print(f"already trained: {orbax.directory / str(run.total_steps)}")
-      return
+    if newest is not None:
+      known = watch.so_far(config, newest)
+      if newest == run.total_steps or known.over:
+        print(f"already trained: {orbax.directory / str(newest)}")
+        if config.watch is not None:
+          print(watch.summary(config, known, newest, run.total_steps))
+        return
     state, beside, memory, start = starting.first_state(
       config, run, built, orbax, on_corrupt
     )
@@ -290,7 +313,10 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
     if run.replay is not None and memory is not None:
       replayer = replay.Replayer(run.replay, memory)
     began = time.perf_counter()
-    with journals(config, run, start, leads=leads) as (log, bar):
+    with (
+      journals(config, run, start, leads=leads) as (log, bar),
+      watch.watching(config, run, built, beside, panel, orbax, start) as watcher,
+    ):
       done = loop(
         config.train,
         run,
@@ -299,9 +325,10 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
         beside,
         start,
         replayer=replayer,
+        watcher=watcher,
         report=reporter(
           *(run, built, text.leak_phrases(config.distill.teacher_context), log, bar),
-          replayer,
+          *(replayer, watcher),
         ),
         save=lambda step, state: checkpoint.save(
           orbax, step, starting.saved(run, state, replayer), run.identity
@@ -310,6 +337,8 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
       )
   if leads:
     finish(output, start, done, run.total_steps, time.perf_counter() - began, stop)
+    if watcher is not None:
+      print(watch.summary(config, watcher.verdict, done, run.total_steps))
   if stop:
     raise SystemExit(75 if stop[0] == signal.SIGTERM else 130)
 

@@ -63,6 +63,11 @@ CLAIMED = (
   "freeze",
   "soft_mask",
   "replay",
+  *(
+    f"watch.{key}"
+    for key in config_lib.Watch.model_fields
+    if key not in ("patience", "keep")
+  ),
 )
 """Keys that make a run what it is: a resumed run may not change them."""
 
@@ -197,25 +202,67 @@ def identity(config: config_lib.Config) -> dict[str, Any]:
 def trained(
   config: config_lib.Config, decoder: model.DecoderConfig
 ) -> tuple[model.Params, int]:
-  """The whole model of the newest checkpoint, float32, and the step it was saved at.
-
-  Adapters are merged, and the model is pruned where the config asks for it.
+  """The whole model of the checkpoint to read, float32, and the step it was saved at.
 
   Raises:
     errors.UserError: when there is no checkpoint, or it is of another run.
   """
   split = make_split(config, decoder)
-  params, step = checkpoint.restore_params(
-    config.output, split.shapes, identity(config)
-  )
+  params, step = restored(config, split.shapes)
   if split.freeze is None and config.prune is None:
     return params, step
   base = hf.load_params(config.model.source, decoder)
-  if split.freeze is not None:
-    params = lora.merge(trainable.combine(split.freeze(base), params))
-  if config.prune is not None:
-    params = prune.prune(base, params, config.prune.keep)
-  return jax.tree.map(jnp.asarray, params), step
+  frozen = split.freeze(base) if split.freeze is not None else {}
+  return whole(params, frozen, base, config.prune), step
+
+
+def restored(
+  config: config_lib.Config, shapes: model.Params
+) -> tuple[model.Params, int]:
+  """The trained tree, and its step: the last, or of a run that was watched the best.
+
+  Args:
+    shapes: of the trained tree.
+
+  Raises:
+    errors.UserError: when there is no checkpoint, or it is of another run.
+  """
+  wants_best = config.watch is not None and config.watch.keep == "best"
+  has_best = wants_best and checkpoint.steps(config.output, checkpoint.BEST)
+  params, step = checkpoint.restore_params(
+    config.output,
+    shapes,
+    identity(config),
+    checkpoint.BEST if has_best else checkpoint.FOLDER,
+  )
+  if has_best:
+    print(f"reading step {step}, the best by `watch`")
+  elif wants_best:
+    print(f"no step is kept as the best by `watch`; reading step {step}, the last")
+  return params, step
+
+
+def whole(
+  params: model.Params,
+  frozen: model.Params,
+  base: model.Params | None,
+  pruning: config_lib.Prune | None,
+) -> model.Params:
+  """The model that a trained tree stands for: adapters merged, and pruned if asked.
+
+  Args:
+    frozen: what lies beside the trained tree; `{}` where that is the model.
+    base: the base model, on whose devices what was pruned is put; None without
+      pruning.
+  """
+  if frozen:
+    params = lora.merge(trainable.combine(frozen, params))
+  if pruning is not None and base is not None:
+    pruned = prune.prune(base, params, pruning.keep)
+    params = jax.tree.map(
+      lambda leaf, like: jax.device_put(leaf, like.sharding), pruned, base
+    )
+  return params
 
 
 def distills(config: config_lib.Config) -> bool:

@@ -359,7 +359,7 @@ def test_the_teacher_is_the_frozen_base_and_no_copy(trained, tmp_path, dtype):
   run = wiring.prepare(settings)
   built = wiring.build(settings, run)
   with jax.set_mesh(run.mesh), checkpoint.manager(output, keep=2) as orbax:
-    state, (frozen, teacher, _), *_ = starting.first_state(
+    state, (frozen, teacher, *_), *_ = starting.first_state(
       settings, run, built, orbax, "stop"
     )
   assert "lora" not in teacher
