@@ -20,7 +20,7 @@ class Column(NamedTuple):
   digits: int
 
 
-COLUMNS = (
+SCORES = (
   Column("validation_loss", "validation loss", 3),
   Column("held_out_loss", "held-out loss", 3),
   Column("rouge_l", "ROUGE-L", 3),
@@ -35,17 +35,22 @@ COLUMNS = (
   Column("drift", "drift", 3),
   Column("sft_drift", "SFT at equal fit", 3),
   Column("weight_distance", "weight distance", 5),
+)
+"""What a setting scores."""
+
+COSTS = (
   Column("support_mass", "mass in top K", 4),
   Column("step_seconds", "s a step", 2),
   Column("host_peak_gib", "host GiB", 2),
 )
+"""What its training took, and what the distillation saw."""
 
 
 def table(runs: Sequence[collected.Run]) -> list[dict[str, Any]]:
   """Rows of label, number of seeds and cells; the base model's first."""
   base = runs[0]["scores"]["scores"]["base"]
   zero = {"value": 0.0}
-  rows = [_row("base model", [{**base, "drift": zero, "weight_distance": zero}])]
+  rows = [_row(contrasts.BASE, [{**base, "drift": zero, "weight_distance": zero}])]
   curve = sft_curve(runs)
   for label, same in collected.settings(runs):
     row = _row(label, [collected.values(run) for run in same])
@@ -57,7 +62,7 @@ def table(runs: Sequence[collected.Run]) -> list[dict[str, Any]]:
 
 def _row(label: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   cells = {}
-  for column in COLUMNS:
+  for column in (*SCORES, *COSTS):
     scores = [run[column.name] for run in runs if run.get(column.name)]
     values = [score["value"] for score in scores]
     if len(values) == 1:
@@ -96,9 +101,12 @@ def drift_at(curve: Sequence[tuple[float, float]], loss: float | None) -> float 
   return float(np.interp(loss, losses, drifts))
 
 
-def measured(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-  """The columns in which some run has a value."""
-  return [c for c in COLUMNS if any(row["cells"][c.name] for row in rows[1:])]
+def measured(
+  columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]
+) -> list[Column]:
+  """The columns in which some row but the base model's has a value."""
+  trained = [row["cells"] for row in rows if row["label"] != contrasts.BASE]
+  return [c for c in columns if any(cells.get(c.name) for cells in trained)]
 
 
 class Table(NamedTuple):
@@ -107,7 +115,7 @@ class Table(NamedTuple):
   kind: str
   title: str
   columns: list[Column]
-  rows: list[Mapping[str, Any]]
+  rows: Sequence[Mapping[str, Any]]
 
 
 def tables(domains: contrasts.Domains) -> list[Table]:
@@ -123,34 +131,26 @@ def tables(domains: contrasts.Domains) -> list[Table]:
     for prefix, words in (("", "{}"), ("sft_", "SFT's {}"), ("gap_", "gap"))
   ]
   found = [
-    ("methods", "Methods", scores, contrasts.methods(domains)),
-    ("against", "Against SFT", [*scores, *retained], contrasts.against_sft(domains)),
-    (
-      *("equal", "At equal fit"),
-      [Column(*contrasts.FIT), *gaps],
-      contrasts.at_equal_fit(domains),
-    ),
+    ("methods", "Methods", scores, contrasts.methods),
+    ("against", "Against SFT", [*scores, *retained], contrasts.against_sft),
+    ("equal", "At equal fit", [Column(*contrasts.FIT), *gaps], contrasts.at_equal_fit),
   ]
-  return [
-    Table(
-      kind, f"{title}{where}", _with_values(columns, rows), [r._asdict() for r in rows]
-    )
-    for kind, title, columns, rows in found
-    if any(row.cells for row in rows if row.label != contrasts.BASE)
-  ]
+  shown = []
+  for kind, title, columns, rows_of in found:
+    rows = [row._asdict() for row in rows_of(domains)]
+    if kept := measured(columns, rows):
+      shown.append(Table(kind, f"{title}{where}", kept, rows))
+  return shown
 
 
-def _with_values(
-  columns: Sequence[Column], rows: Sequence[contrasts.Row]
-) -> list[Column]:
-  trained = [row for row in rows if row.label != contrasts.BASE]
-  return [c for c in columns if any(row.cells.get(c.name) for row in trained)]
-
-
-def every_setting(runs: Sequence[collected.Run]) -> Table:
-  """All settings of a sweep with all that was measured."""
+def every_setting(runs: Sequence[collected.Run]) -> list[Table]:
+  """All settings of a sweep: what was measured of them, and what they took."""
   rows = table(runs)
-  return Table("every", "Every setting", measured(rows), list(rows))
+  found = [
+    Table("every", "Every setting", measured(SCORES, rows), rows),
+    Table("costs", "What a step takes", measured(COSTS, rows), rows[1:]),
+  ]
+  return [one for one in found if one.columns]
 
 
 def markdown(one: Table) -> str:
@@ -177,7 +177,7 @@ def _part(name: str, runs: Sequence[collected.Run]) -> dict[str, Any]:
   found = [*collected.chosen(runs).items(), *collected.settings(runs)]
   return {
     "name": name,
-    "tables": [*tables({name: runs}), every_setting(runs)],
+    "tables": [*tables({name: runs}), *every_setting(runs)],
     "figures": curves.drawings(runs),
     "anchors": {label: f"{name}/{same[0]['name']}" for label, same in found},
     "sources": [
