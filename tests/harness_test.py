@@ -295,6 +295,18 @@ def test_a_context_of_spaces_is_the_start_of_a_text(tmp_path, who):
   assert one == other
 
 
+def test_the_journal_tells_continuations_apart(tmp_path, who):
+  """Of the same tokens: another last one, and another place where they begin."""
+  pairs = (("rain law", " river"), ("rain law", " wind"), ("rain", " law river"))
+  found = []
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    for args in pairs:
+      adapter = harness_model.Adapter(who, log)
+      found += adapter.loglikelihood([types.SimpleNamespace(args=args)])
+    assert len(log.calls) == 3
+  assert len({log_p for log_p, _ in found}) == 3
+
+
 def test_choices_of_one_token_share_their_context(tmp_path, who, folder, alone):
   tasks = harness.read(_settings(folder, "letters"), 512)
   with journal.open_journal(tmp_path / "journal.jsonl") as log:

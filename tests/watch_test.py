@@ -305,7 +305,10 @@ def test_killed_at_any_place_a_run_ends_with_the_same_best(
   # It goes on from step 3, where 2 was the best; 4 came from work that is lost.
   assert checkpoint.steps(output) == [3]
   assert set(bests(output)) == {2, 4}
+  sealed = output / checkpoint.BEST / "4" / checkpoint.SEAL
+  lost = sealed.stat().st_mtime_ns
   start("killed")
+  assert sealed.stat().st_mtime_ns > lost
   assert train_test.rows(output) == train_test.rows(watched[0])
   assert bests(output) == bests(watched[0])
 
