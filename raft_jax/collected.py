@@ -125,10 +125,8 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
   """Label and runs of each setting; its runs differ in their seed only."""
   labelled = []
   for same in _alike(runs, {SEED}):
-    label = same[0]["name"]
-    if len(same) > 1:
-      words = label.split("-")
-      label = "-".join(word for word in words if not word.startswith("seed_"))
+    words = same[0]["name"].split("-")
+    label = "-".join(word for word in words if not word.startswith("seed_"))
     labelled.append((label, same))
   return labelled
 

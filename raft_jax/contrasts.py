@@ -44,7 +44,11 @@ KEPT = (Measure("drift", "drift"), *GENERAL)
 
 MEASURES = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"), *KEPT)
 
-BASE, SFT = "base model", "sft"
+BASE = "base model"
+"""A row's label."""
+
+SFT = "sft"
+"""A run's method."""
 
 
 class Row(NamedTuple):
@@ -81,7 +85,7 @@ def against_sft(domains: Domains) -> list[Row]:
   picked = {name: collected.chosen(runs) for name, runs in domains.items()}
   rows = []
   for label in _in_all(picked):
-    parts = [(found[label], found.get(SFT, [])) for found in picked.values()]
+    parts = [(found[label], _first_sft(found)) for found in picked.values()]
 
     def minus(measure: Measure, parts: Any = parts) -> Samples:
       return _mean([_difference(_of(a, measure), _of(b, measure)) for a, b in parts])
@@ -92,13 +96,17 @@ def against_sft(domains: Domains) -> list[Row]:
         [_share(_of(a, measure), base) for (a, _), base in zip(parts, bases)]
       )
 
-    cells = {} if label == SFT else _cells(MEASURES, minus)
+    cells = {} if all(a is b for a, b in parts) else _cells(MEASURES, minus)
     kept = _cells(GENERAL, retained)
     cells |= {f"retained_{name}": cell for name, cell in kept.items()}
     seeds = _seeds([runs for runs, _ in parts])
     if cells:
       rows.append(Row(label, seeds, cells))
   return rows
+
+
+def _first_sft(found: Mapping[str, list[collected.Run]]) -> list[collected.Run]:
+  return next((runs for runs in found.values() if runs[0]["method"] == SFT), [])
 
 
 def at_equal_fit(domains: Domains) -> list[Row]:
