@@ -36,19 +36,21 @@ ITEM_SCORES = (
   "mmlu",
   "drift",
 )
-"""Scores that are compared item by item."""
+"""Scores that are compared item by item, beside those of tasks."""
+
+TASK = "task_"
+"""How the names of lm-evaluation-harness' scores begin."""
 
 
 def items_of(evaluation: pathlib.Path) -> dict[str, Any]:
-  """`ITEM_SCORES` of an evaluation's `items.json`, short enough to be kept together."""
+  """The scores to compare of an evaluation's `items.json`, with five digits each."""
   path = evaluation / "items.json"
   if not path.exists():  # evaluated by an earlier version
     return {}
   found = json.loads(path.read_text(encoding="utf-8"))
   kept = {}
-  for name in ITEM_SCORES:
-    if name in found:
-      score = found[name]
+  for name, score in found.items():
+    if name in ITEM_SCORES or name.startswith(TASK):
       kept[name] = {
         "items": score["items"][:16],
         **{

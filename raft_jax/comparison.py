@@ -121,13 +121,14 @@ class Table(NamedTuple):
 def tables(domains: contrasts.Domains) -> list[Table]:
   """Methods side by side, against SFT, and at equal fit; only what was measured."""
   where = "" if len(domains) == 1 else f", mean of {len(domains)} domains"
-  scores = [Column(*measure) for measure in contrasts.MEASURES]
+  scores = [Column(*measure) for measure in contrasts.measures(domains)]
   retained = [
-    Column(f"retained_{m.name}", f"{m.words} retained, %", 1) for m in contrasts.GENERAL
+    Column(f"retained_{m.name}", f"{m.words} retained, %", 1)
+    for m in contrasts.general(domains)
   ]
   gaps = [
     Column(prefix + m.name, words.format(m.words), m.digits)
-    for m in contrasts.KEPT
+    for m in contrasts.kept(domains)
     for prefix, words in (("", "{}"), ("sft_", "SFT's {}"), ("gap_", "gap"))
   ]
   found = [

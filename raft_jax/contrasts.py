@@ -39,10 +39,9 @@ GENERAL = (
 )
 """Shares of general requests answered well: their retention is given."""
 
-KEPT = (Measure("drift", "drift"), *GENERAL)
-"""What tells forgetting."""
+DRIFT = Measure("drift", "drift")
 
-MEASURES = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"), *KEPT)
+OF_DOMAIN = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"))
 
 BASE = "base model"
 """A row's label."""
@@ -59,6 +58,32 @@ class Row(NamedTuple):
   cells: dict[str, dict[str, float]]
 
 
+def general(domains: Domains) -> list[Measure]:
+  """`GENERAL`, and the tasks of lm-evaluation-harness of which more is better."""
+  retained = {
+    name
+    for runs in domains.values()
+    for run in runs
+    for name in run["scores"].get("retention") or {}
+    if name.startswith(collected.TASK)
+  }
+  tasks = [
+    Measure(name, name.removeprefix(collected.TASK).replace("_", " "))
+    for name in sorted(retained)
+  ]
+  return [*GENERAL, *tasks]
+
+
+def kept(domains: Domains) -> list[Measure]:
+  """What tells forgetting."""
+  return [DRIFT, *general(domains)]
+
+
+def measures(domains: Domains) -> list[Measure]:
+  """All that methods are compared by."""
+  return [*OF_DOMAIN, *kept(domains)]
+
+
 def methods(domains: Domains) -> list[Row]:
   """The scores of the base model and of each method at its chosen learning rate."""
   picked = {name: collected.chosen(runs) for name, runs in domains.items()}
@@ -66,14 +91,14 @@ def methods(domains: Domains) -> list[Row]:
   def base(measure: Measure) -> Samples:
     return _mean([_base(runs, measure) for runs in domains.values()])
 
-  rows = [Row(BASE, 1, _cells(MEASURES, base))]
+  rows = [Row(BASE, 1, _cells(measures(domains), base))]
   for label in _in_all(picked):
     parts = [found[label] for found in picked.values()]
 
     def score(measure: Measure, parts: Any = parts) -> Samples:
       return _mean([_of(runs, measure) for runs in parts])
 
-    rows.append(Row(label, _seeds(parts), _cells(MEASURES, score)))
+    rows.append(Row(label, _seeds(parts), _cells(measures(domains), score)))
   return rows
 
 
@@ -96,9 +121,9 @@ def against_sft(domains: Domains) -> list[Row]:
         [_share(_of(a, measure), base) for (a, _), base in zip(parts, bases)]
       )
 
-    cells = {} if all(a is b for a, b in parts) else _cells(MEASURES, minus)
-    kept = _cells(GENERAL, retained)
-    cells |= {f"retained_{name}": cell for name, cell in kept.items()}
+    cells = {} if all(a is b for a, b in parts) else _cells(measures(domains), minus)
+    shares = _cells(general(domains), retained)
+    cells |= {f"retained_{name}": cell for name, cell in shares.items()}
     seeds = _seeds([runs for runs, _ in parts])
     if cells:
       rows.append(Row(label, seeds, cells))
@@ -123,7 +148,7 @@ def at_equal_fit(domains: Domains) -> list[Row]:
     if parts[0][0]["method"] == SFT:
       continue
     cells = {FIT.name: _described(_mean([_of(same, FIT) for same in parts]))}
-    for measure in KEPT:
+    for measure in kept(domains):
       pairs = [
         (_of(same, measure), _sft_at(runs, same, measure))
         for same, runs in zip(parts, domains.values())

@@ -114,6 +114,19 @@ def test_at_equal_fit_the_line_through_sft_is_read_off():
   assert "gap_drift" not in high.cells
 
 
+def test_tasks_of_the_harness_are_compared_where_more_is_better():
+  runs = json.loads(json.dumps(RUNS))
+  for run in runs:
+    run["items"]["task_quiz_acc"] = run["items"]["ifeval_prompt_strict"]
+    run["items"]["task_books_bits_per_byte"] = run["items"]["drift"]
+    run["scores"]["retention"] = {"task_quiz_acc": {}}
+  (low, _) = contrasts.at_equal_fit({"law": runs})
+  assert low.cells["gap_task_quiz_acc"] == low.cells["gap_ifeval_prompt_strict"]
+  assert "gap_task_books_bits_per_byte" not in low.cells
+  equal = comparison.tables({"law": runs})[-1]
+  assert "quiz acc" in [column.words for column in equal.columns]
+
+
 def test_domains_are_averaged_where_all_have_a_setting():
   other = [
     _run("sft-low", "sft", 3.5, 0.05, **_rate(1e-5)),
