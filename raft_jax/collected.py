@@ -164,11 +164,10 @@ def _alike(runs: Sequence[Run], apart_from: set[str]) -> list[list[Run]]:
   return list(found.values())
 
 
-def samples(
-  runs: Sequence[Run], name: str, who: str = "trained"
-) -> tuple[np.ndarray, str] | None:
-  """A score of a setting, each item's mean over its runs: [S] of `bootstrap.means`, and
-  which items they are. None where a run has not measured it, or on other items.
+def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray | None:
+  """A score of a setting, each item's mean over its runs: [S] of `bootstrap.means`.
+
+  None where a run has not measured it, or on other items.
 
   Args:
     who: "trained", or "base" for the model before training.
@@ -184,4 +183,4 @@ def samples(
   count = len(first["trained"])
   values_M = np.mean([score[who] or [0.0] * count for score in scores], axis=0)
   weights_M = None if first["weights"] is None else np.array(first["weights"])
-  return bootstrap.means(values_M, first["items"], weights_M), first["items"]
+  return bootstrap.means(values_M, first["items"], weights_M)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax import collected, contrasts, curves, durable, pages
+from raft_jax import bootstrap, collected, contrasts, curves, durable, pages
 
 
 class Column(NamedTuple):
@@ -95,10 +95,11 @@ def sft_curve(runs: Sequence[collected.Run]) -> list[tuple[float, float]]:
 
 def drift_at(curve: Sequence[tuple[float, float]], loss: float | None) -> float | None:
   """Linear interpolation; None outside the curve, or where there is none."""
-  if loss is None or len(curve) < 2 or not curve[0][0] <= loss <= curve[-1][0]:
+  if loss is None or len(curve) < 2:
     return None
-  losses, drifts = zip(*curve)
-  return float(np.interp(loss, losses, drifts))
+  points = [(np.array([x]), np.array([y])) for x, y in curve]
+  drift = float(bootstrap.read_off(points, np.array([loss]))[0])
+  return None if np.isnan(drift) else drift
 
 
 def measured(

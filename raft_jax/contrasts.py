@@ -9,7 +9,7 @@ them have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,19 +86,14 @@ def measures(domains: Domains) -> list[Measure]:
 
 def methods(domains: Domains) -> list[Row]:
   """The scores of the base model and of each method at its chosen learning rate."""
-  picked = {name: collected.chosen(runs) for name, runs in domains.items()}
-
-  def base(measure: Measure) -> Samples:
-    return _mean([_base(runs, measure) for runs in domains.values()])
-
-  rows = [Row(BASE, 1, _cells(measures(domains), base))]
+  picked = [collected.chosen(runs) for runs in domains.values()]
+  asked = measures(domains)
+  base = {m.name: _mean([_base(runs, m) for runs in domains.values()]) for m in asked}
+  rows = [Row(BASE, 1, _cells(base))]
   for label in _in_all(picked):
-    parts = [found[label] for found in picked.values()]
-
-    def score(measure: Measure, parts: Any = parts) -> Samples:
-      return _mean([_of(runs, measure) for runs in parts])
-
-    rows.append(Row(label, _seeds(parts), _cells(measures(domains), score)))
+    parts = [found[label] for found in picked]
+    scores = {m.name: _mean([_of(runs, m) for runs in parts]) for m in asked}
+    rows.append(Row(label, _seeds(parts), _cells(scores)))
   return rows
 
 
@@ -107,26 +102,25 @@ def against_sft(domains: Domains) -> list[Row]:
 
   Cells of retention are named `retained_` and the measure: 100 · method / base.
   """
-  picked = {name: collected.chosen(runs) for name, runs in domains.items()}
+  picked = [collected.chosen(runs) for runs in domains.values()]
+  sft = [_first_sft(found) for found in picked]
   rows = []
   for label in _in_all(picked):
-    parts = [(found[label], _first_sft(found)) for found in picked.values()]
-
-    def minus(measure: Measure, parts: Any = parts) -> Samples:
-      return _mean([_difference(_of(a, measure), _of(b, measure)) for a, b in parts])
-
-    def retained(measure: Measure, parts: Any = parts) -> Samples:
-      bases = [_base(runs, measure) for runs in domains.values()]
-      return _mean(
-        [_share(_of(a, measure), base) for (a, _), base in zip(parts, bases)]
+    parts = [found[label] for found in picked]
+    differences = {
+      m.name: _mean([_difference(_of(a, m), _of(b, m)) for a, b in zip(parts, sft)])
+      for m in measures(domains)
+    }
+    retained = {
+      f"retained_{m.name}": _mean(
+        [_share(_of(a, m), _base(b, m)) for a, b in zip(parts, domains.values())]
       )
-
-    cells = {} if all(a is b for a, b in parts) else _cells(measures(domains), minus)
-    shares = _cells(general(domains), retained)
-    cells |= {f"retained_{name}": cell for name, cell in shares.items()}
-    seeds = _seeds([runs for runs, _ in parts])
+      for m in general(domains)
+    }
+    itself = all(a is b for a, b in zip(parts, sft))
+    cells = _cells(retained if itself else differences | retained)
     if cells:
-      rows.append(Row(label, seeds, cells))
+      rows.append(Row(label, _seeds(parts), cells))
   return rows
 
 
@@ -141,52 +135,48 @@ def at_equal_fit(domains: Domains) -> list[Row]:
   it is read off at the setting's own held-out loss, in every resample anew. Cells: the
   measure, `sft_` and the measure, `gap_` and the measure: setting minus SFT.
   """
-  named = {name: dict(collected.settings(runs)) for name, runs in domains.items()}
+  named = [dict(collected.settings(runs)) for runs in domains.values()]
+  asked = kept(domains)
+  lines = {m.name: [_sft_line(runs, m) for runs in domains.values()] for m in asked}
   rows = []
   for label in _in_all(named):
-    parts = [found[label] for found in named.values()]
+    parts = [found[label] for found in named]
     if parts[0][0]["method"] == SFT:
       continue
-    cells = {FIT.name: _described(_mean([_of(same, FIT) for same in parts]))}
-    for measure in kept(domains):
-      pairs = [
-        (_of(same, measure), _sft_at(runs, same, measure))
-        for same, runs in zip(parts, domains.values())
-      ]
-      own, sft = (_mean([pair[i] for pair in pairs]) for i in (0, 1))
-      gap = _mean([_difference(*pair) for pair in pairs])
-      found = {"": own, "sft_": sft, "gap_": gap}
-      described = {word + measure.name: _described(x) for word, x in found.items()}
-      cells |= {name: cell for name, cell in described.items() if cell}
-    if len(cells) > 1:
-      rows.append(Row(label, _seeds(parts), cells))
+    fits = [_of(runs, FIT) for runs in parts]
+    found: dict[str, Samples] = {}
+    for m in asked:
+      own = [_of(runs, m) for runs in parts]
+      sft = [_read_off(line, fit) for line, fit in zip(lines[m.name], fits)]
+      found[m.name], found[f"sft_{m.name}"] = _mean(own), _mean(sft)
+      gaps = [_difference(one, other) for one, other in zip(own, sft)]
+      found[f"gap_{m.name}"] = _mean(gaps)
+    cells = _cells(found)
+    if cells:
+      rows.append(Row(label, _seeds(parts), _cells({FIT.name: _mean(fits)}) | cells))
   return rows
 
 
-def sft_points(
-  runs: Sequence[collected.Run], measure: Measure
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(held-out loss [S], measure [S]) of the base model and of each setting of SFT."""
+Line = list[tuple[np.ndarray, np.ndarray]]
+"""Points (held-out loss [S], measure [S])."""
+
+
+def _sft_line(runs: Sequence[collected.Run], measure: Measure) -> Line:
+  """The base model and each setting of SFT, where both scores were measured."""
   sft = [same for _, same in collected.settings(runs) if same[0]["method"] == SFT]
   found = [(_base(runs, FIT), _base(runs, measure))]
   found += [(_of(same, FIT), _of(same, measure)) for same in sft]
   return [(fit, kept) for fit, kept in found if fit is not None and kept is not None]
 
 
-def _sft_at(
-  runs: Sequence[collected.Run], same: Sequence[collected.Run], measure: Measure
-) -> Samples:
-  fit, points = _of(same, FIT), sft_points(runs, measure)
-  if fit is None or len(points) < 2:
-    return None
-  return bootstrap.read_off(points, fit)
+def _read_off(line: Line, fit: Samples) -> Samples:
+  return None if fit is None or len(line) < 2 else bootstrap.read_off(line, fit)
 
 
 def _of(
   runs: Sequence[collected.Run], measure: Measure, who: str = "trained"
 ) -> Samples:
-  found = collected.samples(runs, measure.name, who) if runs else None
-  return None if found is None else found[0]
+  return collected.samples(runs, measure.name, who)
 
 
 def _base(runs: Sequence[collected.Run], measure: Measure) -> Samples:
@@ -212,22 +202,21 @@ def _mean(parts: Sequence[Samples]) -> Samples:
   return np.mean(found, axis=0) if found and len(found) == len(parts) else None
 
 
-def _described(samples: Samples) -> dict[str, float]:
-  return {} if samples is None else bootstrap.describe(samples)
-
-
-def _cells(
-  measures: Sequence[Measure], score: Callable[[Measure], Samples]
-) -> dict[str, dict[str, float]]:
-  cells = {measure.name: _described(score(measure)) for measure in measures}
-  return {name: cell for name, cell in cells.items() if cell}
+def _cells(scores: Mapping[str, Samples]) -> dict[str, dict[str, float]]:
+  """{value, low, high} of what was measured."""
+  found = {
+    name: bootstrap.describe(samples)
+    for name, samples in scores.items()
+    if samples is not None
+  }
+  return {name: cell for name, cell in found.items() if cell}
 
 
 def _seeds(parts: Sequence[Sequence[collected.Run]]) -> int:
   return min(len(runs) for runs in parts)
 
 
-def _in_all(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _in_all(found: Sequence[Mapping[str, Any]]) -> list[str]:
   """The labels that every domain has, in the order of the first."""
-  first, *others = found.values()
+  first, *others = found
   return [label for label in first if all(label in other for other in others)]

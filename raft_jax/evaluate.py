@@ -39,6 +39,7 @@ from raft_jax import (
   journal,
   measure,
   openai_engine,
+  outcome,
   panel,
   records,
   refinement,
@@ -47,7 +48,6 @@ from raft_jax import (
   sample,
   statistics,
   text,
-  wiring,
 )
 from raft_jax import config as config_lib
 
@@ -154,20 +154,8 @@ def measure_model(
   references = [question.answer for question in domain.questions]
   found: dict[str, statistics.Figure] = {}
   if general.ifeval is not None:
-    replies = measure.answers(
-      who,
-      general.ifeval.prompts,
-      log,
-      max_new_tokens=settings.ifeval.max_new_tokens,
-      name="IFEval",
-      messages=[records.user_turn(item.prompt) for item in general.ifeval.items],
-    )
-    found |= benchmarks.ifeval_scores(
-      general.ifeval.items, [reply.text for reply in replies], general.ifeval.checkers
-    )
-    # Answers that become short or stop ending explain much of what IFEval shows.
-    lengths_N = np.array([float(reply.tokens) for reply in replies])
-    found["ifeval_answer_tokens"] = statistics.Scores(lengths_N)
+    new = settings.ifeval.max_new_tokens
+    found |= exam.take_ifeval(who, general.ifeval, log, max_new_tokens=new)
   if general.mmlu is not None:
     logits = measure.choices(
       who, general.mmlu.prompts, general.mmlu.letters, log, name="MMLU"
@@ -237,6 +225,39 @@ def per_item(
       "weights": None if weights_N is None else weights_N.tolist(),
     }
   return found
+
+
+def side_by_side(
+  questions: Sequence[records.Question],
+  base: Sequence[measure.Answer],
+  trained: Sequence[measure.Answer],
+) -> list[dict[str, str]]:
+  """Questions with their reference and both models' answers, for a reader."""
+  return [
+    {
+      "id": question.id,
+      "question": question.messages[-1].content,
+      "reference": question.answer,
+      "base": base[i].text,
+      "trained": trained[i].text,
+    }
+    for i, question in enumerate(questions)
+  ]
+
+
+def write(
+  folder: pathlib.Path,
+  result: Mapping[str, Any],
+  items: Mapping[str, Any],
+  samples: Sequence[Mapping[str, str]],
+) -> None:
+  """The files of an evaluation; `scores.json` last, by which others know it is done."""
+  with durable.replacing(folder / "items.json") as path:
+    path.write_text(json.dumps(items, allow_nan=False) + "\n")
+  with durable.replacing(folder / "samples.jsonl") as path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+  with durable.replacing(folder / "scores.json") as path:
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 RETAINED = (
@@ -334,7 +355,7 @@ def main(config: config_lib.Config) -> None:
   )
   # A missing checkpoint is seen first. Both models are in memory at once, less than
   # training needs: the drift compares them token by token.
-  params, step = wiring.trained(config, decoder)
+  params, step = outcome.load(config, decoder)
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
@@ -368,9 +389,10 @@ def main(config: config_lib.Config) -> None:
       values = distance.from_base(base_model, trained_model, general.drift, new, log)
       drift = statistics.describe(values)
       scored["drift"] = values
+  tasks_found = trained.tasks
+  directions = {} if tasks_found is None else tasks_found.directions
+  asked = {} if tasks_found is None else tasks_found.asked
   moved = distance.weight_distances(base_params, params)
-  directions = {} if trained.tasks is None else trained.tasks.directions
-  asked = {} if trained.tasks is None else trained.tasks.asked
   result = {
     "model": config.model.source,
     "checkpoint_step": step,
@@ -386,23 +408,9 @@ def main(config: config_lib.Config) -> None:
     "weight_distance": {"mean": float(np.mean(list(moved.values()))), "tensors": moved},
     "seconds": {"base": base.seconds, "trained": trained.seconds},
   }
-  samples = [
-    {
-      "id": question.id,
-      "question": question.messages[-1].content,
-      "reference": question.answer,
-      "base": base.answers[i].text,
-      "trained": trained.answers[i].text,
-    }
-    for i, question in enumerate(domain.questions[: config.evaluate.samples])
-  ]
   items = per_item(base_scores, scored, item_lists(domain, validation, general) | asked)
-  with durable.replacing(folder / "items.json") as path:
-    path.write_text(json.dumps(items, allow_nan=False) + "\n")
-  with durable.replacing(folder / "samples.jsonl") as path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-  with durable.replacing(folder / "scores.json") as path:
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+  shown = domain.questions[: config.evaluate.samples]
+  write(folder, result, items, side_by_side(shown, base.answers, trained.answers))
   show(result)
 
 

@@ -6,11 +6,23 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raft_jax import benchmarks, data, errors, model, records, text
+import numpy as np
+
+from raft_jax import (
+  benchmarks,
+  data,
+  errors,
+  journal,
+  measure,
+  model,
+  records,
+  statistics,
+  text,
+)
 from raft_jax import config as config_lib
 
 if TYPE_CHECKING:
-  from raft_jax import harness, journal, measure
+  from raft_jax import harness
 
 
 class Domain(NamedTuple):
@@ -118,6 +130,26 @@ def read_ifeval(
     limit=settings.limit,
   )
   return Ifeval(orders, _asked(codec, orders), checkers)
+
+
+def take_ifeval(
+  who: measure.Subject, asked: Ifeval, log: journal.Journal, *, max_new_tokens: int
+) -> dict[str, statistics.Scores]:
+  """The scores of a model's greedy answers, and how long these are in tokens."""
+  replies = measure.answers(
+    who,
+    asked.prompts,
+    log,
+    max_new_tokens=max_new_tokens,
+    name="IFEval",
+    messages=[records.user_turn(item.prompt) for item in asked.items],
+  )
+  scores = benchmarks.ifeval_scores(
+    asked.items, [reply.text for reply in replies], asked.checkers
+  )
+  # Answers that become short or stop ending explain much of what IFEval shows.
+  lengths_N = np.array([float(reply.tokens) for reply in replies])
+  return scores | {"ifeval_answer_tokens": statistics.Scores(lengths_N)}
 
 
 def read_drift(

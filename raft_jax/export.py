@@ -22,6 +22,7 @@ from raft_jax import (
   hf,
   hf_export,
   hosts,
+  outcome,
   schema,
   shards,
   wiring,
@@ -258,7 +259,7 @@ def export(config: config_lib.Config) -> Exported:
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
     shapes = wiring.make_split(config, decoder).shapes
-    params, step = wiring.restored(config, shapes)
+    params, step = outcome.restored(config, shapes)
     hf_export.save_adapter(
       folder,
       params["lora"],
@@ -272,7 +273,7 @@ def export(config: config_lib.Config) -> Exported:
     )
   else:
     folder = output / "export"
-    params, step = wiring.trained(config, decoder)
+    params, step = outcome.load(config, decoder)
     hf_export.save(
       folder, params, decoder, source, card=card(config, step), overwrite=True
     )

@@ -254,7 +254,7 @@ class Adapter(protocol.TemplateLM):
       [len(row.inputs) for row in rows],
       compute,
       batch_size=who.settings.batch_size,
-      title=f"{who.title}: tasks, log-probabilities",
+      title=measure.bar_title(who, "tasks, log-probabilities"),
     )
 
   def loglikelihood_rolling(

@@ -209,17 +209,13 @@ def finish(
   """The value of every key, in order; what the journal lacks is computed in batches."""
   todo = [i for i, key in enumerate(keys) if key not in log.calls]
   done = len(keys) - len(todo)
-  bar = None
-  if title is not None:
-    bar = progress.Progress(title, len(keys), done=done, unit="item")
+  bar = progress.Progress(title, len(keys), done=done, unit="item")
   for batch in by_length(todo, lengths, batch_size):
     values = compute(batch)
     log.append({keys[i]: value for i, value in zip(batch, values)})
     done += len(batch)
-    if bar is not None:
-      bar.advance(done)
-  if bar is not None:
-    bar.close()
+    bar.advance(done)
+  bar.close()
   return [log.calls[key] for key in keys]
 
 

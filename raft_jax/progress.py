@@ -12,17 +12,26 @@ from rich import console, progress
 
 
 class Progress:
-  """A bar with rate and time left; one plain line an interval where no one watches."""
+  """A bar with rate and time left; one plain line an interval where no one watches.
+
+  Without a title nothing is shown: the work is a part of other work that has a bar.
+  """
 
   def __init__(
-    self, title: str, total: int, *, done: int = 0, unit: str = "step", every_s=15.0
+    self,
+    title: str | None,
+    total: int,
+    *,
+    done: int = 0,
+    unit: str = "step",
+    every_s=15.0,
   ):
     self._console = console.Console(stderr=True)
     self._title, self._total, self._unit, self._every = title, total, unit, every_s
     self._first = self._done = done
     self._started = self._last = time.monotonic()
     self._bar = None
-    if self._console.is_terminal:
+    if title is not None and self._console.is_terminal:
       self._bar = progress.Progress(
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
@@ -41,7 +50,9 @@ class Progress:
     self._done, now = done, time.monotonic()
     if self._bar is not None:
       self._bar.update(self._task, completed=done, note=note)
-    elif now - self._last >= self._every or done == self._total:
+    elif self._title is not None and (
+      now - self._last >= self._every or done == self._total
+    ):
       self._last = now
       rate = (done - self._first) / max(now - self._started, 1e-9)
       left = (self._total - done) / rate if rate > 0 else float("inf")

@@ -21,7 +21,6 @@ import jax
 import numpy as np
 
 from raft_jax import (
-  benchmarks,
   checkpoint,
   data,
   distance,
@@ -31,6 +30,7 @@ from raft_jax import (
   measure,
   metrics,
   model,
+  outcome,
   starting,
   statistics,
   text,
@@ -174,16 +174,8 @@ def values(
     new = settings.drift.max_new_tokens
     found["watch_drift"] = distance.from_base(base, trained, panel.drift, new, log)
   if panel.ifeval is not None:
-    replies = measure.answers(
-      trained,
-      panel.ifeval.prompts,
-      log,
-      max_new_tokens=settings.ifeval.max_new_tokens,
-      name="IFEval",
-    )
-    scores = benchmarks.ifeval_scores(
-      panel.ifeval.items, [reply.text for reply in replies], panel.ifeval.checkers
-    )
+    new = settings.ifeval.max_new_tokens
+    scores = exam.take_ifeval(trained, panel.ifeval, log, max_new_tokens=new)
     found["watch_ifeval"] = scores["ifeval_instruction_strict"]
   return {name: statistics.mean(scores) for name, scores in found.items()}
 
@@ -279,7 +271,7 @@ def watching(
     checkpoint.drop(best, [step for step in best.all_steps() if step > start])
 
     def measured(params: model.Params) -> dict[str, float]:
-      whole = wiring.whole(params, beside.frozen, beside.base, config.prune)
+      whole = outcome.whole(params, beside.frozen, beside.base, config.prune)
       return values(panel, subject(whole), base, settings, log)
 
     def keep(step: int, params: model.Params) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from raft_jax import collected, comparison, config, curves, errors, report
+from tests import sweep_runs
 
 
 def _score(value: float) -> dict:
@@ -12,22 +13,15 @@ def _score(value: float) -> dict:
 
 
 def _run(name: str, method: str, loss: float, drift: float | None, **overrides) -> dict:
-  return {
-    "name": name,
-    "group": name.split("-")[0],
-    "method": method,
-    "set": overrides,
-    "config_digest": "00",
-    "scores": {
-      "scores": {
-        "base": {"held_out_loss": _score(4.0), "mmlu": _score(0.3)},
-        "trained": {"held_out_loss": _score(loss), "mmlu": _score(0.27)},
-      },
-      "retention": {"mmlu": {"value": 90.0}},
-      "drift": {} if drift is None else _score(drift),
-      "weight_distance": {"mean": 0.001},
-    },
-  }
+  return sweep_runs.run(
+    name,
+    method,
+    base={"held_out_loss": _score(4.0), "mmlu": _score(0.3)},
+    trained={"held_out_loss": _score(loss), "mmlu": _score(0.27)},
+    drift={} if drift is None else _score(drift),
+    overrides=overrides,
+    retention={"mmlu": {"value": 90.0}},
+  )
 
 
 RUNS = [

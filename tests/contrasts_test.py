@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from raft_jax import collected, comparison, contrasts
+from tests import sweep_runs
 
 QUESTIONS, PROMPTS = 40, 30
 RNG = np.random.default_rng(0)
@@ -30,32 +31,25 @@ def _run(
   trained = {"held_out_loss": score}
   if validation is not None:
     trained["validation_loss"] = {**score, "value": validation}
-  return {
-    "name": name,
-    "group": name.split("-")[0],
-    "method": method,
-    "set": overrides,
-    "config_digest": "00",
-    "scores": {
-      "scores": {
-        "base": {
-          "held_out_loss": {**score, "value": 4.0},
-          "ifeval_prompt_strict": {"value": 0.8, "low": 0.6, "high": 0.9, "n": 20},
-        },
-        "trained": {
-          **trained,
-          "ifeval_prompt_strict": {"value": passed, "low": 0.0, "high": 1.0, "n": 20},
-        },
-      },
-      "drift": {"value": drift, "low": drift, "high": drift, "n": PROMPTS},
-      "weight_distance": {"mean": 0.001},
+  return sweep_runs.run(
+    name,
+    method,
+    base={
+      "held_out_loss": {**score, "value": 4.0},
+      "ifeval_prompt_strict": {"value": 0.8, "low": 0.6, "high": 0.9, "n": 20},
     },
-    "items": {
+    trained={
+      **trained,
+      "ifeval_prompt_strict": {"value": passed, "low": 0.0, "high": 1.0, "n": 20},
+    },
+    drift={"value": drift, "low": drift, "high": drift, "n": PROMPTS},
+    overrides=overrides,
+    items={
       "held_out_loss": _items(loss + HARD, 4.0 + HARD, "questions"),
       "drift": _items(drift * FAR, None, "prompts"),
       "ifeval_prompt_strict": _items(passes, np.arange(20) < 16, "orders"),
     },
-  }
+  )
 
 
 def _rate(rate: float, seed: int = 0) -> dict:

@@ -22,14 +22,12 @@ from raft_jax import (
   exam,
   harness,
   harness_model,
-  hf,
   journal,
   measure,
   report,
   run_folder,
   sample,
   statistics,
-  text,
 )
 from tests import tiny_run
 
@@ -132,10 +130,7 @@ def tiny(tmp_path_factory, smollm) -> str:
 
 @pytest.fixture(scope="module")
 def who(tiny) -> measure.Subject:
-  decoder = hf.load_config(tiny)
-  settings = measure.Settings(batch_size=4, dtype="float32", unroll=1)
-  params, codec = hf.load_params(tiny, decoder), text.load(tiny)
-  return measure.subject(params, decoder, codec, settings, "tiny")
+  return tiny_run.subject(tiny, batch_size=4, title="tiny")
 
 
 @pytest.fixture(scope="module")

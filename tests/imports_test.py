@@ -87,6 +87,7 @@ ROOMS = [
   "recipe",
   "programs",
   "wiring",
+  "outcome",
   "starting",
   "measure",
   "distance",

@@ -28,6 +28,7 @@ from raft_jax import (
   lora,
   objective,
   optim,
+  outcome,
   starting,
   step,
   train,
@@ -342,7 +343,7 @@ def test_a_run_resumes_bit_for_bit(trained, tmp_path):
 def test_a_run_learns_and_its_first_step_begins_at_the_base(trained, source):
   rows = train_test.rows(pathlib.Path(trained.output))
   assert rows[-1][1]["loss_sft"] < rows[0][1]["loss_sft"]
-  params, _ = wiring.trained(trained, hf.load_config(source))
+  params, _ = outcome.load(trained, hf.load_config(source))
   base = hf.load_params(source, hf.load_config(source))
   assert jax.tree.structure(params) == jax.tree.structure(base)
   np.testing.assert_array_equal(params["embed"], base["embed"])
@@ -418,10 +419,10 @@ def test_other_settings_of_lora_are_another_run(trained, source, law):
   with pytest.raises(errors.UserError, match=r"lora\.rank: 4 -> 8"):
     train.fit(other)
   with pytest.raises(errors.UserError, match="saved by a run whose lora was"):
-    wiring.trained(other, hf.load_config(source))
+    outcome.load(other, hf.load_config(source))
   full = trained.model_copy(update={"lora": None})
   with pytest.raises(errors.UserError, match="whose lora was"):
-    wiring.trained(full, hf.load_config(source))
+    outcome.load(full, hf.load_config(source))
 
 
 @pytest.mark.parametrize(

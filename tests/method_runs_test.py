@@ -13,6 +13,7 @@ from raft_jax import (
   errors,
   hf,
   methods,
+  outcome,
   programs,
   records,
   shards,
@@ -114,7 +115,7 @@ def fitted(settings):
   """Trained parameters and the log of a run to its end."""
   train.fit(settings)
   decoder = hf.load_config(settings.model.source)
-  params, step = wiring.trained(settings, decoder)
+  params, step = outcome.load(settings, decoder)
   assert step == STEPS
   log = pathlib.Path(settings.output) / "metrics.jsonl"
   lines = log.read_text(encoding="utf-8").splitlines()
@@ -203,7 +204,7 @@ def test_parts_go_together(make, needs, base):
     if not name.endswith("norm"):
       assert [np.count_nonzero(layer) for layer in leaf] == [leaf[0].size // 4] * 2
   assert not moved["embed"].any()
-  whole, _ = wiring.trained(
+  whole, _ = outcome.load(
     settings.model_copy(update={"prune": None}), hf.load_config(settings.model.source)
   )
   jax.tree.map(

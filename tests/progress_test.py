@@ -86,6 +86,15 @@ def test_a_note_is_printed_as_it_is_on_one_line(clock, capsys):
   assert line.endswith(note)
 
 
+def test_work_without_a_title_shows_nothing(clock, capsys):
+  bar = progress.Progress(None, 2)
+  for done in (1, 2):
+    clock.now += 20
+    bar.advance(done)
+  bar.close()
+  assert lines(capsys) == []
+
+
 def test_clock():
   assert progress.clock(0.4) == "0:00:00"
   assert progress.clock(3723) == "1:02:03"

@@ -7,7 +7,7 @@ import jax
 import torch
 import transformers
 
-from raft_jax import checkpoint, config, engines, hf, hf_tokenizer, text
+from raft_jax import checkpoint, config, engines, hf, hf_tokenizer, measure, text
 
 
 def save_model(
@@ -44,6 +44,14 @@ def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: floa
     )
   (output / "config").mkdir(exist_ok=True)
   return params
+
+
+def subject(source: str, *, batch_size: int, title: str) -> measure.Subject:
+  """A model as it is measured, in float32."""
+  decoder = hf.load_config(source)
+  settings = measure.Settings(batch_size=batch_size, dtype="float32", unroll=1)
+  params, codec = hf.load_params(source, decoder), text.load(source)
+  return measure.subject(params, decoder, codec, settings, title)
 
 
 def write_config(path: pathlib.Path, source: str, output: pathlib.Path, **data: str):

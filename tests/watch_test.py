@@ -20,6 +20,7 @@ from raft_jax import (
   journal,
   measure,
   metrics,
+  outcome,
   report,
   run_folder,
   text,
@@ -379,7 +380,7 @@ def test_without_a_best_step_the_last_is_read(start, capsys):
   assert "best step: none, no look's drift was within 1e-06" in capsys.readouterr().out
   assert bests(output) == {}
   assert all("watch_best" not in values for _, values in looks(output))
-  _, step = wiring.trained(settings, hf.load_config(settings.model.source))
+  _, step = outcome.load(settings, hf.load_config(settings.model.source))
   assert step == STEPS
   assert (
     "no step is kept as the best by `watch`; reading step 6, the last"
@@ -400,7 +401,7 @@ def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
 def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, override):
   output, settings = start("part", override, "watch.ifeval.items=null")
   decoder = hf.load_config(settings.model.source)
-  params, step = wiring.trained(settings, decoder)
+  params, step = outcome.load(settings, decoder)
   base = hf.load_params(settings.model.source, decoder)
   codec = text.load(settings.model.source)
   trained, base = (
@@ -442,7 +443,7 @@ def test_a_damaged_best_step_says_how_to_go_on(start, tmp_path, watched):
   settings = watched[1].model_copy(update={"output": str(output)})
   (output / "best/4/seal.json").unlink()
   with pytest.raises(errors.UserError, match=r"best/4/seal\.json.*watch\.keep=last"):
-    wiring.trained(settings, hf.load_config(settings.model.source))
+    outcome.load(settings, hf.load_config(settings.model.source))
 
 
 @pytest.mark.parametrize(
