@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -106,6 +107,24 @@ def test_language_is_detected_the_same_each_time(tmp_path, checkers):
   items = _orders(tmp_path, [row] * 20)
   scores = benchmarks.ifeval_scores(items, ["ciao no si"] * 20, checkers)
   assert len(set(scores["ifeval_prompt_strict"].values_N)) == 1
+
+
+def test_what_a_checker_draws_is_the_same_each_time(tmp_path, checkers):
+  row = {
+    "key": 5,
+    "prompt": "Shout.",
+    "instruction_id_list": ["keywords:letter_frequency"],
+    # No letter: the checker draws one.
+    "kwargs": [{"letter": "!", "let_frequency": 2, "let_relation": "at least"}],
+  }
+  answers = ["aabbccddeeffgg"] * 40  # half of the alphabet
+  before = random.getstate()
+  scores = benchmarks.ifeval_scores(_orders(tmp_path, [row] * 40), answers, checkers)
+  assert random.getstate() == before
+  random.random()
+  again = benchmarks.ifeval_scores(_orders(tmp_path, [row]), answers[:1], checkers)
+  found = [*scores["ifeval_prompt_strict"].values_N]
+  assert set(found) == set(again["ifeval_prompt_strict"].values_N)
 
 
 def test_missing_sentence_model_is_named(tmp_path):
