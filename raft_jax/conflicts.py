@@ -194,8 +194,13 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
         "watch.max_drift",
         "needs watch.drift.prompts; name them, or delete this line",
       )
-  if config.prune is not None and config.export.adapter:
-    yield "export.adapter", "an adapter cannot hold a pruned change; delete one of both"
+  if config.export.adapter:
+    for name, what in (("prune", "pruned"), ("interpolate", "interpolated")):
+      if getattr(config, name) is not None:
+        yield (
+          "export.adapter",
+          f"an adapter is not written of {what} weights; delete one of both",
+        )
   freeze = config.freeze
   if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
     yield "freeze.names", "goes with freeze.mode=names, and that with names; change one"

@@ -127,6 +127,11 @@ METHODS = {
     "Huang et al., arXiv 2509.08255",
     _on_questions(prune={}),
   ),
+  "wise_ft": Method(
+    "SFT, and afterwards every weight halfway back to the base model's",
+    "Wortsman et al., arXiv 2109.01903",
+    _on_questions(interpolate={}),
+  ),
   "l2sp": Method(
     "SFT with a pull to the base model's parameters",
     "Li et al., arXiv 1802.01483",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import optax
 
 from raft_jax import checkpoint, hf, lora, model, prune, trainable, wiring
 from raft_jax import config as config_lib
@@ -18,11 +19,11 @@ def load(
   """
   split = wiring.make_split(config, decoder)
   params, step = restored(config, split.shapes)
-  if split.freeze is None and config.prune is None:
+  if split.freeze is None and not edits(config):
     return params, step
   base = hf.load_params(config.model.source, decoder)
   frozen = split.freeze(base) if split.freeze is not None else {}
-  return whole(params, frozen, base, config.prune), step
+  return whole(params, frozen, base, config), step
 
 
 def restored(
@@ -51,24 +52,34 @@ def restored(
   return params, step
 
 
+def edits(config: config_lib.Config) -> bool:
+  """Whether the base model is needed to make the model out of what was trained."""
+  return config.prune is not None or config.interpolate is not None
+
+
 def whole(
   params: model.Params,
   frozen: model.Params,
   base: model.Params | None,
-  pruning: config_lib.Prune | None,
+  config: config_lib.Config,
 ) -> model.Params:
-  """The model that a trained tree stands for: adapters merged, and pruned if asked.
+  """The model that a trained tree stands for: adapters merged, then pruned and
+  interpolated if asked.
 
   Args:
     frozen: what lies beside the trained tree; `{}` where that is the model.
-    base: the base model, on whose devices what was pruned is put; None without
-      pruning.
+    base: the base model, on whose devices what was pruned is put; may be None where
+      nothing `edits`.
   """
   if frozen:
     params = lora.merge(trainable.combine(frozen, params))
-  if pruning is not None and base is not None:
-    pruned = prune.prune(base, params, pruning.keep)
+  if base is None:
+    return params
+  if config.prune is not None:
+    pruned = prune.prune(base, params, config.prune.keep)
     params = jax.tree.map(
       lambda leaf, like: jax.device_put(leaf, like.sharding), pruned, base
     )
+  if config.interpolate is not None:
+    params = optax.incremental_update(params, base, config.interpolate.weight)
   return params

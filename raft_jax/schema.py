@@ -488,6 +488,15 @@ class Prune(Section):
   """Share of the entries that keep their change."""
 
 
+class Interpolate(Section):
+  """After training (and `prune`) every weight goes back a part of the way to the base
+  model's (WiSE-FT); `{}` for the defaults. null: none does. Read by `evaluate` and
+  `export`."""
+
+  weight: Probability = 0.5
+  """Of the trained model: 1 is that, 0 the base model."""
+
+
 class Mesh(Section):
   """Devices per axis; one axis may be -1, meaning all that are left."""
 
@@ -721,6 +730,7 @@ class Config(Section):
   soft_mask: SoftMask | None = None
   replay: Replay | None = None
   prune: Prune | None = None
+  interpolate: Interpolate | None = None
   watch: Watch | None = None
   mesh: Mesh = Mesh()
   cluster: Cluster = Cluster()

@@ -19,6 +19,7 @@ from raft_jax import (
   hosts,
   model,
   objective,
+  outcome,
   progress,
   recipe,
   replay,
@@ -91,7 +92,7 @@ def compares(config: config_lib.Config) -> bool:
   """Whether looks at the trained model read the base model, too."""
   watch = config.watch
   return watch is not None and (
-    watch.drift.prompts is not None or config.prune is not None
+    watch.drift.prompts is not None or outcome.edits(config)
   )
 
 

@@ -271,7 +271,7 @@ def watching(
     checkpoint.drop(best, [step for step in best.all_steps() if step > start])
 
     def measured(params: model.Params) -> dict[str, float]:
-      whole = outcome.whole(params, beside.frozen, beside.base, config.prune)
+      whole = outcome.whole(params, beside.frozen, beside.base, config)
       return values(panel, subject(whole), base, settings, log)
 
     def keep(step: int, params: model.Params) -> None:

@@ -147,8 +147,9 @@ def sft(make):
   return fitted(make("sft"))
 
 
-# Stopped and resumed in `train_test` and `lora_test`, too, and `opd` has RAFT's state.
-ELSEWHERE = ("raft", "lora", "opd")
+# Stopped and resumed in `train_test` and `lora_test`, too; `opd` has RAFT's state, and
+# `wise_ft` is trained as `sft`.
+ELSEWHERE = ("raft", "lora", "opd", "wise_ft")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,17 @@ def test_parts_go_together(make, needs, base):
   )
 
 
+def test_wise_ft_is_between_the_base_model_and_sft(make, base, sft):
+  params, _ = fitted(make("wise_ft", "interpolate.weight=0.25"))
+  jax.tree.map(
+    lambda found, before, after: np.testing.assert_allclose(
+      found, 0.75 * np.float64(before) + 0.25 * np.float64(after), rtol=1e-6, atol=1e-7
+    ),
+    *(params, base, sft[0]),
+  )
+  assert distance(params, base) == pytest.approx(distance(sft[0], base) / 4, rel=1e-3)
+
+
 def test_mssr_whose_first_event_comes_after_the_end_is_sft(make, law, sft):
   """To the bit, with questions to replay that need no wider batches."""
   domain = f"replay.questions={law / 'train.jsonl'}"
@@ -283,6 +295,7 @@ NULLS = {
     "train.loss_mean=sequence",
   ],
   "fapm": ["prune.keep=1.0"],
+  "wise_ft": ["interpolate.weight=1.0"],
   "l2sp": ["anchor.strength=0.0", "train.weight_decay=0.01"],
   "ewc": ["anchor.strength=0.0", "train.weight_decay=0.01"],
   "recadam": ["recadam=null", "train.weight_decay=0.01"],

@@ -107,6 +107,8 @@ def test_the_users_own_values_win(load):
     ("sdpo", ["distill.temperature=1.5"], "distill.max_importance: compares"),
     ("opd", ["distill.success=0.7"], "distill.success: is read with"),
     ("sft", ["replay.questions=/no"], "replay.questions: '/no' is not a file"),
+    ("lora", ["interpolate={}", "export.adapter=true"], "not written of interpolated"),
+    ("lora", ["prune={}", "export.adapter=true"], "not written of pruned weights"),
     ("lora", ["anchor={}"], "anchor: pulls to the base model's parameters, and `lora`"),
     ("lora", ["recadam={}"], "recadam: pulls"),
     ("lora", ["soft_mask={}"], "soft_mask: masks the base model's"),

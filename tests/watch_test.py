@@ -397,9 +397,11 @@ def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
   assert "does not hold step 2, the best so far" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("override", ["lora={rank: 4}", "prune={keep: 0.3}"])
-def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, override):
-  output, settings = start("part", override, "watch.ifeval.items=null")
+@pytest.mark.parametrize(
+  "overrides", [["lora={rank: 4}"], ["prune={keep: 0.3}", "interpolate={weight: 0.8}"]]
+)
+def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
+  output, settings = start("part", *overrides, "watch.ifeval.items=null")
   decoder = hf.load_config(settings.model.source)
   params, step = outcome.load(settings, decoder)
   base = hf.load_params(settings.model.source, decoder)
