@@ -248,11 +248,17 @@ def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
   return rows
 
 
+SHOWN = ("held_out_loss", "rouge_l", "d_acc", "ifeval_prompt_strict", "mmlu")
+"""Scores that a terminal has room for, beside the drift; `report` has all."""
+
+
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-  """Prints one line a run: its scores and, first, the base model's."""
-  names = list(rows[0]["scores"]["paired"])
+  """Prints one line a run: its main scores and, first, the base model's."""
+  base = rows[0]["scores"]["scores"]["base"]
+  trained = [row["scores"]["scores"]["trained"] for row in rows]
+  names = [name for name in SHOWN if any(name in scores for scores in trained)]
   shown = table.Table(title="95 % intervals below each score", title_justify="left")
-  shown.add_column("run")
+  shown.add_column("run", overflow="fold")
   for name in [*names, "drift"]:
     shown.add_column(name.replace("_", " "), justify="right")
 
@@ -261,11 +267,9 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
       return "–"
     return f"{score['value']:.3f}\n{score['low']:.3f}–{score['high']:.3f}"
 
-  base = rows[0]["scores"]["scores"]["base"]
-  shown.add_row("base model", *(cell(base[name]) for name in names), "0")
-  for row in rows:
-    trained = row["scores"]["scores"]["trained"]
-    cells = [cell(trained.get(name, {})) for name in names]
+  shown.add_row("base model", *(cell(base.get(name, {})) for name in names), "0")
+  for row, scores in zip(rows, trained):
+    cells = [cell(scores.get(name, {})) for name in names]
     shown.add_row(row["name"], *cells, cell(row["scores"]["drift"]))
   console.Console().print(shown)
 
