@@ -127,21 +127,24 @@ def tables(domains: contrasts.Domains) -> list[Table]:
     Column(f"retained_{m.name}", f"{m.words} retained, %", 1)
     for m in contrasts.general(domains)
   ]
-  gaps = [
-    Column(prefix + m.name, words.format(m.words), m.digits)
-    for m in contrasts.kept(domains)
-    for prefix, words in (("", "{}"), ("sft_", "SFT's {}"), ("gap_", "gap"))
-  ]
   found = [
-    ("methods", "Methods", scores, contrasts.methods),
-    ("against", "Against SFT", [*scores, *retained], contrasts.against_sft),
-    ("equal", "At equal fit", [Column(*contrasts.FIT), *gaps], contrasts.at_equal_fit),
+    ("methods", "Methods", scores, contrasts.methods(domains)),
+    ("against", "Against SFT", [*scores, *retained], contrasts.against_sft(domains)),
   ]
+  equal = contrasts.at_equal_fit(domains)
+  for m in contrasts.kept(domains):  # one table each: side by side they are too wide
+    columns = [
+      Column(prefix + m.name, words.format(m.words), m.digits)
+      for prefix, words in (("", "{}"), ("sft_", "SFT's {}"), ("gap_", "gap"))
+    ]
+    kept = [row for row in equal if row.cells.get(m.name)]
+    columns.insert(0, Column(*contrasts.FIT))
+    found.append(("equal", f"At equal fit: {m.words}", columns, kept))
   shown = []
-  for kind, title, columns, rows_of in found:
-    rows = [row._asdict() for row in rows_of(domains)]
-    if kept := measured(columns, rows):
-      shown.append(Table(kind, f"{title}{where}", kept, rows))
+  for kind, title, columns, named in found:
+    rows = [row._asdict() for row in named]
+    if has := measured(columns, rows):
+      shown.append(Table(kind, f"{title}{where}", has, rows))
   return shown
 
 

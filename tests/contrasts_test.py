@@ -148,7 +148,11 @@ def test_a_folder_of_domains_is_one_comparison(tmp_path):
   assert collected.exist(tmp_path)
   assert not collected.exist(tmp_path / "law" / "none")
   page = comparison.write(tmp_path).read_text()
-  for heading in ("<h2>law</h2>", "<h2>web</h2>", "At equal fit, mean of 2 domains"):
+  for heading in (
+    "<h2>law</h2>",
+    "<h2>web</h2>",
+    "At equal fit: drift, mean of 2 domains",
+  ):
     assert heading in page
   # Labels lead to the config of a run.
   assert 'href="#law/raft-low"' in page
