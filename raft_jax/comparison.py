@@ -134,17 +134,18 @@ def tables(domains: contrasts.Domains) -> list[Table]:
   equal = contrasts.at_equal_fit(domains)
   for m in contrasts.kept(domains):  # one table each: side by side they are too wide
     columns = [
-      Column(prefix + m.name, words.format(m.words), m.digits)
-      for prefix, words in (("", "{}"), ("sft_", "SFT's {}"), ("gap_", "gap"))
+      Column(*contrasts.FIT),
+      Column(m.name, m.words, m.digits),
+      Column(f"sft_{m.name}", f"SFT's {m.words}", m.digits),
+      Column(f"gap_{m.name}", "gap", m.digits),
     ]
-    kept = [row for row in equal if row.cells.get(m.name)]
-    columns.insert(0, Column(*contrasts.FIT))
-    found.append(("equal", f"At equal fit: {m.words}", columns, kept))
+    own = [row for row in equal if m.name in row.cells]
+    found.append(("equal", f"At equal fit: {m.words}", columns, own))
   shown = []
-  for kind, title, columns, named in found:
-    rows = [row._asdict() for row in named]
-    if has := measured(columns, rows):
-      shown.append(Table(kind, f"{title}{where}", has, rows))
+  for kind, title, columns, compared in found:
+    rows = [row._asdict() for row in compared]
+    if kept := measured(columns, rows):
+      shown.append(Table(kind, f"{title}{where}", kept, rows))
   return shown
 
 

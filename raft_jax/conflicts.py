@@ -62,6 +62,7 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
     yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
   if config.balance.mode == "gradient_norm" and not config.balance.weight:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
+  yield from _losses(config)
   yield from _parts(config)
   yield from _unused(config)
   yield from _engines(
@@ -132,9 +133,9 @@ def _engines(roles: Mapping[str, schema.Asked]) -> Iterator[tuple[str, str]]:
         yield f"{place}.model", "is required with engine: openai: its name there"
 
 
-def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
-  """Parts of methods that do not go together."""
-  distill, anchor = config.distill, config.anchor
+def _losses(config: schema.Config) -> Iterator[tuple[str, str]]:
+  """Losses, teachers and rollouts that do not go together."""
+  distill = config.distill
   if not config.train.cross_entropy:
     if distill.teacher == "none":
       yield (
@@ -173,6 +174,11 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
     )
   if distill.source is not None and distill.teacher != "base":
     yield "distill.source", "is read with distill.teacher=base only; delete this line"
+
+
+def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
+  """Other parts of methods that do not go together."""
+  anchor = config.anchor
   if anchor is not None:
     if anchor.importance != "none" and anchor.questions is None:
       yield "anchor.questions", "anchor.importance needs general questions; name a file"

@@ -34,8 +34,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 HYPERPARAMETERS: Any = {
   "train": True,
-  **dict.fromkeys(("lora", "recadam", "freeze", "soft_mask"), True),
-  **dict.fromkeys(("prune", "interpolate"), True),
+  **dict.fromkeys(
+    ("lora", "recadam", "freeze", "soft_mask", "prune", "interpolate"), True
+  ),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
   "replay": {"share", "adaptive"},
   "watch": {"every", "limit", "max_drift", "patience", "keep"},

@@ -53,7 +53,7 @@ def restored(
 
 
 def edits(config: config_lib.Config) -> bool:
-  """Whether the base model is needed to make the model out of what was trained."""
+  """Whether what was trained is changed afterwards, for which the base is needed."""
   return config.prune is not None or config.interpolate is not None
 
 
@@ -68,13 +68,14 @@ def whole(
 
   Args:
     frozen: what lies beside the trained tree; `{}` where that is the model.
-    base: the base model, on whose devices what was pruned is put; may be None where
-      nothing `edits`.
+    base: the base model, on whose devices what was pruned is put; None only where the
+      config edits nothing.
   """
   if frozen:
     params = lora.merge(trainable.combine(frozen, params))
-  if base is None:
+  if not edits(config):
     return params
+  assert base is not None
   if config.prune is not None:
     pruned = prune.prune(base, params, config.prune.keep)
     params = jax.tree.map(

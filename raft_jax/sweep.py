@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich import console, table
+from rich import box, console, table
 
 from raft_jax import (
   collected,
@@ -257,10 +257,17 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
   base = rows[0]["scores"]["scores"]["base"]
   trained = [row["scores"]["scores"]["trained"] for row in rows]
   names = [name for name in SHOWN if any(name in scores for scores in trained)]
-  shown = table.Table(title="95 % intervals below each score", title_justify="left")
+  shown = table.Table(
+    title="95 % intervals below each score",
+    title_justify="left",
+    box=box.SIMPLE_HEAD,
+    pad_edge=False,
+    collapse_padding=True,
+  )
   shown.add_column("run", overflow="fold")
   for name in [*names, "drift"]:
-    shown.add_column(name.replace("_", " "), justify="right")
+    # Only a run's name is folded where the terminal is narrow.
+    shown.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
 
   def cell(score: Mapping[str, Any]) -> str:
     if not score:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from raft_jax import config, errors, sweep
-from tests import tiny_run
+from tests import sweep_runs, tiny_run
 
 SWEEP = """
 sweep:
@@ -108,6 +108,24 @@ def test_a_sweep_is_run_resumed_and_collected(file):
 
   again = _sweep(file, "sweep.only=1")
   assert "run 1 of 1, fused-seed_0: finished before" in again.stdout
+
+
+def test_its_table_fits_a_terminal(monkeypatch, capsys):
+  monkeypatch.setenv("COLUMNS", "80")
+  score = {"value": 1.0, "low": 0.5, "high": 1.5}
+  names = [*sweep.SHOWN, *(f"other_{i}" for i in range(9))]
+  scores = dict.fromkeys(names, score)
+  runs = [
+    sweep_runs.run(name, "sft", base=scores, trained=s, drift=score, overrides={})
+    for name, s in (("sft-learning_rate_1e-05", scores), ("bare", {}))
+  ]
+  sweep.show(runs)
+  shown = capsys.readouterr().out
+  assert max(map(len, shown.splitlines())) <= 80
+  assert "other" not in shown
+  assert shown.count("0.500–1.500") == 2 * len(sweep.SHOWN) + 2
+  # A long name is folded, not cut.
+  assert "…" not in shown
 
 
 @pytest.mark.parametrize(
