@@ -164,21 +164,24 @@ def _alike(runs: Sequence[Run], apart_from: set[str]) -> list[list[Run]]:
   return list(found.values())
 
 
-def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray | None:
-  """A score of a setting, each item's mean over its runs: [S] of `bootstrap.means`.
+def having(runs: Sequence[Run], name: str) -> list[Run]:
+  """The runs that measured a score item by item."""
+  return [run for run in runs if (run.get("items") or {}).get(name)]
 
-  None where a run has not measured it, or on other items.
+
+def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray | None:
+  """A score of a setting, each item's mean over the runs that have it: [S] of
+  `bootstrap.means`.
+
+  None where no run has measured it, or two on different items.
 
   Args:
     who: "trained", or "base" for the model before training.
   """
-  found = [(run.get("items") or {}).get(name) for run in runs]
-  scores = [score for score in found if score]
-  if not scores or len(scores) < len(found):
+  scores = [run["items"][name] for run in having(runs, name)]
+  if len({score["items"] for score in scores}) != 1:
     return None
   first = scores[0]
-  if any(score["items"] != first["items"] for score in scores):
-    return None
   # The base model has no drift from itself.
   count = len(first["trained"])
   values_M = np.mean([score[who] or [0.0] * count for score in scores], axis=0)

@@ -134,7 +134,7 @@ def tables(domains: contrasts.Domains) -> list[Table]:
   equal = contrasts.at_equal_fit(domains)
   for m in contrasts.kept(domains):  # one table each: side by side they are too wide
     columns = [
-      Column(*contrasts.FIT),
+      Column(f"fit_{m.name}", contrasts.FIT.words, contrasts.FIT.digits),
       Column(m.name, m.words, m.digits),
       Column(f"sft_{m.name}", f"SFT's {m.words}", m.digits),
       Column(f"gap_{m.name}", "gap", m.digits),

@@ -3,7 +3,7 @@
 At the learning rates that validation chose, methods stand beside the base model and
 against SFT; at equal fit every setting stands beside SFT that learned as much. All
 numbers have 95 % intervals over items (`bootstrap`); of several seeds each item's
-mean counts. Of several domains the mean over domains is given, of settings that all of
+mean counts, over those seeds that measured the score. Of several domains the mean over domains is given, of settings that all of
 them have.
 """
 
@@ -132,8 +132,9 @@ def at_equal_fit(domains: Domains) -> list[Row]:
   """Each setting beside SFT that fits the domain as well.
 
   SFT's settings and the base model are a line of each measure over the held-out loss;
-  it is read off at the setting's own held-out loss, in every resample anew. Cells: the
-  measure, `sft_` and the measure, `gap_` and the measure: setting minus SFT.
+  it is read off at the setting's own held-out loss, in every resample anew, and both are
+  of the runs that have the measure. Cells: the measure; `fit_`, `sft_` and `gap_` with
+  the measure: held-out loss, SFT there, setting minus SFT.
   """
   named = [dict(collected.settings(runs)) for runs in domains.values()]
   asked = kept(domains)
@@ -143,17 +144,17 @@ def at_equal_fit(domains: Domains) -> list[Row]:
     parts = [found[label] for found in named]
     if parts[0][0]["method"] == SFT:
       continue
-    fits = [_of(runs, FIT) for runs in parts]
     found: dict[str, Samples] = {}
     for m in asked:
       own = [_of(runs, m) for runs in parts]
+      fits = [_fit(runs, m) for runs in parts]
       sft = [_read_off(line, fit) for line, fit in zip(lines[m.name], fits)]
-      found[m.name], found[f"sft_{m.name}"] = _mean(own), _mean(sft)
       gaps = [_difference(one, other) for one, other in zip(own, sft)]
-      found[f"gap_{m.name}"] = _mean(gaps)
+      for name, samples in (("", own), ("fit_", fits), ("sft_", sft), ("gap_", gaps)):
+        found[name + m.name] = _mean(samples)
     cells = _cells(found)
     if cells:
-      rows.append(Row(label, _seeds(parts), _cells({FIT.name: _mean(fits)}) | cells))
+      rows.append(Row(label, _seeds(parts), cells))
   return rows
 
 
@@ -165,7 +166,7 @@ def _sft_line(runs: Sequence[collected.Run], measure: Measure) -> Line:
   """The base model and each setting of SFT, where both scores were measured."""
   sft = [same for _, same in collected.settings(runs) if same[0]["method"] == SFT]
   found = [(_base(runs, FIT), _base(runs, measure))]
-  found += [(_of(same, FIT), _of(same, measure)) for same in sft]
+  found += [(_fit(same, measure), _of(same, measure)) for same in sft]
   return [(fit, kept) for fit, kept in found if fit is not None and kept is not None]
 
 
@@ -179,10 +180,14 @@ def _of(
   return collected.samples(runs, measure.name, who)
 
 
+def _fit(runs: Sequence[collected.Run], measure: Measure) -> Samples:
+  """The held-out loss of those runs that have another measure."""
+  return _of(collected.having(runs, measure.name), FIT)
+
+
 def _base(runs: Sequence[collected.Run], measure: Measure) -> Samples:
   """Of the base model, which stands beside the first run that measured it."""
-  having = [run for run in runs if (run.get("items") or {}).get(measure.name)]
-  return _of(having[:1], measure, "base")
+  return _of(collected.having(runs, measure.name)[:1], measure, "base")
 
 
 def _difference(one: Samples, other: Samples) -> Samples:

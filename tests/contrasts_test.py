@@ -141,6 +141,21 @@ def test_runs_on_other_items_are_not_compared():
   assert "drift" not in contrasts.methods({"law": other})[1].cells
 
 
+def test_a_score_that_one_seed_lacks_is_that_of_the_others():
+  runs = json.loads(json.dumps(RUNS))
+  again = _run("raft-low-seed_1", "raft", 3.35, 0.1, passed=0.8, **_rate(2e-5, 1))
+  del again["items"]["ifeval_prompt_strict"]
+  (row, _) = contrasts.at_equal_fit({"law": [*runs, again]})
+  assert row.seeds == 2
+  assert row.cells["fit_drift"]["value"] == pytest.approx(3.3 + HARD.mean())
+  assert row.cells["drift"]["value"] == pytest.approx(0.08)
+  # And stands beside SFT at the held-out loss of those others alone.
+  assert row.cells["fit_ifeval_prompt_strict"]["value"] == pytest.approx(
+    3.25 + HARD.mean()
+  )
+  assert row.cells["gap_ifeval_prompt_strict"]["value"] == pytest.approx(0.2)
+
+
 def test_a_folder_of_domains_is_one_comparison(tmp_path):
   for domain in ("law", "web"):
     (tmp_path / domain).mkdir()
