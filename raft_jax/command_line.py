@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import raft_jax
-from raft_jax import config, errors, key_table
+from raft_jax import config, errors, host_memory, key_table
 
 
 def run(
@@ -73,6 +73,7 @@ def run(
       if given.print_config:
         print(config.dump(settings), end="")
       else:
+        host_memory.keep_freed()
         main(settings, **own)
     except (Exception, KeyboardInterrupt) as error:
       if signals or isinstance(error, KeyboardInterrupt):

@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "raft_jax"
 # A room imports only rooms before it. DESIGN: "Rooms"; the README draws it.
 ROOMS = [
   "errors",
+  "host_memory",
   "hosts",
   "statistics",
   "bootstrap",

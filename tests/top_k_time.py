@@ -1,0 +1,54 @@
+"""Seconds that teacher and update take for each K: `python -m tests.top_k_time FOLDER`.
+
+On one batch of configs/sweeps/top_k.yaml with the answers as they are, and its real
+rollouts. The Ks take turns, so that what else the machine does meets them all; the
+fastest of four rounds counts. FOLDER gets what a run claims of its output.
+"""
+
+import sys
+import time
+
+import jax
+
+from raft_jax import config, sharding, starting, sweep, wiring
+
+ROUNDS = 4
+
+
+def main(folder: str) -> None:
+  answers = "data.answers=original"
+  base = config.load("configs/sweeps/top_k.yaml", [f"output={folder}", answers])
+  runs = [run.config for run in sweep.expand(base)]
+  prepared = [wiring.prepare(run) for run in runs]
+  built = [wiring.build(*pair) for pair in zip(runs, prepared)]
+  first, ours = prepared[0], built[0]
+  with jax.set_mesh(first.mesh):
+    shards = ours.base_shardings
+    params = starting.load(base.model.source, first.decoder, "float32", shards)
+    state = starting.new_state(runs[0], first, ours, params)
+    batch = sharding.spread(sharding.batch(first.mesh), first.dataset[0])
+    rollout, _ = ours.programs.roll_out(state.params, {}, batch, 0)
+    spent: dict[int, list[tuple[float, float]]] = {
+      run.distill.top_k: [] for run in runs
+    }
+    for _ in range(ROUNDS + 1):
+      for run, (_, teach, update, *_) in zip(runs, (one.programs for one in built)):
+        began = time.perf_counter()
+        support = jax.block_until_ready(
+          teach(params, batch.teacher_BC, batch.teacher_length_B, rollout)
+        )
+        taught = time.perf_counter()
+        state, values = update(
+          state, {}, batch, rollout, support, anchor=None, measure=False
+        )
+        jax.block_until_ready((state, values))
+        ended = time.perf_counter()
+        spent[run.distill.top_k].append((taught - began, ended - taught))
+  print("    K  teacher, s  update, s    sum")
+  for k, times in spent.items():
+    teacher, update = (min(column) for column in zip(*times[1:]))  # the first compiles
+    print(f"{k:5}{teacher:12.2f}{update:11.2f}{teacher + update:7.2f}")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
