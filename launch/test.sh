@@ -10,6 +10,8 @@ extras=test
 processes=(-n 2 --dist loadfile)
 [[ " $* " == *slow* ]] && extras=test,plan processes=()
 launch/install.sh "$extras"
+# Most of the time goes into compiling small programs; slow tests run large ones.
+[[ " $* " == *slow* ]] || export JAX_DISABLE_MOST_OPTIMIZATIONS=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -31,6 +31,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimised():
+  """Compiled as users compile: elsewhere tests may trade rounding for compile time."""
+  saved = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  jax.clear_caches()
+  yield
+  jax.config.update("jax_disable_most_optimizations", saved)
+
+
 def _name(case):
   return "-".join(map(str, case.values()))
 
