@@ -142,7 +142,7 @@ def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
 def test_the_presets_are_runs_of_the_reproduction(name):
   preset = config.load(pathlib.Path("configs") / f"{name}.yaml")
   runs = sweep.expand(config.load("configs/sweeps/reproduce.yaml"))
-  group = {"raft_paper": "raft", "raft_tuned": "raft_without_answer"}[name]
+  group = {"raft_paper": "raft", "raft_tuned": "raft_original"}[name]
   run = next(run.config for run in runs if run.group == group)
   # What is measured and kept on the way is no setting of a method, nor is where the
   # calls are kept, and IFEval's items come from outside.
