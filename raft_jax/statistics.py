@@ -101,7 +101,10 @@ def _mean_bootstrap(scores: Scores) -> Interval:
   def weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int) -> Any:
     return (values * weights).sum(axis) / weights.sum(axis)
 
-  return _bootstrap(weighted_mean, scores.values_N, _weights(scores))
+  weights_N = _weights(scores)
+  # A resample of items without an answer has no mean, and the mean none of theirs.
+  held_N = weights_N > 0
+  return _bootstrap(weighted_mean, scores.values_N[held_N], weights_N[held_N])
 
 
 def _weights(scores: Scores) -> np.ndarray:

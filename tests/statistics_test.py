@@ -66,6 +66,14 @@ def test_weights_count_answers_within_an_item():
   assert (low, high) == pytest.approx((1 / 3, 1.0))
 
 
+def test_items_without_an_answer_move_no_interval():
+  values, weights = np.array([1.0, 0.0, 0.5]), np.array([2.0, 1.0, 2.0])
+  padded = statistics.Scores(np.append(values, [0, 0]), np.append(weights, [0, 0]))
+  found = statistics.interval(padded)
+  assert found == statistics.interval(statistics.Scores(values, weights))
+  assert np.isfinite(found).all()
+
+
 def test_mcnemar_counts_only_the_items_that_changed():
   base = np.array([1.0] * 6 + [0.0] * 2 + [1.0] * 20)
   trained = np.array([0.0] * 6 + [1.0] * 2 + [1.0] * 20)
