@@ -420,6 +420,7 @@ def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
     assert all("/lora/" in name for name in bests(output)[step])
 
 
+@pytest.mark.slow
 def test_looks_see_the_same_on_eight_devices(tmp_path, source, law, general):
   rows = {}
   for name, devices, sizes in (("one", 1, []), ("many", 8, ["mesh.data=2"])):
