@@ -5,7 +5,7 @@
 # DOMAIN: law and web unless named; of configs/data/wordnet, or of --data, which holds
 #   DOMAIN/{train,validation,test}.jsonl.
 # --general: a folder with ifeval.jsonl (rows of google/IFEval), which is then scored too.
-# Installs into .venv first. 2 CPU cores: about 2 hours a domain; stop it at any time,
+# Installs into .venv first. 2 CPU cores: 3 to 4 hours a domain; stop it at any time,
 # rerunning continues. In the background:
 #   nohup launch/reproduce_small.sh > reproduce.log 2>&1 &
 # SWEEP names another sweep, OUTPUT another folder than runs/reproduce.
