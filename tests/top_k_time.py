@@ -19,15 +19,15 @@ def main(folder: str) -> None:
   answers = "data.answers=original"
   base = config.load("configs/sweeps/top_k.yaml", [f"output={folder}", answers])
   runs = [run.config for run in sweep.expand(base)]
-  prepared = [wiring.prepare(run) for run in runs]
-  built = [wiring.build(*pair) for pair in zip(runs, prepared)]
-  first, ours = prepared[0], built[0]
-  with jax.set_mesh(first.mesh):
-    shards = ours.base_shardings
-    params = starting.load(base.model.source, first.decoder, "float32", shards)
-    state = starting.new_state(runs[0], first, ours, params)
-    batch = sharding.spread(sharding.batch(first.mesh), first.dataset[0])
-    rollout, _ = ours.programs.roll_out(state.params, {}, batch, 0)
+  prepared = wiring.prepare(runs[0])  # K is no part of what is prepared
+  built = [wiring.build(run, prepared) for run in runs]
+  first = built[0]
+  with jax.set_mesh(prepared.mesh):
+    shards = first.base_shardings
+    params = starting.load(base.model.source, prepared.decoder, "float32", shards)
+    state = starting.new_state(runs[0], prepared, first, params)
+    batch = sharding.spread(sharding.batch(prepared.mesh), prepared.dataset[0])
+    rollout, _ = first.programs.roll_out(state.params, {}, batch, 0)
     spent: dict[int, list[tuple[float, float]]] = {
       run.distill.top_k: [] for run in runs
     }
