@@ -15,12 +15,12 @@ kept = host_memory.keep_freed()
 import jax, jax.numpy as jnp
 shift = jax.jit(lambda a: a + 1)
 faults = []
-for _ in range(6):
+for _ in range(10):
   a = shift(jnp.zeros((32, 1 << 20)))  # two arrays of 128 MiB, freed at the next turn
   b = [shift(jnp.zeros((8, 1 << 20))) for _ in range(3)]
   jax.block_until_ready((a, b))
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(kept, faults[-1] - faults[2])
+print(kept, *(late - early for early, late in zip(faults, faults[1:])))
 """
 
 
@@ -29,7 +29,7 @@ def tunes(name):
 
 
 def faults(**environment):
-  """Whether freed memory was kept, and the page faults of three late turns."""
+  """Whether freed memory was kept, and each turn's page faults but the first's."""
   bare = {key: value for key, value in os.environ.items() if not tunes(key)}
   done = subprocess.run(
     [sys.executable, "-c", FAULTS],
@@ -38,8 +38,8 @@ def faults(**environment):
     check=True,
     env={**bare, **environment},
   )
-  kept, count = done.stdout.split()
-  return kept == "True", int(count)
+  kept, *turns = done.stdout.split()
+  return kept == "True", [int(turn) for turn in turns]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
@@ -47,8 +47,10 @@ def test_freed_pages_are_used_again():
   kept, few = faults(JAX_PLATFORMS="cpu")
   left, many = faults(JAX_PLATFORMS="cpu", MALLOC_ARENA_MAX="8")  # tuned by its user
   assert (kept, left) == (True, False)
-  assert many > 10_000
-  assert few < many / 10
+  # A turn that fits what is freed takes no page; how soon one does is a matter of
+  # timing: arrays freed late make the heap grow once more.
+  assert min(many) > 10_000
+  assert min(few) < min(many) / 10
 
 
 def test_where_an_accelerator_may_be_the_device_malloc_is_left_alone(monkeypatch):
