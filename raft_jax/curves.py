@@ -1,9 +1,9 @@
-"""The drawings of a comparison: what was kept over domain fit, ratios, swept keys."""
+"""The drawings of a comparison: what was kept over fit, curves of steps, swept keys."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import markupsafe
 import numpy as np
@@ -26,12 +26,13 @@ def drawings(runs: Sequence[collected.Run]) -> dict[str, list[markupsafe.Markup]
   """The panels of each figure; only what was measured.
 
   Returns:
-    "kept": one panel a general measure, over the held-out loss; "ratios": the loss
-    ratio over the steps; "distances": how far tensors moved; "keys": measures over
-    each key that the sweep repeats a run over.
+    "kept": one panel a general measure, over the held-out loss; "looks": drift over
+    the loss while it trained; "ratios": the loss ratio over the steps; "distances": how
+    far tensors moved; "keys": measures over each key that the sweep repeats a run over.
   """
   panels: dict[str, list[Draw | None]] = {
     "kept": [_panel(runs, name, title) for name, title in PANELS],
+    "looks": [_looks(runs)],
     "ratios": [_ratios(runs)],
     "distances": [_distances(runs)],
     "keys": [_over_key(found) for found in swept(runs)],
@@ -45,31 +46,59 @@ def drawings(runs: Sequence[collected.Run]) -> dict[str, list[markupsafe.Markup]
 MOST_CURVES = 2 * len(figures.COLOURS)
 
 
-def _ratios(runs: Sequence[collected.Run]) -> Draw | None:
-  """λ·L_KD/L_SFT of each setting's first run, as in Fig. 2a of the paper."""
+def _looks(runs: Sequence[collected.Run]) -> Draw | None:
+  """Drift over the panel's loss, look by look, of each setting's first run."""
   curves = [
-    (label, same[0]["ratio"])
-    for label, same in collected.settings(runs)
-    if same[0].get("ratio")
+    (label, [(loss, drift) for _, loss, drift in looks])
+    for label, looks in _of_first(runs, "looks")
   ]
   if not curves:
     return None
 
   def draw(axes: Axes) -> None:
-    for number, (label, points) in enumerate(curves[:MOST_CURVES]):
-      axes.plot(
-        *zip(*points),
-        color=figures.COLOURS[number % len(figures.COLOURS)],
-        linestyle="-" if number < len(figures.COLOURS) else ":",
-        linewidth=1.2, label=label,
-      )  # fmt: skip
+    _lines(axes, curves, marker="o")
+    axes.set_title("Drift while it trained, nats per token")
+    axes.set_xlabel("loss on validation questions, nats per token (left is better)")
+    axes.set_ylim(bottom=0)
+
+  return draw
+
+
+def _ratios(runs: Sequence[collected.Run]) -> Draw | None:
+  """λ·L_KD/L_SFT of each setting's first run, as in Fig. 2a of the paper."""
+  curves = _of_first(runs, "ratio")
+  if not curves:
+    return None
+
+  def draw(axes: Axes) -> None:
+    _lines(axes, curves)
     axes.axhline(1.0, color=figures.INK, linewidth=1.0, linestyle="--")
     axes.set_title("λ · L_KD / L_SFT")
     axes.set_xlabel("step")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
 
   return draw
+
+
+Curves = Sequence[tuple[str, Sequence[Any]]]
+
+
+def _of_first(runs: Sequence[collected.Run], name: str) -> Curves:
+  """Label and what was logged of each setting's first run, where it was."""
+  found = [(label, same[0].get(name)) for label, same in collected.settings(runs)]
+  return [(label, points) for label, points in found if points]
+
+
+def _lines(axes: Axes, curves: Curves, marker: str | None = None) -> None:
+  """The first of the curves with their legend; the colours go round once, dotted."""
+  for number, (label, points) in enumerate(curves[:MOST_CURVES]):
+    axes.plot(
+      *zip(*points),
+      color=figures.COLOURS[number % len(figures.COLOURS)],
+      linestyle="-" if number < len(figures.COLOURS) else ":",
+      marker=marker, markersize=3.5, linewidth=1.2, label=label,
+    )  # fmt: skip
+  axes.legend(fontsize=7)
 
 
 MEASURES = (

@@ -184,18 +184,26 @@ def _training(folder: pathlib.Path) -> dict[str, Any]:
   Returns:
     "cost": median seconds of a step, the first (which compiles) left out, and peak
     memory; "support_mass": mean of the teacher's probability on the tokens compared;
-    "ratio": pairs of a step and λ·L_KD/L_SFT. What was not logged is left out.
+    "ratio": pairs of a step and λ·L_KD/L_SFT; "looks": triples of a step, loss and
+    drift of the panel that was watched. What was not logged is left out.
   """
   run = run_folder.read(folder)
   steps = run_folder.series(run, "step_seconds")[1][1:]
   mass = run_folder.series(run, "teacher_mass_in_support")[1]
   ratio = list(zip(*run_folder.series(run, "kd_ratio")))
+  drift = dict(zip(*run_folder.series(run, "watch_drift")))
+  looks = [
+    (step, loss, drift[step])
+    for step, loss in zip(*run_folder.series(run, "watch_loss"))
+    if step in drift
+  ]
   path = folder / "cost.json"
   cost = json.loads(path.read_text()) if path.exists() else {}
   return {
     "cost": cost | ({"step_seconds": statistics.median(steps)} if steps else {}),
     **({"support_mass": statistics.fmean(mass)} if mass else {}),
     **({"ratio": ratio} if ratio else {}),
+    **({"looks": looks} if looks else {}),
   }
 
 

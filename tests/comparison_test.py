@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from raft_jax import collected, comparison, config, curves, errors, report
 from tests import sweep_runs
@@ -130,6 +131,26 @@ def test_ratios_of_the_losses_are_drawn_once_a_setting(tmp_path):
   assert len(drawn["ratios"]) == 1
   assert drawn["ratios"][0].count("stroke-width: 1.2") == 2 * 2  # and in the legend
   assert curves.drawings(RUNS)["ratios"] == []
+
+
+def test_what_was_seen_while_runs_trained_is_drawn_as_drift_over_loss(monkeypatch):
+  shown = []
+  monkeypatch.setattr(
+    curves.figures, "svg", lambda draw: shown.append(_drawn(draw)) or ""
+  )
+  looked = RUNS[0] | {"looks": [[10, 3.8, 0.02], [20, 3.5, 0.05]]}
+  assert curves.drawings([looked, *RUNS[1:]])["looks"] == [""]
+  assert [("sft-learning_rate_1e-05", [3.8, 3.5], [0.02, 0.05])] in shown
+  assert curves.drawings(RUNS)["looks"] == []
+
+
+def _drawn(draw):
+  """Label and points of each line of a panel."""
+  axes = Figure().subplots()
+  draw(axes)
+  return [
+    (line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines
+  ]
 
 
 @pytest.mark.parametrize("runs", [[], [{"name": "x"}], {}], ids=str)

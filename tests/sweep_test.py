@@ -130,7 +130,14 @@ def test_its_table_fits_a_terminal(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
   ("name", "count"),
-  [("reproduce", 33), ("top_k", 7), ("ablations", 19), ("methods", 21)],
+  [
+    ("reproduce", 33),
+    ("top_k", 7),
+    ("ablations", 19),
+    ("methods", 21),
+    ("long", 3),
+    ("factors", 15),
+  ],
 )
 def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
@@ -164,6 +171,8 @@ def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
     {"step_seconds": 2.0, "kd_ratio": None, "teacher_mass_in_support": 0.9},
     {"step_seconds": 4.0, "kd_ratio": 0.5, "teacher_mass_in_support": 1.0},
   ]
+  rows[1] |= {"watch_loss": 2.5}  # without the drift it is no point of a curve
+  rows[2] |= {"watch_loss": 2.0, "watch_drift": 0.1}
   (tmp_path / "metrics.jsonl").write_text(
     "".join(
       json.dumps({"step": step, "split": "train", "values": values}) + "\n"
@@ -175,5 +184,6 @@ def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
     "cost": {"host_peak_bytes": 5, "step_seconds": 3.0},
     "support_mass": pytest.approx(0.9),
     "ratio": [(1, 1.0), (3, 0.5)],
+    "looks": [(3, 2.0, 0.1)],
   }
   assert sweep._training(tmp_path / "empty") == {"cost": {}}
