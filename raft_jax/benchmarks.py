@@ -15,7 +15,7 @@ import os
 import pathlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pydantic
@@ -32,7 +32,7 @@ class Instructions(pydantic.BaseModel):
 
   key: int | str
   prompt: str
-  instruction_id_list: list[str]
+  instruction_id_list: Annotated[list[str], pydantic.Field(min_length=1)]
   kwargs: list[dict[str, Any]]
 
 
@@ -122,13 +122,15 @@ def _file_rows(path: pathlib.Path, key: str) -> Iterator[tuple[str, Any]]:
 
       rows = parquet.read_table(path).to_pylist()
     else:
-      lines = path.read_text(encoding="utf-8-sig").splitlines()
-      rows = [line for line in lines if line.strip()]
+      # Not splitlines, which also splits at line separators within a string.
+      rows = path.read_text(encoding="utf-8-sig").split("\n")
   except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
     raise errors.UserError(
       f"{key}: cannot read {path}: {str(error).splitlines()[0]}; check the file"
     ) from error
   for number, row in enumerate(rows, start=1):
+    if isinstance(row, str) and not row.strip():
+      continue
     try:
       yield f"{path}:{number}", json.loads(row) if isinstance(row, str) else row
     except json.JSONDecodeError as error:
@@ -238,6 +240,25 @@ def ifeval_scores(
     if weights_N.any():
       scores[name] = statistics.Scores(share_N, weights_N)
   return scores
+
+
+def check_instructions(
+  items: Sequence[Instructions], checkers: Any, *, key: str
+) -> None:
+  """Has the checkers build every item's instructions, before any answer is generated.
+
+  Raises:
+    UserError: they cannot; the first such item is named.
+  """
+  for item in items:
+    try:
+      with _same_draws():
+        checkers.process_results(item.model_dump(), [""])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+      raise errors.UserError(
+        f"{key}: item {item.key}: its instructions cannot be checked"
+        f" ({type(error).__name__}: {error}); give the file as it was published"
+      ) from error
 
 
 @contextlib.contextmanager

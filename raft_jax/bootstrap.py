@@ -58,12 +58,18 @@ def _counts(items: str, count: int) -> tuple[np.ndarray, ...]:
 
 
 def describe(samples_S: np.ndarray) -> dict[str, float]:
-  """The value over all items and its 95 % interval, for JSON; {} where it is NaN."""
-  kept_S = samples_S[np.isfinite(samples_S)]
-  if not np.isfinite(samples_S[0]):
+  """The value over all items and its 95 % interval, for JSON; {} where it is NaN.
+
+  A resample that is NaN says nothing; where all are, there is no interval.
+  """
+  value = float(samples_S[0])
+  if not np.isfinite(value):
     return {}
+  kept_S = samples_S[1:][np.isfinite(samples_S[1:])]
+  if not kept_S.size:
+    return {"value": value}
   low, high = np.percentile(kept_S, [2.5, 97.5])
-  return {"value": float(samples_S[0]), "low": float(low), "high": float(high)}
+  return {"value": value, "low": float(low), "high": float(high)}
 
 
 def read_off(

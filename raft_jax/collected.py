@@ -24,6 +24,9 @@ SEED, RATE = "train.seed", "train.learning_rate"
 """Runs that differ in the first alone are one setting; of settings that differ in the
 second alone one is chosen."""
 
+SFT = "sft"
+"""A run's method."""
+
 ITEM_SCORES = (
   "validation_loss",
   "held_out_loss",
@@ -70,7 +73,8 @@ def read(output: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
   """Domain -> the runs of its sweep; of one sweep, its folder's name -> its runs.
 
   Raises:
-    errors.UserError: no sweep, a damaged file, or one without a run.
+    errors.UserError: no sweep, a damaged file, one without a run, or with a score that
+      two runs measured on different items.
   """
   files = [output / FILE] if (output / FILE).exists() else _below(output)
   if not files:
@@ -100,6 +104,16 @@ def _runs(path: pathlib.Path) -> list[dict[str, Any]]:
     raise errors.UserError(
       f"{path}: cannot be read ({error}); run `python -m raft_jax.sweep` again"
     ) from error
+  first: dict[str, Run] = {}
+  for run in runs:
+    for name, score in (run.get("items") or {}).items():
+      other = first.setdefault(name, run)
+      if score["items"] != other["items"][name]["items"]:
+        raise errors.UserError(
+          f"{path}: {name} of {other['name']} and of {run['name']} are of different"
+          " items, which cannot be compared; evaluate both on the same, then run"
+          " `python -m raft_jax.sweep` again"
+        )
   return runs
 
 
@@ -128,8 +142,10 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
   labelled = []
   for same in _alike(runs, {SEED}):
     words = same[0]["name"].split("-")
-    label = "-".join(word for word in words if not word.startswith("seed_"))
-    labelled.append((label, same))
+    word = f"seed_{same[0]['set'].get(SEED)}"
+    if word in words:  # another key's seeds are settings
+      words.remove(word)
+    labelled.append(("-".join(words), same))
   return labelled
 
 
@@ -150,6 +166,41 @@ def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
   return found
 
 
+def sft_rates(runs: Sequence[Run]) -> list[list[Run]]:
+  """SFT's learning rates, by held-out loss: the runs of each, plain as the first is.
+
+  Left out is what also differs in another key, and a rate that fits worse and drifts
+  more than another or the base model, which is no way to keep abilities.
+  """
+  first = next((run for run in runs if run["method"] == SFT), None)
+  if first is None:
+    return []
+  plain = _fixed(first, {SEED, RATE})
+  found = [
+    same
+    for same in _alike(runs, {SEED})
+    if same[0]["method"] == SFT and _fixed(same[0], {SEED, RATE}) == plain
+  ]
+  places = [place(same) for same in found]
+  base = runs[0]["scores"]["scores"]["base"]["held_out_loss"]["value"]
+  better = [*places, (base, 0.0)]
+  kept = [
+    (loss, same)
+    for same, (loss, drift) in zip(found, places)
+    if drift is None
+    or not any(x < loss and y is not None and y <= drift for x, y in better)
+  ]
+  return [same for _, same in sorted(kept, key=lambda pair: pair[0])]
+
+
+def place(runs: Sequence[Run]) -> tuple[float, float | None]:
+  """Means of held-out loss and drift over a setting's runs; None: not measured."""
+  scores = [values(run) for run in runs]
+  drifts = [score["drift"]["value"] for score in scores if score["drift"]]
+  loss = float(np.mean([score["held_out_loss"]["value"] for score in scores]))
+  return loss, float(np.mean(drifts)) if drifts else None
+
+
 def _validation_loss(runs: Sequence[Run]) -> float:
   scores = [values(run).get("validation_loss") or {} for run in runs]
   return float(np.mean([score.get("value", np.inf) for score in scores]))
@@ -159,9 +210,13 @@ def _alike(runs: Sequence[Run], apart_from: set[str]) -> list[list[Run]]:
   """Runs that agree in their name and in all keys but some."""
   found: dict[str, list[Run]] = {}
   for run in runs:
-    fixed = {key: value for key, value in run["set"].items() if key not in apart_from}
-    found.setdefault(f"{run['group']} {json.dumps(fixed)}", []).append(run)
+    fixed = json.dumps(_fixed(run, apart_from))
+    found.setdefault(f"{run['group']} {fixed}", []).append(run)
   return list(found.values())
+
+
+def _fixed(run: Run, apart_from: set[str]) -> dict[str, Any]:
+  return {key: value for key, value in run["set"].items() if key not in apart_from}
 
 
 def having(runs: Sequence[Run], name: str) -> list[Run]:
@@ -173,13 +228,13 @@ def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray 
   """A score of a setting, each item's mean over the runs that have it: [S] of
   `bootstrap.means`.
 
-  None where no run has measured it, or two on different items.
+  None where no run has measured it.
 
   Args:
     who: "trained", or "base" for the model before training.
   """
   scores = [run["items"][name] for run in having(runs, name)]
-  if len({score["items"] for score in scores}) != 1:
+  if not scores:
     return None
   first = scores[0]
   # The base model has no drift from itself.

@@ -65,8 +65,10 @@ def _row(label: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   for column in (*SCORES, *COSTS):
     scores = [run[column.name] for run in runs if run.get(column.name)]
     values = [score["value"] for score in scores]
-    if len(values) == 1:
+    if len(runs) == 1 and scores:
       cells[column.name] = scores[0]
+    elif len(values) == 1:  # its interval is of items, those beside it are of seeds
+      cells[column.name] = {"value": values[0]}
     elif values:
       cells[column.name] = {
         "value": float(np.mean(values)),
@@ -79,18 +81,11 @@ def _row(label: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sft_curve(runs: Sequence[collected.Run]) -> list[tuple[float, float]]:
-  """(held-out loss, drift) of the base model and SFT's settings, by loss."""
+  """(held-out loss, drift) of the base model and SFT's learning rates, by loss."""
   loss = runs[0]["scores"]["scores"]["base"]["held_out_loss"]["value"]
-  points = [(loss, 0.0)]
-  for _, same in collected.settings(runs):
-    scores = [collected.values(run) for run in same]
-    if same[0]["method"] == contrasts.SFT and all(one["drift"] for one in scores):
-      fit, drift = (
-        float(np.mean([one[name]["value"] for one in scores]))
-        for name in ("held_out_loss", "drift")
-      )
-      points.append((fit, drift))
-  return sorted(points)
+  places = [collected.place(same) for same in collected.sft_rates(runs)]
+  points = [(fit, drift) for fit, drift in places if drift is not None]
+  return sorted([(loss, 0.0), *points])
 
 
 def drift_at(curve: Sequence[tuple[float, float]], loss: float | None) -> float | None:

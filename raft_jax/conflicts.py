@@ -107,9 +107,12 @@ def _extract(extract: schema.Extract) -> Iterator[tuple[str, str]]:
 
 def _panel(place: str, judges: Sequence[schema.Asked]) -> Iterator[tuple[str, str]]:
   yield from _engines({f"{place}.{i}": judge for i, judge in enumerate(judges)})
+  # Replies are kept by what is asked of which model, wherever it runs.
+  asked = [judge.model_dump(exclude={*schema.PLACEMENT}) for judge in judges]
   for i, judge in enumerate(judges):
-    if judge in judges[:i]:
-      yield f"{place}.{i}", "is the same judge again; delete it or change it"
+    if asked[i] in asked[:i]:
+      other = " (servers tell models apart by name)" if judge.engine == "openai" else ""
+      yield f"{place}.{i}", f"is the same judge again{other}; delete it or change it"
 
 
 def _engines(roles: Mapping[str, schema.Asked]) -> Iterator[tuple[str, str]]:

@@ -46,9 +46,6 @@ OF_DOMAIN = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"))
 BASE = "base model"
 """A row's label."""
 
-SFT = "sft"
-"""A run's method."""
-
 
 class Row(NamedTuple):
   """A line of a table: name, seeds, and {value, low, high} by the cell's name."""
@@ -125,24 +122,31 @@ def against_sft(domains: Domains) -> list[Row]:
 
 
 def _first_sft(found: Mapping[str, list[collected.Run]]) -> list[collected.Run]:
-  return next((runs for runs in found.values() if runs[0]["method"] == SFT), [])
+  sft = (runs for runs in found.values() if runs[0]["method"] == collected.SFT)
+  return next(sft, [])
 
 
 def at_equal_fit(domains: Domains) -> list[Row]:
   """Each setting beside SFT that fits the domain as well.
 
-  SFT's settings and the base model are a line of each measure over the held-out loss;
-  it is read off at the setting's own held-out loss, in every resample anew. Both are of
+  SFT's rates and the base model are a line of each measure over the held-out loss; it
+  is read off at the setting's own held-out loss, in every resample anew. Both are of
   the runs that have the measure. Cells: the measure; `fit_`, `sft_` and `gap_` with it:
   held-out loss, SFT there, setting minus SFT.
   """
   named = [dict(collected.settings(runs)) for runs in domains.values()]
   asked = kept(domains)
   lines = {m.name: [_sft_line(runs, m) for runs in domains.values()] for m in asked}
+  on_line = {
+    run["name"]
+    for runs in domains.values()
+    for same in collected.sft_rates(runs)
+    for run in same
+  }
   rows = []
   for label in _in_all(named):
     parts = [found[label] for found in named]
-    if parts[0][0]["method"] == SFT:
+    if any(runs[0]["name"] in on_line for runs in parts):
       continue
     found: dict[str, Samples] = {}
     for m in asked:
@@ -163,8 +167,8 @@ Line = list[tuple[np.ndarray, np.ndarray]]
 
 
 def _sft_line(runs: Sequence[collected.Run], measure: Measure) -> Line:
-  """The base model and each setting of SFT, where both scores were measured."""
-  sft = [same for _, same in collected.settings(runs) if same[0]["method"] == SFT]
+  """The base model and SFT's learning rates, where both scores were measured."""
+  sft = collected.sft_rates(runs)
   found = [(_base(runs, FIT), _base(runs, measure))]
   found += [(_fit(same, measure), _of(same, measure)) for same in sft]
   return [(fit, kept) for fit, kept in found if fit is not None and kept is not None]
@@ -198,7 +202,10 @@ def _share(one: Samples, base: Samples) -> Samples:
   if one is None or base is None or base[0] == 0:
     return None
   with np.errstate(divide="ignore", invalid="ignore"):
-    return 100.0 * one / base
+    share_S = 100.0 * one / base
+  if not np.isfinite(share_S).all():  # of a base that may score 0 there is no interval
+    share_S[1:] = np.nan
+  return share_S
 
 
 def _mean(parts: Sequence[Samples]) -> Samples:

@@ -396,6 +396,7 @@ def main(config: config_lib.Config) -> None:
   result = {
     "model": config.model.source,
     "checkpoint_step": step,
+    "edits": outcome.edits(config),
     "items": len(domain.rows),
     **compared,
     "retention": {

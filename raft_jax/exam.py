@@ -129,6 +129,7 @@ def read_ifeval(
     split="train",  # the hub's copy has no other
     limit=settings.limit,
   )
+  benchmarks.check_instructions(orders, checkers, key=f"{section}.ifeval.items")
   return Ifeval(orders, _asked(codec, orders), checkers)
 
 

@@ -193,13 +193,19 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def describe_scores(scores: Mapping[str, Any], step: int) -> str:
-  """The score table of this very checkpoint, or a sentence that says there is none."""
-  if scores.get("checkpoint_step") != step:
+def describe_scores(
+  scores: Mapping[str, Any], step: int, edits: Mapping[str, Any]
+) -> str:
+  """The score table of this very model, or a sentence that says there is none.
+
+  Args:
+    edits: what was done to the checkpoint, as `outcome.edits`.
+  """
+  if scores.get("checkpoint_step") != step or scores.get("edits", {}) != edits:
     return "This checkpoint was not evaluated."
   lines = [
     f"{scores['items']} held-out questions of the domain, greedy answers, 95 %"
-    " bootstrap intervals; differences are paired. Loss is in nats per token: lower is"
+    " intervals over items; differences are paired. Loss is in nats per token: lower is"
     " better.",
     "",
     "| score | base model | this model | difference |",
@@ -207,6 +213,8 @@ def describe_scores(scores: Mapping[str, Any], step: int) -> str:
   ]
 
   def cell(value: float, interval: Mapping[str, Any]) -> str:
+    if "low" not in interval:  # no mean of items
+      return f"{value:.3f}"
     return f"{value:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
 
   for name, paired in scores["paired"].items():
@@ -222,6 +230,7 @@ def card(config: config_lib.Config, step: int) -> str:
   """README.md of the exported folder, with the hub's front matter."""
   source, output = config.model.source, pathlib.Path(config.output)
   adapter = config.export.adapter
+  scores = _read_json(output / "evaluation" / "scores.json")
   front: dict[str, Any] = {
     "library_name": "peft" if adapter else "transformers",
     "pipeline_tag": "text-generation",
@@ -245,7 +254,7 @@ def card(config: config_lib.Config, step: int) -> str:
     use=USE_ADAPTER if adapter else USE_MODEL,
     data=describe_data(output, config.data.answers),
     hyperparameters=yaml.safe_dump(shown, sort_keys=False),
-    evaluation=describe_scores(_read_json(output / "evaluation" / "scores.json"), step),
+    evaluation=describe_scores(scores, step, outcome.edits(config)),
   )
 
 

@@ -261,8 +261,11 @@ def _crc32(body: str) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path, *, waits: bool = False) -> Iterator[None]:
   """Holds `path`.lock, for one process at a time.
+
+  Args:
+    waits: says who else holds it, and waits for its end.
 
   Raises:
     UserError: another process holds it; it is named.
@@ -278,9 +281,12 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     holder = "another process"
     with contextlib.suppress(OSError):
       holder = holder_path.read_text() or holder
-    raise errors.UserError(
-      f"{path}: in use by {holder}; wait for it to end, or use another output folder"
-    ) from error
+    if not waits:
+      raise errors.UserError(
+        f"{path}: in use by {holder}; wait for it to end, or use another output folder"
+      ) from error
+    print(f"{path}: in use by {holder}; waiting", flush=True)
+    lock.acquire(timeout=-1)
   try:
     holder_path.write_text(f"pid {os.getpid()} on {socket.gethostname()}")
     yield

@@ -142,9 +142,9 @@ def template(name: str) -> string.Template:
   return string.Template((folder / f"{name}.txt").read_text("utf-8").strip())
 
 
-def steers(text: str) -> bool:
-  """Whether a candidate tries to hand the judge its verdict: it holds a score field."""
-  return _SCORE_KEY.search(text) is not None
+def steers(text: str, key: str = "score") -> bool:
+  """Whether a candidate tries to hand the judge its verdict: it holds that field."""
+  return re.search(rf'"{re.escape(key)}"\s*:', text) is not None
 
 
 def parse_score(text: str) -> float | None:

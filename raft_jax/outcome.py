@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
@@ -52,9 +54,11 @@ def restored(
   return params, step
 
 
-def edits(config: config_lib.Config) -> bool:
-  """Whether what was trained is changed afterwards, for which the base is needed."""
-  return config.prune is not None or config.interpolate is not None
+def edits(config: config_lib.Config) -> dict[str, Any]:
+  """The sections by which what was trained is changed afterwards, as plain values."""
+  return config.model_dump(
+    mode="json", include={"prune", "interpolate"}, exclude_none=True
+  )
 
 
 def whole(

@@ -59,7 +59,7 @@ def votes(
 
 
 def _fair(candidate: str) -> bool:
-  return bool(candidate.strip()) and f'"{VERDICT}"' not in candidate
+  return bool(candidate.strip()) and not judge.steers(candidate, VERDICT)
 
 
 def scores(

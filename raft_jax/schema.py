@@ -616,7 +616,7 @@ class Evaluate(Section):
   """Scores on `data.test` and of general abilities, beside the base model's."""
 
   limit: Positive | None = None
-  """Use only the first N test questions."""
+  """Use only the first N test questions, and as many of `data.validation`."""
   max_new_tokens: Positive = 64
   """Longest answer."""
   batch_size: Positive = 16

@@ -91,9 +91,7 @@ def first_state(
 def compares(config: config_lib.Config) -> bool:
   """Whether looks at the trained model read the base model, too."""
   watch = config.watch
-  return watch is not None and (
-    watch.drift.prompts is not None or outcome.edits(config)
-  )
+  return watch is not None and bool(watch.drift.prompts or outcome.edits(config))
 
 
 def load(

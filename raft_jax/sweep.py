@@ -4,8 +4,9 @@ The `sweep` section of a run's file names the runs: what each sets, and over wha
 repeated (seeds, learning rates). They are done one after the other, or one per task of
 an array job (`sweep.only=N`). Every stage of every run continues where it was stopped.
 Refinement is done once for all runs that share its settings, no call of it twice for
-any two of them, and the evaluation of the base model once. At the end the scores stand
-side by side in `sweep.json`.
+any two of them, and the evaluation of the base model once: tasks of an array job train
+at the same time, and take turns at what they share. At the end the scores stand side by
+side in `sweep.json`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ from raft_jax import (
   durable,
   errors,
   examples,
+  journal,
   refine,
   run_folder,
 )
+
+MEASURED = {
+  *("limit", "max_new_tokens", "judges", "open_ended", "ifeval", "mmlu", "drift"),
+  "tasks",
+}
+"""Keys of `evaluate` that say what is measured, and how."""
 
 INTERRUPTED = (75, 130, 143)
 """Exit codes of a stage that was stopped and can be continued."""
@@ -57,7 +65,8 @@ def expand(base: config.Config) -> list[Planned]:
   """All runs of a sweep, checked.
 
   Raises:
-    errors.UserError: no runs, two of one name, or a setting that no config has.
+    errors.UserError: no runs, two of one name, a setting that no config has, or one
+      that would have two runs scored on different things.
   """
   if not base.sweep.runs:
     raise errors.UserError(
@@ -70,6 +79,13 @@ def expand(base: config.Config) -> list[Planned]:
       overrides = {**run.set, **point}
       words = [_word(key, value) for key, value in point.items()]
       name = "-".join([run.name, *words])
+      for key, value in overrides.items():
+        if value is not None and _measures(key):
+          raise errors.UserError(
+            f"sweep run {name!r}: {key}: runs are compared on the same items, scored"
+            " alike; set it in its own section, for all of them (null here leaves a"
+            " score out)"
+          )
       settings = _override(base, name, overrides)
       planned.append(Planned(name, run.name, overrides, settings))
   names = [run.name for run in planned]
@@ -79,6 +95,13 @@ def expand(base: config.Config) -> list[Planned]:
       f"sweep.runs: two runs are named {sorted(twice)[0]!r}; give each its own name"
     )
   return planned
+
+
+def _measures(key: str) -> bool:
+  section, *rest = key.split(".")
+  if section == "evaluate":
+    return not rest or rest[0] in MEASURED
+  return key == "data.test"
 
 
 def _grid(over: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -100,8 +123,9 @@ def _override(
   del tree["sweep"]
   output = pathlib.Path(base.output)
   tree["output"] = str(output / name)
-  tree.setdefault("evaluate", {})["journal"] = str(output / "evaluation.jsonl")
-  tree.setdefault("refine", {})["journal"] = str(output / "refinement.jsonl")
+  for section, file in (("evaluate", "evaluation"), ("refine", "refinement")):
+    shared = tree.setdefault(section, {})
+    shared["journal"] = shared.get("journal") or str(output / f"{file}.jsonl")
   items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
   try:
     return config.from_tree(tree, items)
@@ -124,12 +148,16 @@ def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
     try:
       for stage in stages:
         print(f"{title}: {stage}", flush=True)
+        file = folder.parent / f"{run.name}.yaml"
         if stage == "refine":
           _refine_once(base, run)
+        elif stage == "train":
+          _note_cost(folder, _stage(stage, run.config, file))
+        elif stage == "evaluate":
+          with journal.locked(folder.parent / ".evaluate", waits=True):
+            _stage(stage, run.config, file)
         else:
-          peak = _stage(stage, run.config, folder.parent / f"{run.name}.yaml")
-          if stage == "train":
-            _note_cost(folder, peak)
+          _stage(stage, run.config, file)
     except errors.UserError as error:
       print(f"error: {error}", file=sys.stderr, flush=True)
       failed.append(run.name)
@@ -218,7 +246,8 @@ def _refine_once(base: config.Config, run: Planned) -> None:
   name = f"refined-{config.digest(values)[:12]}"
   shared = pathlib.Path(base.output) / name
   settings = run.config.model_copy(update={"output": str(shared)})
-  _stage("refine", settings, shared.with_suffix(".yaml"))
+  with journal.locked(shared.parent / ".refine", waits=True):
+    _stage("refine", settings, shared.with_suffix(".yaml"))
   temporary = folder / ".tmp-refined"
   shutil.rmtree(temporary, ignore_errors=True)
   # Not the journal: it is of use only where refinement goes on.
@@ -232,12 +261,12 @@ def _refine_once(base: config.Config, run: Planned) -> None:
 # Collecting
 
 
-def collect(runs: Sequence[Planned]) -> list[dict[str, Any]]:
-  """What was measured of every run; a run without scores is left out."""
+def collect(runs: Sequence[Planned], stages: Sequence[str]) -> list[dict[str, Any]]:
+  """What was measured of every run that is finished, and was with these settings."""
   rows = []
   for run in runs:
     path = pathlib.Path(run.config.output) / "evaluation" / "scores.json"
-    if path.exists():
+    if path.exists() and _finished(run, stages):
       scores = json.loads(path.read_text(encoding="utf-8"))
       tensors = scores["weight_distance"].pop("tensors", {})
       rows.append(
@@ -296,13 +325,16 @@ def main(base: config.Config) -> None:
     raise errors.UserError(f"sweep.only: {only}, but there are runs 1 to {len(runs)}")
   todo = runs if only is None else [runs[only - 1]]
   failed = run_all(base, todo)
-  rows = collect(runs)
+  rows = collect(runs, base.sweep.stages)
   output = pathlib.Path(base.output)
   if rows:
     with durable.replacing(output / collected.FILE) as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
     show(rows)
-  print(f"{len(rows)} of {len(runs)} runs have scores: {output / 'sweep.json'}")
+  print(f"{len(rows)} of {len(runs)} runs have scores: {output / collected.FILE}")
+  missing = {run.name for run in runs} - {row["name"] for row in rows}
+  if rows and missing:
+    print(f"not finished with these settings: {', '.join(sorted(missing))}")
   if failed:
     raise errors.UserError(
       f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}; what each said"

@@ -143,6 +143,34 @@ def _without_punkt(tmp_path):
     nltk.data.path[:] = before
 
 
+@pytest.mark.parametrize(
+  "broken",
+  [
+    {"instruction_id_list": ["punctuation:no_coma"]},
+    {"kwargs": []},
+    {"kwargs": [{"num_sentence": 3}, {}]},
+    {"kwargs": [{"num_sentences": 3, "relation": "at most"}, {}]},
+  ],
+  ids=str,
+)
+def test_instructions_that_cannot_be_checked_are_named(tmp_path, checkers, broken):
+  items = _orders(tmp_path, [ORDERS[0], ORDERS[1] | broken])
+  with pytest.raises(errors.UserError, match=r"k: item 2: its instructions cannot be"):
+    benchmarks.check_instructions(items, checkers, key="k")
+  benchmarks.check_instructions(_orders(tmp_path), checkers, key="k")
+
+
+def test_only_a_line_feed_ends_a_row(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  text = "one\u2028line"
+  row = json.dumps({"prompt": text}, ensure_ascii=False)
+  path.write_text(f"{row}\r\n\n{row}\n{{", encoding="utf-8")
+  found = benchmarks.read(benchmarks.Prompt, str(path), key="k", limit=2)
+  assert [item.prompt for item in found] == [text, text]
+  with pytest.raises(errors.UserError, match=r"prompts\.jsonl:4: is not valid JSON"):
+    benchmarks.read(benchmarks.Prompt, str(path), key="k")
+
+
 def test_bad_items_are_named_with_their_line(tmp_path):
   with pytest.raises(errors.UserError, match=r"ifeval\.jsonl:2: instruction_id_list"):
     _orders(tmp_path, [ORDERS[0], {"key": 2, "prompt": "?", "kwargs": []}])

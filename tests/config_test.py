@@ -250,6 +250,13 @@ BAD_FILES = {
     "refine.judges.1",
     "same judge again",
   ),
+  "judge twice, by servers": (
+    "evaluate: {judges: [{engine: openai, model: m, base_url: 'http://a/v1'}, "
+    "{engine: openai, model: m, base_url: 'http://b/v1', batch_size: 2}]}",
+    4,
+    "evaluate.judges.1",
+    r"servers tell models apart by name",
+  ),
 }
 
 

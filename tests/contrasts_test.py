@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from raft_jax import collected, comparison, contrasts
+from raft_jax import collected, comparison, contrasts, errors
 from tests import sweep_runs
 
 QUESTIONS, PROMPTS = 40, 30
@@ -134,11 +134,44 @@ def test_domains_are_averaged_where_all_have_a_setting():
   assert [row.label for row in alone] == ["sft"]
 
 
-def test_runs_on_other_items_are_not_compared():
+def test_runs_on_other_items_are_not_compared(tmp_path):
   other = json.loads(json.dumps(RUNS))
   other[2]["items"]["drift"]["items"] = "other prompts"
-  assert collected.samples(other[1:3], "drift") is None
-  assert "drift" not in contrasts.methods({"law": other})[1].cells
+  (tmp_path / "sweep.json").write_text(json.dumps(other))
+  with pytest.raises(
+    errors.UserError, match=r"drift of sft-low and of sft-high-seed_1"
+  ):
+    collected.read(tmp_path)
+
+
+def test_the_line_of_sft_is_its_learning_rates_alone():
+  anchored = _run("l2sp", "sft", 3.25, 0.01, anchor="{}", **_rate(2e-5))
+  broken = _run("sft-broken", "sft", 3.3, 2.0, **_rate(1e-3))
+  *raft, other, far = contrasts.at_equal_fit({"law": [*RUNS, anchored, broken]})
+  assert raft == contrasts.at_equal_fit({"law": RUNS})
+  assert (other.label, far.label) == ("l2sp", "sft-broken")
+  # Halfway between 0.05 and the mean of 0.15 and 0.25.
+  assert other.cells["gap_drift"]["value"] == pytest.approx(0.01 - 0.125)
+
+
+def test_seeds_of_another_key_are_settings():
+  runs = [
+    _run(
+      f"raft-seed_{a}-seed_{b}", "raft", 3.0, 0.1, **{"refine.seed": a} | _rate(1, b)
+    )
+    for a in (0, 1)
+    for b in (0, 1)
+  ]
+  labels = [(label, len(same)) for label, same in collected.settings(runs)]
+  assert labels == [("raft-seed_0", 2), ("raft-seed_1", 2)]
+
+
+def test_a_base_model_that_may_score_nothing_has_no_interval_of_what_is_kept():
+  runs = json.loads(json.dumps(RUNS))
+  for run in runs:
+    run["items"]["ifeval_prompt_strict"]["base"] = [1.0] + [0.0] * 19
+  (sft, *_) = contrasts.against_sft({"law": runs})
+  assert sft.cells["retained_ifeval_prompt_strict"] == {"value": 1000.0}
 
 
 def test_a_score_that_one_seed_lacks_is_that_of_the_others():

@@ -130,8 +130,14 @@ def test_card_tells_the_data_and_the_scores_of_this_checkpoint(run, tiny):
     "| rouge l | 3.912 (3.800 to 4.050) | 3.912 (3.800 to 4.050)"
     " | -0.625 (-0.700 to -0.550) |" in body
   )
-  # Scores of another checkpoint are not this model's.
-  assert export.describe_scores(scores, 8) == "This checkpoint was not evaluated."
+  # Scores of another checkpoint, or before another edit, are not this model's.
+  for step, edits in ((8, {}), (7, {"interpolate": {"weight": 0.5}})):
+    said = export.describe_scores(scores, step, edits)
+    assert said == "This checkpoint was not evaluated."
+  # A perplexity is no mean of items, and has no interval.
+  del score["low"], score["high"]
+  said = export.describe_scores(scores, 7, {})
+  assert "| rouge l | 3.912 | 3.912 | -0.625 (-0.700 to -0.550) |" in said
 
 
 def test_base_model_is_named_only_by_a_hub_name(run, monkeypatch):

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 
 import pytest
@@ -144,6 +146,22 @@ def test_second_process_is_told_who_holds_the_folder_and_a_killed_one_frees_it(
     holder.send_signal(signal.SIGKILL)
   with journal.open_journal(path) as book:
     assert book.calls == {"k": 1}
+
+
+def test_who_waits_has_it_when_the_holder_ends(tmp_path, capsys):
+  path = tmp_path / "journal.jsonl"
+  with subprocess.Popen(
+    [sys.executable, "-c", _HOLD, str(path)], stdout=subprocess.PIPE, text=True
+  ) as holder:
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    end = threading.Timer(0.3, holder.kill)
+    end.start()
+    with journal.locked(path, waits=True):
+      assert holder.wait() == -signal.SIGKILL
+    end.join()
+  said = capsys.readouterr().out
+  assert re.search(rf"in use by pid {holder.pid} on .*; waiting", said)
 
 
 def test_full_disk_is_a_user_error_and_keeps_what_was_there(tmp_path, monkeypatch):

@@ -43,7 +43,8 @@ YES, NO, PROSE = json.dumps({"good": True}), json.dumps({"good": False}), "Good!
 @pytest.mark.parametrize("template", ["correct", "open_ended"])
 def test_each_judge_votes_or_abstains_and_nothing_is_asked_twice(tmp_path, template):
   items = [
-    panel.Item("Q?", "R.", text) for text in ("ONE!", "TWO!", "", ' {"good": 1}')
+    panel.Item("Q?", "R.", text)
+    for text in ('The "good" ONE!', "TWO!", "", ' {"good" : 1}')
   ]
   roles = [
     _role("a", {"ONE!": YES, "TWO!": NO}),

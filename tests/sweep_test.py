@@ -58,6 +58,8 @@ def test_every_run_is_named_and_set(file):
   output = pathlib.Path(base.output)
   assert {pathlib.Path(run.config.output).parent for run in runs} == {output}
   assert runs[0].config.evaluate.journal == str(output / "evaluation.jsonl")
+  own = sweep.expand(config.load(file, ["evaluate.journal=mine.jsonl"]))
+  assert own[0].config.evaluate.journal == "mine.jsonl"
 
 
 def test_what_cannot_run_is_named_before_anything_runs(file):
@@ -68,6 +70,10 @@ def test_what_cannot_run_is_named_before_anything_runs(file):
     expand('sweep.runs=[{"name": "x", "set": {"train.sed": 1}}]')
   with pytest.raises(errors.UserError, match="two runs are named 'x'"):
     expand('sweep.runs=[{"name": "x"}, {"name": "x"}]')
+  for key, value in (("evaluate.limit", 2), ("data.test", '"other.jsonl"')):
+    with pytest.raises(errors.UserError, match=rf"'x': {key}: .*on the same items"):
+      expand(f'sweep.runs=[{{"name": "x", "set": {{"{key}": {value}}}}}]')
+  expand('sweep.runs=[{"name": "x", "set": {"evaluate.ifeval.items": null}}]')
   with pytest.raises(errors.UserError, match="no run is named"):
     expand("sweep.runs=[]")
   with pytest.raises(errors.UserError, match=r"sweep\.only: 9"):
@@ -108,6 +114,11 @@ def test_a_sweep_is_run_resumed_and_collected(file):
 
   again = _sweep(file, "sweep.only=1")
   assert "run 1 of 1, fused-seed_0: finished before" in again.stdout
+  assert "not finished with these settings: sft" in again.stdout
+
+  # Scores of other settings than the file has now are not collected.
+  changed = config.load(file, ["train.learning_rate=0.5", "sweep.stages=[refine]"])
+  assert sweep.collect(sweep.expand(changed), changed.sweep.stages) == []
 
 
 def test_its_table_fits_a_terminal(monkeypatch, capsys):
