@@ -210,15 +210,21 @@ def balance_by_schedule(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+ROUND_OFF = 1e-6
+"""A gradient this small beside the other is no measurement, in float32."""
+
+
 def balance_by_gradient_norm(
   ratio: float = 1.0, max_weight: float | None = None, eps: float = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
   """Experimental: λ such that ‖λ g_KD‖ = ratio · ‖g_SFT‖.
 
-  `update(..., gradient_norms=None)` takes the norms of the two losses' own gradients,
-  `{"sft": ..., "kd": ...}`. A step that did not measure passes None, and λ stays. λ is
-  0 until the first measurement, so measure at step 1. `BalanceState.ema` holds the
-  last norms, and the counts say how often they were measured.
+  `update(..., gradient_norms=None, valid=None)` takes the norms of the two losses' own
+  gradients, `{"sft": ..., "kd": ...}`, and whether any token entered each. A step that
+  did not measure passes None, and λ stays; so it does where a loss had no token, and
+  where g_KD is round-off, as at the first step if the teacher sees what the student
+  does. λ is 0 until the first measurement, so measure at steps 1 and 2.
+  `BalanceState.ema` holds the last norms, and the counts say how often they were taken.
 
   Args:
     ratio: Wanted ratio of the weighted norms, > 0.
@@ -237,15 +243,22 @@ def balance_by_gradient_norm(
     del params
     return ema_init()
 
-  def update(updates, state, params=None, *, gradient_norms=None, **extra):
+  def update(updates, state, params=None, *, gradient_norms=None, valid=None, **extra):
     del params, extra
     if gradient_norms is None:
       return updates, state
     _check_names("gradient_norms", gradient_norms)
     norms = {name: _scalar(gradient_norms[name]) for name in LOSSES}
+    usable = norms["kd"] > ROUND_OFF * norms["sft"]
+    if valid is not None:
+      _check_names("valid", valid)
+      usable &= jnp.asarray(valid["sft"]) & jnp.asarray(valid["kd"])
     counts = {name: optax.safe_increment(state.counts[name]) for name in LOSSES}
     weight = _cap(ratio * norms["sft"] / (norms["kd"] + eps), max_weight)
-    return updates, BalanceState(counts, norms, _weights(weight))
+    moved = BalanceState(counts, norms, _weights(weight))
+    return updates, jax.tree.map(
+      lambda new, old: jnp.where(usable, new, old), moved, state
+    )
 
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -140,10 +140,16 @@ def _losses(config: schema.Config) -> Iterator[tuple[str, str]]:
   """Losses, teachers and rollouts that do not go together."""
   distill = config.distill
   if not config.train.cross_entropy:
+    balance = config.balance
     if distill.teacher == "none":
       yield (
         "train.cross_entropy",
         "without it and with distill.teacher=none no loss is left; set one of the two",
+      )
+    elif balance.weight == 0 and (balance.mode == "fixed" or balance.start == 0):
+      yield (
+        "train.cross_entropy",
+        "without it and with a weight of 0 no loss is left; set it, or balance.weight",
       )
     if config.balance.mode in ("ema", "gradient_norm"):
       yield (
@@ -159,6 +165,12 @@ def _losses(config: schema.Config) -> Iterator[tuple[str, str]]:
   grouped = config.rollout.group > 1
   if distill.teacher_context == "sibling" and not grouped:
     yield "rollout.group", "distill.teacher_context=sibling needs 2 or more; raise it"
+  if grouped and config.rollout.temperature == 0:
+    yield (
+      "rollout.temperature",
+      "0 makes the rollouts of a question equal, and rollout.group draws several; set "
+      "one of the two",
+    )
   if distill.trajectory != "rollout":
     for key, used in (
       ("distill.teacher_context", distill.teacher_context == "sibling"),
@@ -213,6 +225,8 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
   freeze = config.freeze
   if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
     yield "freeze.names", "goes with freeze.mode=names, and that with names; change one"
+  if freeze is not None and freeze.layers is not None and freeze.mode != "bottom":
+    yield "freeze.layers", "is read with freeze.mode=bottom only; set that or delete it"
   if config.lora is not None:
     for name, what in (
       ("anchor", "pulls to the base model's parameters"),
@@ -262,6 +276,23 @@ def _unused(config: schema.Config) -> Iterator[tuple[str, str]]:
     yield (
       "distill.success",
       "is read with distill.teacher_context=sibling only; set that or delete it",
+    )
+  distils = distill.teacher != "none"  # a sweep's file may have the keys for others
+  if distill.teacher not in ("average", "none") and (
+    distill.average_rate != schema.Distill().average_rate
+  ):
+    yield (
+      "distill.average_rate",
+      "is read with distill.teacher=average only; set that or delete it",
+    )
+  if (
+    distils
+    and distill.trajectory != "mixed"
+    and (distill.on_policy != schema.Distill().on_policy)
+  ):
+    yield (
+      "distill.on_policy",
+      "is read with distill.trajectory=mixed only; set that or delete it",
     )
   if balance.mode != "schedule" and balance.start != schema.Balance().start:
     yield (

@@ -61,8 +61,8 @@ def prune_tensor(base: np.ndarray, tuned: np.ndarray, keep: float) -> np.ndarray
 def prune(base: model.Params, tuned: model.Params, keep: float) -> model.Params:
   """A tuned model whose every tensor keeps ⌊keep · n⌋ of its changes.
 
-  Tensors are those of the checkpoint on the hub: each layer counts on its own, tied
-  embeddings once.
+  Tensors are those of the checkpoint on the hub, each layer's on its own, and tied
+  embeddings once; but of projections that a family fuses (Phi) each part is a tensor.
 
   Args:
     base: the model before training, float32.

@@ -30,7 +30,9 @@ def make_balancer(
       optax.linear_schedule(config.start, config.weight, total_steps)
     )
   if config.mode == "gradient_norm":
-    return balance.balance_by_gradient_norm(config.weight, config.max_weight)
+    return balance.balance_by_gradient_norm(
+      config.weight, config.max_weight, config.eps
+    )
   return balance.balance_by_ema(config.decay, config.eps, config.max_weight)
 
 

@@ -371,11 +371,11 @@ class Balance(Section):
   mode: Literal["ema", "fixed", "schedule", "gradient_norm"] = "ema"
   """`ema`: the ratio of both losses' moving averages [P]; the others see `weight`."""
   decay: Annotated[float, pydantic.Field(ge=0.0, lt=1.0)] = 0.9
-  """Of the moving averages [P]."""
+  """`ema`: of the moving averages [P]."""
   eps: Annotated[float, pydantic.Field(gt=0.0)] = 1e-8
-  """Added to the divisor [O]."""
+  """`ema`, `gradient_norm`: added to the divisor [O]."""
   max_weight: Annotated[float, pydantic.Field(gt=0.0)] | None = 100.0
-  """Upper bound of the weight; null for none [O]."""
+  """`ema`, `gradient_norm`: upper bound of the weight; null for none [O]."""
   weight: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
   """`fixed`: the weight; `schedule`: its value at the end; `gradient_norm`: the target
   ratio of the two gradients' norms."""

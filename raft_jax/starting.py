@@ -54,6 +54,8 @@ def first_state(
 ) -> tuple[step_lib.TrainState, Beside, replay.Memory | None, int]:
   """The state to go on from, the parameters and memory beside it, and the step."""
   split, dtype = run.split, config.model.dtype
+  # Of rounded weights others are kept: looks edit as `evaluate` does.
+  edited = compares(config) and outcome.edits(config)
   resumes = orbax.latest_step() is not None
   teaches = built.base_teaches and run.teacher is None
   anchored, compared = recipe.anchored(config), compares(config)
@@ -62,7 +64,7 @@ def first_state(
     base = load(
       config.model.source,
       run.decoder,
-      "float32" if split.trains_base else dtype,
+      "float32" if split.trains_base or edited else dtype,
       built.base_shardings,
     )
   if resumes:
@@ -73,6 +75,7 @@ def first_state(
     state, step = new_state(config, run, built, base), 0
     memory = first_memory(run, built, base, config.train.batch_size)
   anchor = base if anchored else None
+  exact = base
   if base is not None and (teaches or compared or split.freeze):
     base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
   frozen = split.freeze(base) if split.freeze and base is not None else {}
@@ -84,7 +87,8 @@ def first_state(
       dtype,
       wiring.param_shardings(run.mesh, run.teacher),
     )
-  beside = Beside(frozen, teacher, anchor, base if compared else None)
+  looked_at = exact if edited else base
+  beside = Beside(frozen, teacher, anchor, looked_at if compared else None)
   return state, beside, memory, step
 
 
@@ -130,7 +134,10 @@ def new_state(
       rate=config.soft_mask.drop,
       seed=config.train.seed,
     )
-  return state._replace(opt_state={**state.opt_state, **found})
+  # A copy of the same type: of another, the second step would be compiled anew.
+  opt_state = state.opt_state.copy()
+  opt_state.update(found)
+  return state._replace(opt_state=opt_state)
 
 
 def importance(

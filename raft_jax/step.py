@@ -185,10 +185,29 @@ def update(
     anchor=anchor,
   )
   params = optax.apply_updates(state.params, updates)
+  if not settings.cross_entropy:
+    params, opt_state = _unless_empty(
+      taken.valid["kd"], (params, opt_state), (state.params, state.opt_state)
+    )
   metrics = describe(taken, opt_state["balance"], trajectory)
   if not settings.cross_entropy:
     metrics = {name: value for name, value in metrics.items() if name not in OF_BOTH}
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _unless_empty(valid: Array, moved: Any, before: Any) -> Any:
+  """What moved, or where no token entered the loss what was there: no decay, and no
+  momentum of earlier steps. Only time passes: all counts but Adam's of its gradients.
+  """
+
+  def choose(new: Any, old: Any) -> Any:
+    if not isinstance(new, optax.ScaleByAdamState) and jnp.ndim(new) == 0:
+      return new
+    return jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, old)
+
+  return jax.tree.map(
+    choose, moved, before, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+  )
 
 
 OF_BOTH = frozenset(

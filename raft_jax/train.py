@@ -210,8 +210,20 @@ def reporter(
   return report
 
 
+def measures(step: int, every: int, *, soon: bool) -> bool:
+  """Whether the two gradients are taken apart at a step, from 0.
+
+  Args:
+    every: steps between two times; 0: never.
+    soon: also after 1, 2, 4, ... steps, while the distillation loss grows from nothing.
+  """
+  if every == 0:
+    return False
+  return step % every == 0 or (soon and step < every and step & (step - 1) == 0)
+
+
 def loop(
-  settings: config_lib.Train,
+  config: config_lib.Config,
   run: wiring.Prepared,
   built: wiring.Built,
   state: step_lib.TrainState,
@@ -226,7 +238,8 @@ def loop(
 ) -> int:
   """Trains from step `start` to the end, until `stops` or the watcher says that it is
   over; returns the steps done."""
-  every = settings.measure_every
+  every = config.train.measure_every
+  soon = config.balance.mode == "gradient_norm"
   warm: set[Any] = set()
   pending: Dispatched | None = None
   done = start
@@ -234,7 +247,7 @@ def loop(
     if replayer is not None:
       batch = replayer.mix(step, batch)
     shape = batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
-    measure = every > 0 and step % every == 0
+    measure = measures(step, every, soon=soon)
     # A step that compiles says nothing about speed.
     timed = every > 0 and step % every == every // 2 and (shape, measure) in warm
     if timed and pending is not None:
@@ -259,7 +272,7 @@ def loop(
     if watcher is not None and watcher.due(done):
       report(pending, state.params)  # before the next step takes their buffers
       pending, stopping = None, stopping or watcher.verdict.over
-    if done == run.total_steps or stopping or done % settings.checkpoint_every == 0:
+    if done == run.total_steps or stopping or done % config.train.checkpoint_every == 0:
       # The metrics of a step are read before it is saved: a NaN never is.
       if pending is not None:
         report(pending)
@@ -318,7 +331,7 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
       watch.watching(config, run, built, beside, panel, orbax, start) as watcher,
     ):
       done = loop(
-        config.train,
+        config,
         run,
         built,
         state,

@@ -125,12 +125,12 @@ def group(config: config_lib.Config) -> int:
 
 
 def teacher_decoder(
-  config: config_lib.Config, codec: text.Codec
+  config: config_lib.Config, codec: text.Codec, student: model.DecoderConfig
 ) -> model.DecoderConfig | None:
   """The network of `distill.source`, which must read the same tokens; None without.
 
   Raises:
-    errors.UserError: its tokenizer is another.
+    errors.UserError: its tokenizer is another, or its vocabulary of another size.
   """
   source = config.distill.source
   if source is None:
@@ -141,6 +141,12 @@ def teacher_decoder(
       f"{config.model.source}; a teacher must read the same tokens"
     )
   decoder = hf.load_config(source)
+  if decoder.vocab_size != student.vocab_size:
+    raise errors.UserError(
+      f"distill.source: {source} has logits of {decoder.vocab_size} tokens, and "
+      f"{config.model.source} of {student.vocab_size} (some families pad them to other "
+      "multiples by size); name a teacher of the same"
+    )
   hf.check_params(source, decoder)
   return decoder
 
@@ -148,11 +154,12 @@ def teacher_decoder(
 def check_lengths(
   config: config_lib.Config,
   rows: Sequence[data.Row],
+  source: str,
   decoder: model.DecoderConfig,
   *,
   distil: bool,
 ) -> None:
-  """Whether every row, rollout included, fits into the model's positions."""
+  """Whether every row, rollout included, fits into the positions of a model."""
   new = config.rollout.max_new_tokens
   trajectory = config.distill.trajectory
   longest = 0
@@ -170,7 +177,7 @@ def check_lengths(
   if longest > decoder.max_positions:
     raise errors.UserError(
       f"rollout.max_new_tokens={new}, data.max_*_tokens: the longest row has {longest} "
-      f"tokens, but {config.model.source} was made for {decoder.max_positions}; lower "
+      f"tokens, but {source} was made for {decoder.max_positions}; lower "
       "the rollout, or lower the budgets and set data.too_long=skip"
     )
 
@@ -261,11 +268,13 @@ def prepare(config: config_lib.Config) -> Prepared:
   codec = text.load(config.model.source)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   distil = distills(config)
-  teacher = teacher_decoder(config, codec) if distil else None
+  teacher = teacher_decoder(config, codec, decoder) if distil else None
   check(config, decoder, mesh, distil=distil)
   found = examples.read(config, codec, distil=distil)
   every = [*found.rows, *found.replayed]
-  check_lengths(config, every, decoder, distil=distil)
+  check_lengths(config, every, config.model.source, decoder, distil=distil)
+  if teacher is not None:
+    check_lengths(config, every, str(config.distill.source), teacher, distil=distil)
   widths = data.widths(every, config.data.buckets, batch_size=config.train.batch_size)
   plan = replay.plan(config, found.replayed, pad_id=codec.pad_id, widths=widths)
   dataset = data.dataset(

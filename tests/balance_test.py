@@ -226,11 +226,19 @@ def test_gradient_norm_holds_between_measurements():
   tx = balance.balance_by_gradient_norm(0.5, max_weight=10.0)
   losses = {"sft": 1.0, "kd": 1.0}
   state, seen = tx.init({}), []
-  for norms in (None, {"kd": 2.0, "sft": 8.0}, None, {"kd": 0.0, "sft": 1.0}):
-    _, state = tx.update({}, state, losses=losses, gradient_norms=norms)
+  both, no_rollout = {"sft": True, "kd": True}, {"sft": True, "kd": False}
+  for norms, valid in (
+    ({"kd": 1e-8, "sft": 8.0}, both),  # round-off
+    (None, both),
+    ({"kd": 2.0, "sft": 8.0}, both),
+    (None, both),
+    ({"kd": 3.0, "sft": 8.0}, no_rollout),
+    ({"kd": 1e-3, "sft": 1.0}, None),
+  ):
+    _, state = tx.update({}, state, losses=losses, gradient_norms=norms, valid=valid)
     seen.append(float(balance.loss_weights(state)["kd"]))
-  # 0.5 · 8 / 2 = 2, then 0.5 · 1 / 1e-8 meets the cap.
-  np.testing.assert_allclose(seen, [0.0, 2.0, 2.0, 10.0], rtol=1e-6)
+  # 0.5 · 8 / 2 = 2, then 0.5 · 1 / 1e-3 meets the cap.
+  np.testing.assert_allclose(seen, [0.0, 0.0, 2.0, 2.0, 2.0, 10.0], rtol=1e-6)
   assert int(state.counts["kd"]) == 2
 
 

@@ -277,6 +277,18 @@ def test_a_teacher_with_another_tokenizer_is_refused(make, smollm, tmp_path):
     wiring.prepare(settings)
 
 
+def test_a_teacher_with_another_vocabulary_is_refused(make, smollm, tmp_path):
+  folder = tmp_path / "padded"
+  tiny_run.save_model(folder, smollm)
+  fields = json.loads((folder / "config.json").read_text())
+  size = fields["vocab_size"]
+  (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": size + 64}))
+  settings = make("opd_recover", f"distill.source={folder}")
+  named = rf"distill\.source: .* has logits of {size + 64} tokens, and .* of {size} "
+  with pytest.raises(errors.UserError, match=named):
+    wiring.prepare(settings)
+
+
 def test_fewer_general_questions_than_a_batch_are_refused(make, needs):
   settings = make("ewc", *needs["ewc"], "anchor.batch_size=9")
   with pytest.raises(errors.UserError, match=r"anchor\.batch_size: 9 is more than"):

@@ -268,6 +268,22 @@ def test_rows_without_rollout_leave_the_mean_and_an_empty_batch_moves_no_average
   assert after.opt_state["balance"].counts["sft"] == 1
 
 
+def test_without_any_token_of_the_only_loss_nothing_moves_but_time():
+  params, batch, trajectory, support = setting()
+  none = trajectory._replace(length_B=jnp.zeros_like(trajectory.length_B))
+  settings = SETTINGS._replace(cross_entropy=False)
+  state, update = start(params, balance.balance_fixed(1.0))
+  once, _ = update(state, batch, trajectory, support, settings=settings)
+  empty, _ = update(once, batch, none, support, settings=settings)
+  assert_trees_identical(empty.params, once.params)  # neither decay nor momentum
+  adam, _, schedule = empty.opt_state["adamw"]
+  assert_trees_identical(adam, once.opt_state["adamw"][0])
+  assert (empty.step, schedule.count, adam.count) == (2, 2, 1)
+  again, _ = update(empty, batch, trajectory, support, settings=settings)
+  unbroken, _ = update(once, batch, trajectory, support, settings=settings)
+  assert_trees_identical(again.params, unbroken.params)
+
+
 @pytest.mark.parametrize("mean", ["sequence", "token"])
 def test_micro_batches_change_nothing(mean):
   """Same λ and same gradients for 1, 2 and 4 parts; rows differ in length."""

@@ -1,9 +1,11 @@
 """The loop on a tiny model with a real tokenizer: resuming, stopping, bad input."""
 
 import json
+import logging
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,28 @@ from raft_jax import (
 from tests import tiny_run
 
 STEPS = 6
+
+
+def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
+  output = tmp_path / "run"
+  _, settings = make_config(output, source, law, "data.buckets=1")
+  write_refined(output, law)
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    train.fit(settings)
+  found = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+  counts = {name: found.count(name) for name in ("generate", "teach", "update")}
+  # The update also with its gradients taken apart.
+  assert counts == {"generate": 1, "teach": 1, "update": 2}, found
+
+
+def test_when_the_gradients_are_taken_apart():
+  def steps(every, **when):
+    return [step for step in range(50) if train.measures(step, every, **when)]
+
+  assert steps(20, soon=False) == [0, 20, 40]
+  assert steps(20, soon=True) == [0, 1, 2, 4, 8, 16, 20, 40]
+  assert steps(1, soon=True) == [*range(50)]
+  assert steps(0, soon=True) == []
 
 
 @pytest.fixture(scope="module")

@@ -398,7 +398,12 @@ def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "overrides", [["lora={rank: 4}"], ["prune={keep: 0.3}", "interpolate={weight: 0.8}"]]
+  "overrides",
+  [
+    ["lora={rank: 4}"],
+    ["prune={keep: 0.3}", "interpolate={weight: 0.8}"],
+    ["prune={keep: 0.3}", "model.dtype=bfloat16"],  # of rounded weights others are kept
+  ],
 )
 def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
   output, settings = start("part", *overrides, "watch.ifeval.items=null")
@@ -406,9 +411,9 @@ def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
   params, step = outcome.load(settings, decoder)
   base = hf.load_params(settings.model.source, decoder)
   codec = text.load(settings.model.source)
+  asked = measure.Settings(4, settings.model.dtype, 1)
   trained, base = (
-    measure.subject(tree, decoder, codec, measure.Settings(4, "float32", 1), None)
-    for tree in (params, base)
+    measure.subject(tree, decoder, codec, asked, None) for tree in (params, base)
   )
   panel = watch.read(settings, codec, decoder)
   with journal.open_journal(output / "again.jsonl") as log:
