@@ -9,7 +9,8 @@ python=${PYTHON:-python3}
   echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
   exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Again where an earlier try left one without pip.
+.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv .venv
 stamp=.venv/installed-$(cat pyproject.toml constraints.txt launch/install.sh | sha256sum | cut -c1-16)-$extras
 if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --upgrade "pip>=25"

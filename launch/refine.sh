@@ -17,7 +17,8 @@ command -v "$python" > /dev/null || {
   echo "error: no $python; set PYTHON to a Python that $vllm supports" >&2
   exit 2
 }
-[ -x .venv-vllm/bin/python ] || "$python" -m venv .venv-vllm
+# Again where an earlier try left one without pip.
+.venv-vllm/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv .venv-vllm
 stamp=.venv-vllm/installed-$(cat pyproject.toml launch/refine.sh | sha256sum | cut -c1-16)-$vllm
 if [ ! -e "$stamp" ]; then
   pip=".venv-vllm/bin/python -m pip --disable-pip-version-check --quiet"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import os
 import signal
 import sys
 import textwrap
@@ -109,6 +111,10 @@ def _listening() -> Iterator[list[int]]:
     signal.signal(signal.SIGINT, before)
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of writing, which does not say into which file."""
+
+
 def _user_fault(error: BaseException) -> str | None:
   """What the user can mend about an exception, or None: then it is a defect."""
   if isinstance(error, errors.UserError):
@@ -118,6 +124,8 @@ def _user_fault(error: BaseException) -> str | None:
   if isinstance(error, OSError) and error.filename is not None and error.strerror:
     place = str(error.filename)[:200]
     return f"{place}: {error.strerror}; check the path, its rights and the free space"
+  if isinstance(error, OSError) and error.errno in FULL:
+    return f"{os.strerror(error.errno)}: make room, then run the same command again"
   # By name: a stage that holds no jax must not import it for this.
   if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
     return (

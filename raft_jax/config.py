@@ -157,7 +157,11 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
     for fault in faults:
       key = ".".join(map(str, fault["loc"]))
       # A list with a bad item is also reported as too short.
-      parent = any(f["loc"][:-1][: len(fault["loc"])] == fault["loc"] for f in faults)
+      parent = any(
+        f["loc"][:-1][: len(fault["loc"])] == fault["loc"]
+        for f in faults
+        if f is not fault
+      )
       if not parent and key not in draft.unread:
         where = draft.place(fault["loc"], path)
         draft.problems.append(strict_yaml.Problem(where, key, _explain(fault)))
@@ -196,6 +200,8 @@ _MUST = {
 
 def _explain(fault: Any) -> str:
   """What is wrong with one value, and what would be right."""
+  if not fault["loc"]:  # of the whole file: it is no JSON, as half a surrogate pair
+    return str(fault["msg"])
   section = _section(fault["loc"][:-1])
   name = str(fault["loc"][-1])
   if fault["type"] == "extra_forbidden":
@@ -204,6 +210,8 @@ def _explain(fault: Any) -> str:
     field = section.model_fields[name]
     meaning = (field.description or str(field.annotation.__doc__)).rstrip(".")
     return f"is required: {meaning}; add it"
+  if name == "api_key_env":  # what stands there may be the key
+    return "must be the name of an environment variable, which holds the key"
   must = _MUST.get(fault["type"], fault["msg"].replace("Input should be", "must be"))
   if fault["input"] == "encoder" and name == "engine":
     must += " (only a judge can be the encoder)"
@@ -356,6 +364,14 @@ def _claim_path(config: Config, stage: str) -> pathlib.Path:
   return pathlib.Path(config.output) / "config" / f"{stage}.yaml"
 
 
+MADE = {
+  "train": ("its checkpoints and best", ("checkpoints/[0-9]*", "best/[0-9]*")),
+  "refine": ("its refined", ("refined/*",)),
+}
+"""What binds a folder to a stage's config, in words and as patterns; without it the
+stage begins anew. The other stages have one config for the whole folder."""
+
+
 def _check_claim(
   output: pathlib.Path,
   path: pathlib.Path,
@@ -371,8 +387,12 @@ def _check_claim(
       f"output: {output} is not empty (e.g. {present[0].name}) and no run of raft_jax "
       f"made it; choose another output or empty the folder"
     )
-  # Where nothing but claims was left, no run came further than its first checks.
+  # Where nothing but claims was left, no run came further than its first checks; nor
+  # where a stage has left nothing of what it makes.
   if not path.exists() or [item.name for item in present] == ["config"]:
+    return
+  words, patterns = MADE.get(stage, ("the folder", ("config",)))
+  if not any(found for pattern in patterns for found in output.glob(pattern)):
     return
   draft = strict_yaml.Draft()
   old = draft.read(_read_text(path), "", lambda line: f"{path}:{line}")
@@ -392,7 +412,7 @@ def _check_claim(
     shown = "; ".join(f"{key}: {a} -> {b}" for key, (a, b) in changes.items())
     raise errors.UserError(
       f"output: {output} holds a {stage} run of another config ({shown}); choose "
-      f"another output, put the old values back, or delete the folder"
+      f"another output, put the old values back, or delete {words}"
     )
 
 

@@ -38,6 +38,19 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
   for key, text in (("model.source", config.model.source), ("output", config.output)):
     if not text.strip():
       yield key, "is empty; give a name"
+    if "\0" in text:
+      yield key, "holds a NUL character; give another name"
+  if config.output.startswith("~"):
+    yield "output", "begins with ~, which a shell expands only by itself; write $HOME"
+  for name in ("validation", "test"):
+    file = getattr(config.data, name)
+    if file is not None and os.path.realpath(file) == os.path.realpath(
+      config.data.questions
+    ):
+      yield (
+        f"data.{name}",
+        "is data.questions, so that what is learned by heart would count; name others",
+      )
   # os.path, unlike pathlib, says no where a name is too long to be looked up.
   if os.path.exists(config.output) and not os.path.isdir(config.output):
     yield "output", f"{config.output} is not a folder; choose another output"

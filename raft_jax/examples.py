@@ -106,7 +106,9 @@ def _domain(config: config_lib.Config, codec: text.Codec) -> list[Example]:
     )
   # The records are of the questions and the model that this config names.
   config_lib.check_output(config, "refine", REFINED)
-  made_with = shards.read_manifest(folder).meta.get("tokenizer")
+  meta = shards.read_manifest(folder).meta
+  _check_questions(config, folder, meta.get("questions"))
+  made_with = meta.get("tokenizer")
   if made_with not in (None, codec.digest):
     raise errors.UserError(
       f"{folder}: its answers were written with another tokenizer or chat template "
@@ -119,12 +121,33 @@ def _domain(config: config_lib.Config, codec: text.Codec) -> list[Example]:
   return [(r.question.id, r.question.messages, answer(r, threshold)) for r in found]
 
 
+def _check_questions(
+  config: config_lib.Config, folder: pathlib.Path, made_of: str | None
+) -> None:
+  """Whether refined records are of what the file of questions holds today."""
+  if made_of is None:  # by an earlier version
+    return
+  digest = hashlib.sha256()
+  for question in _read(config, config.data.questions):
+    digest.update(refine.hashed(question))
+  if made_of != digest.hexdigest():
+    raise errors.UserError(
+      f"{folder}: its answers are of other questions than {config.data.questions} has "
+      "now; run `python -m raft_jax.refine` with this config again: it asks for what "
+      "has changed only"
+    )
+
+
 def _questions(config: config_lib.Config, path: str) -> list[Example]:
-  limit = config.data.limit if path == config.data.questions else None
-  questions = records.read_questions(
-    path, limit=limit, reject_threshold=config.data.reject_threshold
+  return [(q.id, q.messages, q.answer) for q in _read(config, path)]
+
+
+def _read(config: config_lib.Config, path: str) -> list[records.Question]:
+  return records.read_questions(
+    path,
+    limit=config.data.limit if path == config.data.questions else None,
+    reject_threshold=config.data.reject_threshold,
   )
-  return [(q.id, q.messages, q.answer) for q in questions]
 
 
 def _encode(

@@ -37,8 +37,10 @@ def of(fields: families.Fields, place: str) -> families.Family:
         f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
         "checkpoint"
       )
-  family = families.FAMILIES.get(fields.get("model_type", ""))
+  family = families.FAMILIES.get(str(fields.get("model_type", "")))
   architectures = fields.get("architectures") or []
+  if not isinstance(architectures, list):
+    architectures = [architectures]
   if family is None or (architectures and family.architecture not in architectures):
     known = ", ".join(f.architecture for f in families.FAMILIES.values())
     raise errors.UserError(
@@ -113,7 +115,7 @@ def _number(
   value = fields.get(name)
   value = default if value is None else value
   good = isinstance(value, int if kind is int else int | float)
-  if not good or isinstance(value, bool) or not value > 0:
+  if not good or isinstance(value, bool) or not 0 < value < 2**63:
     raise errors.UserError(
       f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
     )

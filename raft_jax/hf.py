@@ -58,7 +58,10 @@ def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
   source = str(source)
   if source.startswith("pkg://"):
     return _in_package(source)
-  path = pathlib.Path(source).expanduser()
+  try:
+    path = pathlib.Path(source).expanduser()
+  except RuntimeError as error:
+    raise errors.UserError(f"model {source}: {error}; write the whole path") from error
   if path.suffix in PICKLES:
     raise errors.UserError(f"model {source}: {CONVERT}")
   if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):

@@ -241,6 +241,9 @@ def _parquet_rows(
   try:
     file = parquet.ParquetFile(path)
     columns = [name for name in file.schema_arrow.names if name in fields]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+      raise errors.UserError(f"{path}: two columns are named {twice!r}; keep one")
     start = 1
     for batch in file.iter_batches(columns=columns):
       for i in range(batch.num_rows):

@@ -104,8 +104,7 @@ def fit(
   questions = hashlib.sha256()
 
   def see(q: records.Question) -> None:
-    row = [q.id, q.domain, q.messages, q.answer]
-    questions.update(journal.canonical(row).encode())
+    questions.update(hashed(q))
 
   count = records.check_questions(
     run.data.questions,
@@ -141,8 +140,14 @@ def fit(
       "tokenizer": engines.codec(run.model.source).digest,
       "model": engines.identity(run.model.source),
       "encoder": encoder.identity,
+      "questions": questions.hexdigest(),
     }
     refined_folder.seal(run, folder, refined, refined_folder.costs(calls), meta)
+
+
+def hashed(q: records.Question) -> bytes:
+  """What of a question the digest of all of them is made of."""
+  return journal.canonical([q.id, q.domain, q.messages, q.answer]).encode()
 
 
 def _share(
@@ -321,6 +326,10 @@ def _complete(folder: pathlib.Path, inputs: str) -> bool:
 # Choosing anew
 
 
+KEPT = ("tokenizer", "model", "encoder", "questions")
+"""What a new choice among the answers of a run has of its manifest."""
+
+
 def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> None:
   """The records of a finished run, selected by this config's rules instead."""
   if source.resolve() == folder.parent.resolve():
@@ -361,7 +370,7 @@ def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> N
         "those are asked for"
       )
     config.claim_output(run, "refine", CLAIMED)
-    kept = {k: manifest.meta.get(k) for k in ("tokenizer", "model", "encoder")}
+    kept = {k: manifest.meta.get(k) for k in KEPT}
     inputs = journal.content_key(
       source=manifest.meta.get("inputs"), settings=config.values(run, SELECTING)
     )

@@ -89,7 +89,7 @@ class Asked(Section):
   """`vllm`: of each device's memory (or the machine's), for weights and cache."""
   base_url: str | None = None
   """`openai`: the server's address, ending in /v1."""
-  api_key_env: str | None = None
+  api_key_env: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
   """`openai`: name of the environment variable that holds the key; never the key."""
   timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
   """`openai`: longest wait for one reply in seconds; then it is asked for again."""
@@ -596,7 +596,7 @@ class Server(Section):
   """The model's name there."""
   base_url: str
   """The server's address, ending in /v1."""
-  api_key_env: str | None = None
+  api_key_env: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
   """Name of the environment variable that holds the key; never the key."""
   timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
   """Longest wait for one reply in seconds; then it is asked for again."""
@@ -678,7 +678,7 @@ class Watch(Section):
 class SweepRun(Section):
   """A run of a sweep, or several."""
 
-  name: Annotated[str, pydantic.Field(pattern=r"[A-Za-z0-9][\w.+-]*")]
+  name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
   """Names its folder and its line in the tables."""
   set: dict[str, Any] = {}
   """Dotted keys of this file and the values they get."""

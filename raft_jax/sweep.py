@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,9 @@ MEASURED = {
   "tasks",
 }
 """Keys of `evaluate` that say what is measured, and how."""
+
+STAGE_FILES = ".stages"
+"""Folder of the files that stages are started with: those beside it are the user's."""
 
 INTERRUPTED = (75, 130, 143)
 """Exit codes of a stage that was stopped and can be continued."""
@@ -148,7 +152,7 @@ def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
     try:
       for stage in stages:
         print(f"{title}: {stage}", flush=True)
-        file = folder.parent / f"{run.name}.yaml"
+        file = folder.parent / STAGE_FILES / f"{run.name}.yaml"
         if stage == "refine":
           _refine_once(base, run)
         elif stage == "train":
@@ -189,8 +193,13 @@ def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> int:
   process = subprocess.Popen(command)
   _, status, usage = os.wait4(process.pid, 0)
   process.returncode = code = os.waitstatus_to_exitcode(status)
-  if code in INTERRUPTED or code < 0:
+  if code in INTERRUPTED or -code in (signal.SIGINT, signal.SIGTERM):
     raise SystemExit(code if code > 0 else 128 - code)
+  if code < 0:
+    raise errors.UserError(
+      f"{stage} of {file.stem} was killed by signal {-code}"
+      + (", as where memory ran out" if -code == signal.SIGKILL else "")
+    )
   if code:
     raise errors.UserError(f"{stage} of {file.stem} failed with exit code {code}")
   # Linux counts in KiB, macOS in bytes.
@@ -247,7 +256,7 @@ def _refine_once(base: config.Config, run: Planned) -> None:
   shared = pathlib.Path(base.output) / name
   settings = run.config.model_copy(update={"output": str(shared)})
   with journal.locked(shared.parent / ".refine", waits=True):
-    _stage("refine", settings, shared.with_suffix(".yaml"))
+    _stage("refine", settings, shared.parent / STAGE_FILES / f"{shared.name}.yaml")
   temporary = folder / ".tmp-refined"
   shutil.rmtree(temporary, ignore_errors=True)
   # Not the journal: it is of use only where refinement goes on.

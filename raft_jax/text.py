@@ -147,8 +147,6 @@ def _encode_rendered(codec: Codec, text: str) -> list[int]:
 
 
 def _render(codec: Codec, messages: Sequence[records.Message]) -> str:
-  import jinja2
-
   options: dict[str, Any] = {}
   # Answers are trained without a thinking part (the switch of Qwen3 and SmolLM3).
   if "enable_thinking" in codec.tokenizer.chat_template:
@@ -160,7 +158,7 @@ def _render(codec: Codec, messages: Sequence[records.Message]) -> str:
       add_generation_prompt=True,
       **options,
     )
-  except jinja2.TemplateError as error:
+  except Exception as error:  # the template's own, of any kind
     roles = ", ".join(m.role for m in messages)
     raise errors.UserError(
       f"the model's chat template refuses messages of roles {roles} ({error}); change "

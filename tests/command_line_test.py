@@ -113,6 +113,25 @@ def test_interrupt_that_a_library_turns_into_its_own_error(tmp_path):
   assert interrupted_once_ready(code, tmp_path) == AS_THE_README_SAYS
 
 
+def test_a_full_disk_says_so(tmp_path):
+  # A file that may not grow stands for a disk that is full: written in pieces, neither
+  # names the file.
+  code = STAGE.replace(
+    "time.sleep(60)",
+    "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    f"open('{tmp_path}/log', 'ab', 0).write(b'x')",
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, "--config", least_file(tmp_path), "output=slow"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2, done.stderr
+  line = "error: File too large: make room, then run the same command again\n"
+  assert done.stderr.endswith(line)
+
+
 def test_full_memory_says_which_keys_to_turn(tmp_path):
   code = STAGE.replace("time.sleep(60)", "__import__('jax').numpy.zeros(2**50)")
   command = [sys.executable, "-c", code, "--config", least_file(tmp_path)]

@@ -219,6 +219,14 @@ def test_parquet_reads_like_jsonl(tmp_path, law):
   assert f"{path}:21: `answer` is empty" in refused(path)
 
 
+def test_parquet_with_two_columns_of_a_name(tmp_path):
+  path = tmp_path / "q.parquet"
+  columns = [pyarrow.array([word]) for word in ("a?", "b?", "c")]
+  table = pyarrow.Table.from_arrays(columns, ["question", "question", "answer"])
+  parquet.write_table(table, path)
+  assert f"{path}: two columns are named 'question'" in refused(path)
+
+
 def test_parquet_rows_are_counted_across_its_batches(tmp_path):
   # pyarrow hands out 65,536 rows at a time.
   answers = ["a"] * 70_000

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -119,6 +120,21 @@ def test_a_sweep_is_run_resumed_and_collected(file):
   # Scores of other settings than the file has now are not collected.
   changed = config.load(file, ["train.learning_rate=0.5", "sweep.stages=[refine]"])
   assert sweep.collect(sweep.expand(changed), changed.sweep.stages) == []
+
+
+@pytest.mark.parametrize(
+  ("number", "ends"), [(signal.SIGKILL, errors.UserError), (signal.SIGTERM, SystemExit)]
+)
+def test_a_stage_that_is_killed_for_memory_ends_its_own_run_only(
+  tmp_path, monkeypatch, number, ends
+):
+  least = {"model": {"source": "x"}, "data": {"questions": "x"}, "output": "x"}
+  kill = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number:d})"]
+  started = subprocess.Popen
+  monkeypatch.setattr(subprocess, "Popen", lambda command: started(kill))
+  settings = config.Config.model_validate(least)
+  with pytest.raises(ends, match=r"train of one was killed by signal 9, as|143"):
+    sweep._stage("train", settings, tmp_path / "one.yaml")
 
 
 def test_its_table_fits_a_terminal(monkeypatch, capsys):

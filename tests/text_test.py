@@ -375,8 +375,11 @@ def test_no_end_token(folder):
     text.load(str(folder))
 
 
-def test_a_template_that_does_not_parse_is_named_with_its_model(folder):
-  (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content")
+@pytest.mark.parametrize(
+  "template", ["{% for m in messages %}{{ m.content", "{{ 1 + messages }}"]
+)
+def test_a_template_that_does_not_work_is_named_with_its_model(folder, template):
+  (folder / "chat_template.jinja").write_text(template)
   with pytest.raises(errors.UserError, match=re.escape(f"model {folder}: the chat")):
     text.load(str(folder))
 
@@ -385,6 +388,14 @@ def test_a_config_field_of_another_type(folder):
   fields = {"model_type": "llama", "num_attention_heads": "four"}
   (folder / "config.json").write_text(json.dumps(fields))
   with pytest.raises(errors.UserError, match=r"num_attention_heads.*fetch its files"):
+    text.load(str(folder))
+
+
+def test_a_tokenizer_of_a_kind_that_is_unknown(folder):
+  data = json.loads((folder / "tokenizer.json").read_text())
+  data["model"]["type"] = "Unheard"
+  (folder / "tokenizer.json").write_text(json.dumps(data))
+  with pytest.raises(errors.UserError, match=r"cannot load this tokenizer .*fetch its"):
     text.load(str(folder))
 
 

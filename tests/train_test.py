@@ -1,5 +1,6 @@
 """The loop on a tiny model with a real tokenizer: resuming, stopping, bad input."""
 
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from raft_jax import (
   refine,
   shards,
   train,
+  wiring,
 )
 from tests import tiny_run
 
@@ -396,6 +398,22 @@ def test_a_damaged_shard_is_refused(tmp_path, source, law):
   shard.write_bytes(shard.read_bytes()[:65536])
   with pytest.raises(errors.UserError, match=shard.name):
     train.fit(settings)
+
+
+def test_answers_to_other_questions_than_the_file_has_now_are_refused(
+  tmp_path, source, law
+):
+  output, digest = tmp_path / "edited", hashlib.sha256()
+  asked = tmp_path / "questions.jsonl"
+  asked.write_bytes((law / "train.jsonl").read_bytes())
+  for question in records.read_questions(asked):
+    digest.update(refine.hashed(question))
+  write_refined(output, law, questions=digest.hexdigest())
+  _, settings = make_config(output, source, law, f"data.questions={asked}")
+  assert wiring.prepare(settings).total_steps == STEPS
+  asked.write_text(asked.read_text().replace("court", "tribunal"))
+  with pytest.raises(errors.UserError, match=r"other questions than .* has now; run"):
+    wiring.prepare(settings)
 
 
 def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, law):
