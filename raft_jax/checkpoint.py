@@ -250,6 +250,15 @@ def steps(output: str | pathlib.Path, name: str = FOLDER) -> list[int]:
   return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
+def require(output: str | pathlib.Path, name: str = FOLDER) -> None:
+  """Raises UserError where a folder holds no checkpoint; reads none."""
+  if not steps(output, name):
+    raise errors.UserError(
+      f"{pathlib.Path(output).resolve() / name}: no checkpoint; run `python -m"
+      " raft_jax.train` with this config first"
+    )
+
+
 def restore_params(
   output: str | pathlib.Path,
   shapes: model.Params,
@@ -270,11 +279,8 @@ def restore_params(
   Raises:
     errors.UserError: when there is no checkpoint, or it is of another model.
   """
+  require(output, name)
   folder = pathlib.Path(output).resolve() / name
-  if not steps(output, name):
-    raise errors.UserError(
-      f"{folder}: no checkpoint; run `python -m raft_jax.train` with this config first"
-    )
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = {
     "params": jax.tree.map(

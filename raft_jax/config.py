@@ -365,8 +365,8 @@ def _claim_path(config: Config, stage: str) -> pathlib.Path:
 
 
 MADE = {
-  "train": ("its checkpoints and best", ("checkpoints/[0-9]*", "best/[0-9]*")),
-  "refine": ("its refined", ("refined/*",)),
+  "train": ("checkpoints and best in it", ("checkpoints/[0-9]*", "best/[0-9]*")),
+  "refine": ("refined in it", ("refined/*",)),
 }
 """What binds a folder to a stage's config, in words and as patterns; without it the
 stage begins anew. The other stages have one config for the whole folder."""

@@ -28,6 +28,7 @@ from rich import console, table
 from raft_jax import (
   asking,
   benchmarks,
+  checkpoint,
   command_line,
   distance,
   durable,
@@ -346,6 +347,7 @@ def main(config: config_lib.Config) -> None:
     roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
     for stage in config.evaluate.judges
   ]
+  checkpoint.require(config.output)  # before an encoder is loaded
   trained_server, base_server = connect(config.evaluate.servers)
   embed = encode.load(config.refine.encoder)
   unroll = config.model.unroll
@@ -353,8 +355,8 @@ def main(config: config_lib.Config) -> None:
     *(config.evaluate.batch_size, config.model.dtype, unroll),
     sample.unrolled(config.rollout.unroll, unroll, jax.default_backend()),
   )
-  # A missing checkpoint is seen first. Both models are in memory at once, less than
-  # training needs: the drift compares them token by token.
+  # Both models are in memory at once, less than training needs: the drift compares them
+  # token by token.
   params, step = outcome.load(config, decoder)
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"

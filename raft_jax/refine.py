@@ -337,6 +337,11 @@ def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> N
       f"--select-only {source}: is also `output`; give the new choice an output of its "
       "own, e.g. output=runs/NAME"
     )
+  if not (source / "config" / "refine.yaml").is_file():
+    raise errors.UserError(
+      f"--select-only {source}: holds no finished refinement (config/refine.yaml);"
+      " name the `output` of one"
+    )
   old = config.load(source / "config" / "refine.yaml", without_data=True)
   manifest = shards.read_manifest(source / "refined")
   judges = _judges_of(run, old, source)

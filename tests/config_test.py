@@ -462,7 +462,7 @@ def test_claim_records_and_compares(tmp_path):
   assert str(caught.value) == (
     f"output: {tmp_path / 'run'} holds a train run of another config (model.source: "
     "some/model -> other; train.batch_size: 16 -> 8); choose another output, put the "
-    "old values back, or delete its checkpoints and best"
+    "old values back, or delete checkpoints and best in it"
   )
   assert config.load(recorded).train.batch_size == 16
 

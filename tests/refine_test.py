@@ -707,6 +707,8 @@ def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
   refine.fit(run)
   chosen = _with(run, tmp_path / "chosen", **rules)
   asked = log.read_text()
+  with pytest.raises(errors.UserError, match="--select-only x: holds no finished"):
+    refine.fit(chosen, select_only="x")
   refine.fit(chosen, select_only=run.output)
   assert log.read_text() == asked
   fresh = _with(run, tmp_path / "fresh", **rules)
