@@ -136,6 +136,8 @@ def save_adapter(
 def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
   """A new folder beside the target, which takes its place once it is whole."""
   target.parent.mkdir(parents=True, exist_ok=True)
+  for left in target.parent.glob(f".{target.name}.tmp-*"):  # of a killed one
+    shutil.rmtree(left, ignore_errors=True)
   free = shutil.disk_usage(target.parent).free
   if need > free:
     raise errors.UserError(
@@ -143,7 +145,6 @@ def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
       "choose another folder"
     )
   temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-  shutil.rmtree(temporary, ignore_errors=True)
   try:
     temporary.mkdir()
     yield temporary

@@ -156,7 +156,10 @@ def test_a_later_checkpoint_replaces_the_export(run, tiny):
   first = export.export(run).folder / "model.safetensors"
   before = first.read_bytes()
   tiny_run.save_checkpoint(output, tiny, step=9, scale=2.0)
+  left = output / ".export.tmp-1"  # by an export that was killed
+  left.mkdir()
   export.export(run)
+  assert not left.exists()
   assert first.read_bytes() != before
   assert "for 9 steps" in (first.parent / "README.md").read_text()
 
