@@ -40,6 +40,7 @@ def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
   output = tmp_path / "run"
   _, settings = make_config(output, source, law, "data.buckets=1")
   write_refined(output, law)
+  jax.clear_caches()  # of what other tests have compiled
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     train.fit(settings)
   found = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
