@@ -278,40 +278,29 @@ def _adaptive(config: schema.Config) -> Iterator[tuple[str, str]]:
 def _unused(config: schema.Config) -> Iterator[tuple[str, str]]:
   """Keys somebody set that this run would never read."""
   distill, balance = config.distill, config.balance
-  if distill.direction != "jsd" and distill.beta != schema.Distill().beta:
-    yield (
-      "distill.beta",
-      "is read with distill.direction=jsd only; set that or delete it",
-    )
-  if distill.teacher_context != "sibling" and (
-    distill.success != schema.Distill().success
+  undistilled = distill.teacher == "none"  # a sweep's file has the keys for others
+  for section, key, read, needs in (
+    (distill, "beta", distill.direction == "jsd", "direction=jsd"),
+    (
+      *(distill, "success", distill.teacher_context == "sibling"),
+      "teacher_context=sibling",
+    ),
+    (
+      *(distill, "average_rate", undistilled or distill.teacher == "average"),
+      "teacher=average",
+    ),
+    (
+      *(distill, "on_policy", undistilled or distill.trajectory == "mixed"),
+      "trajectory=mixed",
+    ),
+    (balance, "start", balance.mode == "schedule", "mode=schedule"),
   ):
-    yield (
-      "distill.success",
-      "is read with distill.teacher_context=sibling only; set that or delete it",
-    )
-  distils = distill.teacher != "none"  # a sweep's file may have the keys for others
-  if distill.teacher not in ("average", "none") and (
-    distill.average_rate != schema.Distill().average_rate
-  ):
-    yield (
-      "distill.average_rate",
-      "is read with distill.teacher=average only; set that or delete it",
-    )
-  if (
-    distils
-    and distill.trajectory != "mixed"
-    and (distill.on_policy != schema.Distill().on_policy)
-  ):
-    yield (
-      "distill.on_policy",
-      "is read with distill.trajectory=mixed only; set that or delete it",
-    )
-  if balance.mode != "schedule" and balance.start != schema.Balance().start:
-    yield (
-      "balance.start",
-      "is read with balance.mode=schedule only; set that or delete it",
-    )
+    if not read and getattr(section, key) != type(section).model_fields[key].default:
+      name = type(section).__name__.lower()
+      yield (
+        f"{name}.{key}",
+        f"is read with {name}.{needs} only; set that or delete it",
+      )
   if balance.mode == "ema" and balance.weight != schema.Balance().weight:
     yield (
       "balance.weight",

@@ -136,13 +136,12 @@ def at_equal_fit(domains: Domains) -> list[Row]:
   """
   named = [dict(collected.settings(runs)) for runs in domains.values()]
   asked = kept(domains)
-  lines = {m.name: [_sft_line(runs, m) for runs in domains.values()] for m in asked}
-  on_line = {
-    run["name"]
-    for runs in domains.values()
-    for same in collected.sft_rates(runs)
-    for run in same
+  rates = [collected.sft_rates(runs) for runs in domains.values()]
+  lines = {
+    m.name: [_line(runs, sft, m) for runs, sft in zip(domains.values(), rates)]
+    for m in asked
   }
+  on_line = {run["name"] for sft in rates for same in sft for run in same}
   rows = []
   for label in _in_all(named):
     parts = [found[label] for found in named]
@@ -166,9 +165,12 @@ Line = list[tuple[np.ndarray, np.ndarray]]
 """Points (held-out loss [S], measure [S])."""
 
 
-def _sft_line(runs: Sequence[collected.Run], measure: Measure) -> Line:
+def _line(
+  runs: Sequence[collected.Run],
+  sft: Sequence[Sequence[collected.Run]],
+  measure: Measure,
+) -> Line:
   """The base model and SFT's learning rates, where both scores were measured."""
-  sft = collected.sft_rates(runs)
   found = [(_base(runs, FIT), _base(runs, measure))]
   found += [(_fit(same, measure), _of(same, measure)) for same in sft]
   return [(fit, kept) for fit, kept in found if fit is not None and kept is not None]

@@ -347,7 +347,8 @@ def main(config: config_lib.Config) -> None:
     roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
     for stage in config.evaluate.judges
   ]
-  checkpoint.require(config.output)  # before an encoder is loaded
+  # Before an encoder is loaded.
+  checkpoint.require(config.output, outcome.folder(config))
   trained_server, base_server = connect(config.evaluate.servers)
   embed = encode.load(config.refine.encoder)
   unroll = config.model.unroll

@@ -28,6 +28,16 @@ def load(
   return whole(params, frozen, base, config), step
 
 
+def folder(config: config_lib.Config) -> str:
+  """The name of the folder of checkpoints to read."""
+  best = _wants_best(config) and checkpoint.steps(config.output, checkpoint.BEST)
+  return checkpoint.BEST if best else checkpoint.FOLDER
+
+
+def _wants_best(config: config_lib.Config) -> bool:
+  return config.watch is not None and config.watch.keep == "best"
+
+
 def restored(
   config: config_lib.Config, shapes: model.Params
 ) -> tuple[model.Params, int]:
@@ -39,17 +49,13 @@ def restored(
   Raises:
     errors.UserError: when there is no checkpoint, or it is of another run.
   """
-  wants_best = config.watch is not None and config.watch.keep == "best"
-  has_best = wants_best and checkpoint.steps(config.output, checkpoint.BEST)
+  name = folder(config)
   params, step = checkpoint.restore_params(
-    config.output,
-    shapes,
-    wiring.identity(config),
-    checkpoint.BEST if has_best else checkpoint.FOLDER,
+    config.output, shapes, wiring.identity(config), name
   )
-  if has_best:
+  if name == checkpoint.BEST:
     print(f"reading step {step}, the best by `watch`")
-  elif wants_best:
+  elif _wants_best(config):
     print(f"no step is kept as the best by `watch`; reading step {step}, the last")
   return params, step
 

@@ -54,11 +54,11 @@ def first_state(
 ) -> tuple[step_lib.TrainState, Beside, replay.Memory | None, int]:
   """The state to go on from, the parameters and memory beside it, and the step."""
   split, dtype = run.split, config.model.dtype
-  # Of rounded weights others are kept: looks edit as `evaluate` does.
-  edited = compares(config) and outcome.edits(config)
   resumes = orbax.latest_step() is not None
   teaches = built.base_teaches and run.teacher is None
   anchored, compared = recipe.anchored(config), compares(config)
+  # Of rounded weights others are kept: looks edit as `evaluate` does.
+  edited = compared and bool(outcome.edits(config))
   base = None
   if teaches or anchored or compared or split.freeze or not resumes:
     base = load(
@@ -87,8 +87,8 @@ def first_state(
       dtype,
       wiring.param_shardings(run.mesh, run.teacher),
     )
-  looked_at = exact if edited else base
-  beside = Beside(frozen, teacher, anchor, looked_at if compared else None)
+  compared_with = (exact if edited else base) if compared else None
+  beside = Beside(frozen, teacher, anchor, compared_with)
   return state, beside, memory, step
 
 

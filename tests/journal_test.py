@@ -1,5 +1,6 @@
 """The journal keeps every finished call, whatever happens to process or file."""
 
+import contextlib
 import errno
 import json
 import os
@@ -129,15 +130,22 @@ with journal.open_journal(sys.argv[1]) as book:
 """
 
 
-def test_second_process_is_told_who_holds_the_folder_and_a_killed_one_frees_it(
-  tmp_path,
-):
-  path = tmp_path / "journal.jsonl"
+@contextlib.contextmanager
+def held(path: pathlib.Path):
+  """A process that holds a journal."""
   with subprocess.Popen(
     [sys.executable, "-c", _HOLD, str(path)], stdout=subprocess.PIPE, text=True
   ) as holder:
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
+    yield holder
+
+
+def test_second_process_is_told_who_holds_the_folder_and_a_killed_one_frees_it(
+  tmp_path,
+):
+  path = tmp_path / "journal.jsonl"
+  with held(path) as holder:
     with (
       pytest.raises(errors.UserError, match=f"in use by pid {holder.pid} on "),
       journal.open_journal(path),
@@ -150,11 +158,7 @@ def test_second_process_is_told_who_holds_the_folder_and_a_killed_one_frees_it(
 
 def test_who_waits_has_it_when_the_holder_ends(tmp_path, capsys):
   path = tmp_path / "journal.jsonl"
-  with subprocess.Popen(
-    [sys.executable, "-c", _HOLD, str(path)], stdout=subprocess.PIPE, text=True
-  ) as holder:
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+  with held(path) as holder:
     end = threading.Timer(0.3, holder.kill)
     end.start()
     with journal.locked(path, waits=True):
