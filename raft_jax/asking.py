@@ -64,6 +64,8 @@ class Calls:
     one_model: raise OtherModel where a call wants to put another model in memory than
       the first that was wanted since `model` was None.
     model: identity of that first model.
+    too_long: keys of calls that a server found too long. They are not kept: it may be
+      started again with room for more.
     title: stands before the name of each pass where progress is shown.
     signals: filled by `listening` when the run is asked to end.
   """
@@ -72,6 +74,7 @@ class Calls:
   seed: int
   one_model: bool = False
   model: str | None = None
+  too_long: set[str] = dataclasses.field(default_factory=set)
   title: str = ""
   signals: list[int] = dataclasses.field(default_factory=list)
 
@@ -106,13 +109,18 @@ class Calls:
     }
     keys = [journal.content_key(messages=prompt, **shared) for prompt in prompts]
 
-    def generate(rows: Sequence[int]) -> list[dict[str, Any]]:
+    def generate(rows: Sequence[int]) -> list[dict[str, Any] | errors.UserError]:
       requests = [
         engines.Request(prompts[i], seed=journal.seed_from(keys[i]), **sampling)
         for i in rows
       ]
       replies = role.generator.generate(requests)
-      return [engines.without_thinking(reply)._asdict() for reply in replies]
+      return [
+        reply
+        if isinstance(reply, errors.UserError)
+        else engines.without_thinking(reply)._asdict()
+        for reply in replies
+      ]
 
     tokens = {i: role.generator.count_tokens(prompts[i]) for i in self._missing(keys)}
     limit = math.inf
@@ -132,13 +140,19 @@ class Calls:
     title = f"{role.name}, round {round_number}" if round_number else role.name
     done = len(set(keys)) - len(tokens)
     self._make(role.name, title, keys, done, fitting, role.batch_size, generate)
-    values = [self.book.calls.get(key) for key in keys]
-    for i, value in enumerate(values):
-      if value and value["finish_reason"] == "too_long" and names is not None:
+    for i, key in enumerate(keys):
+      if key in self.too_long and names is not None:
         raise errors.UserError(
           f"question {names[i]}: the server finds the {role.name} prompt and "
           f"max_new_tokens={role.max_new_tokens} too long; {_SHORTEN}"
         )
+    values = [self.book.calls.get(key) for key in keys]
+    if None in values:
+      print(
+        f"{self.title}{title}: {values.count(None)} of {len(values)} prompts are too "
+        f"long for the model beside max_new_tokens={role.max_new_tokens}",
+        flush=True,
+      )
     return [value and _completion(value) for value in values]
 
   def cosines(
@@ -166,7 +180,8 @@ class Calls:
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
       first.setdefault(key, i)
-    return [i for key, i in first.items() if key not in self.book.calls]
+    known = (self.book.calls, self.too_long)
+    return [i for key, i in first.items() if not any(key in those for those in known)]
 
   def _make(
     self,
@@ -176,21 +191,27 @@ class Calls:
     done: int,
     rows: Sequence[int],
     batch_size: int,
-    work: Callable[[Sequence[int]], list[dict[str, Any]]],
+    work: Callable[[Sequence[int]], Sequence[dict[str, Any] | errors.UserError]],
   ) -> None:
-    """Does `work` on micro-batches of rows; each is durable before the next begins."""
+    """Does `work` on micro-batches of rows; each is durable before the next begins.
+
+    Raises:
+      UserError: the first that `work` returned, after the rest of its batch was kept.
+    """
     if not keys:
       return
     title = self.title + title
     print(f"{title}: {done} calls done, {len(rows)} to do", flush=True)
     bar = progress.Progress(title, len(rows), unit="call") if rows else None
 
-    def timed(batch: Sequence[int]) -> dict[str, Any]:
+    def timed(batch: Sequence[int]) -> dict[str, dict[str, Any] | errors.UserError]:
       began = time.monotonic()
       values = work(batch)
       seconds = round((time.monotonic() - began) / len(batch), 6)
       return {
-        keys[i]: {**value, "seconds": seconds}
+        keys[i]: value
+        if isinstance(value, errors.UserError)
+        else {**value, "seconds": seconds}
         for i, value in zip(batch, values, strict=True)
       }
 
@@ -208,7 +229,7 @@ class Calls:
           running = None
           if following is not None and not self.signals:
             running = worker.submit(timed, following)
-          self.book.append(finished)
+          self._keep(finished)
           made += len(finished)
           if bar is not None:
             bar.advance(made)
@@ -218,6 +239,15 @@ class Calls:
       if bar is not None:
         bar.close()
     self.book.calls.use(role, keys)
+
+  def _keep(self, finished: Mapping[str, dict[str, Any] | errors.UserError]) -> None:
+    whole = {k: v for k, v in finished.items() if not isinstance(v, errors.UserError)}
+    long = {k for k, v in whole.items() if v.get("finish_reason") == "too_long"}
+    self.too_long |= long
+    self.book.append({key: whole[key] for key in whole if key not in long})
+    for value in finished.values():
+      if isinstance(value, errors.UserError):
+        raise value
 
   def _wait(self, running: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
     while not running.done():

@@ -1,6 +1,8 @@
 """The command line of every stage, and the keys of the config written out.
 
-Bad input is one message and exit code 2; Ctrl-C a hint and 130; never a traceback.
+Bad input is one message and exit code 2; what may pass by itself (a server that is
+away) one and 75, which `launch/again.sh` and schedulers take for "start it again";
+Ctrl-C a hint and 130; never a traceback.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def run(
   `main` gets the config, and the values of the stage's own `options` by name: each is
   what `argparse` takes for it. `without_data`: the files of questions may be absent.
 
-  Bad input is a message on stderr and exit code 2, Ctrl-C a hint and exit code 130;
-  neither shows a traceback. A second Ctrl-C ends the process at once.
+  Bad input is a message on stderr and exit code 2 (75: try again), Ctrl-C a hint and
+  exit code 130; neither shows a traceback. A second Ctrl-C ends the process at once.
   """
   parser = argparse.ArgumentParser(
     prog=f"python -m raft_jax.{stage}",
@@ -86,7 +88,7 @@ def run(
       if text is None:
         raise
       print(f"error: {text}", file=sys.stderr)
-      sys.exit(2)
+      sys.exit(os.EX_TEMPFAIL if isinstance(error, errors.TryAgainError) else 2)
 
 
 @contextlib.contextmanager

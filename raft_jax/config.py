@@ -19,7 +19,7 @@ from typing import Any
 
 import pydantic
 
-from raft_jax import conflicts, errors, key_table, methods, strict_yaml
+from raft_jax import conflicts, durable, errors, key_table, methods, strict_yaml
 from raft_jax.schema import Adaptive as Adaptive
 from raft_jax.schema import Anchor as Anchor
 from raft_jax.schema import Balance as Balance
@@ -351,9 +351,8 @@ def claim_output(config: Config, stage: str, keys: Sequence[str]) -> None:
   path = _claim_path(config, stage)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_text(dump(config), encoding="utf-8")
-    os.replace(temporary, path)
+    with durable.replacing(path) as temporary:
+      temporary.write_text(dump(config), encoding="utf-8")
   except OSError as e:
     raise errors.UserError(
       f"output: cannot write {path}: {e.strerror}; choose another output"

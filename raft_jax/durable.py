@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -24,7 +25,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     errors.UserError: the disk is full or unwritable (names the file and free space),
       or the body raised RuntimeError.
   """
-  temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+  # No process id: those of containers that share a disk are all 1.
+  temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
   try:
     yield temporary
     sync(temporary)

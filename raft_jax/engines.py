@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-from raft_jax import hf, records, text
+from raft_jax import errors, hf, records, text
 
 
 class Request(NamedTuple):
@@ -73,12 +73,14 @@ class Generator(Protocol):
     """Length of the prompt that these messages become (characters if no limit is
     known: enough to sort by)."""
 
-  def generate(self, requests: Sequence[Request]) -> list[Completion]:
-    """One completion per request, in order.
+  def generate(
+    self, requests: Sequence[Request]
+  ) -> Sequence[Completion | errors.UserError]:
+    """One completion per request, in order; its error where a server gave none.
 
     Called with one micro-batch at a time, so that the caller can make its results
-    durable before it asks for more. Raises ValueError for a request over the limit:
-    the caller checks before.
+    durable before it asks for more, or raises an error of one of them. Raises
+    ValueError for a request over the limit: the caller checks before.
     """
 
 

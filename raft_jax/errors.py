@@ -1,9 +1,14 @@
-"""The one exception that means "the user can mend this".
+"""The exceptions that mean "the user can mend this".
 
-Every command turns it into one line on stderr and exit code 2. The message says
-what was wrong, where (file, line or key) and what to do about it.
+Every command turns one into one line on stderr and exit code 2, or 75 where nothing
+need be mended but the same command run again. The message says what was wrong, where
+(file, line or key) and what to do about it.
 """
 
 
 class UserError(ValueError):
   """Bad input: a config, a data file, a checkpoint or a model we cannot use."""
+
+
+class TryAgainError(UserError):
+  """Something outside was away or busy: the same command may do, a little later."""

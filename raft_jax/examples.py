@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax import config as config_lib
-from raft_jax import data, errors, records, refine, shards, synthesise, text
+from raft_jax import (
+  data,
+  errors,
+  records,
+  refine,
+  refinement,
+  shards,
+  synthesise,
+  text,
+)
 
 REFINED = (*refine.CLAIMED, "data.limit")
 """Keys that decide the refined records which a run learns from."""
@@ -45,8 +54,7 @@ def rewritten(record: records.Refined) -> str:
 def filtered(record: records.Refined, threshold: float) -> str:
   """Eq. 3 of RAFT (arXiv 2606.00147): the rewrite where its cosine with the original
   answer reaches the threshold, else the original."""
-  similarity = record.similarity
-  near = similarity is not None and similarity >= threshold
+  near = refinement.passes(record.similarity, threshold)
   return record.rewrite if near else record.question.answer
 
 

@@ -184,8 +184,8 @@ def open_journal(
     others: journals whose calls count as finished, too; they are only read, and what
       another process is adding to one may be missed.
 
-  Raises UserError when another process holds it (naming its pid and host), or when a
-  line before the last is damaged (naming file:line).
+  Raises TryAgainError when another process holds it (naming its pid and host), and
+  UserError when a line before the last is damaged (naming file:line).
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,6 +260,11 @@ def _crc32(body: str) -> str:
   return f"{zlib.crc32(body.encode()):08x}"
 
 
+def holder(path: pathlib.Path) -> pathlib.Path:
+  """The file that names the process which holds `path`.lock."""
+  return path.with_name(path.name + ".holder")
+
+
 @contextlib.contextmanager
 def locked(path: pathlib.Path, *, waits: bool = False) -> Iterator[None]:
   """Holds `path`.lock, for one process at a time.
@@ -268,24 +273,24 @@ def locked(path: pathlib.Path, *, waits: bool = False) -> Iterator[None]:
     waits: says who else holds it, and waits for its end.
 
   Raises:
-    UserError: another process holds it; it is named.
+    TryAgainError: another process holds it; it is named.
   """
   # The holder's name has a file of its own: some versions of filelock empty the lock
   # file on every attempt to take it.
   lock_path = path.with_name(path.name + ".lock")
-  holder_path = path.with_name(path.name + ".holder")
+  holder_path = holder(path)
   lock = filelock.FileLock(lock_path, timeout=0)
   try:
     lock.acquire()
   except filelock.Timeout as error:
-    holder = "another process"
+    name = "another process"
     with contextlib.suppress(OSError):
-      holder = holder_path.read_text() or holder
+      name = holder_path.read_text() or name
     if not waits:
-      raise errors.UserError(
-        f"{path}: in use by {holder}; wait for it to end, or use another output folder"
+      raise errors.TryAgainError(
+        f"{path}: in use by {name}; wait for it to end, or use another output folder"
       ) from error
-    print(f"{path}: in use by {holder}; waiting", flush=True)
+    print(f"{path}: in use by {name}; waiting", flush=True)
     lock.acquire(timeout=-1)
   try:
     holder_path.write_text(f"pid {os.getpid()} on {socket.gethostname()}")

@@ -147,12 +147,15 @@ def steers(text: str, key: str = "score") -> bool:
   return re.search(rf'"{re.escape(key)}"\s*:', text) is not None
 
 
-def parse_score(text: str) -> float | None:
+def parse_score(text: str, *, cut: bool = False) -> float | None:
   """The score in a judge's reply, or None when the reply does not plainly hold one.
 
   Read are, in this order: a JSON object with a number "score", alone or in a fenced
   block; else exactly one `"score": x` within other text. Thinking is skipped. Booleans,
   strings, NaN, infinities, numbers outside 0..1 and contradicting scores are None.
+
+  Args:
+    cut: the reply ended at its limit; a number that it ends with may lack digits.
   """
   reply = _json(text)
   if reply is None:
@@ -160,7 +163,7 @@ def parse_score(text: str) -> float | None:
     text = text.rpartition("</think>")[2]  # some templates open the block themselves
     reply = _json(text)
   if reply is None:
-    return _score_in_prose(text)
+    return _score_in_prose(text, cut)
   return _on_scale(reply.get("score")) if isinstance(reply, dict) else None
 
 
@@ -200,9 +203,13 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def panel_mean(scores: Sequence[float | None]) -> float | None:
-  """Mean over the judges that did not abstain; None when all did."""
+  """Mean over the judges that did not abstain; None when all did.
+
+  Rounded to 12 places: scores of one or two, such as 0.7, 0.8 and 0.9, should have the
+  mean that they have on paper, and reach a threshold that equals it.
+  """
   given = [score for score in scores if score is not None]
-  return math.fsum(given) / len(given) if given else None
+  return round(math.fsum(given) / len(given), 12) if given else None
 
 
 def majority(votes: Sequence[bool | None]) -> bool | None:
@@ -252,11 +259,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return dict(pairs)
 
 
-def _score_in_prose(text: str) -> float | None:
-  scores = _SCORE.findall(text)
+def _score_in_prose(text: str, cut: bool) -> float | None:
+  scores = list(_SCORE.finditer(text))
   if len(scores) != 1 or len(_SCORE_KEY.findall(text)) != 1:
     return None
-  return float(scores[0])
+  return None if cut and scores[0].end() == len(text) else float(scores[0][1])
 
 
 def _on_scale(value: Any) -> float | None:

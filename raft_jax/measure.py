@@ -206,13 +206,20 @@ def finish(
   batch_size: int,
   title: str | None,
 ) -> list[Any]:
-  """The value of every key, in order; what the journal lacks is computed in batches."""
+  """The value of every key, in order; what the journal lacks is computed in batches.
+
+  Raises:
+    UserError: the first that `compute` returned, after the rest of its batch was kept.
+  """
   todo = [i for i, key in enumerate(keys) if key not in log.calls]
   done = len(keys) - len(todo)
   bar = progress.Progress(title, len(keys), done=done, unit="item")
   for batch in by_length(todo, lengths, batch_size):
     values = compute(batch)
-    log.append({keys[i]: value for i, value in zip(batch, values)})
+    failed = [value for value in values if isinstance(value, errors.UserError)]
+    log.append({keys[i]: v for i, v in zip(batch, values) if v not in failed})
+    if failed:
+      raise failed[0]
     done += len(batch)
     bar.advance(done)
   bar.close()
@@ -340,28 +347,32 @@ def served(
   """The greedy answers of the subject's server; thinking is left out of their text.
 
   Raises:
-    UserError: the server refuses a request as too long.
+    UserError: the server refuses a request, or finds it too long.
   """
   server = who.server
   assert server is not None
 
-  def compute(batch: list[int]) -> list[dict[str, Any]]:
-    replies = server.generate(
-      [engines.Request(asked[i], max_new_tokens, 0.0, 1.0, seed=0) for i in batch]
-    )
-    if any(reply.finish_reason == "too_long" for reply in replies):
-      raise errors.UserError(
+  def answer(
+    reply: engines.Completion | errors.UserError,
+  ) -> dict[str, Any] | errors.UserError:
+    if isinstance(reply, errors.UserError):
+      return reply
+    if reply.finish_reason == "too_long":
+      return errors.UserError(
         f"evaluate.servers: {server.identity} has no room for a prompt and"
         f" {max_new_tokens} new tokens ({name}); serve it with a longer context"
       )
-    return [
-      {
-        "text": engines.without_thinking(reply).text,
-        "tokens": reply.completion_tokens,
-        "ended": reply.finish_reason == "stop",
-      }
-      for reply in replies
-    ]
+    return {
+      "text": engines.without_thinking(reply).text,
+      "tokens": reply.completion_tokens,
+      "ended": reply.finish_reason == "stop",
+    }
+
+  def compute(batch: list[int]) -> list[dict[str, Any] | errors.UserError]:
+    replies = server.generate(
+      [engines.Request(asked[i], max_new_tokens, 0.0, 1.0, seed=0) for i in batch]
+    )
+    return [answer(reply) for reply in replies]
 
   found = finish(
     log,

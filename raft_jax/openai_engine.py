@@ -15,7 +15,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from raft_jax import engines, errors, records
 
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 
 RETRIES = 8
 """About 40 s of waiting, by the client's doubling from 0.5 s to 8 s."""
+
+_FILTERED = ("content_filter", "content_policy_violation", "invalid_prompt")
+"""Codes of a request that the server will not answer for what it says."""
+
+_ENDS: dict[str, Any] = {
+  "stop": "stop",
+  "eos": "stop",
+  "eos_token": "stop",
+  "stop_sequence": "stop",
+  "end_turn": "stop",
+  "length": "length",
+  "max_tokens": "length",
+  "content_filter": "filtered",
+}
+"""What servers of this protocol say of a reply's end. OpenAI and vLLM say `stop`,
+`length` and `content_filter`; the client of Together's API also knows `eos`."""
 
 _TOO_LONG = re.compile(
   r"context[ _](length|size|window)|(context|model|prompt|input) .{0,40}too long|"
@@ -92,7 +108,7 @@ class _OpenAIEngine:
         f"engine openai: {self.base_url} has no /models; base_url should end in /v1"
       ) from error
     except openai.OpenAIError as error:
-      self._refuse(error)
+      raise self._refusal(error) from error
     except (AttributeError, TypeError, ValueError) as error:
       raise self._garbled() from error
     if self.model not in names:
@@ -101,7 +117,9 @@ class _OpenAIEngine:
         f"{', '.join(names[:8]) or 'nothing'}; change `model`"
       )
 
-  def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
+  def generate(
+    self, requests: Sequence[engines.Request]
+  ) -> list[engines.Completion | errors.UserError]:
     with concurrent.futures.ThreadPoolExecutor(max(len(requests), 1)) as pool:
       return list(pool.map(self._ask, requests))
 
@@ -109,7 +127,7 @@ class _OpenAIEngine:
     key = os.environ[self.api_key_env] if self.api_key_env else "none"
     return _client(self.base_url, key, self.timeout_s)
 
-  def _ask(self, request: engines.Request) -> engines.Completion:
+  def _ask(self, request: engines.Request) -> engines.Completion | errors.UserError:
     import openai
 
     options: dict[str, Any] = {}
@@ -127,17 +145,44 @@ class _OpenAIEngine:
         seed=request.seed,
         **options,
       )
-      return _completion(reply)
+      return self._completion(reply)
     except openai.BadRequestError as error:
-      if error.code == "content_filter":
+      if error.code in _FILTERED:
         return engines.Completion("", "filtered", 0, 0)
       if error.code == "context_length_exceeded" or _TOO_LONG.search(error.message):
         return engines.Completion("", "too_long", 0, 0)
-      self._refuse(error)
+      return self._refusal(error)
     except openai.OpenAIError as error:
-      self._refuse(error)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-      raise self._garbled() from error
+      return self._refusal(error)
+    except errors.UserError as error:
+      return error
+    except (AttributeError, IndexError, TypeError, ValueError):
+      return self._garbled()
+
+  def _completion(self, reply: Any) -> engines.Completion:
+    """Raises AttributeError, IndexError, TypeError or ValueError for another shape."""
+    choice, usage = reply.choices[0], reply.usage
+    content = choice.message.content or ""
+    # Some servers take the thinking out by themselves; put it back to count it.
+    extra = choice.message.model_extra or {}
+    thought = extra.get("reasoning") or extra.get("reasoning_content")
+    if thought:
+      content = f"<think>{thought}</think>{content}"
+    if choice.finish_reason not in _ENDS:
+      raise errors.UserError(
+        f"engine openai: {self.base_url} ended a reply with finish_reason "
+        f"{choice.finish_reason!r}, and whether it is whole is not known (known are "
+        f"{', '.join(_ENDS)}); use another server"
+      )
+    details = usage.completion_tokens_details
+    return engines.Completion(
+      # A cut may leave half a surrogate pair, which no file takes.
+      str(content).encode("utf-8", "replace").decode(),
+      _ENDS[choice.finish_reason],
+      int(usage.prompt_tokens),
+      int(usage.completion_tokens),
+      int((details and details.reasoning_tokens) or 0),
+    )
 
   def _garbled(self) -> errors.UserError:
     return errors.UserError(
@@ -145,16 +190,23 @@ class _OpenAIEngine:
       "what answers there, and run the same command again: finished calls are kept"
     )
 
-  def _refuse(self, error: openai.OpenAIError) -> NoReturn:
+  def _refusal(self, error: openai.OpenAIError) -> errors.UserError:
     """Says in one line what the server said, and what can be done."""
     import openai
 
+    kind = errors.UserError
     what = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     remedy = "run the same command again: finished calls are kept"
-    if isinstance(error, openai.APITimeoutError):
+    if isinstance(error, openai.APIStatusError) and (
+      error.status_code in (408, 409, 429) or error.status_code >= 500
+    ):
+      kind = errors.TryAgainError
+    elif isinstance(error, openai.APITimeoutError):
+      kind = errors.TryAgainError
       what = f"no reply within {self.timeout_s:g} s, {RETRIES + 1} times"
       remedy = "raise timeout_s or lower batch_size; finished calls are kept"
     elif isinstance(error, openai.APIConnectionError):
+      kind = errors.TryAgainError
       what = f"cannot be reached ({error.__cause__ or what})"
       remedy = "start the server or mend base_url; finished calls are kept"
     elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
@@ -164,9 +216,7 @@ class _OpenAIEngine:
       remedy = "check `model` and base_url (it should end in /v1)"
     elif isinstance(error, openai.BadRequestError):
       remedy = "see what it does not take (of a judge perhaps structured: true)"
-    raise errors.UserError(
-      f"engine openai: {self.base_url}: {what}; {remedy}"
-    ) from error
+    return kind(f"engine openai: {self.base_url}: {what}; {remedy}")
 
 
 @functools.cache
@@ -175,24 +225,4 @@ def _client(base_url: str, api_key: str, timeout_s: float) -> openai.OpenAI:
 
   return openai.OpenAI(
     base_url=base_url, api_key=api_key, timeout=timeout_s, max_retries=RETRIES
-  )
-
-
-def _completion(reply: Any) -> engines.Completion:
-  """Raises AttributeError, IndexError, TypeError or ValueError for another shape."""
-  choice, usage = reply.choices[0], reply.usage
-  content = choice.message.content or ""
-  # Some servers take the thinking out by themselves; put it back to count it.
-  extra = choice.message.model_extra or {}
-  thought = extra.get("reasoning") or extra.get("reasoning_content")
-  if thought:
-    content = f"<think>{thought}</think>{content}"
-  reasons: dict[str, Any] = {"stop": "stop", "content_filter": "filtered"}
-  details = usage.completion_tokens_details
-  return engines.Completion(
-    str(content),
-    reasons.get(choice.finish_reason, "length"),
-    int(usage.prompt_tokens),
-    int(usage.completion_tokens),
-    int((details and details.reasoning_tokens) or 0),
   )

@@ -304,7 +304,7 @@ def _inputs(run: config.Config, questions: str, encoder: encode.Encoder) -> str:
   return journal.content_key(
     version=raft_jax.__version__,
     questions=questions,
-    settings=config.values(run, CLAIMED),
+    settings=config.values(run, (*CLAIMED, "refine.*.context_tokens")),
     records_per_shard=run.refine.records_per_shard,
     too_long=run.data.too_long,
     prompts=[judge.template(n).template for n in (run.refine.prompt, "fuse", "judge")],

@@ -12,7 +12,15 @@ from typing import Any
 import rich.console
 import rich.table
 
-from raft_jax import asking, config, durable, records, refine_report, shards
+from raft_jax import (
+  asking,
+  config,
+  durable,
+  records,
+  refine_report,
+  refinement,
+  shards,
+)
 
 
 def costs(calls: asking.Calls) -> dict[str, Any]:
@@ -42,8 +50,8 @@ def summarise(
     total += 1
     reasons[record.reason] += 1
     chosen[record.chosen] += 1
+    passed += refinement.passes(record.similarity, threshold)
     if record.similarity is not None:
-      passed += record.similarity >= threshold
       bins[min(math.floor(record.similarity * 20), 19)] += 1
     if record.rounds:
       rounds[str(len(record.rounds))] += 1

@@ -52,7 +52,7 @@ def refine(
   """Refines every question, in order.
 
   Args:
-    threshold: tau in -1..1; a rewrite of lower cosine is dropped.
+    threshold: tau, as for `passes`.
     rounds: most fused answers per question; 0 keeps the rewrites that pass the filter.
     accept_at: mean score in 0..1 from which a fused answer ends its question's rounds.
     prompt: name of the template that asks for a rewrite.
@@ -62,11 +62,7 @@ def refine(
   names = None if skip_too_long else [question.id for question in questions]
   rewrites = rewrite(questions, rewriter, encoder, calls, names, prompt)
   history: list[list[records.Round]] = [[] for _ in questions]
-  still_open = [
-    i
-    for i, r in enumerate(rewrites)
-    if r.similarity is not None and r.similarity >= threshold
-  ]
+  still_open = [i for i, r in enumerate(rewrites) if passes(r.similarity, threshold)]
   for number in range(1, rounds + 1):
     asked = [(questions[i], rewrites[i].text) for i in still_open]
     results = fuse_and_judge(asked, number, fusion, judges, calls)
@@ -101,6 +97,20 @@ def rewrite(
   pairs = [(questions[i].answer, texts[i]) for i in usable]
   similarity = dict(zip(usable, calls.cosines("encode", encoder, pairs), strict=True))
   return [Rewrite(texts[i], flaws[i], similarity.get(i)) for i in range(len(questions))]
+
+
+def passes(similarity: float | None, threshold: float) -> bool:
+  """The filter of Eq. 3 on the cosine of an answer and its rewrite.
+
+  Args:
+    similarity: None where it is undefined, which never passes.
+    threshold: tau in -1..1, itself passing. From 1 on nothing passes, so that the
+      answers are the original ones; a cosine of 1 is a copy, and only by rounding not
+      above 1. Up to 0 everything does.
+  """
+  if similarity is None or threshold >= 1:
+    return False
+  return threshold <= 0 or similarity >= threshold
 
 
 def fuse_and_judge(
@@ -161,11 +171,7 @@ def select(
   if best is not None:
     chosen, answer = "fused", best.text
     reason = "accepted" if accepted(best, accept_at) else "best_round"
-  elif (
-    not rounds
-    and rewritten.similarity is not None
-    and rewritten.similarity >= threshold
-  ):
+  elif not rounds and passes(rewritten.similarity, threshold):
     chosen, answer, reason = "rewrite", rewritten.text, "passed_filter"
   else:
     chosen, answer = "original", question.answer
@@ -202,7 +208,7 @@ def reselect(
   flaw = reason.removeprefix("rewrite_") if reason.startswith("rewrite_") else None
   rewritten = Rewrite(refined.rewrite, flaw, refined.similarity)
   history: list[records.Round] = []
-  if rewritten.similarity is not None and rewritten.similarity >= threshold:
+  if passes(rewritten.similarity, threshold):
     for past in refined.rounds[:rounds]:
       scores = tuple(past.scores[i] for i in judges) if past.scores else ()
       history.append(records.Round(past.text, scores, judge.panel_mean(scores)))
@@ -221,7 +227,7 @@ def _why_original(
     return f"rewrite_{rewritten.flaw}"
   if rewritten.similarity is None:
     return "similarity_undefined"
-  if rewritten.similarity < threshold:
+  if not passes(rewritten.similarity, threshold):
     return "below_threshold"
   return "judges_failed" if any(r.scores for r in rounds) else "fusion_failed"
 
@@ -245,7 +251,12 @@ def language_judge(role: asking.Role) -> Judge:
 
   def score(items: Sequence[Item], calls: asking.Calls) -> list[float | None]:
     replies = calls.ask(role, [judge.prompt(*item) for item in items])
-    return [None if r is None else judge.parse_score(r.text) for r in replies]
+    return [
+      None
+      if reply is None
+      else judge.parse_score(reply.text, cut=reply.finish_reason == "length")
+      for reply in replies
+    ]
 
   return score
 

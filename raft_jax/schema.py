@@ -73,8 +73,8 @@ class Asked(Section):
 
   engine: Literal["encoder", "jax", "vllm", "openai"]
   model: str | None = None
-  """A source like `model.source`; null means the model to be trained. For `openai`, the
-  model's name at the server."""
+  """A source like `model.source`; null means the model to be trained. `jax` and `vllm`
+  hold it in `model.dtype`. For `openai`, the model's name at the server."""
   max_new_tokens: Positive = 256
   """Longest reply, thinking included; a reply cut off there is not used."""
   batch_size: Positive = 16
@@ -134,9 +134,10 @@ ENGINE_KEYS = {
 
 PLACEMENT = (
   *("batch_size", "tensor_parallel", "pipeline_parallel", "memory_share"),
-  *("base_url", "api_key_env", "timeout_s"),
+  *("context_tokens", "base_url", "api_key_env", "timeout_s"),
 )
-"""Keys of `Asked` that say how and where a model runs, not what it answers."""
+"""Keys of `Asked` that say how and where a model runs, not what it answers (but for
+`context_tokens`, whether it has room to)."""
 
 
 class Writer(Engine):
@@ -207,7 +208,8 @@ class Refine(Section):
   encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
   """Sentence encoder: a hub name, a folder, or `pkg://PACKAGE/FOLDER`."""
   similarity_threshold: Annotated[float, pydantic.Field(ge=-1.0, le=1.0)] = 0.8
-  """Least cosine of answer and rewrite; below it the original answer is kept [R]."""
+  """Least cosine of answer and rewrite; below it the original answer is kept [R]. From
+  1 on all are; up to 0 every rewrite passes."""
   fusion: Fusion = Fusion()
   judges: Annotated[tuple[Judge, ...], pydantic.Field(min_length=1)] = (Judge(),)
   """Each scores every fused answer; their mean decides."""

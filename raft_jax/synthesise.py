@@ -382,7 +382,7 @@ def _inputs(
   return journal.content_key(
     version=raft_jax.__version__,
     seeds=seeds,
-    settings=config.values(run, CLAIMED),
+    settings=config.values(run, (*CLAIMED, "synthesise.*.context_tokens")),
     prompt=judge.template("synthesise").template,
     model=engines.identity(run.model.source),
     encoder=encoder.identity,

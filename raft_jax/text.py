@@ -60,6 +60,12 @@ SOLVE_AGAIN = "\n\nNow solve the original question correctly."
 """The teacher's words in SDPO, arXiv 2601.20802, in the sense of those published."""
 
 
+_NO_CLOCK = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}\n"
+"""Before a template that writes today's date (Llama 3.2, SmolLM3): the day that Llama's
+writes where it has no clock. With a clock a run's ids would change at midnight, and
+differ between hosts."""
+
+
 def load(source: str) -> Codec:
   """The codec of a model, from the same source as its weights.
 
@@ -113,8 +119,9 @@ def decode(codec: Codec, ids: Sequence[int]) -> str:
 def prompt_ids(codec: Codec, messages: Sequence[records.Message]) -> list[int]:
   """The chat template's ids up to and including the assistant's header.
 
-  Equal to transformers' `apply_chat_template` unless a message spells a control token.
-  Then each such spelling is encoded on its own, as text, and the rest as ever.
+  Equal to transformers' `apply_chat_template` unless a message spells a control token
+  or the template writes today's date. Each such spelling is encoded on its own, as
+  text, and the rest as ever; the date is always the same one.
 
   Raises:
     UserError: the template refuses the messages (their roles or order).
@@ -151,6 +158,8 @@ def _render(codec: Codec, messages: Sequence[records.Message]) -> str:
   # Answers are trained without a thinking part (the switch of Qwen3 and SmolLM3).
   if "enable_thinking" in codec.tokenizer.chat_template:
     options["enable_thinking"] = False
+  if "strftime_now" in codec.tokenizer.chat_template:
+    options["chat_template"] = _NO_CLOCK + codec.tokenizer.chat_template
   try:
     text = codec.tokenizer.apply_chat_template(
       [m._asdict() for m in messages],

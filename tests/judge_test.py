@@ -129,6 +129,22 @@ def test_every_score_on_the_scale_survives_json(number, others):
   assert judge.parse_score(json.dumps({**others, "score": number})) == number
 
 
+def test_a_score_that_the_limit_cut_off_is_none():
+  assert judge.parse_score('I say {"score": 0', cut=True) is None
+  assert judge.parse_score('I say {"score": 0.8', cut=True) is None
+  assert judge.parse_score('I say {"score": 0.8} as', cut=True) == 0.8
+  assert judge.parse_score('I say {"score": 0.8') == 0.8
+
+
+@pytest.mark.parametrize("least", range(7, 17))
+def test_scores_whose_mean_is_the_threshold_on_paper_reach_it(least):
+  # In twentieths: 16 is 0.8, and 48 / 3 is 16.
+  for middle in range(least, 21):
+    if least <= 48 - least - middle <= 20:
+      scores = [least / 20, middle / 20, (48 - least - middle) / 20]
+      assert judge.panel_mean(scores) == 0.8
+
+
 def test_panel_mean_leaves_out_abstentions():
   assert judge.panel_mean([0.5, None, 1.0]) == 0.75
   assert judge.panel_mean([None, None]) is None

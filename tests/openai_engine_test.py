@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -11,9 +12,11 @@ import threading
 import pytest
 
 from raft_jax import (
+  asking,
   config,
   engines,
   errors,
+  journal,
   judge,
   openai_engine,
   records,
@@ -32,6 +35,14 @@ def request(content: str = "Hi", **changes) -> engines.Request:
 def connect(server: chat_server.Server, **changes):
   settings = {"base_url": server.url, "timeout_s": 20.0, **changes}
   return openai_engine.connect(chat_server.MODEL, **settings)
+
+
+def refused(engine, asked: engines.Request) -> errors.UserError:
+  """The error that stands in the place of the one reply."""
+  (failure,) = engine.generate([asked])
+  assert isinstance(failure, errors.UserError)
+  assert "\n" not in str(failure)
+  return failure
 
 
 def one_after_another(*replies: chat_server.Reply):
@@ -87,8 +98,9 @@ def test_a_busy_server_is_asked_again(status):
 
 def test_a_server_that_stays_busy_is_given_up_in_one_line():
   with chat_server.serving(lambda r: chat_server.error(429, "rate limit")) as server:
-    with pytest.raises(errors.UserError, match=r"429.*rate limit.*calls are kept"):
-      connect(server).generate([request()])
+    failure = refused(connect(server), request())
+    assert re.search(r"429.*rate limit.*calls are kept", str(failure))
+    assert isinstance(failure, errors.TryAgainError)
     assert len(server.asked) == openai_engine.RETRIES + 1
 
 
@@ -104,10 +116,11 @@ def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
   with chat_server.serving(answer) as server:
     engine = connect(server, timeout_s=0.2)
     try:
-      with pytest.raises(errors.UserError, match=r"no reply within 0\.2 s, 2 times"):
-        engine.generate([request()])
+      failure = refused(engine, request())
     finally:
       for_ever.set()
+  assert "no reply within 0.2 s, 2 times" in str(failure)
+  assert isinstance(failure, errors.TryAgainError)
   assert len(server.asked) == 2
 
 
@@ -123,17 +136,17 @@ def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
   ],
 )
 def test_garbage_is_named_as_such(reply):
-  with (
-    chat_server.serving(lambda asked: reply) as server,
-    pytest.raises(errors.UserError, match=r"sent a reply that is no chat completion"),
-  ):
-    connect(server).generate([request()])
+  with chat_server.serving(lambda asked: reply) as server:
+    failure = refused(connect(server), request())
+  assert "sent a reply that is no chat completion" in str(failure)
 
 
 @pytest.mark.parametrize(
   ("reply", "finish"),
   [
     (chat_server.says("cut", "length"), "length"),
+    (chat_server.says("whole", "eos"), "stop"),
+    (chat_server.error(400, "flagged", "invalid_prompt"), "filtered"),
     (chat_server.says("", "content_filter"), "filtered"),
     (chat_server.error(400, "no", "content_filter"), "filtered"),
     (chat_server.error(400, "no", "context_length_exceeded"), "too_long"),
@@ -168,14 +181,58 @@ def test_one_refused_request_leaves_the_others_be(reply, finish):
       r"400.*response_format.*structured: true",
     ),
     (chat_server.error(422, "no seed"), r"422.*no seed"),
+    (chat_server.says("Hm.", "tool_calls"), r"finish_reason 'tool_calls'"),
   ],
 )
 def test_other_refusals_end_the_run_in_one_line_without_another_try(reply, says):
   with chat_server.serving(lambda asked: reply) as server:
-    with pytest.raises(errors.UserError, match=says) as caught:
-      connect(server).generate([request()])
+    failure = refused(connect(server), request())
     assert len(server.asked) == 1
-  assert "\n" not in str(caught.value)
+  assert re.search(says, str(failure))
+  assert not isinstance(failure, errors.TryAgainError)
+
+
+def test_what_a_batch_finished_is_kept_where_one_of_it_fails(tmp_path):
+  def answer(asked):
+    bad = asked["messages"][0]["content"] == "bad"
+    return chat_server.error(422, "no") if bad else chat_server.says("Hello.")
+
+  prompts = [(records.Message("user", word),) for word in ("a", "bad", "b")]
+  with (
+    chat_server.serving(answer) as server,
+    journal.open_journal(tmp_path / "journal.jsonl") as book,
+  ):
+    role = asking.Role("fuse", connect(server), 12, 0.5, 0.9, 8)
+    for _ in range(2):
+      with pytest.raises(errors.UserError, match="422"):
+        asking.Calls(book, 0).ask(role, prompts)
+    assert len(book.calls) == 2
+  asked = [each["messages"][0]["content"] for each in server.asked]
+  assert sorted(asked) == ["a", "b", "bad", "bad"]
+
+
+def test_a_server_started_with_room_for_more_is_asked_again(tmp_path, capsys):
+  script = one_after_another(
+    chat_server.error(400, "no", "context_length_exceeded"), chat_server.says("Hello.")
+  )
+  with (
+    chat_server.serving(script) as server,
+    journal.open_journal(tmp_path / "journal.jsonl") as book,
+  ):
+    role = asking.Role("fuse", connect(server), 12, 0.5, 0.9, 8)
+    calls = asking.Calls(book, 0)
+    for _ in range(2):  # one server: one answer
+      assert calls.ask(role, [request().messages]) == [None]
+    assert "fuse: 1 of 1 prompts are too long" in capsys.readouterr().out
+    (reply,) = asking.Calls(book, 0).ask(role, [request().messages])
+  assert reply is not None
+  assert reply.text == "Hello."
+
+
+def test_half_a_surrogate_pair_becomes_text_that_a_file_takes():
+  with chat_server.serving(lambda asked: chat_server.says("Yes \ud83d")) as server:
+    (reply,) = connect(server).generate([request()])
+  assert reply.text == "Yes ?"
 
 
 def test_a_server_is_looked_at_before_anything_is_asked():

@@ -28,6 +28,7 @@ from raft_jax import (
   records,
   refine,
   refine_report,
+  refined_folder,
   refinement,
   schema,
   shards,
@@ -220,6 +221,27 @@ def test_the_filter_keeps_a_cosine_at_the_threshold_and_drops_one_below(tmp_path
   ]
   assert refined[1].answer == refined[1].question.answer
   assert len(scripts[1].asked) == 1
+
+
+@pytest.mark.parametrize(
+  ("similarity", "threshold", "passes"),
+  [
+    (1.0, 1.0, False),  # "accepts none", SPEC
+    (0.9999999999999998, 1.0, False),
+    (1.0, 0.99, True),
+    (-0.1, 0.0, True),  # "accepts all"
+    (-0.1, -0.5, True),
+    (-0.1, 0.01, False),
+    (None, 0.0, False),
+  ],
+)
+def test_the_ends_of_the_filter(similarity, threshold, passes):
+  assert refinement.passes(similarity, threshold) is passes
+  rewritten = refinement.Rewrite("rewritten", None, similarity)
+  record = refinement.select(_question(), rewritten, (), threshold, 0.8)
+  assert (record.chosen == "rewrite") is passes
+  assert (examples.filtered(record, threshold) == "rewritten") is passes
+  assert refined_folder.summarise([record], threshold, {})["accepted"] == passes
 
 
 def test_a_rows_seed_is_its_contents_wherever_the_row_stands(tmp_path):
@@ -824,7 +846,7 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
     assert r.similarity == encode.cosine(left, right)[0] >= 0.8
     assert r.answer in [past.text for past in r.rounds]
     score = float(encode.cosine(left, encoder([r.answer]))[0])
-    assert max(past.mean or 0 for past in r.rounds) == score
+    assert max(past.mean or 0 for past in r.rounds) == pytest.approx(score, abs=1e-12)
   for r in refined:
     assert r.chosen == "fused" or r.answer == r.question.answer
 

@@ -187,6 +187,30 @@ def test_thinking_is_switched_off(codec):
   assert text.decode(codec, ids) == "quiet"
 
 
+@pytest.mark.parametrize(
+  "template",
+  [  # as Llama 3.2 and SmolLM3 write it
+    "\n {%- if strftime_now is defined %}\n"
+    "{%- set day = strftime_now('%d %b %Y') %}\n"
+    "{%- else %}\n  {%- set day = '26 Jul 2024' %}\n{%- endif %}\nToday: {{ day }}",
+    "{%- set today = strftime_now('%d %B %Y') -%}Today: {{ today }}",
+  ],
+)
+def test_a_date_in_the_template_does_not_change_at_midnight(codec, template):
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=codec.tokenizer.backend_tokenizer, chat_template=template
+  )
+  ids = text.prompt_ids(
+    dataclasses.replace(codec, tokenizer=tokenizer), conversation("x")
+  )
+  assert text.decode(codec, ids) == "Today: 26 Jul 2024"
+  theirs = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "x"}], tokenize=False
+  )
+  assert theirs.startswith("Today: ")
+  assert theirs != "Today: 26 Jul 2024"
+
+
 # --- Control tokens -------------------------------------------------------------------
 
 SMUGGLED = (
