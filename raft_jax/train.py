@@ -8,6 +8,7 @@ ends with the same parameters, bit for bit, as a run that was never stopped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -40,6 +41,9 @@ from raft_jax import (
 from raft_jax import config as config_lib
 from raft_jax import programs as programs_lib
 from raft_jax import step as step_lib
+
+SEEN_WITHIN_S = 10.0
+"""A file system may show one host late what another has just written."""
 
 
 class Clock:
@@ -181,10 +185,12 @@ def reporter(
   bar: progress.Progress | None,
   replayer: replay.Replayer | None,
   watcher: watch.Watcher | None,
+  faults: hosts.Faults,
 ) -> Callable[..., None]:
   """A function that waits for a step and, where there are any, moves log and bar.
 
-  Given the parameters after the step, too, it has the watcher look at them.
+  Given the parameters after the step, too, it has the watcher look at them. What goes
+  wrong with the log is kept in `faults`.
   """
   last = time.perf_counter()
 
@@ -203,7 +209,7 @@ def reporter(
       last = time.perf_counter()
       values["watch_seconds"] = last - now
     if log is not None:
-      log.write(dispatched.step + 1, values)
+      faults.keep(functools.partial(log.write, dispatched.step + 1, values))
     if bar is not None:
       bar.advance(dispatched.step + 1, note(values))
 
@@ -305,7 +311,8 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
     hosts.agree({**wiring.facts(config, run), **hosts.versions()})
     panel = watch.read(config, run.codec, run.decoder)
     built = wiring.build(config, run)
-    hosts.together(lambda: enter(output, stack, leads=leads))
+    print(sharding.describe(run.mesh))
+    enter(output, stack, leads=leads)
     stop = stack.enter_context(hosts.stop_signals())
     stack.enter_context(jax.set_mesh(run.mesh))
     orbax = stack.enter_context(
@@ -326,6 +333,12 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
     if run.replay is not None and memory is not None:
       replayer = replay.Replayer(run.replay, memory)
     began = time.perf_counter()
+    faults = hosts.Faults()
+
+    def save(step: int, state: step_lib.TrainState) -> None:
+      faults.tell()
+      checkpoint.save(orbax, step, starting.saved(run, state, replayer), run.identity)
+
     with (
       journals(config, run, start, leads=leads) as (log, bar),
       watch.watching(config, run, built, beside, panel, orbax, start) as watcher,
@@ -341,11 +354,9 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
         watcher=watcher,
         report=reporter(
           *(run, built, text.leak_phrases(config.distill.teacher_context), log, bar),
-          *(replayer, watcher),
+          *(replayer, watcher, faults),
         ),
-        save=lambda step, state: checkpoint.save(
-          orbax, step, starting.saved(run, state, replayer), run.identity
-        ),
+        save=save,
         stops=lambda done: hosts.stops(stop, done),
       )
   if leads:
@@ -360,15 +371,33 @@ def enter(output: pathlib.Path, stack: contextlib.ExitStack, *, leads: bool) -> 
   """Locks the output folder, for all processes by the first.
 
   Raises:
-    errors.UserError: another run holds it, or this process does not see it.
+    errors.UserError: another run holds it, or a process sees another folder there.
   """
-  if leads:
-    stack.enter_context(journal.locked(output / ".train"))
-  elif not (output / "config" / "train.yaml").exists():
-    raise errors.UserError(
-      f"output: {output} holds nothing of what process 0 wrote there; choose a folder "
-      "on a file system that all processes share"
-    )
+  path = output / ".train"
+
+  def lock() -> None:
+    if leads:
+      stack.enter_context(journal.locked(path))
+
+  def see() -> None:
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not _says(journal.holder(path), name):
+      if time.monotonic() > deadline:
+        raise errors.UserError(
+          f"output: {output} holds nothing of what process 0 wrote there; choose a "
+          "folder on a file system that all processes share"
+        )
+      time.sleep(0.2)
+
+  hosts.together(lock)
+  name = hosts.exchange(journal.holder(path).read_text() if leads else "")[0]
+  hosts.together(see)
+
+
+def _says(path: pathlib.Path, text: str) -> bool:
+  with contextlib.suppress(OSError):
+    return path.read_text() == text
+  return False
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from raft_jax import (
   optim,
   recipe,
   replay,
+  schema,
   sharding,
   text,
   trainable,
@@ -37,7 +38,8 @@ from raft_jax import programs as programs_lib
 from raft_jax import step as step_lib
 
 CLAIMED = (
-  "model",
+  "model.source",
+  "model.dtype",
   "data.questions",
   "data.limit",
   "data.max_prompt_tokens",
@@ -49,11 +51,12 @@ CLAIMED = (
   *(
     f"train.{key}"
     for key in config_lib.Train.model_fields
-    if key not in ("checkpoint_every", "keep_checkpoints", "tensorboard")
+    if key
+    not in ("checkpoint_every", "keep_checkpoints", "tensorboard", "micro_batches")
   ),
   "data.answers",
   "lora",
-  "rollout",
+  *(f"rollout.{key}" for key in schema.Rollout.model_fields if key != "unroll"),
   "distill",
   "balance",
   "anchor",
@@ -67,7 +70,9 @@ CLAIMED = (
     if key not in ("patience", "keep")
   ),
 )
-"""Keys that make a run what it is: a resumed run may not change them."""
+"""Keys that make a run what it is: a resumed run may not change them. How it is
+computed (`model.remat`, `train.micro_batches`) it may: that changes rounding alone, and
+is the remedy where memory was too small."""
 
 
 def check(

@@ -85,6 +85,29 @@ def test_a_process_alone_joins_nobody_and_keeps_its_own_errors(monkeypatch):
     hosts.together(fail)
 
 
+def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
+  alone = hosts.Faults()
+
+  def fail():
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+
+  with pytest.raises(OSError, match="metrics"):
+    alone.keep(fail)
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(hosts, "exchange", lambda text: ['["n0", ""]', text])
+  monkeypatch.setattr(socket, "gethostname", lambda: "n1")
+  done = []
+  several = hosts.Faults()
+  several.tell()
+  several.keep(lambda: done.append(1))
+  several.keep(fail)
+  several.keep(lambda: done.append(2))  # after a hole, a log says nothing
+  with pytest.raises(errors.UserError, match=r"process 1 on n1: .*No space left"):
+    several.tell()
+  assert done == [1]
+
+
 def test_the_stages_for_one_process_refuse_to_be_one_of_several(monkeypatch):
   for name, value in SLURM.items():
     monkeypatch.setenv(name, value)
@@ -461,6 +484,60 @@ def test_a_stopped_loop_passes_the_signal_on_and_ends(tmp_path):
   loop.terminate()
   assert loop.wait(timeout=60) == 75
   assert stopped.exists()
+
+
+def test_a_signal_may_have_a_way_of_its_own(tmp_path):
+  """As under Slurm, whose srun kills its tasks on the SIGTERM that it gets."""
+  ready, told, stopped = (tmp_path / name for name in ("ready", "told", "stopped"))
+  os.mkfifo(ready)
+  fake = script(
+    tmp_path / "srun",
+    "trap 'exit 137' TERM",
+    f"echo > {ready}",
+    f"while [ ! -e {told} ]; do :; done",
+    "exit 75",
+  )
+  loop = subprocess.Popen(
+    [str(LAUNCH / "again.sh"), fake],
+    env={**os.environ, "PASS_ON": f"touch {told}", "ON_STOP": f"touch {stopped}"},
+  )
+  ready.read_text()
+  loop.terminate()
+  assert loop.wait(timeout=60) == 75
+  assert stopped.exists()
+
+
+def test_a_signal_between_two_runs_ends_the_loop(tmp_path):
+  log, stopped = tmp_path / "log", tmp_path / "stopped"
+  fake = script(tmp_path / "fake", f"echo run >> {log}", "exit 75")
+  loop = subprocess.Popen(
+    [str(LAUNCH / "again.sh"), fake],
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, "PAUSE": "300", "ON_STOP": f"touch {stopped}"},
+  )
+  assert loop.stderr is not None
+  assert "starting again" in loop.stderr.readline()
+  loop.terminate()
+  assert loop.wait(timeout=60) == 75
+  assert stopped.exists()
+  assert log.read_text() == "run\n"
+
+
+@pytest.mark.parametrize(
+  ("visible", "lines"),
+  [("4,GPU-7,9", ["0 4", "1 GPU-7"]), ("4", ["0 4", "1 4"]), ("", ["0 ", "1 "])],
+)
+def test_the_gpus_that_one_may_use_are_dealt_out(tmp_path, visible, lines):
+  log = tmp_path / "log"
+  say = f'echo "$JAX_PROCESS_ID $CUDA_VISIBLE_DEVICES" >> {log}'
+  done = launch(
+    *(str(LAUNCH / "local_multiprocess.sh"), "train", "2", "--config", "c"),
+    PYTHON=script(tmp_path / "python", say),
+    CUDA_VISIBLE_DEVICES=visible,
+  )
+  assert done.returncode == 0, done.stderr
+  assert sorted(log.read_text().splitlines()) == lines
 
 
 def test_processes_of_one_machine_get_their_numbers_and_one_status(tmp_path):

@@ -1,5 +1,6 @@
 """The loop on a tiny model with a real tokenizer: resuming, stopping, bad input."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -23,6 +25,7 @@ from raft_jax import (
   engines,
   errors,
   hf,
+  hosts,
   journal,
   model,
   records,
@@ -366,6 +369,24 @@ def test_edited_data_do_not_pass_for_a_finished_run(tmp_path, source, law):
     train.fit(settings)
 
 
+def test_a_process_sees_whether_the_folder_is_the_first_ones(tmp_path, monkeypatch):
+  said = ["pid 5 on n0"]
+  monkeypatch.setattr(
+    hosts, "exchange", lambda text: [text] if text.startswith("[") else said
+  )
+  monkeypatch.setattr(train, "SEEN_WITHIN_S", 0.5)
+  (tmp_path / "config").mkdir()
+  (tmp_path / "config" / "train.yaml").touch()  # of an earlier try, alone
+  with contextlib.ExitStack() as stack:
+    with pytest.raises(errors.UserError, match="holds nothing of what process 0 wrote"):
+      train.enter(tmp_path, stack, leads=False)
+    written = threading.Timer(
+      0.1, (tmp_path / ".train.holder").write_text, ["pid 5 on n0"]
+    )
+    written.start()
+    train.enter(tmp_path, stack, leads=False)
+
+
 def test_micro_batches_work_without_distillation(tmp_path, source, law):
   output = tmp_path / "parts"
   overrides = ["method=sft", "train.micro_batches=2", "train.max_steps=2"]
@@ -389,6 +410,15 @@ def test_another_config_may_not_use_the_folder(uninterrupted, source, law):
   _, settings = make_config(uninterrupted, source, law, "train.learning_rate=1.0e-4")
   with pytest.raises(errors.UserError, match=r"train\.learning_rate"):
     train.fit(settings)
+
+
+def test_the_remedies_for_full_memory_may_use_the_folder(
+  uninterrupted, source, law, capsys
+):
+  remedies = ["train.micro_batches=2", "model.remat=true", "rollout.unroll=1"]
+  _, settings = make_config(uninterrupted, source, law, *remedies)
+  train.fit(settings)
+  assert "already trained" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_is_refused(tmp_path, source, law):
