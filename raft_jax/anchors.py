@@ -52,7 +52,7 @@ def add_pull(
 
   def update(updates, state, params, *, anchor, **extra):
     del extra
-    pulled = jax.tree.map(
+    pulled = _map(
       lambda u, p, a, f: u + (strength * f * (p - a)).astype(u.dtype),
       updates,
       params,
@@ -100,7 +100,7 @@ def shrink_to_anchor(
       # (p - a) first: next to p itself the update would lose its digits.
       return u - (share * ((p - a) + u)).astype(u.dtype)
 
-    shrunk = jax.tree.map(shrink, updates, params, anchor, _importance(state, params))
+    shrunk = _map(shrink, updates, params, anchor, _importance(state, params))
     return shrunk, _counted(state)
 
   return optax.GradientTransformationExtraArgs(_pull_init(weighted), update)
@@ -189,7 +189,7 @@ def recadam(
       u = u - pull * ((p - a) + u)
       return u - rate * weight_decay * decay * (p + u)
 
-    moves = jax.tree.map(move, first, second, params, anchor, decays)
+    moves = _map(move, first, second, params, anchor, decays)
     return moves, RecAdamState(count, first, second)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -261,9 +261,23 @@ def _pull_init(weighted: bool) -> Callable[[Any], PullState]:
 
 
 def _importance(state: PullState, params: Any) -> Any:
-  if state.importance == ():
+  if isinstance(state.importance, tuple) and not state.importance:
     return jax.tree.map(lambda _: 1.0, params)
   return state.importance
+
+
+def _map(f: Callable[..., jax.Array], first: Any, *others: Any) -> Any:
+  """`jax.tree.map`; what `optax.masked` took out of the first tree stays out."""
+
+  def masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+  return jax.tree.map(
+    lambda leaf, *rest: leaf if masked(leaf) else f(leaf, *rest),
+    first,
+    *others,
+    is_leaf=masked,
+  )
 
 
 def _counted(state: PullState) -> PullState:

@@ -15,7 +15,9 @@ an empty tree::
 The last line advances the *old* state by the same losses, so `opt_state["balance"]`
 then equals `balanced`; nothing is advanced twice. Losses must be means over the whole
 batch (all devices, all micro-batches), and the step must use the weights of the
-current losses, not of the last ones. Needs jax and optax only.
+current losses, not of the last ones. The numbers a balancer is made with are static,
+so `optax.inject_hyperparams` does not take one: a λ that changes by plan is
+`balance_by_schedule`. Needs jax and optax only.
 """
 
 import math
@@ -44,7 +46,8 @@ def loss_weights(state: BalanceState) -> dict[str, jax.Array]:
     state: State of a balancer.
 
   Returns:
-    The weight of each loss, ready to be the cotangent of `{"sft": ..., "kd": ...}`.
+    The weight of each loss, ready to be the cotangent of `{"sft": ..., "kd": ...}` in
+    float32, which is what `losses.masked_mean` gives; cast them for losses of another.
     Updates stop the gradient of what they are given, so these carry none.
   """
   return state.weights

@@ -47,9 +47,11 @@ def diagonal(
   @functools.partial(jax.jit, donate_argnums=0)
   def add(total, params, batch):
     gradient = jax.grad(log_likelihood)(params, batch)
-    return jax.tree.map(lambda t, g: t + size * jnp.square(g), total, gradient)
+    return jax.tree.map(
+      lambda t, g: t + size * jnp.square(g.astype(t.dtype)), total, gradient
+    )
 
-  total = jax.tree.map(jnp.zeros_like, params)
+  total = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
   count = 0
   for count, batch in enumerate(batches, 1):  # noqa: B007
     total = add(total, params, batch)

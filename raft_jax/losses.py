@@ -147,7 +147,8 @@ def divergence_on_support(
   Restricting two softmaxes to K tokens and renormalising them is the softmax of the K
   logits, so nothing of the vocabulary is needed. With both log-sum-exps the K tokens
   keep their true probabilities, and one more outcome holds 1 - their sum: float32
-  resolves it down to 1e-7, while `divergence` sums the mass outside itself.
+  resolves it down to a unit in the last place of the log-sum-exp (1e-7 near 0, 2e-6 at
+  25), while `divergence` sums the mass outside itself.
 
   Args:
     student_logits_K: Student's logits at the ids of the support, `[..., K]`.
@@ -279,8 +280,9 @@ def masked_mean(
 
   "sequence" is the normaliser of RAFT's Eq. 5 and 10: the mean over sequences of the
   mean over each one's tokens; a sequence without tokens leaves the mean. "token" is
-  the mean over all tokens. What stands under a False mask, NaN included, touches
-  neither the mean nor its gradient.
+  the mean over all tokens. What stands in `values` under a False mask, NaN included,
+  touches neither the mean nor its gradient; what they were computed from still can,
+  for 0 times NaN is NaN: give `vocab_head` finite hidden states at every token.
 
   Args:
     values: One value per token, `[..., T]`; the last axis runs along a sequence.
@@ -313,11 +315,13 @@ def mean_weights(mask: jax.Array, *, per: str = "sequence") -> jax.Array:
     ValueError: If `per` is unknown.
   """
   _check_choice("per", per, MEANS)
-  mask = jnp.asarray(mask).astype(bool)
+  counted = jnp.asarray(mask).astype(bool)
+  # Under jax_enable_x64 a bool over an integer would be float64.
+  weights = counted.astype(jnp.float32)
   if per == "token":
-    return mask / jnp.maximum(jnp.sum(mask), 1)
-  tokens = jnp.sum(mask, axis=-1, keepdims=True)
-  return mask / jnp.maximum(tokens, 1) / jnp.maximum(jnp.sum(tokens > 0), 1)
+    return weights / jnp.maximum(jnp.sum(counted), 1)
+  tokens = jnp.sum(counted, axis=-1, keepdims=True)
+  return weights / jnp.maximum(tokens, 1) / jnp.maximum(jnp.sum(tokens > 0), 1)
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:

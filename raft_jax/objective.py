@@ -313,8 +313,17 @@ def distillation(
   *,
   settings: Settings,
 ) -> tuple[Array, dict[str, Array]]:
-  """The weighted divergence of the student's head from the teacher's support."""
+  """The weighted divergence of the student's head from the teacher's support.
+
+  Raises:
+    ValueError: If it weighs by importance and `mass_temperature` is not 1: rollouts are
+      compared as they were sampled.
+  """
   weighs = settings.max_importance is not None
+  if weighs and settings.mass_temperature != 1:
+    raise ValueError(
+      f"max_importance needs temperature 1, got {settings.mass_temperature}"
+    )
   ids_BRK = support.ids_BRK
   if weighs:  # the sampled token rides along as one more
     ids_BRK = jnp.concatenate([ids_BRK, trajectory.tokens_BR[..., None]], axis=-1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,10 +30,21 @@ def warmup_cosine(
 
 
 def decays(params: Any) -> Any:
-  """Mask tree: True where weight decay applies: all but norm scales and biases."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: not str(path[-1].key).endswith(("norm", "bias")), params
-  )
+  """Mask tree: True where weight decay applies: all but norm scales and biases.
+
+  By the names in a parameter's path, of this package and as Flax and transformers have
+  them: `norm` in one (`input_norm`, `LayerNorm_0`), or `ln`, `bias` or `scale` as one,
+  numbered or not.
+  """
+
+  def applies(path: Any, _: Any) -> bool:
+    names = jax.tree_util.keystr(path, simple=True, separator="/").lower().split("/")
+    return not any(_EXEMPT.search(name) for name in names)
+
+  return jax.tree_util.tree_map_with_path(applies, params)
+
+
+_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$")
 
 
 Named = tuple[str, optax.GradientTransformation]
@@ -44,6 +56,7 @@ def chain(
   *,
   weight_decay: float,
   clip: float | None,
+  decay_mask: Callable[[Any], Any] = decays,
   adam: optax.GradientTransformation | None = None,
   gradients: Sequence[Named] = (),
   updates: Sequence[Named] = (),
@@ -58,13 +71,14 @@ def chain(
     schedule: learning rate by step.
     weight_decay: decoupled, as in Loshchilov and Hutter, arXiv 1711.05101.
     clip: largest global norm of the gradient; None does not clip.
+    decay_mask: parameters to a tree of bools, True where they decay.
     adam: takes AdamW's place; owns learning rate and decay.
     gradients: named parts before the clipping, such as a penalty's gradient.
     updates: named parts after Adam, such as a mask.
   """
   clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
   if adam is None:
-    adam = optax.adamw(schedule, weight_decay=weight_decay, mask=decays)
+    adam = optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask)
   return optax.named_chain(
     ("balance", balancer),
     *gradients,

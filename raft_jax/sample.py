@@ -68,8 +68,16 @@ def keep_top_p(logits_BV: Array, top_p: float) -> Array:
   """Masks all but the smallest set of tokens whose probability reaches `top_p`.
 
   Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751.
-  The most probable token always stays.
+  The most probable token always stays, and so do all that are as probable as the last
+  one of the set.
+
+  Raises:
+    ValueError: If `top_p` <= 0.
   """
+  if top_p <= 0:
+    raise ValueError(
+      f"top_p={top_p} must be > 0; for the most probable token alone set temperature=0"
+    )
   descending = -jnp.sort(-logits_BV, axis=-1)
   before = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
   before = before - jax.nn.softmax(descending, axis=-1)
@@ -80,7 +88,13 @@ def keep_top_p(logits_BV: Array, top_p: float) -> Array:
 
 
 def choose(logits_BV: Array, keys_B: Array, temperature: float, top_p: float) -> Array:
-  """Draws one token a row; temperature 0 takes the most probable. Returns int32 [B]."""
+  """Draws one token a row; temperature 0 takes the most probable. Returns int32 [B].
+
+  Raises:
+    ValueError: If `temperature` < 0 or `top_p` <= 0.
+  """
+  if temperature < 0:
+    raise ValueError(f"temperature={temperature} must be >= 0")
   if temperature == 0.0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV / temperature
@@ -182,7 +196,7 @@ def generate(
     prompt_BP: int32, right-padded; every row has at least one token.
     prompt_length_B: int32 tokens of each prompt.
     row_id_B: int32 ids that make a row's randomness its own.
-    seed: of the run; `step`: of the optimizer.
+    seed: of the run, in 0..2³¹ - 1; `step`: of the optimizer.
     temperature: of sampling; 0 is greedy.
     top_p: nucleus; 1 keeps every token.
     eos_ids: any of them ends a row (a hashable tuple).

@@ -19,8 +19,11 @@ Cost, for N tokens, vocabulary V, width D:
 
 Tokens are dealt to the chunks like cards, chunk i taking i, i + n, i + 2n, ...: hidden
 states sharded over a batch axis stay sharded inside every chunk. All inner functions
-see one [V, D] array and plain ids, the form that a shard of the vocabulary has inside
-`jax.shard_map`.
+see one [V, D] array and plain ids. Under plain `jax.jit` call them with `jax.set_mesh`:
+without a mesh the chunks are not fitted to the devices, and where they then do not
+divide, each device computes more than its share. Inside `jax.shard_map` they see their
+own tokens only; a replicated embedding's gradient is summed over the devices. A mesh of
+Explicit axes is not supported.
 
 Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D width.
 """
@@ -28,11 +31,12 @@ Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 
 # Logits in one device's tile: 32 MiB in float32. Larger tiles gain nothing on a CPU,
 # where they leave the cache; smaller ones read the embedding more often per token.
@@ -339,8 +343,9 @@ def _gather(
 ) -> tuple[jax.Array, jax.Array]:
   """`_logits_at` for any leading dimensions."""
   chunk = _chunk(chunk_size, jnp.shape(embedding)[0])
+  hidden_ND, embedding, ids_NK = _alike(_flat(hidden, 1), embedding, _flat(ids, 1))
   logits_NK, logsumexp_N = _logits_at(
-    chunk, temperature, softcap, _flat(hidden, 1), embedding, _flat(ids, 1)
+    chunk, temperature, softcap, hidden_ND, embedding, ids_NK
   )
   return logits_NK.reshape(jnp.shape(ids)), logsumexp_N.reshape(jnp.shape(ids)[:-1])
 
@@ -408,8 +413,12 @@ def _logits_at_backward(chunk, temperature, softcap, residuals, cotangents):
     )
     return (d_hidden_ND, d_embedding), None
 
-  zeros = jnp.zeros(hidden_ND.shape, logsumexp_N.dtype), jnp.zeros_like(embedding)
-  (d_hidden_ND, d_embedding), _ = jax.lax.scan(of_block, zeros, jnp.arange(n_blocks))
+  *zeros, _ = _alike(
+    jnp.zeros(hidden_ND.shape, logsumexp_N.dtype), jnp.zeros_like(embedding), hidden_ND
+  )
+  (d_hidden_ND, d_embedding), _ = jax.lax.scan(
+    of_block, tuple(zeros), jnp.arange(n_blocks)
+  )
   return d_hidden_ND.astype(hidden_ND.dtype), d_embedding.reshape(-1, width), None
 
 
@@ -450,7 +459,31 @@ def _chunk(chunk_size: int | None, vocabulary: int) -> int:
 
 
 def _devices() -> int:
-  return max(1, jax.sharding.get_abstract_mesh().size)
+  """Devices among which the compiler shares out what is seen here: inside
+  `jax.shard_map` those of its axes have their share already."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = zip(mesh.axis_sizes, mesh.axis_types)
+  return math.prod(size for size, kind in axes if kind != AxisType.Manual)
+
+
+def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Arrays of which none is known to be the same on more devices than the others.
+
+  `jax.shard_map` checks that of a loop's carry, and of a gradient; to undo it there is
+  the sum over these devices. Elsewhere nothing happens.
+  """
+  varying = [_varying(x) for x in arrays]
+  every = frozenset[str]().union(*varying)
+  return tuple(
+    jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
+    for x, own in zip(arrays, varying)
+  )
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+  """The axes of a `jax.shard_map` along which a value differs."""
+  kind: Any = jax.typeof(x)
+  return frozenset(kind.vma if hasattr(kind, "vma") else kind.mat.varying)
 
 
 def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):

@@ -252,6 +252,33 @@ def test_states_keep_their_shape_and_no_anchor(setting):
 @pytest.mark.parametrize(
   "make",
   [
+    lambda: anchors.add_pull(0.5),
+    lambda: anchors.add_pull(0.5, weighted=True),
+    lambda: anchors.shrink_to_anchor(schedule, 0.5),
+    lambda: anchors.recadam(schedule, lambda count: 0.3, 2.0, weight_decay=0.1),
+  ],
+)
+def test_a_part_of_the_parameters_may_be_pulled(setting, make):
+  """In `optax.masked`: its updates lack what it leaves out, and the anchor does not."""
+  start, anchor, _, gradients = setting
+  params, anchor, gradient = single(start), single(anchor), single(gradients[0])
+  masked, whole = optax.masked(make(), {"a": True, "b": False}), make()
+  ours, _ = masked.update(gradient, masked.init(params), params, anchor=anchor)
+  theirs, _ = whole.update(gradient, whole.init(params), params, anchor=anchor)
+  np.testing.assert_array_equal(ours["a"], theirs["a"])
+  np.testing.assert_array_equal(ours["b"], gradient["b"])
+
+
+def test_one_array_may_be_all_there_is():
+  pull = anchors.add_pull(0.5, weighted=True)
+  params = jnp.ones(3)
+  updates, _ = pull.update(jnp.zeros(3), pull.init(params), params, anchor=0 * params)
+  np.testing.assert_allclose(updates, 0.5)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
     lambda: anchors.add_pull(-1.0),
     lambda: anchors.shrink_to_anchor(schedule, -1.0),
     lambda: anchors.recadam(schedule, schedule, -1.0),

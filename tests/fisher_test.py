@@ -85,6 +85,15 @@ def test_normalised_has_mean_1_where_no_tail_is_cut():
   np.testing.assert_array_equal(none["a"], [1.0, 1.0, 1.0])
 
 
+def test_sums_over_many_batches_of_bfloat16_parameters_keep_their_digits():
+  params = {"a": jnp.ones(3, jnp.bfloat16)}
+  found = fisher.diagonal(
+    lambda p, batch: (p["a"] * batch).sum(), params, [1.0] * 400, 1
+  )
+  assert found["a"].dtype == jnp.float32
+  np.testing.assert_array_equal(found["a"], 1.0)
+
+
 def test_it_is_the_square_of_jaxs_own_gradient():
   params, batch, _, _ = step_test.setting()
   single = jax.tree.map(lambda x: x[:1], batch)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies
 from jax import test_util
 
-from raft_jax import losses
+from raft_jax import balance, losses
 
 CASES = [
   {"kind": kind, "beta": beta, "support": support, "tail": tail}
@@ -453,6 +453,20 @@ def test_the_two_means_differ_where_lengths_do():
   mask = np.array([[1, 0, 0], [1, 1, 1]])
   np.testing.assert_allclose(losses.masked_mean(values, mask), 1 / 2)
   np.testing.assert_allclose(losses.masked_mean(values, mask, per="token"), 1 / 4)
+
+
+@pytest.mark.parametrize("per", losses.MEANS)
+def test_means_of_float32_stay_float32_under_x64(per):
+  with jax.enable_x64(True):
+    values = jnp.ones((2, 3), jnp.float32)
+    assert losses.masked_mean(values, values > 0, per=per).dtype == jnp.float32
+    # The recipe of the README: the weights are the cotangent.
+    _, pullback = jax.vjp(
+      lambda v: {name: losses.masked_mean(v, v > 0, per=per) for name in ("sft", "kd")},
+      values,
+    )
+    (gradient,) = pullback(balance.loss_weights(balance.ema_init(2.0)))
+    assert gradient.sum() == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("per", losses.MEANS)

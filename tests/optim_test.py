@@ -111,6 +111,40 @@ def test_chain_is_clipping_then_adamw(clip):
   )
 
 
+@pytest.mark.parametrize(
+  ("path", "decays"),
+  [
+    (("LayerNorm_0", "scale"), False),
+    (("ln_f", "weight"), False),
+    (("model", "norm", "weight"), False),
+    (("layers", 3, "input_layernorm", "weight"), False),
+    (("Dense_0", "bias"), False),
+    (("Dense_0", "kernel"), True),
+    (("lm_head", "weight"), True),
+    (("layers", 3, "self_attn", "q_proj", "weight"), True),
+  ],
+)
+def test_which_names_of_other_libraries_decay(path, decays):
+  tree = 0.0
+  for name in reversed(path):
+    tree = [tree] * (name + 1) if isinstance(name, int) else {name: tree}
+  assert set(jax.tree.leaves(optim.decays(tree))) == {decays}
+
+
+def test_another_mask_may_be_given():
+  params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+  tx = optim.chain(
+    balance.balance_fixed(1.0),
+    optax.constant_schedule(0.1),
+    weight_decay=1.0,
+    clip=None,
+    decay_mask=lambda tree: {"a": True, "b": False},
+  )
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  assert float(updates["a"][0]) == pytest.approx(-0.1)
+  assert float(updates["b"][0]) == 0.0
+
+
 def test_norm_scales_and_only_they_do_not_decay():
   kept = {
     jax.tree_util.keystr(path)

@@ -137,6 +137,13 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p, kept):
   assert set(np.flatnonzero(finite)) == set(order[:kept])
 
 
+def test_numbers_that_leave_no_token_are_refused():
+  keys = sample.row_keys(0, 0, jnp.arange(1))
+  for temperature, top_p, named in ((1.0, 0.0, "top_p=0"), (-1.0, 1.0, "temperature")):
+    with pytest.raises(ValueError, match=named):
+      sample.choose(jnp.zeros((1, 4)), keys, temperature, top_p)
+
+
 def test_prompts_of_the_same_width_compile_once(params):
   before = sample.generate._cache_size()
   for step in range(3):

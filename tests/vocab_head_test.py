@@ -389,6 +389,48 @@ print(*sorted(set(re.findall(names, text))))
   assert lines == ["True False", "all-reduce"]
 
 
+def test_inside_shard_map_gradient_and_tiles_are_those_of_each_devices_tokens():
+  """Against plain logits, with shard_map's own checks; the head is on every device."""
+  code = """
+import jax, jax.numpy as jnp, numpy as np
+from raft_jax import losses, vocab_head
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rng = np.random.default_rng(0)
+hidden = jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
+embedding = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+targets = jnp.asarray(rng.integers(0, 64, 32), jnp.uint16)
+def plain(hidden, embedding, targets):
+  return losses.cross_entropy(hidden @ embedding.T, targets).sum()
+def tiled(hidden, embedding, targets):
+  assert vocab_head._devices() == 1
+  found = vocab_head.cross_entropy(hidden, embedding, targets, chunk_size=2)
+  return jax.lax.psum(found.sum(), "data")
+def grads(hidden, embedding, targets):
+  return jax.value_and_grad(tiled, (0, 1))(hidden, embedding, targets)
+share = jax.P("data")
+spread = jax.shard_map(
+  grads, mesh=mesh, in_specs=(share, jax.P(), share),
+  out_specs=(jax.P(), (share, jax.P())),
+)
+theirs = jax.value_and_grad(plain, (0, 1))(hidden, embedding, targets)
+ours = jax.jit(spread)(hidden, embedding, targets)
+for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+  np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={
+      **os.environ,
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "JAX_PLATFORMS": "cpu",
+    },
+  )
+  assert done.returncode == 0, done.stderr
+
+
 def test_the_largest_of_spread_logits_are_those_of_the_whole():
   """With ties across devices; sizes that do not divide stay whole on that axis."""
   code = """
