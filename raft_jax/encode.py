@@ -55,18 +55,11 @@ class Encoder:
     return [len(row) > limit for row in ids["input_ids"]]
 
 
-def load(source: str, *, batch_size: int = 1) -> Encoder:
-  """The encoder that a source names: `pkg://PACKAGE/FOLDER`, a folder or a hub name.
-
-  Args:
-    source: as for `hf.resolve`.
-    batch_size: 1 makes a text's vector independent of its neighbours to the last bit
-      (batches of 8 and 1 were seen to differ by 1e-7), so that an interrupted run ends
-      with the same scores; on 2 CPU cores it costs 22 ms a text instead of 7.
+def find(source: str) -> pathlib.Path:
+  """The folder of an encoder that can be loaded, as far as that is seen without it.
 
   Raises:
-    UserError: sentence-transformers is not installed, there is no such model, or its
-      files are damaged or a pickle: seen here, before hours of other models' work.
+    UserError: sentence-transformers is not installed, or there is no such model.
   """
   for package in ("sentence_transformers", "torch"):
     if importlib.util.find_spec(package) is None:
@@ -83,6 +76,23 @@ def load(source: str, *, batch_size: int = 1) -> Encoder:
       f"refine.encoder {source}: {folder} has no modules.json; name the folder of a "
       "sentence-transformers model"
     )
+  return folder
+
+
+def load(source: str, *, batch_size: int = 1) -> Encoder:
+  """The encoder that a source names: `pkg://PACKAGE/FOLDER`, a folder or a hub name.
+
+  Args:
+    source: as for `hf.resolve`.
+    batch_size: 1 makes a text's vector independent of its neighbours to the last bit
+      (batches of 8 and 1 were seen to differ by 1e-7), so that an interrupted run ends
+      with the same scores; on 2 CPU cores it costs 22 ms a text instead of 7.
+
+  Raises:
+    UserError: as `find`, or its files are damaged or a pickle: seen here, before hours
+      of other models' work.
+  """
+  folder = find(source)
   return Encoder(engines.identity(source), batch_size, _load_model(source, folder))
 
 

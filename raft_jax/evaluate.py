@@ -335,14 +335,8 @@ def main(config: config_lib.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
   hosts.refuse("evaluate")
   codec = text.load(config.model.source)
-  domain = exam.read_domain(config, codec)
-  validation = exam.read_validation(config, codec, config.evaluate.limit)
-  general = exam.read_general(config.evaluate, codec)
   decoder = hf.load_config(config.model.source)
-  exam.check_lengths(
-    config, domain, general, exam.open_ended_prompts(general, codec), decoder
-  )
-  tasks = exam.read_tasks(config.evaluate.tasks, decoder)
+  domain, validation, general, tasks = exam.read(config, codec, decoder)
   judges = [
     roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
     for stage in config.evaluate.judges

@@ -53,6 +53,31 @@ class General(NamedTuple):
   requests: list[benchmarks.Request]
 
 
+class Exam(NamedTuple):
+  """All that `evaluate` asks a model; `tasks` as of `read_tasks`."""
+
+  domain: Domain
+  validation: Domain | None
+  general: General
+  tasks: Callable[[measure.Subject, journal.Journal], harness.Found] | None
+
+
+def read(
+  config: config_lib.Config, codec: text.Codec, decoder: model.DecoderConfig
+) -> Exam:
+  """Reads and checks it, before any weight is.
+
+  Raises:
+    UserError: a file or a row is no such thing, or too long for the model.
+  """
+  domain = read_domain(config, codec)
+  validation = read_validation(config, codec, config.evaluate.limit)
+  general = read_general(config.evaluate, codec)
+  check_lengths(config, domain, general, open_ended_prompts(general, codec), decoder)
+  tasks = read_tasks(config.evaluate.tasks, decoder)
+  return Exam(domain, validation, general, tasks)
+
+
 def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
   """Reads `data.test`."""
   if config.data.test is None:

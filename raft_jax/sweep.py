@@ -31,11 +31,15 @@ from raft_jax import (
   command_line,
   config,
   durable,
+  encode,
   errors,
+  exam,
   examples,
+  hf,
   journal,
   refine,
   run_folder,
+  text,
 )
 
 MEASURED = {
@@ -99,6 +103,17 @@ def expand(base: config.Config) -> list[Planned]:
       f"sweep.runs: two runs are named {sorted(twice)[0]!r}; give each its own name"
     )
   return planned
+
+
+def check_exam(run: config.Config) -> None:
+  """Reads what all runs are scored on: not first after hours of training.
+
+  Raises:
+    errors.UserError: what `evaluate` would say of it, or of the encoder.
+  """
+  source = run.model.source
+  exam.read(run, text.load(source), hf.load_config(source))
+  encode.find(run.refine.encoder)
 
 
 def _measures(key: str) -> bool:
@@ -333,6 +348,8 @@ def main(base: config.Config) -> None:
   if only is not None and only > len(runs):
     raise errors.UserError(f"sweep.only: {only}, but there are runs 1 to {len(runs)}")
   todo = runs if only is None else [runs[only - 1]]
+  if "evaluate" in base.sweep.stages:
+    check_exam(todo[0].config)
   failed = run_all(base, todo)
   rows = collect(runs, base.sweep.stages)
   output = pathlib.Path(base.output)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from raft_jax import config, errors, sweep
+from raft_jax import config, encode, errors, sweep
 from tests import sweep_runs, tiny_run
 
 SWEEP = """
@@ -79,6 +79,10 @@ def test_what_cannot_run_is_named_before_anything_runs(file):
     expand("sweep.runs=[]")
   with pytest.raises(errors.UserError, match=r"sweep\.only: 9"):
     sweep.main(config.load(file, ["sweep.only=9"]))
+  for key, value in (("refine.encoder", "nowhere"), ("data.max_prompt_tokens", "1")):
+    with pytest.raises(errors.UserError, match=key):
+      sweep.main(config.load(file, [f"{key}={value}", "output=absent"]))
+  assert not pathlib.Path("absent").exists()
 
 
 def _sweep(file, *overrides: str) -> subprocess.CompletedProcess:
@@ -169,7 +173,10 @@ def test_its_table_fits_a_terminal(monkeypatch, capsys):
 def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
   assert f"# {count} runs of" in path.read_text(encoding="utf-8")
-  assert len(sweep.expand(config.load(path))) == count
+  base = config.load(path)
+  assert len(sweep.expand(base)) == count
+  if "evaluate" in base.sweep.stages:  # where there is no hub
+    assert encode.find(base.refine.encoder).is_dir()
 
 
 @pytest.mark.parametrize("name", ["raft_paper", "raft_tuned"])
