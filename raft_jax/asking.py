@@ -227,9 +227,12 @@ class Calls:
             break
           finished = self._wait(running)
           running = None
-          if following is not None and not self.signals:
+          failed = [v for v in finished.values() if isinstance(v, errors.UserError)]
+          if following is not None and not self.signals and not failed:
             running = worker.submit(timed, following)
           self._keep(finished)
+          if failed:
+            raise failed[0]
           made += len(finished)
           if bar is not None:
             bar.advance(made)
@@ -241,13 +244,11 @@ class Calls:
     self.book.calls.use(role, keys)
 
   def _keep(self, finished: Mapping[str, dict[str, Any] | errors.UserError]) -> None:
+    """Notes what came of calls, but for errors; what was too long, in memory only."""
     whole = {k: v for k, v in finished.items() if not isinstance(v, errors.UserError)}
     long = {k for k, v in whole.items() if v.get("finish_reason") == "too_long"}
     self.too_long |= long
     self.book.append({key: whole[key] for key in whole if key not in long})
-    for value in finished.values():
-      if isinstance(value, errors.UserError):
-        raise value
 
   def _wait(self, running: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
     while not running.done():

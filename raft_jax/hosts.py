@@ -163,22 +163,22 @@ def together(work: Callable[[], T]) -> T:
     errors.UserError: that of the first process that had one, and on which host.
   """
   result: Any = None
+  own, passes = "", False
   try:
-    result, own = work(), ""
+    result = work()
   except (errors.UserError, OSError) as error:
     if jax.process_count() == 1:
       raise
-    own = str(error)
-  said = [
-    json.loads(text) for text in exchange(json.dumps([socket.gethostname(), own]))
-  ]
-  faults = {fault for _, fault in said}
+    own, passes = str(error), isinstance(error, errors.TryAgainError)
+  own_words = json.dumps([socket.gethostname(), own, passes])
+  said = [json.loads(text) for text in exchange(own_words)]
+  faults = {fault for _, fault, _ in said}
   if faults == {""}:
     return result
-  for number, (host, fault) in enumerate(said):
+  for number, (host, fault, passes) in enumerate(said):
     if fault:
       place = "" if len(faults) == 1 else f"process {number} on {host}: "
-      raise errors.UserError(place + fault)
+      raise (errors.TryAgainError if passes else errors.UserError)(place + fault)
   raise AssertionError
 
 

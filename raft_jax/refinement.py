@@ -104,9 +104,9 @@ def passes(similarity: float | None, threshold: float) -> bool:
 
   Args:
     similarity: None where it is undefined, which never passes.
-    threshold: tau in -1..1, itself passing. From 1 on nothing passes, so that the
-      answers are the original ones; a cosine of 1 is a copy, and only by rounding not
-      above 1. Up to 0 everything does.
+    threshold: tau in -1..1; a cosine that equals it passes. At 1 none does, so that
+      all answers are the original ones: a copy's cosine is 1 give or take rounding.
+      Up to 0 every one does.
   """
   if similarity is None or threshold >= 1:
     return False

@@ -64,12 +64,9 @@ def make_mesh(
 
 def describe(mesh: Mesh) -> str:
   """One line: the devices, and how they are shared out."""
-  device = mesh.devices.flat[0]
-  kind = device.device_kind if device.platform != "cpu" else "cpu"
+  kind = mesh.devices.flat[0].device_kind
   sizes = ", ".join(f"{name} {mesh.shape[name]}" for name in MESH_AXES)
-  return (
-    f"{mesh.size} devices ({kind}): {sizes}" if mesh.size > 1 else f"1 device ({kind})"
-  )
+  return f"device: {kind}" if mesh.size == 1 else f"{mesh.size} x {kind}: {sizes}"
 
 
 def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:

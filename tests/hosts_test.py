@@ -95,7 +95,7 @@ def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
     alone.keep(fail)
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(hosts, "exchange", lambda text: ['["n0", ""]', text])
+  monkeypatch.setattr(hosts, "exchange", lambda text: ['["n0", "", false]', text])
   monkeypatch.setattr(socket, "gethostname", lambda: "n1")
   done = []
   several = hosts.Faults()
@@ -106,6 +106,12 @@ def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
   with pytest.raises(errors.UserError, match=r"process 1 on n1: .*No space left"):
     several.tell()
   assert done == [1]
+
+  def busy():
+    raise errors.TryAgainError("in use")
+
+  with pytest.raises(errors.TryAgainError, match="in use"):
+    hosts.together(busy)
 
 
 def test_the_stages_for_one_process_refuse_to_be_one_of_several(monkeypatch):
