@@ -22,27 +22,29 @@ stop() {
   fi
 }
 trap stop TERM INT
+leave_if_stopped() {
+  [ -n "$stopped" ] || return
+  ${ON_STOP:-}
+  exit "$status"
+}
 for ((left = ${RESTARTS:-20}; ; left--)); do
   "$@" &
   child=$!
   ended "$child"
+  child=
+  leave_if_stopped
   # 130 is somebody's Ctrl-C.
-  if [ -z "$stopped" ] && [ "$status" -ne 75 ] &&
-    { [ "$status" -le 128 ] || [ "$status" -eq 130 ]; }; then
+  if [ "$status" -ne 75 ] && { [ "$status" -le 128 ] || [ "$status" -eq 130 ]; }; then
     exit "$status"
   fi
-  if [ -z "$stopped" ] && [ "$left" -le 0 ]; then
+  if [ "$left" -le 0 ]; then
     echo "error: ended with status $status, and no restart is left" >&2
     exit "$status"
   fi
-  if [ -z "$stopped" ]; then
-    echo "ended with status $status; starting again, $((left - 1)) restarts left" >&2
-    for ((second = 0; second < ${PAUSE:-10}; second++)); do
-      [ -n "$stopped" ] || sleep 1
-    done
-  fi
-  if [ -n "$stopped" ]; then
-    ${ON_STOP:-}
-    exit "$status"
-  fi
+  echo "ended with status $status; starting again, $((left - 1)) restarts left" >&2
+  for ((second = 0; second < ${PAUSE:-10}; second++)); do
+    leave_if_stopped
+    sleep 1
+  done
+  leave_if_stopped
 done

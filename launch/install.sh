@@ -16,11 +16,10 @@ stamp=.venv/installed-$(cat pyproject.toml constraints.txt launch/install.sh | s
 if [ ! -e "$stamp" ]; then
   .venv/bin/python -m pip install --quiet --upgrade "pip>=25"
   # The libtpu of `plan` is newer than the one that jax itself runs on.
-  constraints=.venv/constraints.txt
+  constraints=constraints.txt
   if [[ ,$extras, == *,tpu,* ]]; then
+    constraints=.venv/constraints.txt
     grep -v '^libtpu==' constraints.txt > "$constraints"
-  else
-    cp constraints.txt "$constraints"
   fi
   .venv/bin/python -m pip install --quiet --constraint "$constraints" --editable ".[$extras]"
   # A small instruction-tuned model, a sentence encoder and NLTK's sentence model (for

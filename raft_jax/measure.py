@@ -217,7 +217,8 @@ def finish(
   for batch in by_length(todo, lengths, batch_size):
     values = compute(batch)
     failed = [value for value in values if isinstance(value, errors.UserError)]
-    log.append({keys[i]: v for i, v in zip(batch, values) if v not in failed})
+    found = zip(batch, values)
+    log.append({keys[i]: v for i, v in found if not isinstance(v, errors.UserError)})
     if failed:
       raise failed[0]
     done += len(batch)

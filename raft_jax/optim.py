@@ -29,6 +29,9 @@ def warmup_cosine(
   )
 
 
+_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$")
+
+
 def decays(params: Any) -> Any:
   """Mask tree: True where weight decay applies: all but norm scales and biases.
 
@@ -42,9 +45,6 @@ def decays(params: Any) -> Any:
     return not any(_EXEMPT.search(name) for name in names)
 
   return jax.tree_util.tree_map_with_path(applies, params)
-
-
-_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$")
 
 
 Named = tuple[str, optax.GradientTransformation]

@@ -15,6 +15,20 @@ from raft_jax import losses, vocab_head
 WIDTH, VOCABULARY, K = 24, 203, 9  # a prime-ish vocabulary: no block divides it
 
 
+def on_devices(count: int, code: str) -> str:
+  """What the code prints in a process of so many pretended devices."""
+  flag = f"--xla_force_host_platform_device_count={count}"
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
 def _inputs(*leading, dtype=jnp.float32, vocabulary=VOCABULARY):
   rng = np.random.default_rng(0)
   hidden = jnp.asarray(rng.normal(size=(*leading, WIDTH)), dtype)
@@ -378,14 +392,7 @@ print("f32[64,4096]" in text, "f32[256,4096]" in text)
 names = "all-reduce|all-gather|all-to-all|collective-\\w+"
 print(*sorted(set(re.findall(names, text))))
 """
-  flag = "--xla_force_host_platform_device_count=4"
-  lines = subprocess.run(
-    [sys.executable, "-c", code],
-    capture_output=True,
-    text=True,
-    check=True,
-    env={**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
-  ).stdout.splitlines()
+  lines = on_devices(4, code).splitlines()
   assert lines == ["True False", "all-reduce"]
 
 
@@ -417,18 +424,7 @@ ours = jax.jit(spread)(hidden, embedding, targets)
 for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
   np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 """
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    capture_output=True,
-    text=True,
-    check=False,
-    env={
-      **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-      "JAX_PLATFORMS": "cpu",
-    },
-  )
-  assert done.returncode == 0, done.stderr
+  on_devices(4, code)
 
 
 def test_the_largest_of_spread_logits_are_those_of_the_whole():
@@ -451,18 +447,7 @@ for shape, k in [*whole, ((5, 64), 7), ((6, 63), 7)]:
   for ours, theirs in zip(vocab_head.largest(logits, k, spread), expected):
     np.testing.assert_array_equal(ours, theirs)
 """
-  done = subprocess.run(
-    [sys.executable, "-c", code],
-    capture_output=True,
-    text=True,
-    check=False,
-    env={
-      **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-      "JAX_PLATFORMS": "cpu",
-    },
-  )
-  assert done.returncode == 0, done.stderr
+  on_devices(8, code)
 
 
 @pytest.mark.parametrize(
