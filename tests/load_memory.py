@@ -5,6 +5,7 @@ python -m tests.load_memory FOLDER [float32|bfloat16]
 
 import json
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -23,7 +24,9 @@ def main(folder: str, dtype: str = "bfloat16") -> None:
   start = time.monotonic()
   leaves = jax.tree.leaves(hf.load_params(folder, config, dtype=dtype))
   seconds = time.monotonic() - start
-  peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # Not ru_maxrss of getrusage: it begins with the peak of the process that started us.
+  status = pathlib.Path("/proc/self/status").read_text()
+  peak_kib = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
   measured = {
     "parameters": sum(leaf.size for leaf in leaves),
     "params_gib": sum(leaf.nbytes for leaf in leaves) / GIB,
