@@ -27,6 +27,10 @@ Asked = tuple[Sequence[records.Message], str]
 """A conversation up to the user's turn, and its answer."""
 
 
+Widths = tuple[int, int, int]
+"""Of a prompt, an answer and a teacher's context, in tokens."""
+
+
 class Row(NamedTuple):
   """Token ids of one example; `row_id` is its place in the sequence it came from."""
 
@@ -105,7 +109,7 @@ def encode_rows(
   return rows, [names[row.row_id] for row in over]
 
 
-def _lengths(row: Row) -> tuple[int, int, int]:
+def _lengths(row: Row) -> Widths:
   return len(row.prompt), len(row.answer), len(row.teacher)
 
 
@@ -132,9 +136,7 @@ def _over_budget(
   )
 
 
-def widths(
-  rows: Sequence[Row], buckets: int, *, batch_size: int = 16
-) -> list[tuple[int, int, int]]:
+def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[Widths]:
   """At most `buckets` padded widths (P, A, C), ascending; the last holds every row.
 
   A batch is as wide as its widest row, so bucket i of n stands at the lengths that
@@ -143,8 +145,16 @@ def widths(
   lengths = np.array([_lengths(row) for row in rows])
   shares = np.arange(1, buckets + 1) / buckets
   found = np.quantile(lengths, shares ** (1 / batch_size), axis=0, method="higher")
-  rounded = -(-found // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-  return sorted({(int(p), int(a), int(c)) for p, a, c in rounded})
+  return sorted({rounded(*lengths) for lengths in found})
+
+
+def rounded(prompt: int, answer: int, teacher: int) -> Widths:
+  """Lengths as the widths that hold them."""
+  prompt, answer, teacher = (
+    -(-int(length) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    for length in (prompt, answer, teacher)
+  )
+  return prompt, answer, teacher
 
 
 def dataset(
@@ -153,7 +163,7 @@ def dataset(
   batch_size: int,
   seed: int,
   pad_id: int,
-  widths: Sequence[tuple[int, int, int]],
+  widths: Sequence[Widths],
   epochs: int | None = None,
   steps: int | None = None,
   replayed: Sequence[Row] = (),
@@ -249,7 +259,7 @@ def ending_with(
   rows: Sequence[Row],
   *,
   pad_id: int,
-  widths: Sequence[tuple[int, int, int]],
+  widths: Sequence[Widths],
 ) -> Batch:
   """The batch with other rows in the place of its last ones, as wide as they need."""
   kept = [
@@ -265,7 +275,7 @@ def ending_with(
 
 
 def in_order(
-  rows: Sequence[Row], batch_size: int, *, pad_id: int, width: tuple[int, int, int]
+  rows: Sequence[Row], batch_size: int, *, pad_id: int, width: Widths
 ) -> list[Batch]:
   """Every row once, in batches of one shape; the last is filled up with its first."""
   batches = []
@@ -276,9 +286,7 @@ def in_order(
   return batches
 
 
-def _collate(
-  rows: Sequence[Row], pad_id: int, widths: Sequence[tuple[int, int, int]]
-) -> Batch:
+def _collate(rows: Sequence[Row], pad_id: int, widths: Sequence[Widths]) -> Batch:
   """Pads to the smallest of the ascending widths that holds every row."""
   needed = [max(column) for column in zip(*map(_lengths, rows))]
   for triple in widths:

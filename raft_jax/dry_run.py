@@ -18,19 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from raft_jax import config as config_lib
 from raft_jax import (
   cost,
   data,
   errors,
+  footprint,
   hf,
   machines,
   model,
-  recipe,
   sharding,
-  starting,
   text,
   train,
   wiring,
@@ -74,9 +72,11 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
   )
   if config.model.attention == "cudnn":
     machines.pretend_cudnn(machine)
-  beside = abstract_beside(config, run, built)
+  beside = footprint.beside(config, run, built)
+  # Frozen parameters, teacher and anchor may be the same buffers.
+  read = {id(leaf): leaf for leaf in jax.tree.leaves(beside)}
   with jax.set_mesh(run.mesh):
-    batch = abstract_batch(config, run.mesh)
+    batch = footprint.widest_batch(config, run)
     for measured in (False, True) if config.train.measure_every else (False,):
       train.run_step(
         programs,
@@ -99,11 +99,10 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     "trained": sum(leaf.size for leaf in jax.tree.leaves(built.abstract.params)),
     "mesh": dict(run.mesh.shape),
     "memory": {
-      "parameters": held(built.abstract.params),
-      "optimizer": held(built.abstract.opt_state),
-      # Frozen parameters, teacher and anchor may be the same buffers.
-      "base model": held({id(leaf): leaf for leaf in jax.tree.leaves(beside)}),
-      "batch": held(batch),
+      "parameters": footprint.held(built.abstract.params),
+      "optimizer": footprint.held(built.abstract.opt_state),
+      "base model": footprint.held(read),
+      "batch": footprint.held(batch),
       "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
     },
     "phases": phases,
@@ -121,6 +120,12 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
   codec = text.Codec(nobody, eos_ids=(0,), pad_id=0, digest="", controls=())
   wiring.check(config, decoder, mesh, distil=wiring.distills(config))
   source = config.distill.source
+  limits = config.data
+  budgets = (
+    limits.max_prompt_tokens,
+    limits.max_answer_tokens,
+    limits.max_teacher_tokens,
+  )
   return wiring.Prepared(
     codec=codec,
     decoder=decoder,
@@ -134,71 +139,7 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
     identity={},
     asked={},
     replay=None,
-  )
-
-
-def abstract_beside(
-  config: config_lib.Config, run: wiring.Prepared, built: wiring.Built
-) -> starting.Beside:
-  """What the steps read beside the state, as `starting.first_state` has it: frozen
-  parameters and the base model as teacher are the same buffers."""
-
-  def of(decoder: model.DecoderConfig, dtype: str) -> model.Params:
-    return jax.tree.map(
-      lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=at),
-      model.shapes(decoder),
-      wiring.param_shardings(run.mesh, decoder),
-    )
-
-  base = of(run.decoder, config.model.dtype)
-  shared = config.model.dtype == "float32"
-  anchor = base if shared else of(run.decoder, "float32")
-  teacher = base if run.teacher is None else of(run.teacher, config.model.dtype)
-  frozen: model.Params = {}
-  if run.split.freeze is not None:
-    whole = sharding.replicated(run.mesh)
-    frozen = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-      jax.eval_shape(run.split.freeze, base),
-    )
-    frozen = {**frozen, **base}
-  return starting.Beside(
-    frozen=frozen,
-    teacher=teacher if built.base_teaches else None,
-    anchor=anchor if recipe.anchored(config) else None,
-  )
-
-
-def abstract_batch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> data.Batch:
-  """A batch as wide as the budgets, rounded up as `data.widths` rounds."""
-  rows = (config.train.batch_size + wiring.replays(config)) * wiring.group(config)
-  where = sharding.batch(mesh)
-
-  def ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
-
-  prompt, answer, teacher = (
-    -(-budget // data.WIDTH_MULTIPLE) * data.WIDTH_MULTIPLE
-    for budget in (
-      config.data.max_prompt_tokens,
-      config.data.max_answer_tokens,
-      config.data.max_teacher_tokens,
-    )
-  )
-  return data.Batch(
-    *(ints(rows, prompt), ints(rows)),
-    *(ints(rows, answer), ints(rows)),
-    *(ints(rows, teacher), ints(rows)),
-    ints(rows),
-  )
-
-
-def held(tree: Any) -> int:
-  """Bytes of a tree of placed shapes on one device."""
-  return sum(
-    leaf.dtype.itemsize
-    * int(jnp.prod(jnp.array(leaf.sharding.shard_shape(leaf.shape))))
-    for leaf in jax.tree.leaves(tree)
+    widest=data.rounded(*budgets),
   )
 
 

@@ -25,6 +25,7 @@ from raft_jax import (
   command_line,
   data,
   errors,
+  footprint,
   hosts,
   journal,
   metrics,
@@ -326,6 +327,7 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
         if config.watch is not None:
           print(watch.summary(config, known, newest, run.total_steps))
         return
+    hosts.together(lambda: footprint.check(config, run, built))
     state, beside, memory, start = starting.first_state(
       config, run, built, orbax, on_corrupt
     )

@@ -263,6 +263,7 @@ class Prepared(NamedTuple):
   identity: dict[str, Any]
   asked: Mapping[int, data.Asked]
   replay: replay.Plan | None
+  widest: data.Widths
 
 
 def prepare(config: config_lib.Config) -> Prepared:
@@ -314,7 +315,7 @@ def prepare(config: config_lib.Config) -> Prepared:
     probed = one_pass(config, rows, codec, size, "soft_mask", "data.questions")
   return Prepared(
     *(codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
-    *(own, found.asked, plan),
+    *(own, found.asked, plan, widths[-1]),
   )
 
 

@@ -90,6 +90,7 @@ ROOMS = [
   "wiring",
   "outcome",
   "starting",
+  "footprint",
   "measure",
   "distance",
   "harness_model",

@@ -24,6 +24,7 @@ from raft_jax import (
   config,
   engines,
   errors,
+  footprint,
   hf,
   hosts,
   journal,
@@ -334,6 +335,27 @@ def test_bad_input_is_one_clear_error_before_weights(
   with pytest.raises(errors.UserError, match=message) as caught:
     train.fit(settings)
   assert "\n" not in str(caught.value)
+
+
+def test_a_step_that_memory_cannot_hold_is_refused_before_weights(
+  tmp_path, source, law, monkeypatch
+):
+  def no_weights(*args, **kwargs):
+    raise AssertionError("weights were read")
+
+  limit, output = tmp_path / "memory.max", tmp_path / "full"
+  monkeypatch.setattr(footprint, "LIMITS", (str(limit),))
+  monkeypatch.setattr(hf, "load_params", no_weights)
+  write_refined(output, law)
+  _, settings = make_config(output, source, law)
+  limit.write_text("1000000")
+  with pytest.raises(errors.UserError, match=r"memory: a step takes .*micro_batches"):
+    train.fit(settings)
+  monkeypatch.undo()
+  monkeypatch.setattr(footprint, "LIMITS", (str(limit),))
+  limit.write_text("200000000")  # asks the compiler, and is enough
+  train.fit(settings)
+  assert len(rows(output)) == STEPS
 
 
 def test_rows_longer_than_the_model_reads_are_refused(tmp_path, source, law):
