@@ -120,9 +120,10 @@ def check(config: config_lib.Config, run: wiring.Prepared, built: wiring.Built) 
   need = step_bytes(config, run, built)
   if need > have:
     rows = widest_batch(config, run).row_id_B.shape[0]
+    recompute = "" if config.model.remat else "set model.remat=true, "
     raise errors.UserError(
       f"memory: a step takes {need / GIB:.1f} GiB, and this machine has "
-      f"{have / GIB:.1f} GiB; set model.remat=true, raise train.micro_batches (now "
+      f"{have / GIB:.1f} GiB; {recompute}raise train.micro_batches (now "
       f"{config.train.micro_batches}, of {rows} rows), or lower data.max_*_tokens or "
       "rollout.max_new_tokens. `python -m raft_jax.plan --topology cpu:1` says what "
       "each of them saves"
