@@ -7,4 +7,8 @@ ended() {
     wait "$1"
     status=$?
   done
+  # The child may have ended while the signal was handled; then bash still knows how.
+  wait "$1" 2> /dev/null
+  local known=$?
+  [ "$known" -eq 127 ] || status=$known
 }

@@ -493,19 +493,30 @@ def test_a_stopped_loop_passes_the_signal_on_and_ends(tmp_path):
 
 
 def test_a_signal_may_have_a_way_of_its_own(tmp_path):
-  """As under Slurm, whose srun kills its tasks on the SIGTERM that it gets."""
-  ready, told, stopped = (tmp_path / name for name in ("ready", "told", "stopped"))
+  """As under Slurm, whose srun kills its tasks on the SIGTERM that it gets.
+
+  The child ends while the signal is still handled: how it ended must not be lost.
+  """
+  names = ("ready", "told", "gone", "stopped")
+  ready, told, gone, stopped = (tmp_path / name for name in names)
   os.mkfifo(ready)
   fake = script(
     tmp_path / "srun",
     "trap 'exit 137' TERM",
+    f"trap 'touch {gone}' EXIT",
     f"echo > {ready}",
     f"while [ ! -e {told} ]; do :; done",
     "exit 75",
   )
+  tell = script(
+    tmp_path / "scancel",
+    f"touch {told}",
+    f"while [ ! -e {gone} ]; do :; done",
+    "sleep 0.3",  # from its last command to its end
+  )
   loop = subprocess.Popen(
     [str(LAUNCH / "again.sh"), fake],
-    env={**os.environ, "PASS_ON": f"touch {told}", "ON_STOP": f"touch {stopped}"},
+    env={**os.environ, "PASS_ON": tell, "ON_STOP": f"touch {stopped}"},
   )
   ready.read_text()
   loop.terminate()
