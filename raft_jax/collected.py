@@ -6,6 +6,7 @@ comparison over several domains.
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -155,15 +156,16 @@ def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
   The best has the lowest mean loss on the validation questions; without those, or
   where none was measured, the first.
   """
-  found: dict[str, list[Run]] = {}
-  for alike in _alike(runs, {SEED, RATE}):
-    by_rate = _alike(alike, {SEED})
-    best = min(by_rate, key=_validation_loss)
-    label = best[0]["group"]
-    if label in found:  # a group that repeats over other keys
-      label = settings(best)[0][0]
-    found[label] = best
-  return found
+  found = [
+    min(_alike(alike, {SEED}), key=_validation_loss)
+    for alike in _alike(runs, {SEED, RATE})
+  ]
+  # Of a group that repeats over other keys each setting has a name of its own.
+  sizes = collections.Counter(best[0]["group"] for best in found)
+  return {
+    best[0]["group"] if sizes[best[0]["group"]] == 1 else settings(best)[0][0]: best
+    for best in found
+  }
 
 
 def sft_rates(runs: Sequence[Run]) -> list[list[Run]]:

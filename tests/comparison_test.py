@@ -98,6 +98,18 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   assert "| – | – |" in lines[8]  # no drift, and none of SFT at that fit
 
 
+def test_settings_of_one_group_are_told_apart_and_a_group_of_rates_is_one():
+  wide = [
+    _run(f"raft-top_k_{k}-seed_{seed}", "raft", 3.0, 0.1, **keys)
+    for k in (64, 128)
+    for seed in (0, 1)
+    for keys in [{"distill.top_k": k, "train.seed": seed}]
+  ]
+  found = collected.chosen([*RUNS[:2], *wide])
+  assert list(found) == ["sft", "raft-top_k_64", "raft-top_k_128"]
+  assert [len(same) for same in found.values()] == [1, 2, 2]
+
+
 def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
   k = "distill.top_k"
   runs = [
