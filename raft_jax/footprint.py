@@ -122,7 +122,7 @@ def check(config: config_lib.Config, run: wiring.Prepared, built: wiring.Built) 
     rows = widest_batch(config, run).row_id_B.shape[0]
     recompute = "" if config.model.remat else "set model.remat=true, "
     raise errors.UserError(
-      f"memory: a step takes {need / GIB:.1f} GiB, and this machine has "
+      f"memory: a step takes at least {need / GIB:.1f} GiB, and this machine has "
       f"{have / GIB:.1f} GiB; {recompute}raise train.micro_batches (now "
       f"{config.train.micro_batches}, of {rows} rows), or lower data.max_*_tokens or "
       "rollout.max_new_tokens. `python -m raft_jax.plan --topology cpu:1` says what "
