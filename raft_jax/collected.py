@@ -6,7 +6,6 @@ comparison over several domains.
 
 from __future__ import annotations
 
-import collections
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -161,10 +160,10 @@ def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for alike in _alike(runs, {SEED, RATE})
   ]
   # Of a group that repeats over other keys each setting has a name of its own.
-  sizes = collections.Counter(best[0]["group"] for best in found)
+  groups = [best[0]["group"] for best in found]
   return {
-    best[0]["group"] if sizes[best[0]["group"]] == 1 else settings(best)[0][0]: best
-    for best in found
+    group if groups.count(group) == 1 else settings(best)[0][0]: best
+    for group, best in zip(groups, found)
   }
 
 

@@ -145,16 +145,12 @@ def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[W
   lengths = np.array([_lengths(row) for row in rows])
   shares = np.arange(1, buckets + 1) / buckets
   found = np.quantile(lengths, shares ** (1 / batch_size), axis=0, method="higher")
-  return sorted({rounded(*lengths) for lengths in found})
+  return sorted({(rounded(p), rounded(a), rounded(c)) for p, a, c in found})
 
 
-def rounded(prompt: int, answer: int, teacher: int) -> Widths:
-  """Lengths as the widths that hold them."""
-  prompt, answer, teacher = (
-    -(-int(length) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    for length in (prompt, answer, teacher)
-  )
-  return prompt, answer, teacher
+def rounded(length: int) -> int:
+  """The least width that holds so many tokens."""
+  return -(-int(length) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def dataset(

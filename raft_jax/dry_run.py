@@ -73,8 +73,6 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
   if config.model.attention == "cudnn":
     machines.pretend_cudnn(machine)
   beside = footprint.beside(config, run, built)
-  # Frozen parameters, teacher and anchor may be the same buffers.
-  read = {id(leaf): leaf for leaf in jax.tree.leaves(beside)}
   with jax.set_mesh(run.mesh):
     batch = footprint.widest_batch(config, run)
     for measured in (False, True) if config.train.measure_every else (False,):
@@ -101,7 +99,7 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
     "memory": {
       "parameters": footprint.held(built.abstract.params),
       "optimizer": footprint.held(built.abstract.opt_state),
-      "base model": footprint.held(read),
+      "base model": footprint.held(beside),
       "batch": footprint.held(batch),
       "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
     },
@@ -121,10 +119,10 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
   wiring.check(config, decoder, mesh, distil=wiring.distills(config))
   source = config.distill.source
   limits = config.data
-  budgets = (
-    limits.max_prompt_tokens,
-    limits.max_answer_tokens,
-    limits.max_teacher_tokens,
+  widest = (
+    data.rounded(limits.max_prompt_tokens),
+    data.rounded(limits.max_answer_tokens),
+    data.rounded(limits.max_teacher_tokens),
   )
   return wiring.Prepared(
     codec=codec,
@@ -139,7 +137,7 @@ def prepare(config: config_lib.Config, machine: machines.Machine) -> wiring.Prep
     identity={},
     asked={},
     replay=None,
-    widest=data.rounded(*budgets),
+    widest=widest,
   )
 
 

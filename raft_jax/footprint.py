@@ -29,8 +29,6 @@ from raft_jax import (
 )
 from raft_jax import programs as programs_lib
 
-GIB = 2.0**30
-
 LIMITS = (
   "/sys/fs/cgroup/memory.max",
   "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -78,8 +76,7 @@ def beside(
 
 def widest_batch(config: config_lib.Config, run: wiring.Prepared) -> data.Batch:
   """The widest batch of a run."""
-  rows = (config.train.batch_size + wiring.replays(config)) * wiring.group(config)
-  where = sharding.batch(run.mesh)
+  rows, where = wiring.batch_rows(config), sharding.batch(run.mesh)
 
   def ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
@@ -94,10 +91,11 @@ def widest_batch(config: config_lib.Config, run: wiring.Prepared) -> data.Batch:
 
 
 def held(tree: Any) -> int:
-  """Bytes of a tree of placed shapes on one device."""
+  """Bytes of a tree of placed shapes on one device; a buffer that is there twice, as
+  frozen parameters, teacher and anchor may be, counts once."""
   return sum(
     leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-    for leaf in jax.tree.leaves(tree)
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()
   )
 
 
@@ -113,20 +111,20 @@ def check(config: config_lib.Config, run: wiring.Prepared, built: wiring.Built) 
   Raises:
     errors.UserError: naming what is needed, what there is, and what takes less.
   """
+  if run.mesh.devices.flat[0].platform != "cpu":
+    return
   have = host_bytes()
-  on_cpu = run.mesh.devices.flat[0].platform == "cpu"
-  if not on_cpu or rough_bytes(config, run) < have / 3:
+  if rough_bytes(config, run) < have / 3:
     return
   need = step_bytes(config, run, built)
   if need > have:
-    rows = widest_batch(config, run).row_id_B.shape[0]
     recompute = "" if config.model.remat else "set model.remat=true, "
     raise errors.UserError(
-      f"memory: a step takes at least {need / GIB:.1f} GiB, and this machine has "
-      f"{have / GIB:.1f} GiB; {recompute}raise train.micro_batches (now "
-      f"{config.train.micro_batches}, of {rows} rows), or lower data.max_*_tokens or "
-      "rollout.max_new_tokens. `python -m raft_jax.plan --topology cpu:1` says what "
-      "each of them saves"
+      f"memory: a step takes at least {need / 2**30:.1f} GiB, and this machine has "
+      f"{have / 2**30:.1f} GiB; {recompute}raise train.micro_batches (now "
+      f"{config.train.micro_batches}, of {wiring.batch_rows(config)} rows), or lower "
+      "data.max_*_tokens or rollout.max_new_tokens. `python -m raft_jax.plan "
+      "--topology cpu:1` says what each of them saves"
     )
 
 
@@ -137,10 +135,9 @@ def step_bytes(
   reads take of this machine's memory, on all of its devices that the run uses."""
   parts = beside(config, run, built)
   memory: Any = compile_update(config, run, built, parts).memory_analysis()
-  read = {id(leaf) for leaf in jax.tree.leaves((parts.frozen, parts.anchor))}
-  teacher = [leaf for leaf in jax.tree.leaves(parts.teacher) if id(leaf) not in read]
+  waiting = held(parts) - held((parts.frozen, parts.anchor))  # the teacher's own
   a_device = (
-    held(teacher)
+    waiting
     + memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
@@ -152,7 +149,7 @@ def step_bytes(
 def rough_bytes(config: config_lib.Config, run: wiring.Prepared) -> float:
   """What a step takes if all activations are kept, in float32: by layer and token about
   twelve of the model's width, six of the feed-forward's, three rows of attention."""
-  decoder, rows = run.decoder, widest_batch(config, run).row_id_B.shape[0]
+  decoder, rows = run.decoder, wiring.batch_rows(config)
   prompt, answer, _ = run.widest
   width = prompt + answer + config.rollout.max_new_tokens
   values = 12 * decoder.d_model + 6 * decoder.d_ff + 3 * decoder.n_heads * width
@@ -169,8 +166,7 @@ def compile_update(
 ) -> jax.stages.Compiled:
   """The update of a run's widest batch."""
   state, batch, programs = built.abstract, widest_batch(config, run), built.programs
-  roll_out, teach = programs.roll_out, programs.teach
-  rows = batch.row_id_B.shape[0]
+  roll_out, teach, rows = programs.roll_out, programs.teach, wiring.batch_rows(config)
   trajectory = objective.Trajectory(
     np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32)
   )

@@ -91,7 +91,7 @@ def check(
   if config.model.attention == "cudnn":
     check_cudnn(config.model.source, decoder, mesh)
   parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
-  rows = (config.train.batch_size + replays(config)) * group(config)
+  rows = batch_rows(config)
   if rows % parts:
     raise errors.UserError(
       f"train.batch_size: {rows} rows (with replay and rollout.group) do not "
@@ -127,6 +127,11 @@ def replays(config: config_lib.Config) -> int:
 def group(config: config_lib.Config) -> int:
   """Rows of each question in every batch: one for each of its rollouts."""
   return config.rollout.group if distills(config) else 1
+
+
+def batch_rows(config: config_lib.Config) -> int:
+  """Rows of every batch, with replay and with one for each rollout."""
+  return (config.train.batch_size + replays(config)) * group(config)
 
 
 def teacher_decoder(

@@ -7,25 +7,13 @@ import jax
 import pytest
 
 from raft_jax import config, dry_run, footprint, machines, wiring
-
-FIELDS = {
-  "model_type": "llama",
-  "vocab_size": 512,
-  "hidden_size": 64,
-  "intermediate_size": 128,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "max_position_embeddings": 1024,
-  "tie_word_embeddings": True,
-}
+from tests import bare_model
 
 
 def prepared(folder, fields=None, **sections):
   """A run's config and what is known of it, from a model's config.json alone."""
-  model = folder / "model"
-  model.mkdir()
-  (model / "config.json").write_text(json.dumps(FIELDS | (fields or {})))
+  long = {"max_position_embeddings": 1024}
+  model = bare_model.save(folder / "model", **long, **(fields or {}))
   path = folder / "run.yaml"
   tree = {
     "model": {"source": str(model)},
@@ -76,12 +64,11 @@ def test_a_step_takes_its_state_and_less_in_parts_or_recomputed(tmp_path):
     folder.mkdir()
     settings, run = prepared(folder, **sections)
     sizes[name] = step_bytes(settings, run)
-  parameters = 512 * 64 + 64 + 3 * (64 * (64 * 2 + 32 * 2 + 128 * 3) + 2 * 64)
   # What each layer keeps of 16 rows of 768 tokens for the backward pass, at least: its
   # attention, the feed-forward's two branches, its input.
   kept = 4 * 3 * 16 * 768 * (4 * 768 + 2 * 128 + 64)
   # Weights, two moments and the teacher's weights are there all the time.
-  assert sizes["whole"] > kept + 4 * 4 * parameters
+  assert sizes["whole"] > kept + 4 * 4 * bare_model.COUNT
   assert sizes["parts"] < sizes["whole"] / 4
   assert sizes["recomputed"] < sizes["whole"] / 2
 

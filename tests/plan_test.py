@@ -11,24 +11,11 @@ import sys
 import pytest
 
 from raft_jax import config, errors, machines, plan
+from tests import bare_model
+from tests.bare_model import COUNT
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRESETS = ("llama32_3b", "phi4_mini", "smollm3_3b")
-
-# 8 divides every size, so that every array is spread over all of 8 devices.
-FIELDS = {
-  "model_type": "llama",
-  "vocab_size": 512,
-  "hidden_size": 64,
-  "intermediate_size": 128,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "max_position_embeddings": 256,
-  "tie_word_embeddings": True,
-}
-# Embedding, final norm, and by layer q, o, k, v, gate, up, down and two norms.
-COUNT = 512 * 64 + 64 + 3 * (64 * (64 * 2 + 32 * 2 + 128 * 3) + 2 * 64)
 
 
 def write(folder: pathlib.Path, source: object, **keys) -> config.Config:
@@ -51,17 +38,11 @@ def write(folder: pathlib.Path, source: object, **keys) -> config.Config:
   return config.load(path, without_data=True)
 
 
-def save_model(folder: pathlib.Path) -> pathlib.Path:
-  folder.mkdir()
-  (folder / "config.json").write_text(json.dumps(FIELDS))
-  return folder
-
-
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
   """What a plan for 8 CPU devices measured, and what it printed."""
   folder = tmp_path_factory.mktemp("plan")
-  run = write(folder, save_model(folder / "model"))
+  run = write(folder, bare_model.save(folder / "model"))
   answers, printed = [], io.StringIO()
 
   def ask(*args):
@@ -342,7 +323,7 @@ def test_cudnns_attention_compiles_and_saves_traffic(tmp_path, topology):
   for attention in ("xla", "cudnn"):
     folder = tmp_path / attention
     folder.mkdir()
-    source = str(save_model(folder / "model"))
+    source = str(bare_model.save(folder / "model"))
     how = {"source": source, "dtype": "bfloat16", "attention": attention}
     run = write(folder, "", model={**how, "remat": True}, data=long)
     answers[attention] = plan.ask(run, machines.parse(topology))["phases"]

@@ -63,6 +63,10 @@ def test_when_the_gradients_are_taken_apart():
   assert steps(0, soon=True) == []
 
 
+def no_weights(*args, **kwargs):
+  raise AssertionError("weights were read")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, smollm):
   return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
@@ -326,9 +330,6 @@ def test_sft_reads_the_questions_themselves(tmp_path, source, law):
 def test_bad_input_is_one_clear_error_before_weights(
   tmp_path, source, law, monkeypatch, overrides, message
 ):
-  def no_weights(*args, **kwargs):
-    raise AssertionError("weights were read")
-
   monkeypatch.setattr(hf, "load_params", no_weights)
   output = tmp_path / "bad"
   _, settings = make_config(output, source, law, *overrides)
@@ -340,19 +341,17 @@ def test_bad_input_is_one_clear_error_before_weights(
 def test_a_step_that_memory_cannot_hold_is_refused_before_weights(
   tmp_path, source, law, monkeypatch
 ):
-  def no_weights(*args, **kwargs):
-    raise AssertionError("weights were read")
-
   limit, output = tmp_path / "memory.max", tmp_path / "full"
   monkeypatch.setattr(footprint, "LIMITS", (str(limit),))
-  monkeypatch.setattr(hf, "load_params", no_weights)
   write_refined(output, law)
   _, settings = make_config(output, source, law)
   limit.write_text("1000000")
-  with pytest.raises(errors.UserError, match=r"memory: a step takes .*micro_batches"):
+  refused = pytest.raises(
+    errors.UserError, match=r"memory: a step takes .*micro_batches"
+  )
+  with monkeypatch.context() as patch, refused:
+    patch.setattr(hf, "load_params", no_weights)
     train.fit(settings)
-  monkeypatch.undo()
-  monkeypatch.setattr(footprint, "LIMITS", (str(limit),))
   limit.write_text("200000000")  # asks the compiler, and is enough
   train.fit(settings)
   assert len(rows(output)) == STEPS
