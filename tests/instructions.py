@@ -174,7 +174,7 @@ USAGE = (
   (r"\[CONFIG\]", "configs/raft_paper.yaml"),
   (r"\[DOMAIN \.\.\.\]", "law"),
   (r"COMMAND \[ARGUMENT \.\.\.\]", "true"),
-  (r"\[(-{0,2}[\w|-]+(?: [A-Z]+)?)\]$", r"\1"),
+  (r"(?<= )\[(-{0,2}[\w|-]+(?: [A-Z]+)?)\]$", r"\1"),
   (r"\[(--[\w-]+ [A-Z]+)\]", r"\1"),
   (r"(?<=\d) \.\.\.$", " --config my.yaml"),
 )

@@ -3,24 +3,29 @@
 import ast
 import contextlib
 import functools
+import importlib.util
 import io
 import os
 import pathlib
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 import warnings
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
 from packaging import requirements, utils
 from pip._internal.cli import main_parser
 from pip._internal.commands import create_command
 
-from raft_jax import errors, machines
-from tests import instructions
+from raft_jax import errors, hf, hf_export, machines, vllm_engine
+from tests import instructions, tiny_llama
 
 ROOT = instructions.ROOT
 STAGES = ("extract", "synthesise", "refine", "train", "evaluate", "export")
@@ -28,7 +33,7 @@ STAGES += ("report", "sweep", "plan")
 
 # Programs that are not ours to run, or not here, and what is checked of them instead.
 ELSEWHERE = {
-  "vllm": "an environment of its own; `test_vllm_has_the_options` asks it",
+  "vllm": "an environment of its own, where `vllm_test` starts a server",
   "kubectl": "wants a cluster; the manifest's own commands are run",
   "sbatch": "wants a cluster; the script is run",
   "srun": "wants a cluster; its command is run",
@@ -108,7 +113,8 @@ def stage_faults(module: str, arguments: tuple[str, ...], folder: str) -> list[s
   if status not in (0, None):
     return [f"{' '.join(arguments)}: {said.getvalue()}"]
   section, tree = module.removeprefix("raft_jax."), yaml.safe_load(printed.getvalue())
-  if section in ("extract", "synthesise", "sweep") and tree[section] is None:
+  wanted = tree["sweep"]["runs"] if section == "sweep" else tree.get(section, {})
+  if wanted in (None, []):
     return [f"{' '.join(arguments)}: the file has no section {section}"]
   return []
 
@@ -235,6 +241,8 @@ def test_a_command_in_a_sentence_says_where_it_ends():
     ("python -m raft_jax.train --config C train.batchsize=8", "unknown key"),
     ("python -m raft_jax.plan --config C --topology v5e:3x3", "no v5e of this size"),
     ("for s in train evalute; do python -m raft_jax.$s --config C; done", "evalute"),
+    ("python -m raft_jax.sweep --config configs/quickstart.yaml", "no section sweep"),
+    ("python -m raft_jax.extract --config configs/raft_paper.yaml", "no section extr"),
     ("launch/quickstart.sh configs/none.yaml", "configs/none.yaml"),
     ("launch/local_multiprocess.sh evaluate N --config C", "usage"),
     ("launch/fine_tune.sh --config C", "No such file"),
@@ -290,6 +298,48 @@ def test_what_installs_an_extra_is_written_in_one_place(faults_of):
     for line, text in instructions.strings(path):
       named = re.findall(r"raft_jax\[(?!extra)\w+\]", text)
       assert not named, f"{path.name}:{line}: {text}"
+
+
+def test_the_command_that_converts_pickles_does(tmp_path, complete):
+  source = tmp_path / "pickles"
+  shutil.copytree(complete, source, ignore=shutil.ignore_patterns("*.safetensors"))
+  weights = safetensors.torch.load_file(complete / "model.safetensors")
+  torch.save(weights, source / "pytorch_model.bin")
+  with pytest.raises(errors.UserError) as refused:
+    hf.load_params(str(source), hf.load_config(str(source)))
+  out = tmp_path / "out"
+  exec(python_text(str(refused.value), IN=source, OUT=out), {})
+  tiny_llama.assert_same(
+    hf.load_params(str(out), hf.load_config(str(out))), tiny_llama.theirs(complete)
+  )
+
+
+@pytest.mark.slow
+def test_the_command_that_converts_a_gguf_file_does(tmp_path, smollm, monkeypatch):
+  """On the real file; what is saved is tested elsewhere."""
+  saved = []
+  monkeypatch.setattr(hf_export, "save", lambda *given, **named: saved.append(given))
+  real = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, "find_spec", lambda name: name == "vllm" or real(name)
+  )
+  with pytest.raises(errors.UserError) as refused:
+    vllm_engine.load(smollm, dtype="float32")
+  exec(python_text(str(refused.value), OUT=tmp_path), {})
+  (out, params, decoder, source) = saved[0]
+  assert (str(out), source) == (str(tmp_path), smollm)
+  assert params["embed"].shape[0] == decoder.vocab_size
+
+
+def python_text(message: str, **places: pathlib.Path) -> str:
+  """The program of a printed `python -c`, as bash would hand it over."""
+  command = instructions.SPAN.search(message)[1]
+  program, option, text = shlex.split(command)
+  assert (program, option) == ("python", "-c")
+  for word, place in places.items():
+    assert f"'{word}'" in text
+    text = text.replace(f"'{word}'", repr(str(place)))
+  return text
 
 
 @pytest.mark.slow

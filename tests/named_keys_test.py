@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import pytest
+import yaml
 
 from raft_jax import config, errors, key_table
 from tests import instructions
@@ -150,6 +151,21 @@ def test_a_header_refines_what_its_run_learns_from(path, monkeypatch):
   assert ("refine" in stages) == (settings.data.answers != "original")
   assert ("synthesise" in stages) == (settings.synthesise is not None)
   assert "evaluate" not in stages or settings.data.test
+
+
+@pytest.mark.parametrize("path", instructions.tracked("*.md"), ids=instructions.name)
+def test_every_config_that_is_printed_is_one(path, tmp_path):
+  """Each YAML block, on top of the least that a file must have."""
+  for block in re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL):
+    least = {"model": {"source": "m"}, "data": {"questions": "q"}, "output": "runs/x"}
+    tree = yaml.safe_load(block)
+    for section, value in least.items():
+      if isinstance(value, dict):
+        tree[section] = value | tree.get(section, {})
+      tree.setdefault(section, value)
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert config.load(file, without_data=True)
 
 
 # Other programs' options; ours are in the code that reads them.
