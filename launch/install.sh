@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the project into .venv: launch/install.sh EXTRAS (refine,cuda, test, ...).
+# Installs the project into .venv, with extras of pyproject.toml (refine,cuda, say):
+# launch/install.sh EXTRAS
 # NVIDIA GPUs need `cuda` among them, TPUs `tpu`.
 # PYTHON names the interpreter (default python3; 3.11 or newer).
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs lint, types and tests. Arguments go to pytest:
-# launch/test.sh -m slow runs the checks that take minutes, and installs what compiles
+# `launch/test.sh -m slow` runs the checks that take minutes, and installs what compiles
 # for GPUs and TPUs that are absent.
 set -euo pipefail
 cd "$(dirname "$0")/.."

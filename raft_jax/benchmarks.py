@@ -24,7 +24,7 @@ from raft_jax import errors, hf, statistics
 
 LETTERS = ("A", "B", "C", "D")
 
-EXTRA = "pip install 'raft_jax[eval]'"
+EXTRA = f"the extra `eval`; run {errors.install('eval')}"
 
 
 class Instructions(pydantic.BaseModel):

@@ -64,7 +64,7 @@ def run(
       given, overrides = parser.parse_known_args(argv)
       if given.config is None:
         raise errors.UserError(
-          f"--config is missing; e.g. {parser.prog} --config configs/quickstart.yaml"
+          f"--config is missing; write `{parser.prog} --config FILE`"
         )
       names = [name.strip("-").replace("-", "_") for name in options or {}]
       own = {name: getattr(given, name) for name in names}

@@ -64,7 +64,7 @@ def find(source: str) -> pathlib.Path:
   for package in ("sentence_transformers", "torch"):
     if importlib.util.find_spec(package) is None:
       raise errors.UserError(
-        f"refine.encoder needs {package}; pip install 'raft_jax[refine]'"
+        f"refine.encoder needs {package}; run {errors.install('refine')}"
       )
   try:
     folder = hf.resolve(source)

@@ -6,6 +6,17 @@ need be mended but the same command run again. The message says what was wrong, 
 """
 
 
+def install(extra: str) -> str:
+  """The command that adds an extra of pyproject.toml where this program runs.
+
+  Not `raft_jax[extra]`: no index holds the project, and its name there is anybody's.
+  """
+  return (
+    f"`python -m pip install --constraint constraints.txt --editable '.[{extra}]'` in "
+    "the folder of raft_jax's repository"
+  )
+
+
 class UserError(ValueError):
   """Bad input: a config, a data file, a checkpoint or a model we cannot use."""
 

@@ -124,7 +124,7 @@ def check(config: config_lib.Config, run: wiring.Prepared, built: wiring.Built) 
       f"{have / 2**30:.1f} GiB; {recompute}raise train.micro_batches (now "
       f"{config.train.micro_batches}, of {wiring.batch_rows(config)} rows), or lower "
       "data.max_*_tokens or rollout.max_new_tokens. `python -m raft_jax.plan "
-      "--topology cpu:1` says what each of them saves"
+      "--config FILE --topology cpu:1` says what each of them saves"
     )
 
 

@@ -30,7 +30,8 @@ def _mapped(path: str, mtime: int, size: int) -> gguf.GGUFReader:
     version = importlib.metadata.version("gguf")
     raise errors.UserError(
       f"{path}: damaged or truncated GGUF file, or of a kind that gguf {version} does "
-      f"not know ({error}); fetch it again, or pip install --upgrade gguf"
+      f"not know ({error}); fetch it again, or run `python -m pip install "
+      "--upgrade gguf`"
     ) from error
 
 

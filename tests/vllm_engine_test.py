@@ -26,7 +26,7 @@ def test_without_vllm_the_script_that_installs_it_is_named(monkeypatch, tmp_path
 def test_a_gguf_file_is_refused_with_the_command_that_converts_it(installed, smollm):
   with pytest.raises(errors.UserError, match=r"is a GGUF file.*convert.*OUT") as seen:
     vllm_engine.load(smollm, dtype="float32")
-  command = str(seen.value).split('python -c "')[1].rstrip('"')
+  command = str(seen.value).split('python -c "')[1].rstrip('"`')
   compile(command, "command", "exec")
 
 
