@@ -29,6 +29,8 @@ ROOMS = [
   "optim",
   "strict_yaml",
   "durable",
+  "rejects",
+  "row_files",
   "records",
   "shards",
   "rotary",
