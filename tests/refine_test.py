@@ -22,7 +22,6 @@ from raft_jax import (
   engines,
   errors,
   examples,
-  jax_engine,
   journal,
   judge,
   records,
@@ -429,12 +428,7 @@ def test_a_signal_keeps_the_running_micro_batch_and_a_second_ends_at_once(
 def scripted(tmp_path, questions, monkeypatch):
   """A config and the log of its scripted models, in this process."""
   log = tmp_path / "log"
-  for module, name in (
-    (jax_engine, "load"),
-    (engines, "identity"),
-    (engines, "codec"),
-    (encode, "load"),
-  ):
+  for module, name in refine_driver.REPLACED:
     monkeypatch.setattr(module, name, getattr(module, name))
   refine_driver.script(log)
   return refine_driver.make_config(tmp_path / "out", questions), log
