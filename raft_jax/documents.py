@@ -186,13 +186,12 @@ def _read_rows(
   path: pathlib.Path, name: str, text_field: str, domain: str
 ) -> Iterator[tuple[str, Document | Unusable]]:
   try:
-    for line, row in records.read_texts(path, ("id", "domain", text_field)):
+    for line, row in records.read_texts(path, text_field, ("id", "domain")):
       place = f"{name}:{line}"
       if isinstance(row, rejects.Reject):
-        yield place, ("bad_row", row.reason, row.place.id)
-      elif text_field not in row:
-        reason = f"has no `{text_field}`; see extract.text_field"
-        yield place, ("bad_row", reason, row.get("id"))
+        absent = row.reason.startswith("has no ")
+        reason = row.reason + ("; see extract.text_field" if absent else "")
+        yield place, ("bad_row", reason, row.place.id)
       else:
         text = _lines(row[text_field])
         derived = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -232,20 +232,28 @@ def _checked(
 
 
 def read_texts(
-  path: str | os.PathLike[str], fields: Sequence[str]
+  path: str | os.PathLike[str], field: str, others: Sequence[str] = ("id",)
 ) -> Iterator[tuple[int, dict[str, str] | rejects.Reject]]:
   """Rows of any `.jsonl` or `.parquet` file: line, and texts by field or why not.
 
-  Fields that a row lacks are left out; a whole number is fine as `id`.
+  Args:
+    field: that every row must have.
+    others: that it may have; a whole number is fine as `id`.
 
   Raises:
     errors.UserError: the file cannot be read, or is no file of the two formats.
   """
+  fields = (*others, field)
   for line, row in row_files.rows(pathlib.Path(path), fields):
     values: Any = None
     try:
       values = row_files.values(row)
       given = {name: values[name] for name in fields if values.get(name) is not None}
+      if field not in given:
+        hint = _near(field, values)
+        raise row_files.Fault(
+          f"has no `{field}`" + (f"; rename {hint!r}" if hint else "")
+        )
       yield line, {name: _plain_text(name, value) for name, value in given.items()}
     except row_files.Fault as reason:
       place = rejects.Place(_given_id(values), str(path), line)
@@ -284,15 +292,20 @@ def _question(values: Mapping[str, Any]) -> Question:
 
 
 def _missing(field: str, values: Mapping[str, Any]) -> str:
-  others = {key.lower(): key for key in values if key not in FIELDS}
-  usual = [key for key in (field, *USUAL[field]) if key in others]
+  near = _near(field, values)
+  if field == "answer":
+    return "has no `answer`" + (f"; rename {near!r}" if near else "")
+  turns = None if near else _near("messages", values)
+  hint = f"; rename {near or turns!r}" if near or turns else ""
+  return f"has no `question` (or `messages`){hint}{' to `messages`' if turns else ''}"
+
+
+def _near(field: str, values: Mapping[str, Any]) -> str | None:
+  """Which of a row's other fields seems to be meant."""
+  others = {key.lower(): key for key in values if key not in (*FIELDS, field)}
+  usual = [key for key in (field, *USUAL.get(field, ())) if key in others]
   near = [*usual, *difflib.get_close_matches(field, others, n=1)]
-  if field == "question" and not near:
-    near = [key for key in ("messages", *USUAL["messages"]) if key in others]
-    field = "messages" if near else field
-  wanted = "`answer`" if field == "answer" else "`question` (or `messages`)"
-  hint = f"; rename {others[near[0]]!r}" if near else ""
-  return f"has no {wanted}{hint}{' to `messages`' if field == 'messages' else ''}"
+  return others[near[0]] if near else None
 
 
 def _text(field: str, value: Any) -> str:

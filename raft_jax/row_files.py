@@ -123,7 +123,8 @@ def _parse(raw: bytes) -> Any:
   except json.JSONDecodeError as e:
     raise Fault(f"is not valid JSON: {e.msg} at column {e.colno}") from e
   except (ValueError, RecursionError) as e:
-    raise Fault(f"is not valid JSON: {e}") from e
+    reason = str(e).partition(";")[0]  # what follows is for programmers
+    raise Fault(f"is not valid JSON: {reason}") from e
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -352,15 +352,14 @@ def read_seeds(
   """
   lines: dict[str, int] = {}
   aside: list[rejects.Reject] = []
-  for line, row in records.read_texts(path, ("id", "question")):
+  for line, row in records.read_texts(path, "question"):
     fault = row
     if not isinstance(row, rejects.Reject):
-      place = rejects.Place(row.get("id"), path, line)
-      seen = lines.setdefault(row["question"].strip(), line) if "question" in row else 0
+      seen = lines.setdefault(row["question"].strip(), line)
       if seen == line:
         continue
-      reason = f"repeats row {seen}" if seen else "has no `question`"
-      fault = rejects.Reject(place, reason, "repeated" if seen else "unreadable")
+      place = rejects.Place(row.get("id"), path, line)
+      fault = rejects.Reject(place, f"repeats row {seen}", "repeated")
     assert isinstance(fault, rejects.Reject)
     if unusable == "error":
       raise errors.UserError(

@@ -641,7 +641,9 @@ def test_a_long_row_of_a_late_window_is_refused_before_anything_is_asked(
   rows[-1] = json.dumps({"id": "late", "question": "Why?", "answer": "word " * 10_000})
   questions.write_text("\n".join(rows))
   monkeypatch.setattr(refine, "WINDOW", 5)
-  with pytest.raises(errors.UserError, match="question late: the rewrite prompt has 1"):
+  with pytest.raises(
+    errors.UserError, match=r"question late \(.*\.jsonl:12\): the rewrite prompt has 1"
+  ):
     refine.fit(run)
   assert not log.exists()
 

@@ -272,6 +272,11 @@ def test_seeds_and_documents_name_their_rows(tmp_path):
   assert [(r.place.line, r.place.id) for r in aside] == [(2, "b"), (4, "d")]
   documents = tmp_path / "d.jsonl"
   documents.write_text('{"id": "a", "text": "One."}\n{"id": "b", "text": 3}\n')
+  other = write(tmp_path / "other.Parquet", [{"id": "a", "Question": "x"}])
+  message = refused(lambda: synthesise_lib.read_seeds(other))
+  assert f"{other}:1: row 'a': has no `question`; rename 'Question'" in message
+  _, (row,) = extract.documents.read(other, text_field="question")
+  assert "has no `question`; rename 'Question'; see extract" in row["detail"]
   found, unusable = extract.documents.read(str(documents))
   assert [document.id for document in found] == ["a"]
   assert [(row["document"], row["id"]) for row in unusable] == [("d.jsonl:2", "b")]
