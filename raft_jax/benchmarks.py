@@ -72,7 +72,7 @@ Item = TypeVar("Item", bound=pydantic.BaseModel)
 
 def is_file(source: str) -> bool:
   """Whether a source is a file, and not a dataset of the hub."""
-  return pathlib.Path(source).suffix in (".jsonl", ".parquet")
+  return pathlib.Path(source).suffix.lower() in (".jsonl", ".parquet")
 
 
 def read(
@@ -117,7 +117,7 @@ def read(
 
 def _file_rows(path: pathlib.Path, key: str) -> Iterator[tuple[str, Any]]:
   try:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
       from pyarrow import parquet
 
       rows = parquet.read_table(path).to_pylist()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from raft_jax import errors, records, text
+from raft_jax import errors, records, rejects, text
 
 # Numpy's or a device's: the same for all who read a batch.
 Array = Any
@@ -65,8 +65,9 @@ def encode_rows(
   max_answer_tokens: int,
   max_teacher_tokens: int,
   too_long: str,
-  names: Sequence[str],
-) -> tuple[list[Row], list[str]]:
+  unusable: str,
+  places: Sequence[rejects.Place],
+) -> tuple[list[Row], list[rejects.Reject]]:
   """Tokenises (messages, answer) pairs; never truncates.
 
   Args:
@@ -75,64 +76,94 @@ def encode_rows(
     teacher_context: "chat", "paper" or "none", see `text.teacher_ids`.
     max_prompt_tokens: budget of a row's prompt; the next two, of its answer with its
       end token and of the teacher's context without the rollout.
-    too_long: "error" refuses a row over a budget, "skip" leaves it out.
-    names: the examples' ids, for messages.
+    too_long: "error" refuses a row over a budget, "skip" sets it aside.
+    unusable: the same of a row that the chat template refuses.
+    places: where the examples are.
 
   Returns:
-    The rows, and the names of those skipped.
+    The rows, and those set aside.
 
   Raises:
-    errors.UserError: a row is over a budget and `too_long` is "error", or no row is
-      left.
+    errors.UserError: a row is refused, which is named, or no row is left.
   """
-  if len(names) != len(examples):
-    raise ValueError(f"{len(examples)} examples but {len(names)} names")
+  if len(places) != len(examples):
+    raise ValueError(f"{len(examples)} examples but {len(places)} places")
   limits = (max_prompt_tokens, max_answer_tokens, max_teacher_tokens)
   rows: list[Row] = []
   over: list[Row] = []
-  for row_id, (messages, answer) in enumerate(examples):
+  aside: dict[int, rejects.Reject] = {}
+
+  def encoded(row_id: int, messages: Sequence[records.Message], answer: str) -> Row:
     row = Row(
       tuple(text.prompt_ids(codec, messages)),
       tuple(text.answer_ids(codec, answer)),
       tuple(text.teacher_ids(codec, messages, answer, teacher_context)),
       row_id,
     )
+    return row
+
+  for row_id, (messages, answer) in enumerate(examples):
+    try:
+      row = encoded(row_id, messages, answer)
+    except errors.UserError as error:  # of the chat template
+      aside[row_id] = rejects.Reject(places[row_id], str(error), "refused")
+      continue
     fits = all(have <= limit for have, limit in zip(_lengths(row), limits))
     (rows if fits else over).append(row)
-  if over and too_long == "error":
-    raise errors.UserError(_over_budget(over, limits, names, len(examples)))
-  if not rows:
+  if aside and unusable == "error":
+    first = next(iter(aside.values()))
     raise errors.UserError(
-      f"data: no row is left of {len(examples)} ({len(over)} over a budget): raise "
-      f"data.max_prompt_tokens, data.max_answer_tokens or data.max_teacher_tokens"
+      f"{first} ({len(aside)} of {len(examples)} rows are refused), or set "
+      "data.unusable=skip to set such rows aside"
     )
-  return rows, [names[row.row_id] for row in over]
+  if over and too_long == "error":
+    raise errors.UserError(_over_budget(over, limits, places, len(examples)))
+  for row in over:
+    reason = "is too long: " + _exceeded(row, limits)
+    aside[row.row_id] = rejects.Reject(places[row.row_id], reason, "too_long")
+  found = [aside[row_id] for row_id in sorted(aside)]
+  if not rows:
+    budgets = "raise data.max_prompt_tokens, data.max_answer_tokens or "
+    remedy = f"; {budgets}data.max_teacher_tokens" if over else ""
+    raise errors.UserError(
+      f"data: no row is left of {len(examples)} ({len(over)} over a budget); the first "
+      f"is {found[0] if found else 'missing'}{remedy}"
+    )
+  return rows, found
 
 
 def _lengths(row: Row) -> Widths:
   return len(row.prompt), len(row.answer), len(row.teacher)
 
 
-def _over_budget(
-  over: Sequence[Row], limits: Sequence[int], names: Sequence[str], total: int
-) -> str:
-  kinds = ("prompt", "answer", "teacher")
-  first = names[over[0].row_id]
-  exceeded = [
+_KINDS = ("prompt", "answer", "teacher")
+
+
+def _exceeded(row: Row, limits: Sequence[int]) -> str:
+  return ", ".join(
     f"{kind} of {have} tokens > data.max_{kind}_tokens={limit}"
-    for kind, have, limit in zip(kinds, _lengths(over[0]), limits)
+    for kind, have, limit in zip(_KINDS, _lengths(row), limits)
     if have > limit
-  ]
+  )
+
+
+def _over_budget(
+  over: Sequence[Row],
+  limits: Sequence[int],
+  places: Sequence[rejects.Place],
+  total: int,
+) -> str:
+  first = over[0]
   needed = [max(column) for column in zip(*map(_lengths, over))]
   remedy = ", ".join(
     f"data.max_{kind}_tokens={need}"
-    for kind, need, limit in zip(kinds, needed, limits)
+    for kind, need, limit in zip(_KINDS, needed, limits)
     if need > limit
   )
   return (
-    f"row {first!r} is too long: {', '.join(exceeded)} ({len(over)} of {total} rows "
-    f"are over a budget); set {remedy} to fit all, or data.too_long=skip to leave them "
-    f"out"
+    f"{places[first.row_id]} is too long: {_exceeded(first, limits)} ({len(over)} of "
+    f"{total} rows are over a budget); set {remedy} to fit all, or data.too_long=skip "
+    "to leave them out"
   )
 
 

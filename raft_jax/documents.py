@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import semantic_text_splitter
 
-from raft_jax import errors, records
+from raft_jax import errors, records, rejects
 
 MARKDOWN = (".md", ".markdown")
 PLAIN = (".txt", ".text", *MARKDOWN)
@@ -33,6 +33,10 @@ class Document(NamedTuple):
 
   def place(self) -> dict[str, Any]:
     return {"document": self.id}
+
+
+Unusable = tuple[str, str] | tuple[str, str, str | None]
+"""Why a document cannot be used: in a word, in words, and the id of its row."""
 
 
 class Chunk(NamedTuple):
@@ -83,19 +87,25 @@ def read(
           f"{place}; give every document its own"
         )
       if seen != place:
-        unusable.append(unused(place, "duplicate", f"of {seen}"))
+        unusable.append(unused(place, "duplicate", f"of {seen}", item.id))
   return [document for _, document in found.values()], unusable
 
 
 def check(
-  source: str, usable: int, unusable: Sequence[dict[str, Any]], threshold: float
+  source: str,
+  usable: int,
+  unusable: Sequence[dict[str, Any]],
+  threshold: float,
+  policy: str = "error",
 ) -> None:
   """Raises UserError where too many documents, or all, cannot be used.
 
-  Files of another type and repeated rows count for the latter only.
+  Files of another type and repeated rows count for the latter only, as does everything
+  where the policy is to "skip" what is unusable.
   """
   spoilt = [row for row in unusable if row["reason"] not in ("file_type", "duplicate")]
-  if usable and len(spoilt) <= threshold * (usable + len(spoilt)):
+  few = len(spoilt) <= threshold * (usable + len(spoilt))
+  if usable and (few or policy == "skip"):
     return
   if not unusable:
     raise errors.UserError(
@@ -106,14 +116,17 @@ def check(
   raise errors.UserError(
     f"extract.documents: {source}: {first['document']}: {first['detail']}; "
     f"{len(more) + 1} of {usable + len(unusable)} documents are unusable"
-    f"{f' (also {others})' if more else ''}: mend or delete them, or raise "
-    "data.reject_threshold"
+    f"{f' (also {others})' if more else ''}: mend or delete them, raise "
+    "data.reject_threshold, or set data.unusable=skip to set them aside"
   )
 
 
-def unused(place: str, reason: str, detail: str) -> dict[str, Any]:
-  """How a document that never became one is listed."""
-  return {"what": "document", "reason": reason, "document": place, "detail": detail}
+def unused(
+  place: str, reason: str, detail: str, row_id: str | None = None
+) -> dict[str, Any]:
+  """How a document that never became one is listed, and by which id if it has one."""
+  found = {"what": "document", "reason": reason, "document": place, "detail": detail}
+  return found if row_id is None else {**found, "id": row_id}
 
 
 def _files(root: pathlib.Path) -> list[pathlib.Path]:
@@ -138,8 +151,8 @@ def _files(root: pathlib.Path) -> list[pathlib.Path]:
 
 def _read_file(
   path: pathlib.Path, name: str, text_field: str, domain: str
-) -> Iterator[tuple[str, Document | tuple[str, str]]]:
-  """Yields (place, document), or (place, (reason, detail)) for what is none."""
+) -> Iterator[tuple[str, Document | Unusable]]:
+  """Yields (place, document), or (place, why it is none)."""
   suffix = path.suffix.lower()
   try:
     if suffix in ROWS:
@@ -171,14 +184,14 @@ def _decoded(data: bytes) -> str | tuple[str, str]:
 
 def _read_rows(
   path: pathlib.Path, name: str, text_field: str, domain: str
-) -> Iterator[tuple[str, Document | tuple[str, str]]]:
+) -> Iterator[tuple[str, Document | Unusable]]:
   try:
-    for line, row in records.read_texts(path, ("id", "domain", text_field)):
+    for line, row in records.read_texts(path, text_field, ("id", "domain")):
       place = f"{name}:{line}"
-      if isinstance(row, str):
-        yield place, ("bad_row", row)
-      elif text_field not in row:
-        yield place, ("bad_row", f"has no `{text_field}`; see extract.text_field")
+      if isinstance(row, rejects.Reject):
+        absent = row.reason.startswith("has no ")
+        reason = row.reason + ("; see extract.text_field" if absent else "")
+        yield place, ("bad_row", reason, row.place.id)
       else:
         text = _lines(row[text_field])
         derived = hashlib.sha256(text.encode()).hexdigest()[:16]

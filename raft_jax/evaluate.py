@@ -44,6 +44,7 @@ from raft_jax import (
   panel,
   records,
   refinement,
+  rejects,
   roles,
   rouge,
   sample,
@@ -356,6 +357,8 @@ def main(config: config_lib.Config) -> None:
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
+  aside = [*domain.rejects, *(validation.rejects if validation else ())]
+  rejects.write(folder / "rejects.jsonl", aside)
   base_params = hf.load_params(config.model.source, decoder)
   subject = functools.partial(
     measure.subject, config=decoder, codec=codec, settings=settings

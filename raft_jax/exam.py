@@ -16,6 +16,7 @@ from raft_jax import (
   measure,
   model,
   records,
+  rejects,
   statistics,
   text,
 )
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 
 class Domain(NamedTuple):
-  """The test questions of the domain that fit the budgets, and their tokens."""
+  """The test questions that fit the budgets, their tokens, and the other questions."""
 
   questions: list[records.Question]
   rows: list[data.Row]
+  rejects: Sequence[rejects.Reject] = ()
 
 
 class Ifeval(NamedTuple):
@@ -85,7 +87,7 @@ def read_domain(config: config_lib.Config, codec: text.Codec) -> Domain:
       "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
       " file of held-out questions"
     )
-  return _questions(config, codec, config.data.test, "test", config.evaluate.limit)
+  return _questions(config, codec, config.data.test, config.evaluate.limit)
 
 
 def read_validation(
@@ -94,20 +96,23 @@ def read_validation(
   """Reads the first `limit` of `data.validation`, where it is set."""
   if config.data.validation is None:
     return None
-  return _questions(config, codec, config.data.validation, "validation", limit)
+  return _questions(config, codec, config.data.validation, limit)
 
 
 def _questions(
   config: config_lib.Config,
   codec: text.Codec,
   path: str,
-  what: str,
   limit: int | None,
 ) -> Domain:
-  questions = records.read_questions(
-    path, limit=limit, reject_threshold=config.data.reject_threshold
+  found = records.read(
+    path,
+    limit=limit,
+    unusable=config.data.unusable,
+    reject_threshold=config.data.reject_threshold,
   )
-  rows, skipped = data.encode_rows(
+  questions = found.questions
+  rows, aside = data.encode_rows(
     [(question.messages, question.answer) for question in questions],
     codec=codec,
     teacher_context="none",
@@ -115,11 +120,12 @@ def _questions(
     max_answer_tokens=config.data.max_answer_tokens,
     max_teacher_tokens=config.data.max_teacher_tokens,
     too_long=config.data.too_long,
-    names=[question.id for question in questions],
+    unusable=config.data.unusable,
+    places=[found.places[question.id] for question in questions],
   )
-  if skipped:
-    print(f"{len(skipped)} {what} questions are over a length budget and were skipped")
-  return Domain([questions[row.row_id] for row in rows], rows)
+  aside = [*found.rejects, *aside]
+  rejects.tell(aside)
+  return Domain([questions[row.row_id] for row in rows], rows, aside)
 
 
 def read_general(settings: config_lib.Evaluate, codec: text.Codec) -> General:

@@ -14,6 +14,7 @@ from raft_jax import (
   records,
   refine,
   refinement,
+  rejects,
   shards,
   synthesise,
   text,
@@ -24,7 +25,7 @@ REFINED = (*refine.CLAIMED, "data.limit")
 
 
 class Examples(NamedTuple):
-  """Token rows, how many were left out, and what identifies them.
+  """Token rows, the rows that were set aside, and what identifies them.
 
   Attributes:
     rows: of the domain.
@@ -37,7 +38,7 @@ class Examples(NamedTuple):
   rows: list[data.Row]
   replayed: list[data.Row]
   general: list[data.Row]
-  skipped: int
+  rejects: list[rejects.Reject]
   digest: str
   asked: Mapping[int, data.Asked]
 
@@ -76,35 +77,40 @@ def read(config: config_lib.Config, codec: text.Codec, *, distil: bool) -> Examp
   context = config.distill.teacher_context if distil else "none"
   if context == "sibling":  # known after the rollouts
     context = "none"
-  domain = _domain(config, codec)
-  rows, left_out = _encode(config, codec, domain, context)
+  domain, aside = _domain(config, codec)
+  rows, more = _encode(config, codec, domain, context)
+  aside += more
   asked = {i: example[1:] for i, example in enumerate(domain)}
   replayed: list[data.Row] = []
   general: list[data.Row] = []
   replay, anchor = config.replay, config.anchor
   if replay is not None and replay.share:
     first = max(row.row_id for row in rows) + 1
-    others = _questions(config, replay.questions or synthesise.questions(config))
+    others, spoilt = _questions(
+      config, replay.questions or synthesise.questions(config)
+    )
     found, more = _encode(config, codec, others, context)
+    aside += spoilt + more
     asked |= {first + i: e[1:] for i, e in enumerate(others)}
     replayed = [row._replace(row_id=first + row.row_id) for row in found]
-    left_out += more
   if anchor is not None and anchor.importance != "none" and anchor.questions:
-    questions = _questions(config, anchor.questions)[: anchor.limit]
-    general, more = _encode(config, codec, questions, "none")
-    left_out += more
+    questions, spoilt = _questions(config, anchor.questions)
+    general, more = _encode(config, codec, questions[: anchor.limit], "none")
+    aside += spoilt + more
   every = [part for part in (rows, replayed, general) if part]
   digest = hashlib.sha256(b"".join(repr(part).encode() for part in every)).hexdigest()
-  return Examples(rows, replayed, general, left_out, digest, asked)
+  return Examples(rows, replayed, general, aside, digest, asked)
 
 
-Example = tuple[str, tuple[records.Message, ...], str]
-"""Id, messages and the answer to learn."""
+Example = tuple[rejects.Place, tuple[records.Message, ...], str]
+"""Where it is, messages and the answer to learn."""
 
 
-def _domain(config: config_lib.Config, codec: text.Codec) -> list[Example]:
+def _domain(
+  config: config_lib.Config, codec: text.Codec
+) -> tuple[list[Example], list[rejects.Reject]]:
   if config.data.answers == "original":
-    return _questions(config, config.data.questions)[: config.data.limit]
+    return _questions(config, config.data.questions)
   folder = pathlib.Path(config.output) / "refined"
   if not (folder / shards.MANIFEST).exists():
     raise errors.UserError(
@@ -115,7 +121,7 @@ def _domain(config: config_lib.Config, codec: text.Codec) -> list[Example]:
   # The records are of the questions and the model that this config names.
   config_lib.check_output(config, "refine", REFINED)
   meta = shards.read_manifest(folder).meta
-  _check_questions(config, folder, meta.get("questions"))
+  places = _check_questions(config, folder, meta.get("questions"))
   made_with = meta.get("tokenizer")
   if made_with not in (None, codec.digest):
     raise errors.UserError(
@@ -126,17 +132,26 @@ def _domain(config: config_lib.Config, codec: text.Codec) -> list[Example]:
   answer = ANSWERS[config.data.answers]
   threshold = config.refine.similarity_threshold
   found = [records.from_json(raw) for raw in shards.read_shards(folder)]
-  return [(r.question.id, r.question.messages, answer(r, threshold)) for r in found]
+  examples = [
+    (
+      places.get(r.question.id, rejects.Place(r.question.id)),
+      r.question.messages,
+      answer(r, threshold),
+    )
+    for r in found
+  ]
+  return examples, []  # what refine set aside, it has listed
 
 
 def _check_questions(
   config: config_lib.Config, folder: pathlib.Path, made_of: str | None
-) -> None:
-  """Whether refined records are of what the file of questions holds today."""
+) -> Mapping[str, rejects.Place]:
+  """Where the questions of refined records are, in the file that they were made of."""
   if made_of is None:  # by an earlier version
-    return
+    return {}
   digest = hashlib.sha256()
-  for question in _read(config, config.data.questions):
+  found = _read(config, config.data.questions)
+  for question in found.questions:
     digest.update(refine.hashed(question))
   if made_of != digest.hexdigest():
     raise errors.UserError(
@@ -144,16 +159,22 @@ def _check_questions(
       "now; run `python -m raft_jax.refine` with this config again: it asks for what "
       "has changed only"
     )
+  return found.places
 
 
-def _questions(config: config_lib.Config, path: str) -> list[Example]:
-  return [(q.id, q.messages, q.answer) for q in _read(config, path)]
+def _questions(
+  config: config_lib.Config, path: str
+) -> tuple[list[Example], list[rejects.Reject]]:
+  found = _read(config, path)
+  examples = [(found.places[q.id], q.messages, q.answer) for q in found.questions]
+  return examples, found.rejects
 
 
-def _read(config: config_lib.Config, path: str) -> list[records.Question]:
-  return records.read_questions(
+def _read(config: config_lib.Config, path: str) -> records.Read:
+  return records.read(
     path,
     limit=config.data.limit if path == config.data.questions else None,
+    unusable=config.data.unusable,
     reject_threshold=config.data.reject_threshold,
   )
 
@@ -163,8 +184,8 @@ def _encode(
   codec: text.Codec,
   found: Sequence[Example],
   context: str,
-) -> tuple[list[data.Row], int]:
-  rows, skipped = data.encode_rows(
+) -> tuple[list[data.Row], list[rejects.Reject]]:
+  return data.encode_rows(
     [(messages, answer) for _, messages, answer in found],
     codec=codec,
     teacher_context=context,
@@ -172,6 +193,6 @@ def _encode(
     max_answer_tokens=config.data.max_answer_tokens,
     max_teacher_tokens=config.data.max_teacher_tokens,
     too_long=config.data.too_long,
-    names=[name for name, _, _ in found],
+    unusable=config.data.unusable,
+    places=[place for place, _, _ in found],
   )
-  return rows, len(skipped)

@@ -149,7 +149,13 @@ def fit(run: config.Config) -> None:
   found, unusable = documents.read(
     settings.documents, text_field=settings.text_field, domain=settings.domain
   )
-  documents.check(settings.documents, len(found), unusable, run.data.reject_threshold)
+  documents.check(
+    settings.documents,
+    len(found),
+    unusable,
+    run.data.reject_threshold,
+    run.data.unusable,
+  )
   codec = engines.codec(run.model.source)
   inputs = _inputs(run, settings, found, unusable)
   # The mark of a run's folder.

@@ -19,9 +19,6 @@ Index = tuple[Any, ...]
 """A slice for every axis; the first may be an array of row numbers."""
 
 
-_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-
-
 class Name(NamedTuple):
   """What one parameter is called outside; `{}` stands for the layer's number.
 
@@ -45,7 +42,7 @@ class Family(NamedTuple):
     ropes: kinds of rotary scaling that are read.
     slides: config and layer -> whether a window limits the layer; None: never.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
-    ignored: tensors of old checkpoints that hold no parameter.
+    ignored: tensors of GGUF files that hold no parameter.
   """
 
   architecture: str
@@ -56,7 +53,7 @@ class Family(NamedTuple):
   ropes: tuple[str, ...] = ("default", "llama3")
   slides: Callable[[Fields, int], bool] | None = None
   interleaved: frozenset[str] = frozenset()
-  ignored: re.Pattern[str] = re.compile(_BUFFERS)
+  ignored: re.Pattern[str] = re.compile("(?!)")  # none
 
   @property
   def in_gguf(self) -> bool:
@@ -171,7 +168,7 @@ FAMILIES = {
     only=_NO_BIAS,
     # llama.cpp's convert_hf_to_gguf.py permutes these two (LlamaModel.permute).
     interleaved=frozenset({"layers/q", "layers/k"}),
-    ignored=re.compile(_BUFFERS + r"|rope_freqs\.weight"),  # the config's in GGUF
+    ignored=re.compile(r"rope_freqs\.weight"),  # the config's
   ),
   "qwen2": Family(
     architecture="Qwen2ForCausalLM",
@@ -339,10 +336,11 @@ def llama3_divisors(
 
 
 class Stored(NamedTuple):
-  """One tensor in a file: its shape, and how to read a block of it."""
+  """One tensor in a file: its shape, how to read a block of it, and its type there."""
 
   shape: tuple[int, ...]
   read: Callable[[Index], np.ndarray]
+  dtype: str = "F32"
 
 
 class Piece(NamedTuple):

@@ -48,7 +48,7 @@ def config_fields(path: pathlib.Path) -> families.Fields:
   """The metadata as the config.json that the model would have.
 
   Raises:
-    UserError: the file is damaged, or a mixture of experts.
+    UserError: the file is damaged, one of several, or a mixture of experts.
   """
   reader = _reader(path)
   family = _value(reader, "general.architecture")
@@ -61,6 +61,12 @@ def config_fields(path: pathlib.Path) -> families.Fields:
     return _value(reader, f"tokenizer.ggml.{name}_token_id")
 
   known = families.FAMILIES.get(family)
+  parts = _value(reader, "split.count") or 1
+  if parts > 1:
+    raise errors.UserError(
+      f"{path}: is one of {parts} files of a model; merge them with llama.cpp's "
+      "`llama-gguf-split --merge`"
+    )
   if meta("expert_count"):
     raise errors.UserError(f"{path}: mixture of experts is not supported; use another")
   fields = {

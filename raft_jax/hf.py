@@ -13,14 +13,13 @@ import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
-from raft_jax import errors, families, family_config, gguf_file
+from raft_jax import errors, families, family_config, gguf_file, weight_files
 
 if TYPE_CHECKING:
   import jax
@@ -39,12 +38,6 @@ IN_PACKAGES = {
 }
 STRIP_BYTES = 1 << 24
 """Of a tensor that are read, converted and checked at a time."""
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-  "pickle weights are never opened; convert them where you trust them: `python -c "
-  "\"import transformers as t; t.AutoModelForCausalLM.from_pretrained('IN')"
-  ".save_pretrained('OUT')\"`"
-)
 
 
 # --- Where a model is -----------------------------------------------------------------
@@ -67,9 +60,10 @@ def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
     path = pathlib.Path(source).expanduser()
   except RuntimeError as error:
     raise errors.UserError(f"model {source}: {error}; write the whole path") from error
-  if path.suffix in PICKLES:
-    raise errors.UserError(f"model {source}: {CONVERT}")
-  if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+  suffix = path.suffix.lower()
+  if suffix in weight_files.PICKLES and not path.is_dir():
+    raise errors.UserError(f"model {source}: {weight_files.CONVERT}")
+  if path.is_dir() or (path.is_file() and suffix == ".gguf"):
     return path
   if path.exists():
     raise errors.UserError(
@@ -77,7 +71,7 @@ def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
       "config.json and model.safetensors"
     )
   if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) or (
-    path.suffix == ".gguf"
+    suffix == ".gguf"
   ):
     raise errors.UserError(f"model {source}: no such folder or file; check the path")
   return _from_hub(source, weights=weights)
@@ -153,8 +147,10 @@ def fields(path: pathlib.Path) -> families.Fields:
   if path.is_file():
     return gguf_file.config_fields(path)
   if not (path / "config.json").is_file():
+    inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".gguf")
+    which = f" ({', '.join(inside)} in it)" if inside else ""
     raise errors.UserError(
-      f"{path}: no config.json; name a Hugging Face model folder or a .gguf file"
+      f"{path}: no config.json; name a Hugging Face model folder or a .gguf file{which}"
     )
   return read_json(path / "config.json")
 
@@ -288,11 +284,14 @@ def _matched(
 
   in_gguf = path.is_file()
   family = family_config.of(fields(path), _config_place(path))
-  stored = gguf_file.tensors(path) if in_gguf else _open_safetensors(path)
+  stored = gguf_file.tensors(path) if in_gguf else _safetensors(path)
   names = families.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(model.shapes(config), sep="/")
   pieces = families.pieces(leaves, names)
   tied = names["head"] if config.tie_embeddings else None
+  if tied in stored and names["embed"] not in stored:
+    # Of tensors that share memory, a file holds one, and this may be the head.
+    stored[names["embed"]] = stored.pop(tied)
   _check_fit(path, stored, pieces, family, tied)
   if tied in stored:
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
@@ -350,30 +349,60 @@ def _check_fit(
     return ", ".join(names[:3]) + more
 
   missing = [name for name in expected if name not in stored]
-  extra = [
-    name
-    for name in stored
-    if name not in expected and name != tied and not family.ignored.fullmatch(name)
-  ]
-  wrong = [
-    f"{name} is {list(stored[name].shape)}, config asks {list(shape)}"
-    for name, shape in expected.items()
-    if name in stored and stored[name].shape != shape
-  ]
+  strangers, remedy = weight_files.strangers(
+    stored,
+    (
+      name
+      for name, tensor in stored.items()
+      if name not in expected
+      and name != tied
+      and not family.ignored.fullmatch(name)
+      and not weight_files.is_buffer(name, tensor)
+    ),
+  )
+  wrong, coded = [], []
+  for name in (name for name in expected if name in stored):
+    have = stored[name]
+    if have.shape != expected[name]:
+      wrong.append(f"{name} is {list(have.shape)}, config asks {list(expected[name])}")
+    if have.dtype not in weight_files.FLOATS:
+      coded.append(f"{name} is stored as {have.dtype}")
+      remedy = weight_files.QUANTISED
   faults = [
     f"{kind}: {some(names)}"
     for kind, names in (
+      ("quantised weights", coded),
       ("missing tensors", missing),
-      ("unexpected tensors", extra),
+      *strangers.items(),
       ("wrong shapes", wrong),
     )
     if names
   ]
   if faults:
     raise errors.UserError(
-      f"{path}: {'; '.join(faults)}; the weights and the config do not belong together "
-      "or the architecture is not supported"
+      f"{path}: {'; '.join(faults)}; {remedy or _misfit(missing, stored, family)}"
     )
+
+
+def _misfit(
+  missing: Sequence[str],
+  stored: Mapping[str, families.Stored],
+  family: families.Family,
+) -> str:
+  """What to do where names or shapes are not those that the config asks for."""
+  if missing == [family.names["head"].hf]:
+    return "set tie_word_embeddings to true in config.json if its head is the embedding"
+  for name in missing[:1]:
+    wrapped = next((other for other in stored if other.endswith(f".{name}")), None)
+    if wrapped is not None:
+      return (
+        f"all names begin with {wrapped.removesuffix(name)!r}, of the wrapper that the "
+        "model was saved in: save the model inside it"
+      )
+  return (
+    "the weights and the config do not belong together or the architecture is not "
+    "supported"
+  )
 
 
 def _check_tied(
@@ -392,60 +421,7 @@ def _check_tied(
     )
 
 
-def _open_safetensors(folder: pathlib.Path) -> dict[str, families.Stored]:
-  stored = {}
-  for file, names in _shards(folder).items():
-    try:
-      handle = safetensors.safe_open(folder / file, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-      raise errors.UserError(
-        f"{folder / file}: damaged or truncated safetensors file ({error}); fetch it "
-        "again"
-      ) from error
-    inside = set(handle.keys())
-    for name in sorted(inside if names is None else inside | names):
-      if name not in inside or (names is not None and name not in names):
-        raise errors.UserError(
-          f"{folder / file}: the index and this file disagree on {name}; fetch both "
-          "again"
-        )
-      piece = handle.get_slice(name)
-      if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise errors.UserError(
-          f"{folder / file}: {name} is stored as {piece.get_dtype()}: quantised "
-          "weights cannot be trained; use the unquantised checkpoint"
-        )
-      read = functools.partial(_read_safetensors, folder / file, name)
-      stored[name] = families.Stored(tuple(piece.get_shape()), read)
-  return stored
-
-
-def _read_safetensors(
-  file: pathlib.Path, name: str, index: families.Index
-) -> np.ndarray:
-  # Opened anew each time: what an open file has read stays in its memory map.
-  with safetensors.safe_open(file, framework="numpy") as handle:
-    return handle.get_slice(name)[index]
-
-
-def _shards(folder: pathlib.Path) -> Mapping[str, set[str] | None]:
-  """Weight files and the tensors that each should hold (None: whatever is there)."""
-  index = folder / "model.safetensors.index.json"
-  if not index.is_file():
-    if (folder / "model.safetensors").is_file():
-      return {"model.safetensors": None}
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    reason = f"only {found[0]}: {CONVERT}" if found else "name a folder that has one"
-    raise errors.UserError(f"{folder}: no model.safetensors; {reason}")
-  shards: dict[str, set[str]] = {}
-  for name, file in (read_json(index).get("weight_map") or {}).items():
-    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-      raise errors.UserError(f"{index}: {file!r} is not a file name; fetch it again")
-    shards.setdefault(file, set()).add(name)
-  missing = [file for file in shards if not (folder / file).is_file()]
-  if missing or not shards:
-    raise errors.UserError(
-      f"{index}: missing shard {', '.join(missing) or '(the index is empty)'}; fetch "
-      "the model again"
-    )
-  return shards
+def _safetensors(folder: pathlib.Path) -> dict[str, families.Stored]:
+  index = folder / weight_files.INDEX
+  content = read_json(index) if index.is_file() else None
+  return weight_files.tensors(folder, weight_files.shards(folder, content))

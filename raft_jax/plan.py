@@ -154,6 +154,7 @@ def steps(config: config_lib.Config, questions: int | None) -> int | None:
       records.read_questions(
         config.data.questions,
         limit=config.data.limit,
+        unusable=config.data.unusable,
         reject_threshold=config.data.reject_threshold,
       )
     )

@@ -8,22 +8,26 @@ Refined records travel as canonical JSON.
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import pathlib
-import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raft_jax import durable, errors
+from raft_jax import errors, rejects, row_files
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("id", "domain", "question", "messages", "answer")
+USUAL = {
+  "question": ("prompt", "instruction", "input", "query", "problem"),
+  "messages": ("conversations", "conversation"),
+  "answer": ("response", "output", "completion", "solution", "target"),
+}
+"""What other data sets call these fields."""
 
 
 class Message(NamedTuple):
@@ -73,264 +77,249 @@ class Refined:
   reason: str
 
 
-class _Reject(Exception):
-  """Why one row is unusable; never leaves this module."""
-
-
 # Questions in
 
 
-def read_questions(
+class Read(NamedTuple):
+  """The usable rows of a file, where each is (by its id), and the other rows."""
+
+  questions: list[Question]
+  places: dict[str, rejects.Place]
+  rejects: list[rejects.Reject]
+
+
+def read(
   path: str | os.PathLike[str],
   *,
   limit: int | None = None,
+  unusable: str = "error",
   reject_threshold: float = 0.01,
   rejects_path: str | os.PathLike[str] | None = None,
-) -> list[Question]:
+) -> Read:
   """Reads and checks the rows of a `.jsonl` or `.parquet` file, in order.
 
   Args:
     path: the file. A byte-order mark, CRLF line ends and blank lines are fine.
-    limit: stop after this many usable rows.
-    reject_threshold: share of unusable rows (0..1) above which the file is refused.
-    rejects_path: where to write the unusable rows as JSONL {line, reason, text}; an
-      old file there is replaced, or removed when nothing is rejected.
+    limit: stop after this many readable rows.
+    unusable: "skip" sets every unusable row aside; "error" refuses repeated ids, and
+      unreadable rows above the threshold.
+    reject_threshold: share of unreadable rows (0..1) that "error" sets aside, too.
+    rejects_path: where to list the rows that are set aside or refused.
 
   Returns:
     The usable rows. A row without an id gets one derived from its content.
 
   Raises:
-    errors.UserError: no such file, not one of the two formats, no usable row, more
-      rejects than the threshold, or an id that appears twice.
+    errors.UserError: no such file, not one of the two formats, no usable row, or one
+      that is refused; it is named by line and id.
   """
   kept: list[Question] = []
-  check_questions(
+  places: dict[str, rejects.Place] = {}
+
+  def keep(line: int, question: Question) -> None:
+    kept.append(question)
+    places[question.id] = rejects.Place(question.id, str(path), line)
+
+  checked = check_questions(
     path,
     limit=limit,
+    unusable=unusable,
     reject_threshold=reject_threshold,
     rejects_path=rejects_path,
-    keep=kept.append,
+    keep=keep,
   )
-  return kept
+  return Read(kept, places, checked.rejects)
+
+
+def read_questions(path: str | os.PathLike[str], **options: Any) -> list[Question]:
+  """The questions of `read`; tells of rows that were set aside."""
+  found = read(path, **options)
+  rejects.tell(found.rejects, options.get("rejects_path"))
+  return found.questions
+
+
+class Checked(NamedTuple):
+  """How many rows of a file can be used, and the others."""
+
+  usable: int
+  rejects: list[rejects.Reject]
+
+  @property
+  def lines(self) -> frozenset[int]:
+    """Of the rows that are set aside, for `rows`."""
+    return frozenset(reject.place.line for reject in self.rejects)
 
 
 def check_questions(
   path: str | os.PathLike[str],
   *,
   limit: int | None = None,
+  unusable: str = "error",
   reject_threshold: float = 0.01,
   rejects_path: str | os.PathLike[str] | None = None,
-  keep: Callable[[Question], None] = lambda question: None,
-) -> int:
-  """The number of usable rows, each given to `keep`; all else as `read_questions`."""
+  keep: Callable[[int, Question], None] = lambda line, question: None,
+  fault: Callable[[Question], str | None] = lambda question: None,
+) -> Checked:
+  """Checks the rows of a file and keeps none; all else as `read`.
+
+  Args:
+    keep: is given every readable row and its line, once an id.
+    fault: why such a row cannot be used after all, or None.
+  """
   path = pathlib.Path(path)
   count = 0
   lines: dict[str, int] = {}  # of each id
-  repeats: list[tuple[int, str]] = []
-  rejects: list[dict[str, Any]] = []
+  found: list[rejects.Reject] = []
   for line, row in _checked(path, limit):
-    if isinstance(row, Question):
+    if isinstance(row, rejects.Reject):
+      found.append(row)
+      continue
+    place = rejects.Place(row.id, str(path), line)
+    seen = lines.setdefault(row.id, line)
+    if seen != line:
+      repeats = f"has the id of {row_files.unit(path)} {seen}"
+      found.append(rejects.Reject(place, repeats, "repeated"))
+      continue
+    keep(line, row)
+    reason = fault(row)
+    if reason is None:
       count += 1
-      seen = lines.setdefault(row.id, line)
-      if seen != line:
-        repeats.append((line, f"{row.id!r} on lines {seen} and {line}"))
-      keep(row)
     else:
-      rejects.append({"line": line, **row})
+      found.append(rejects.Reject(place, reason, "refused"))
   if rejects_path is not None:
-    _write_rejects(pathlib.Path(rejects_path), rejects)
-  _check_rejects(path, count, rejects, reject_threshold, rejects_path)
-  _check_ids(path, repeats)
-  if rejects:
-    first = rejects[0]
-    print(
-      f"{path}: {len(rejects)} unusable rows were left out; the first is line "
-      f"{first['line']}: {first['reason']}",
-      file=sys.stderr,
-    )
-  return count
+    rejects.write(rejects_path, found)
+  _check_rejects(path, count, found, unusable, reject_threshold, rejects_path)
+  return Checked(count, found)
 
 
 def rows(
-  path: str | os.PathLike[str], *, limit: int | None = None
-) -> Iterator[Question]:
-  """The usable rows of a file that `check_questions` took, in order, one at a time."""
-  found = (row for _, row in _checked(pathlib.Path(path), limit))
-  return (row for row in found if isinstance(row, Question))
+  path: str | os.PathLike[str],
+  *,
+  limit: int | None = None,
+  without: Container[int] = (),
+) -> Iterator[tuple[int, Question]]:
+  """Line and question of the usable rows of a file, in order, one at a time.
+
+  Args:
+    without: lines that `check_questions` set aside.
+  """
+  for line, row in _checked(pathlib.Path(path), limit):
+    if isinstance(row, Question) and line not in without:
+      yield line, row
 
 
 def _checked(
   path: pathlib.Path, limit: int | None
-) -> Iterator[tuple[int, Question | dict[str, str]]]:
-  """Line and question of each row, up to `limit` questions; else reason and text."""
+) -> Iterator[tuple[int, Question | rejects.Reject]]:
+  """Line and question of each row, up to `limit` questions; else why it is none."""
   count = 0
-  try:
-    for line, row in _rows(path):
-      try:
-        question = _question(row() if callable(row) else row)
-      except _Reject as reason:
-        yield line, {"reason": str(reason), "text": _excerpt(row)}
-        continue
-      yield line, question
-      count += 1
-      if count == limit:
-        return
-  except OSError as e:
-    raise errors.UserError(f"{path}: cannot read: {e.strerror or e}") from e
+  for line, row in row_files.rows(path, FIELDS):
+    values: Any = None
+    try:
+      values = row_files.values(row)
+      question = _question(values)
+    except row_files.Fault as reason:
+      place = rejects.Place(_given_id(values), str(path), line)
+      yield (
+        line,
+        rejects.Reject(place, str(reason), "unreadable", row_files.excerpt(row)),
+      )
+      continue
+    yield line, question
+    count += 1
+    if count == limit:
+      return
 
 
 def read_texts(
-  path: str | os.PathLike[str], fields: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str] | str]]:
-  """Rows of any `.jsonl` or `.parquet` file: (line, texts by field), or (line, reason).
+  path: str | os.PathLike[str], field: str, others: Sequence[str] = ("id",)
+) -> Iterator[tuple[int, dict[str, str] | rejects.Reject]]:
+  """Rows of any `.jsonl` or `.parquet` file: line, and texts by field or why not.
 
-  Fields that a row lacks are left out; a whole number is fine as `id`.
+  Args:
+    field: that every row must have.
+    others: that it may have; a whole number is fine as `id`.
 
   Raises:
-    OSError: the file cannot be read.
-    errors.UserError: it is no file of the two formats.
+    errors.UserError: the file cannot be read, or is no file of the two formats.
   """
-  for line, row in _rows(pathlib.Path(path), fields):
+  fields = (*others, field)
+  for line, row in row_files.rows(pathlib.Path(path), fields):
+    values: Any = None
     try:
-      values = _parse(row) if isinstance(row, bytes) else row()
-      if not isinstance(values, Mapping):
-        raise _Reject(f"is a JSON {type(values).__name__}, not an object")
+      values = row_files.values(row)
       given = {name: values[name] for name in fields if values.get(name) is not None}
+      if field not in given:
+        hint = _near(field, values)
+        raise row_files.Fault(
+          f"has no `{field}`" + (f"; rename {hint!r}" if hint else "")
+        )
       yield line, {name: _plain_text(name, value) for name, value in given.items()}
-    except _Reject as reason:
-      yield line, str(reason)
+    except row_files.Fault as reason:
+      place = rejects.Place(_given_id(values), str(path), line)
+      yield (
+        line,
+        rejects.Reject(place, str(reason), "unreadable", row_files.excerpt(row)),
+      )
 
 
-def _rows(
-  path: pathlib.Path, fields: Sequence[str] = FIELDS
-) -> Iterator[tuple[int, Any]]:
-  """Yields (line or row number from 1, raw line or a function that reads the row)."""
-  if not path.is_file():
-    what = "is a folder, not a file" if path.is_dir() else "no such file"
-    raise errors.UserError(
-      f"{path}: {what}; give a .jsonl or .parquet file (relative paths start at the "
-      f"folder the command runs in)"
-    )
-  if path.suffix == ".jsonl":
-    yield from _jsonl_rows(path)
-  elif path.suffix == ".parquet":
-    yield from _parquet_rows(path, fields)
-  else:
-    raise errors.UserError(
-      f"{path}: unknown file type {path.suffix!r}; questions are .jsonl or .parquet"
-    )
-
-
-def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  with path.open("rb") as lines:
-    for number, raw in enumerate(lines, start=1):
-      if number == 1:
-        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-          raise errors.UserError(f"{path}:1: is UTF-16; save the file as UTF-8")
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-      if raw.strip():
-        yield number, raw
-
-
-def _parquet_rows(
-  path: pathlib.Path, fields: Sequence[str]
-) -> Iterator[tuple[int, Any]]:
-  import pyarrow  # a third of a second that JSONL users need not pay
-  from pyarrow import parquet
-
+def _given_id(values: Any) -> str | None:
+  """The id that a row of whatever kind gives, if that is one."""
   try:
-    file = parquet.ParquetFile(path)
-    columns = [name for name in file.schema_arrow.names if name in fields]
-    twice = next((name for name in columns if columns.count(name) > 1), None)
-    if twice is not None:
-      raise errors.UserError(f"{path}: two columns are named {twice!r}; keep one")
-    start = 1
-    for batch in file.iter_batches(columns=columns):
-      for i in range(batch.num_rows):
-        yield start + i, lambda batch=batch, i=i: _cells(batch, i)
-      start += batch.num_rows
-  except pyarrow.ArrowException as e:
-    reason = str(e).splitlines()[0]
-    raise errors.UserError(
-      f"{path}: not a readable Parquet file ({reason}); write it again"
-    ) from e
+    return _plain_text("id", values["id"])
+  except (TypeError, KeyError, row_files.Fault):
+    return None
 
 
-def _cells(batch: Any, i: int) -> dict[str, Any]:
-  try:
-    return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-  except UnicodeDecodeError as e:
-    raise _Reject("is not UTF-8") from e
-
-
-def _parse(raw: bytes) -> Any:
-  try:
-    text = raw.decode("utf-8")
-  except UnicodeDecodeError as e:
-    raise _Reject(f"is not UTF-8 (byte {e.start + 1} of the line)") from e
-  try:
-    return json.loads(
-      text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-    )
-  except json.JSONDecodeError as e:
-    raise _Reject(f"is not valid JSON: {e.msg} at column {e.colno}") from e
-  except (ValueError, RecursionError) as e:
-    raise _Reject(f"is not valid JSON: {e}") from e
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  row: dict[str, Any] = {}
-  for key, value in pairs:
-    if key in row:
-      raise _Reject(f"has the key {key!r} twice")
-    row[key] = value
-  return row
-
-
-def _refuse_constant(name: str) -> None:
-  raise _Reject(f"is not valid JSON: {name} is not a JSON number")
-
-
-def _question(row: bytes | Mapping[str, Any]) -> Question:
-  """A checked question from a raw JSONL line or a mapping, else _Reject."""
-  values = _parse(row) if isinstance(row, bytes) else row
-  if not isinstance(values, Mapping):
-    raise _Reject(f"is a JSON {type(values).__name__}, not an object; one row a line")
+def _question(values: Mapping[str, Any]) -> Question:
+  """A checked question, else row_files.Fault."""
   values = {key: value for key, value in values.items() if value is not None}
   has_question, has_messages = "question" in values, "messages" in values
   if has_question and has_messages:
-    raise _Reject("has both `question` and `messages`; keep one")
+    raise row_files.Fault("has both `question` and `messages`; keep one")
   messages: tuple[Message, ...]
   if has_question:
     messages = user_turn(_text("question", values["question"]))
   elif has_messages:
     messages = _messages(values["messages"])
   else:
-    raise _Reject(_missing("question", values))
+    raise row_files.Fault(_missing("question", values))
   if "answer" not in values:
-    raise _Reject(_missing("answer", values))
+    raise row_files.Fault(_missing("answer", values))
   answer = _text("answer", values["answer"])
   domain = _text("domain", values["domain"]) if "domain" in values else ""
   return Question(_id(values, domain, messages, answer), domain, messages, answer)
 
 
 def _missing(field: str, values: Mapping[str, Any]) -> str:
-  others = [key for key in values if key not in FIELDS]
-  near = difflib.get_close_matches(field, others, n=1)
-  wanted = "`question` (or `messages`)" if field == "question" else f"`{field}`"
-  return f"has no {wanted}" + (f"; rename {near[0]!r}" if near else "")
+  near = _near(field, values)
+  if field == "answer":
+    return "has no `answer`" + (f"; rename {near!r}" if near else "")
+  turns = None if near else _near("messages", values)
+  hint = f"; rename {near or turns!r}" if near or turns else ""
+  return f"has no `question` (or `messages`){hint}{' to `messages`' if turns else ''}"
+
+
+def _near(field: str, values: Mapping[str, Any]) -> str | None:
+  """Which of a row's other fields seems to be meant."""
+  others = {key.lower(): key for key in values if key not in (*FIELDS, field)}
+  usual = [key for key in (field, *USUAL.get(field, ())) if key in others]
+  near = [*usual, *difflib.get_close_matches(field, others, n=1)]
+  return others[near[0]] if near else None
 
 
 def _text(field: str, value: Any) -> str:
   if not isinstance(value, str):
-    raise _Reject(f"`{field}` is {type(value).__name__}, not text")
+    raise row_files.Fault(f"`{field}` is {type(value).__name__}, not text")
   # Spaces, control and zero-width characters alone are as empty as nothing.
   if all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in value):
-    raise _Reject(f"`{field}` is empty")
+    raise row_files.Fault(f"`{field}` is empty")
   try:
     value.encode()
   except UnicodeEncodeError as e:
-    raise _Reject(f"`{field}` holds half of a surrogate pair, which no text has") from e
+    raise row_files.Fault(
+      f"`{field}` holds half of a surrogate pair, which no text has"
+    ) from e
   return value
 
 
@@ -338,30 +327,34 @@ def text_fault(field: str, value: Any) -> str | None:
   """Why `read_questions` would refuse a value as the text of a field, or None."""
   try:
     _text(field, value)
-  except _Reject as reason:
+  except row_files.Fault as reason:
     return str(reason)
   return None
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
   if not isinstance(value, list) or not value:
-    raise _Reject("`messages` is not a non-empty list of {role, content}")
+    raise row_files.Fault("`messages` is not a non-empty list of {role, content}")
   messages = []
   for i, item in enumerate(value):
     at = f"messages[{i}]"
     if not isinstance(item, Mapping):
-      raise _Reject(f"`{at}` is not an object {{role, content}}")
+      raise row_files.Fault(f"`{at}` is not an object {{role, content}}")
     extra = [k for k, v in item.items() if k not in Message._fields and v]
     if extra:  # e.g. tool calls: dropping them would change what was said
-      raise _Reject(f"`{at}` has {extra[0]!r}; only role and content are supported")
+      raise row_files.Fault(
+        f"`{at}` has {extra[0]!r}; only role and content are supported"
+      )
     role = item.get("role")
     if role not in ROLES:
-      raise _Reject(f"`{at}.role` is {role!r}, not one of {', '.join(ROLES)}")
+      raise row_files.Fault(f"`{at}.role` is {role!r}, not one of {', '.join(ROLES)}")
     if role == "system" and i > 0:
-      raise _Reject(f"`{at}` is a system turn; only the first turn may be")
+      raise row_files.Fault(f"`{at}` is a system turn; only the first turn may be")
     messages.append(Message(role, _text(f"{at}.content", item.get("content"))))
   if messages[-1].role != "user":
-    raise _Reject("`messages` does not end with a user turn; the reply is `answer`")
+    raise row_files.Fault(
+      "`messages` does not end with a user turn; the reply is `answer`"
+    )
   return tuple(messages)
 
 
@@ -377,47 +370,57 @@ def _plain_text(field: str, value: Any) -> str:
   return _text(field, str(value) if field == "id" and whole else value)
 
 
-def _excerpt(row: Any) -> str:
-  return row.decode("utf-8", "replace").strip()[:500] if isinstance(row, bytes) else ""
-
-
-def _write_rejects(path: pathlib.Path, rejects: list[dict[str, Any]]) -> None:
-  if not rejects:
-    path.unlink(missing_ok=True)
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with durable.replacing(path) as temporary:
-    temporary.write_bytes(b"".join(_canonical(reject) + b"\n" for reject in rejects))
-
-
 def _check_rejects(
   path: pathlib.Path,
   kept: int,
-  rejects: list[dict[str, Any]],
+  found: Sequence[rejects.Reject],
+  unusable: str,
   threshold: float,
   rejects_path: str | os.PathLike[str] | None,
 ) -> None:
-  rows = kept + len(rejects)
-  if rows == 0:
+  """Raises UserError where rows may not be set aside, or none is left."""
+  total = kept + len(found)
+  if total == 0:
     raise errors.UserError(f"{path}: holds no rows; it needs at least one question")
-  if not rejects or (kept and len(rejects) <= threshold * rows):
+  kinds: dict[str, list[rejects.Reject]] = {}
+  for reject in found:
+    kinds.setdefault(reject.kind, []).append(reject)
+  unreadable = kinds.pop("unreadable", [])
+  if not kept:
+    first = found
+  elif unusable == "skip":
     return
-  first = rejects[0]
+  elif len(unreadable) > threshold * total:
+    first = unreadable
+  elif "repeated" in kinds:
+    raise errors.UserError(_repeated(kinds["repeated"]))
+  else:
+    first = kinds.get("refused", [])
+  if not first:
+    return
   where = f" (all in {rejects_path})" if rejects_path else ""
+  remedies = ["mend or delete them"]
+  if first is unreadable and kept:
+    remedies.append("raise data.reject_threshold")
+  if kept:
+    remedies.append("set data.unusable=skip to set them aside")
   raise errors.UserError(
-    f"{path}:{first['line']}: {first['reason']}; {len(rejects)} of {rows} rows are "
-    f"unusable{where}: mend or delete them, or raise data.reject_threshold"
+    f"{first[0]}; {len(first)} of {total} rows are unusable{where}: "
+    f"{', or '.join(remedies)}"
   )
 
 
-def _check_ids(path: pathlib.Path, repeats: list[tuple[int, str]]) -> None:
-  if repeats:
-    named = ", ".join(what for _, what in repeats[:5])
-    more = f" and {len(repeats) - 5} more" if len(repeats) > 5 else ""
-    raise errors.UserError(
-      f"{path}:{repeats[0][0]}: duplicate id: {named}{more}; give every row its own "
-      f"id or delete the repeats (a row without an id is known by its content)"
-    )
+def _repeated(found: Sequence[rejects.Reject]) -> str:
+  first = found[0].place
+  named = ", ".join(
+    f"{r.place.id!r} on line {r.place.line} {r.reason}" for r in found[:5]
+  )
+  more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+  return (
+    f"{first.file}:{first.line}: duplicate id: {named}{more}; give every row its own "
+    "id, delete the repeats (a row without an id is known by its content), or set "
+    "data.unusable=skip to keep the first of each"
+  )
 
 
 # Records out and back

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import raft_jax
@@ -31,9 +31,11 @@ from raft_jax import (
   records,
   refined_folder,
   refinement,
+  rejects,
   roles,
   schema,
   shards,
+  text,
 )
 
 WINDOW = 4096
@@ -101,20 +103,9 @@ def fit(
   folder.mkdir(exist_ok=True)
   if select_only is not None:
     return _select(run, folder, pathlib.Path(select_only))
-  questions = hashlib.sha256()
-
-  def see(q: records.Question) -> None:
-    questions.update(hashed(q))
-
-  count = records.check_questions(
-    run.data.questions,
-    limit=run.data.limit,
-    reject_threshold=run.data.reject_threshold,
-    rejects_path=folder / "rejects.jsonl",
-    keep=see,
-  )
+  checked, questions = _checked(run, folder / "rejects.jsonl")
   encoder = encode.load(run.refine.encoder)
-  inputs = _inputs(run, questions.hexdigest(), encoder)
+  inputs = _inputs(run, questions, checked, encoder)
   with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
       config.claim_output(run, "refine", CLAIMED)
@@ -122,13 +113,13 @@ def fit(
       return
     rewriter = _role("rewrite", run.refine.rewriter, run)
     method = _method(run, encoder, rewriter)
-    if count > WINDOW:
-      _check_lengths(run, rewriter)
+    if checked.usable > WINDOW:
+      _check_lengths(run, checked, rewriter)
     # Not before: what was wrong with the input so far binds no later run.
     config.claim_output(run, "refine", CLAIMED)
     calls = asking.Calls(book, run.refine.seed)
     with asking.at_work(calls):
-      refined = _refine_all(run, share, count, folder, calls, method)
+      refined = _refine_all(run, share, checked, folder, calls, method)
     if share != WHOLE:
       print(
         f"worker {share.worker} of {share.workers} is done; when all are, run the same "
@@ -140,9 +131,38 @@ def fit(
       "tokenizer": engines.codec(run.model.source).digest,
       "model": engines.identity(run.model.source),
       "encoder": encoder.identity,
-      "questions": questions.hexdigest(),
+      "questions": questions,
     }
     refined_folder.seal(run, folder, refined, refined_folder.costs(calls), meta)
+
+
+def _checked(run: config.Config, listed: pathlib.Path) -> tuple[records.Checked, str]:
+  """Which questions can be refined, and the digest of all that can be read.
+
+  What the chat template refuses, training could not learn from: it is not first found
+  when the models have done their work.
+  """
+  digest = hashlib.sha256()
+  codec = engines.codec(run.model.source)
+
+  def fault(question: records.Question) -> str | None:
+    try:
+      text.prompt_ids(codec, question.messages)
+    except errors.UserError as error:
+      return str(error)
+    return None
+
+  checked = records.check_questions(
+    run.data.questions,
+    limit=run.data.limit,
+    unusable=run.data.unusable,
+    reject_threshold=run.data.reject_threshold,
+    rejects_path=listed,
+    keep=lambda line, question: digest.update(hashed(question)),
+    fault=fault,
+  )
+  rejects.tell(checked.rejects, listed)
+  return checked, digest.hexdigest()
 
 
 def hashed(q: records.Question) -> bytes:
@@ -192,19 +212,33 @@ def _journal(run: config.Config, folder: pathlib.Path, share: Share) -> Any:
       yield book
 
 
-Method = Callable[[Sequence[records.Question], asking.Calls], Sequence[records.Refined]]
+Placed = tuple[int, records.Question]
+"""A question and its line."""
+Method = Callable[[Sequence[Placed], asking.Calls], Sequence[records.Refined]]
 
 
-def _check_lengths(run: config.Config, rewriter: asking.Role) -> None:
+def _rows(run: config.Config, checked: records.Checked) -> Iterator[Placed]:
+  """The questions to refine, in order."""
+  return records.rows(run.data.questions, limit=run.data.limit, without=checked.lines)
+
+
+def _name(run: config.Config, line: int, question: records.Question) -> str:
+  """What messages call a question."""
+  return f"{question.id} ({run.data.questions}:{line})"
+
+
+def _check_lengths(
+  run: config.Config, checked: records.Checked, rewriter: asking.Role
+) -> None:
   """Refuses a row that is too long now, not when its window's turn comes."""
   limit = rewriter.generator.prompt_limit
   if limit is None or run.data.too_long == "skip":
     return
-  for question in records.rows(run.data.questions, limit=run.data.limit):
+  for line, question in _rows(run, checked):
     prompt = refinement.rewrite_prompt(question, run.refine.prompt)
     count = rewriter.generator.count_tokens(records.user_turn(prompt))
     if count + rewriter.max_new_tokens > limit:
-      raise asking.too_long(rewriter, question.id, count)
+      raise asking.too_long(rewriter, _name(run, line, question), count)
 
 
 def _method(
@@ -215,10 +249,10 @@ def _method(
   judges = [_judge(each, run, encoder) for each in run.refine.judges]
 
   def method(
-    questions: Sequence[records.Question], calls: asking.Calls
+    placed: Sequence[Placed], calls: asking.Calls
   ) -> Sequence[records.Refined]:
     return refinement.refine(
-      questions,
+      [question for _, question in placed],
       rewriter=rewriter,
       fusion=fusion,
       judges=judges,
@@ -229,6 +263,7 @@ def _method(
       accept_at=run.refine.fusion.accept_at,
       calls=calls,
       skip_too_long=run.data.too_long == "skip",
+      names=[_name(run, *each) for each in placed],
     )
 
   return method
@@ -237,23 +272,22 @@ def _method(
 def _refine_all(
   run: config.Config,
   share: Share,
-  count: int,
+  checked: records.Checked,
   folder: pathlib.Path,
   calls: asking.Calls,
   method: Method,
 ) -> shards.Spool:
-  """The records of a worker's share of `count` rows, window by window.
+  """The records of a worker's share of the rows, window by window.
 
   One model is at work in memory at a time. A window that wants another waits until all
   windows have come as far as they can with this one: models are loaded once a pass over
   the file and not once a window.
   """
-  spool = shards.Spool(folder, len(range(share.worker, count, share.workers)))
-  calls.one_model = count > WINDOW
+  spool = shards.Spool(folder, len(range(share.worker, checked.usable, share.workers)))
+  calls.one_model = checked.usable > WINDOW
   while any(spool.missing(i) for i in range(0, len(spool), WINDOW)):
     calls.model = None
-    rows = records.rows(run.data.questions, limit=run.data.limit)
-    mine = itertools.islice(rows, share.worker, None, share.workers)
+    mine = itertools.islice(_rows(run, checked), share.worker, None, share.workers)
     for first in range(0, len(spool), WINDOW):
       window = list(itertools.islice(mine, WINDOW))
       if spool.missing(first):
@@ -296,7 +330,12 @@ def _judge(
   )
 
 
-def _inputs(run: config.Config, questions: str, encoder: encode.Encoder) -> str:
+def _inputs(
+  run: config.Config,
+  questions: str,
+  checked: records.Checked,
+  encoder: encode.Encoder,
+) -> str:
   """Digest of all that the shards depend on."""
   stages: list[schema.Asked] = [run.refine.fusion, *run.refine.judges]
   local = [stage for stage in stages if stage.engine != "openai"]
@@ -307,6 +346,7 @@ def _inputs(run: config.Config, questions: str, encoder: encode.Encoder) -> str:
     settings=config.values(run, (*CLAIMED, "refine.*.context_tokens")),
     records_per_shard=run.refine.records_per_shard,
     too_long=run.data.too_long,
+    refused=[r.place.id for r in checked.rejects if r.kind == "refused"],
     prompts=[judge.template(n).template for n in (run.refine.prompt, "fuse", "judge")],
     models=sorted(engines.identity(source) for source in models),
     encoder=encoder.identity,

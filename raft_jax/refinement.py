@@ -48,6 +48,7 @@ def refine(
   calls: asking.Calls,
   prompt: str = "rewrite",
   skip_too_long: bool = False,
+  names: Sequence[str] | None = None,
 ) -> list[records.Refined]:
   """Refines every question, in order.
 
@@ -58,9 +59,10 @@ def refine(
     prompt: name of the template that asks for a rewrite.
     skip_too_long: keep the original answer where the rewriter's prompt is too long for
       it, instead of raising UserError.
+    names: of the questions, for that error; None: their ids.
   """
-  names = None if skip_too_long else [question.id for question in questions]
-  rewrites = rewrite(questions, rewriter, encoder, calls, names, prompt)
+  named = None if skip_too_long else names or [question.id for question in questions]
+  rewrites = rewrite(questions, rewriter, encoder, calls, named, prompt)
   history: list[list[records.Round]] = [[] for _ in questions]
   still_open = [i for i, r in enumerate(rewrites) if passes(r.similarity, threshold)]
   for number in range(1, rounds + 1):

@@ -59,13 +59,18 @@ class Data(Section):
   """Budget of the teacher's context (answer and question), without the rollout."""
   too_long: Literal["error", "skip"] = "error"
   """What to do with a row over a budget; rows are never truncated."""
+  unusable: Literal["error", "skip"] = "error"
+  """What to do with a row that cannot be used: one whose turns the chat template
+  refuses, one with the id of another, or one too many that is unreadable. `skip` sets
+  it aside, with its line, id and reason in `rejects.jsonl`."""
   answers: Literal["original", "rewritten", "filtered", "refined"] = "refined"
   """Learn the answers of `questions`, or those that `refine` wrote: the model's rewrite
   where that is usable, the rewrite where it is also near enough, or the refined one."""
   buckets: Positive = 2
   """Number of padded widths a run may compile for."""
   reject_threshold: Probability = 0.01
-  """A larger share of unreadable rows stops the run."""
+  """A larger share of unreadable rows stops the run, unless `data.unusable` is
+  `skip`."""
 
 
 class Asked(Section):

@@ -42,6 +42,7 @@ from raft_jax import (
   judge,
   pairs,
   records,
+  rejects,
   roles,
   schema,
   sealed,
@@ -264,12 +265,14 @@ def fit(run: config.Config) -> None:
   settings = check(run)
   config.check_output(run, "synthesise", CLAIMED)
   folder = pathlib.Path(run.output) / "synthesised"
-  seeds = read_seeds(settings.seeds)
+  seeds, aside = read_seeds(settings.seeds, run.data.unusable)
   codec = engines.codec(run.model.source)
   encoder = encode.load(run.refine.encoder)
   inputs = _inputs(run, settings, seeds, encoder)
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
+  rejects.write(folder / "rejects.jsonl", aside)
+  rejects.tell(aside, folder / "rejects.jsonl")
   with journal.open_journal(folder / "journal.jsonl") as book:
     if sealed.inputs(folder) == inputs:
       config.claim_output(run, "synthesise", CLAIMED)
@@ -336,27 +339,38 @@ def check(run: config.Config) -> schema.Synthesise:
   return settings
 
 
-def read_seeds(path: str) -> list[str]:
-  """The seeds of a file, all of which must be usable: it is short.
+def read_seeds(
+  path: str, unusable: str = "error"
+) -> tuple[list[str], list[rejects.Reject]]:
+  """The seeds of a file, and the rows that are none.
+
+  Args:
+    unusable: "error": all must be usable, as there are few; "skip" sets others aside.
 
   Raises:
     UserError: names the row.
   """
   lines: dict[str, int] = {}
-  for line, row in records.read_texts(path, ("question",)):
-    fault = row if isinstance(row, str) else None
-    if isinstance(row, Mapping) and "question" not in row:
-      fault = "has no `question`"
-    if fault is not None or isinstance(row, str):
-      raise errors.UserError(f"{path}:{line}: {fault}; mend or delete the row")
-    seen = lines.setdefault(row["question"].strip(), line)
-    if seen != line:
-      raise errors.UserError(f"{path}:{line}: repeats row {seen}; delete one of them")
+  aside: list[rejects.Reject] = []
+  for line, row in records.read_texts(path, "question"):
+    fault = row
+    if not isinstance(row, rejects.Reject):
+      seen = lines.setdefault(row["question"].strip(), line)
+      if seen == line:
+        continue
+      place = rejects.Place(row.get("id"), path, line)
+      fault = rejects.Reject(place, f"repeats row {seen}", "repeated")
+    assert isinstance(fault, rejects.Reject)
+    if unusable == "error":
+      raise errors.UserError(
+        f"{fault}; mend or delete the row, or set data.unusable=skip to set it aside"
+      )
+    aside.append(fault)
   if len(lines) < 2:
     raise errors.UserError(
       f"{path}: holds {len(lines)} questions, and two are shown at a time; add some"
     )
-  return list(lines)
+  return list(lines), aside
 
 
 def _roles(

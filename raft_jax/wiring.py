@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from raft_jax import (
   objective,
   optim,
   recipe,
+  rejects,
   replay,
   schema,
   sharding,
@@ -46,6 +48,7 @@ CLAIMED = (
   "data.max_answer_tokens",
   "data.max_teacher_tokens",
   "data.too_long",
+  "data.unusable",
   "data.buckets",
   "method",
   *(
@@ -302,8 +305,9 @@ def prepare(config: config_lib.Config) -> Prepared:
   )
   if hosts.leads():
     config_lib.claim_output(config, "train", CLAIMED)
-  if found.skipped:
-    print(f"{found.skipped} rows are over a length budget and were skipped")
+    listed = pathlib.Path(config.output) / "rejects.jsonl"
+    rejects.write(listed, found.rejects)
+    rejects.tell(found.rejects, listed)
   if distil and config.distill.teacher_context == "paper":
     print(
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "

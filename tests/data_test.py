@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from raft_jax import data, errors, records, text
+from raft_jax import data, errors, records, rejects, text
 
+POLICIES = {"too_long": "error", "unusable": "error"}
 BUDGETS = {
   "max_prompt_tokens": 256,
   "max_answer_tokens": 256,
@@ -29,8 +30,8 @@ def encode(questions, codec, **options):
   return data.encode_rows(
     [(q.messages, q.answer) for q in questions],
     codec=codec,
-    names=[q.id for q in questions],
-    **({"teacher_context": "chat", "too_long": "error"} | BUDGETS | options),
+    places=[rejects.Place(q.id, "q.jsonl", i) for i, q in enumerate(questions, 1)],
+    **({"teacher_context": "chat"} | POLICIES | BUDGETS | options),
   )
 
 
@@ -90,7 +91,8 @@ def test_too_long_is_an_error_that_names_row_lengths_and_keys(questions, codec):
   with pytest.raises(errors.UserError) as caught:
     encode(questions, codec, max_answer_tokens=limit)
   assert str(caught.value) == (
-    f"row {questions[first].id!r} is too long: answer of {answers[first]} tokens > "
+    f"q.jsonl:{first + 1}: row {questions[first].id!r} is too long: answer of "
+    f"{answers[first]} tokens > "
     f"data.max_answer_tokens={limit} ({over} of {len(rows)} rows are over a budget); "
     f"set data.max_answer_tokens={max(answers)} to fit all, or data.too_long=skip to "
     "leave them out"
@@ -109,7 +111,7 @@ def test_a_budget_is_inclusive_and_skipping_keeps_row_ids(questions, codec):
   kept, skipped = encode(questions, codec, **options)
   assert kept == [row for row in whole if len(row.prompt) < longest]
   gone = [questions[row.row_id].id for row in whole if len(row.prompt) == longest]
-  assert skipped == gone != []
+  assert [reject.place.id for reject in skipped] == gone != []
   with pytest.raises(errors.UserError, match="no row is left of 120"):
     encode(questions, codec, max_prompt_tokens=1, too_long="skip")
 

@@ -186,9 +186,10 @@ def test_duplicate_ids_name_the_first_five(tmp_path):
   lines = [GOOD] + [GOOD.replace(b"order", b"%d" % i) for i in range(7)]
   message = refused(write(tmp_path, *lines))
   assert (
-    "q.jsonl:2: duplicate id: 'a' on lines 1 and 2, 'a' on lines 1 and 3" in message
+    "q.jsonl:2: duplicate id: 'a' on line 2 has the id of line 1, 'a' on line 3 has"
+    in message
   )
-  assert "lines 1 and 6 and 2 more; give every row its own id" in message
+  assert "line 6 has the id of line 1 and 2 more; give every row its own id" in message
 
 
 def test_missing_ids_come_from_content(tmp_path):
@@ -216,7 +217,7 @@ def test_parquet_reads_like_jsonl(tmp_path, law):
   assert records.read_questions(path) == records.read_questions(jsonl)
   rows[20]["answer"] = " "
   parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=10)
-  assert f"{path}:21: `answer` is empty" in refused(path)
+  assert f"{path}:21: row {rows[20]['id']!r}: `answer` is empty" in refused(path)
 
 
 def test_parquet_with_two_columns_of_a_name(tmp_path):

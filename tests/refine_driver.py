@@ -78,6 +78,18 @@ class BagOfWords:
     return [len(text) > 200 for text in texts]
 
 
+class Tokenizer:
+  """Words for tokens, and no chat template to speak of."""
+
+  chat_template = ""
+
+  def __call__(self, text, **_):
+    return {"input_ids": text.split()}
+
+  def apply_chat_template(self, messages, **_):
+    return messages[-1]["content"]
+
+
 def make_config(folder: pathlib.Path, questions: pathlib.Path) -> config.Config:
   return config.Config.model_validate(
     {
@@ -94,11 +106,21 @@ def make_config(folder: pathlib.Path, questions: pathlib.Path) -> config.Config:
   )
 
 
+REPLACED = (
+  (jax_engine, "load"),
+  (engines, "identity"),
+  (engines, "codec"),
+  (encode, "load"),
+)
+"""What `script` puts something else in the place of."""
+
+
 def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
   jax_engine.load = lambda source, dtype, batch_size: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source: types.SimpleNamespace(digest="none")
+  codec = types.SimpleNamespace(digest="none", tokenizer=Tokenizer(), controls=())
+  engines.codec = lambda source: codec
   encode.load = lambda source: BagOfWords(log)
 
 

@@ -22,7 +22,6 @@ from raft_jax import (
   engines,
   errors,
   examples,
-  jax_engine,
   journal,
   judge,
   records,
@@ -429,12 +428,7 @@ def test_a_signal_keeps_the_running_micro_batch_and_a_second_ends_at_once(
 def scripted(tmp_path, questions, monkeypatch):
   """A config and the log of its scripted models, in this process."""
   log = tmp_path / "log"
-  for module, name in (
-    (jax_engine, "load"),
-    (engines, "identity"),
-    (engines, "codec"),
-    (encode, "load"),
-  ):
+  for module, name in refine_driver.REPLACED:
     monkeypatch.setattr(module, name, getattr(module, name))
   refine_driver.script(log)
   return refine_driver.make_config(tmp_path / "out", questions), log
@@ -647,7 +641,9 @@ def test_a_long_row_of_a_late_window_is_refused_before_anything_is_asked(
   rows[-1] = json.dumps({"id": "late", "question": "Why?", "answer": "word " * 10_000})
   questions.write_text("\n".join(rows))
   monkeypatch.setattr(refine, "WINDOW", 5)
-  with pytest.raises(errors.UserError, match="question late: the rewrite prompt has 1"):
+  with pytest.raises(
+    errors.UserError, match=r"question late \(.*\.jsonl:12\): the rewrite prompt has 1"
+  ):
     refine.fit(run)
   assert not log.exists()
 

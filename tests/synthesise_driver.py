@@ -35,18 +35,6 @@ class Scripted(refine_driver.Scripted):
     return engines.Completion(said, reason, 10, len(said.split()))
 
 
-class Tokenizer:
-  """Words for tokens, and no chat template to speak of."""
-
-  chat_template = ""
-
-  def __call__(self, text, **_):
-    return {"input_ids": text.split()}
-
-  def apply_chat_template(self, messages, **_):
-    return messages[-1]["content"]
-
-
 def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> config.Config:
   return config.Config.model_validate(
     {
@@ -73,7 +61,9 @@ def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> config.Con
 
 def script(log: pathlib.Path) -> None:
   """Puts the scripted model in the place of the real ones, for this process."""
-  codec = types.SimpleNamespace(tokenizer=Tokenizer(), controls=(), eos_ids=(0,))
+  codec = types.SimpleNamespace(
+    tokenizer=refine_driver.Tokenizer(), controls=(), eos_ids=(0,)
+  )
   jax_engine.load = lambda source, dtype, batch_size: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
   engines.codec = lambda source: codec

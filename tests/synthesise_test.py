@@ -212,7 +212,7 @@ def test_every_draft_is_accounted_for(scripted):
   run, log = scripted
   synthesise.fit(run)
   kept, dropped = _read(run, "questions"), _read(run, "dropped")
-  seeds = synthesise.read_seeds(str(SEEDS))
+  seeds, _ = synthesise.read_seeds(str(SEEDS))
   assert len(seeds) == 20
   asked = [*(row["source"] for row in kept), *dropped]
   assert len({(*row["seeds"], row["round"]) for row in asked}) == len(asked) == 40
