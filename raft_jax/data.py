@@ -91,12 +91,8 @@ def encode_rows(
   rows: list[Row] = []
   over: list[Row] = []
   for row_id, (messages, answer) in enumerate(examples):
-    row = Row(
-      tuple(text.prompt_ids(codec, messages)),
-      tuple(text.answer_ids(codec, answer)),
-      tuple(text.teacher_ids(codec, messages, answer, teacher_context)),
-      row_id,
-    )
+    prompt, learned, teacher = text.row_ids(codec, messages, answer, teacher_context)
+    row = Row(tuple(prompt), tuple(learned), tuple(teacher), row_id)
     fits = all(have <= limit for have, limit in zip(_lengths(row), limits))
     (rows if fits else over).append(row)
   if over and too_long == "error":

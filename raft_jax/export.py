@@ -279,6 +279,7 @@ def export(config: config_lib.Config) -> Exported:
       rank=config.lora.rank,
       alpha=config.lora.alpha,
       base_name=hub_name(source),
+      template=config.model.chat_template,
       card=card(config, step),
       overwrite=True,
     )
@@ -286,9 +287,15 @@ def export(config: config_lib.Config) -> Exported:
     folder = output / "export"
     params, step = outcome.load(config, decoder)
     hf_export.save(
-      folder, params, decoder, source, card=card(config, step), overwrite=True
+      folder,
+      params,
+      decoder,
+      source,
+      template=config.model.chat_template,
+      card=card(config, step),
+      overwrite=True,
     )
-  size = sum(path.stat().st_size for path in folder.iterdir())
+  size = sum(path.stat().st_size for path in folder.rglob("*"))
   return Exported(folder, size, hf_export.count_tensors(folder))
 
 

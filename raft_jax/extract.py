@@ -39,6 +39,7 @@ from raft_jax import (
 
 CLAIMED = (
   "model.source",
+  "model.chat_template",
   "model.dtype",
   *(
     f"extract.{key}"
@@ -150,7 +151,7 @@ def fit(run: config.Config) -> None:
     settings.documents, text_field=settings.text_field, domain=settings.domain
   )
   documents.check(settings.documents, len(found), unusable, run.data.reject_threshold)
-  codec = engines.codec(run.model.source)
+  codec = engines.codec(run.model.source, run.model.chat_template)
   inputs = _inputs(run, settings, found, unusable)
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
@@ -228,6 +229,7 @@ def _inputs(
     unusable=unusable,
     settings=settings.model_dump(mode="json"),
     dtype=run.model.dtype,
+    chat_template=run.model.chat_template,
     prompts=[judge.template(name).template for name in ("write", "verify")],
     models=sorted(engines.identity(source) for source in models),
   )

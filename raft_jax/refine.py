@@ -51,6 +51,7 @@ ENGINES = tuple(
 )
 CLAIMED = (
   "model.source",
+  "model.chat_template",
   "model.dtype",
   "data.questions",
   "refine.prompt",
@@ -137,7 +138,7 @@ def fit(
       return
     meta = {
       "inputs": inputs,
-      "tokenizer": engines.codec(run.model.source).digest,
+      "tokenizer": engines.codec(run.model.source, run.model.chat_template).digest,
       "model": engines.identity(run.model.source),
       "encoder": encoder.identity,
       "questions": questions.hexdigest(),

@@ -40,6 +40,7 @@ ROOMS = [
   "lora",
   "gguf_file",
   "hf",
+  "chat_template",
   "hf_tokenizer",
   "hf_export",
   "text",
@@ -133,7 +134,7 @@ FENCES = {
   "semantic_text_splitter": {"documents"},
   "matplotlib": {"figures", "curves"},
   # Chat templates, and pages.
-  "jinja2": {"hf_tokenizer", "text", "pages", "harness_model"},
+  "jinja2": {"pages"},
   "pickle": set(),
   "cloudpickle": set(),
   "dill": set(),

@@ -44,7 +44,10 @@ class Tokenizer:
     return {"input_ids": text.split()}
 
   def apply_chat_template(self, messages, **_):
-    return messages[-1]["content"]
+    return " ".join(message["content"] for message in messages)
+
+  def decode(self, ids, **_):
+    return f"<{ids}>"
 
 
 def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> config.Config:
@@ -73,10 +76,12 @@ def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> config.Con
 
 def script(log: pathlib.Path) -> None:
   """Puts the scripted model in the place of the real ones, for this process."""
-  codec = types.SimpleNamespace(tokenizer=Tokenizer(), controls=(), eos_ids=(0,))
-  jax_engine.load = lambda source, dtype, batch_size: Scripted(source, log)
+  codec = types.SimpleNamespace(
+    tokenizer=Tokenizer(), controls=(), eos_ids=(0,), plain=None, vocab_size=None
+  )
+  jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source: codec
+  engines.codec = lambda source, template: codec
   encode.load = lambda source: refine_driver.BagOfWords(log.with_name("embedded"))
 
 
