@@ -195,7 +195,7 @@ class Vocabulary(NamedTuple):
   chat_template: str | dict[str, str] | None
 
 
-def _templates(reader: gguf.GGUFReader) -> str | dict[str, str] | None:
+def templates(reader: gguf.GGUFReader) -> str | dict[str, str] | None:
   """The chat template; by name, as transformers has it, where there are several."""
   default = _value(reader, "tokenizer.chat_template")
   names = _value(reader, "tokenizer.chat_templates")
@@ -231,5 +231,5 @@ def vocabulary(path: pathlib.Path) -> Vocabulary:
     added={token: t == control for token, t in typed if t in (control, defined)},
     special_ids={role: index for role, index in ids.items() if index is not None},
     add_bos=meta("add_bos_token"),
-    chat_template=_templates(reader),
+    chat_template=templates(reader),
   )

@@ -92,12 +92,20 @@ def load(source: str, template: str | None = None) -> Codec:
     raise errors.UserError(
       f"model {source}: no token ends an answer; set eos_token in tokenizer_config.json"
     )
-  vocab_size = hf_tokenizer.vocab_size(source)
+  return of(tokenizer, eos_ids, hf_tokenizer.vocab_size(source))
+
+
+def of(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  eos_ids: tuple[int, ...],
+  vocab_size: int | None = None,
+) -> Codec:
+  """The codec of a tokenizer whose chat template is the one to use."""
   pad_id = tokenizer.pad_token_id
   if pad_id is None or (vocab_size is not None and pad_id >= vocab_size):
     pad_id = eos_ids[0]
   backend = tokenizer.backend_tokenizer.to_str()
-  content = backend + "\0" + tokenizer.chat_template
+  content = f"{backend}\0{tokenizer.chat_template}"
   steering = controls(tokenizer, eos_ids)
   return Codec(
     tokenizer=tokenizer,
@@ -234,7 +242,12 @@ def turn_ids(
     UserError: the template refuses the messages; its prompt is no part of the finished
       conversation; or it drops a part of the answer.
   """
-  asked, said, mark = _turn(codec, messages, answer)
+  return _learned(codec, *_turn(codec, messages, answer))
+
+
+def _learned(
+  codec: Codec, asked: str, said: str, mark: str
+) -> tuple[list[int], list[int]]:
   prompt = _pieces(codec, asked, mark)
   whole = _pieces(codec, asked + said, mark)
   learned = whole[len(prompt) :]
@@ -349,19 +362,21 @@ def row_ids(
     UserError: as `turn_ids`, of the student's prompt or the teacher's context; or the
       template writes an answer in another way behind the one than behind the other.
   """
-  prompt, learned = turn_ids(codec, messages, answer)
-  if form in ("paper", "none"):  # raw text that no template writes, or the same prompt
+  asked, said, mark = _turn(codec, messages, answer)
+  prompt, learned = _learned(codec, asked, said, mark)
+  if form == "none":
+    return prompt, learned, prompt
+  if form == "paper":  # raw text that no template writes
     return prompt, learned, teacher_ids(codec, messages, answer, form)
-  shown = taught(messages, answer, form)
-  read, follows = turn_ids(codec, shown, answer)
-  if follows != learned:
+  read, follows, its_mark = _turn(codec, taught(messages, answer, form), answer)
+  said, follows = _seen(codec, said, mark), _seen(codec, follows, its_mark)
+  if follows != said:
     raise errors.UserError(
       "the model's chat template writes the answer as "
-      f"{codec.tokenizer.decode(learned)[:200]!r} behind the question, and as "
-      f"{codec.tokenizer.decode(follows)[:200]!r} behind what the teacher reads; "
-      "choose another template by model.chat_template"
+      f"{said[:200]!r} behind the question, and as {follows[:200]!r} behind what the "
+      "teacher reads; choose another template by model.chat_template"
     )
-  return prompt, learned, read
+  return prompt, learned, _pieces(codec, read, its_mark)
 
 
 def teacher_ids(

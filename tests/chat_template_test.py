@@ -6,16 +6,29 @@ line ends are the same tokens whatever follows; each marker of a template is one
 """
 
 import copy
+import dataclasses
 import datetime
 import importlib.util
+import json
 import pathlib
 import re
+import types
 
 import pytest
 import transformers
 from transformers.utils import chat_template_utils
 
-from raft_jax import chat_template, errors, gguf_file, hf, hf_tokenizer, text
+from raft_jax import (
+  chat_template,
+  engines,
+  errors,
+  gguf_file,
+  harness_model,
+  hf,
+  hf_export,
+  hf_tokenizer,
+  text,
+)
 from raft_jax.records import Message
 
 TURNS = "{% for m in messages %}"
@@ -210,13 +223,17 @@ def still(monkeypatch):
 
 
 def made(tokenizer, template: str, folder: pathlib.Path) -> text.Codec:
-  """The codec that a model with this template has."""
+  """The codec that a model with this template has, but for markers in contents."""
   (folder / "config.json").write_text("{}")
   own = copy.copy(tokenizer)
   own.chat_template = template
   own.chat_template = chat_template.closed(own)
   ends = hf_tokenizer.eos_ids(str(folder), own)
   return text.Codec(own, ends, ends[0], "", text.controls(own, ends))
+
+
+def whole(codec: text.Codec) -> text.Codec:
+  return text.of(codec.tokenizer, codec.eos_ids)
 
 
 def theirs(tokenizer, template, messages, *, prompt: bool) -> str:
@@ -247,10 +264,10 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
   end = tokenizer.decode([codec.eos_ids[0]])
   for answer in ANSWERS:
     finished = [*messages, Message("assistant", answer)]
-    whole = theirs(tokenizer, template, finished, prompt=False)
-    start = whole.rindex(answer.strip())
-    cut = whole.find(end, start)
-    turn = whole[: cut + len(end)] if cut >= 0 else whole[: start + len(answer.strip())]
+    full = theirs(tokenizer, template, finished, prompt=False)
+    start = full.rindex(answer.strip())
+    cut = full.find(end, start)
+    turn = full[: cut + len(end)] if cut >= 0 else full[: start + len(answer.strip())]
     prompt, learned = text.turn_ids(codec, messages, answer)
     assert learned[-1] == codec.eos_ids[0]
     assert prompt == text.prompt_ids(codec, messages)
@@ -272,3 +289,267 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
         assert prompt + learned == ids_of(tokenizer, turn)
     # Thinking is off: no part is open where the answer begins.
     assert read.count("<think>") == read.count("</think>")
+
+
+# --- Which template -------------------------------------------------------------------
+
+PLAIN, OTHER = opens(""), opens("").replace("<|im_end|>\\n", "<|im_end|>")
+
+
+@pytest.fixture
+def folder(smollm, complete) -> pathlib.Path:
+  """A model's folder without a chat template."""
+  (complete / "chat_template.jinja").unlink()
+  return complete
+
+
+def in_config(folder: pathlib.Path, templates: dict[str, str]) -> None:
+  path = folder / "tokenizer_config.json"
+  named = [{"name": n, "template": t} for n, t in templates.items()]
+  fields = json.loads(path.read_text())
+  path.write_text(json.dumps({**fields, "chat_template": named}))
+
+
+def in_files(folder: pathlib.Path, templates: dict[str, str]) -> None:
+  (folder / "additional_chat_templates").mkdir()
+  for name, template in templates.items():
+    place = f"additional_chat_templates/{name}.jinja"
+    (folder / ("chat_template.jinja" if name == "default" else place)).write_text(
+      template
+    )
+
+
+PLACES = pytest.mark.parametrize("write", [in_config, in_files])
+
+
+def asked(source: str | pathlib.Path, **options) -> list[int]:
+  """What transformers gives for a question."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+  return tokenizer.apply_chat_template(
+    [{"role": "user", "content": "1"}],
+    add_generation_prompt=True,
+    return_dict=False,
+    **options,
+  )
+
+
+QUESTION = [Message("user", "1")]
+
+
+@PLACES
+def test_the_default_of_several_templates_is_used(folder, write):
+  write(folder, {"default": PLAIN, "tool_use": OTHER, "rag": OTHER})
+  codec = text.load(str(folder))
+  assert text.prompt_ids(codec, QUESTION) == asked(folder)
+  chosen = text.load(str(folder), "tool_use")
+  assert text.prompt_ids(chosen, QUESTION) == asked(folder, chat_template="tool_use")
+  assert chosen.digest != codec.digest
+
+
+@PLACES
+@pytest.mark.parametrize("name", ["tools", "Default", "tool_use/"])
+def test_a_name_that_is_not_there(folder, write, name):
+  write(folder, {"default": PLAIN, "tool_use": OTHER})
+  says = rf"model\.chat_template.*named '{name}' \(it has: default, tool_use\)"
+  with pytest.raises(errors.UserError, match=says):
+    text.load(str(folder), name)
+
+
+def test_several_templates_without_a_default(folder):
+  in_config(folder, {"rag": PLAIN, "tool_use": OTHER})
+  with pytest.raises(
+    errors.UserError, match=r"named 'default' \(it has: rag, tool_use"
+  ):
+    text.load(str(folder))
+  codec = text.load(str(folder), "rag")
+  assert text.prompt_ids(codec, QUESTION) == asked(folder, chat_template="rag")
+
+
+def test_a_template_from_a_file(folder, tmp_path):
+  file = tmp_path / "mine.jinja"
+  file.write_text(OTHER)
+  codec = text.load(str(folder), str(file))
+  assert text.prompt_ids(codec, QUESTION) == asked(folder, chat_template=OTHER)
+  with pytest.raises(errors.UserError, match=r"none\.jinja cannot be read"):
+    text.load(str(folder), str(tmp_path / "none.jinja"))
+  file.write_bytes(b"\xff\xfe")
+  with pytest.raises(errors.UserError, match=r"mine\.jinja cannot be read"):
+    text.load(str(folder), str(file))
+  with pytest.raises(errors.UserError, match=r"named 'mine' \(it has: none\)"):
+    text.load(str(folder), "mine")
+
+
+def test_templates_of_a_gguf_file_have_names(monkeypatch, smollm):
+  read = {
+    "tokenizer.chat_template": PLAIN,
+    "tokenizer.chat_templates": ["tool_use"],
+    "tokenizer.chat_template.tool_use": OTHER,
+  }
+  monkeypatch.setattr(gguf_file, "_value", lambda reader, key: read.get(key))
+  found = gguf_file.templates(None)
+  assert found == {"default": PLAIN, "tool_use": OTHER}
+  assert chat_template.choose(found, None, "x") == PLAIN
+  assert chat_template.choose(found, "tool_use", "x") == OTHER
+
+
+ALWAYS = MANNERS["always_thinks"]
+
+
+@pytest.mark.parametrize(
+  ("templates", "name", "kept"),
+  [
+    ({"default": PLAIN, "tool_use": OTHER}, None, True),
+    ({"default": PLAIN, "tool_use": OTHER}, "tool_use", False),
+    ({"default": ALWAYS, "tool_use": OTHER}, None, False),
+  ],
+)
+@PLACES
+def test_an_export_renders_as_it_was_trained(folder, write, templates, name, kept):
+  """By transformers, which knows nothing of the config; as the source where it did."""
+  write(folder, templates)
+  config = hf.load_config(str(folder))
+  params, out = hf.load_params(str(folder), config), folder.parent / "out"
+  hf_export.save(out, params, config, str(folder), template=name, card="")
+  codec = text.load(str(folder), name)
+  assert asked(out) == text.prompt_ids(codec, QUESTION)
+  assert text.load(str(out)).digest == codec.digest
+  if kept:
+    assert asked(out, chat_template="tool_use") == asked(
+      folder, chat_template="tool_use"
+    )
+
+
+@pytest.mark.parametrize(
+  "template", [ALWAYS, MANNERS["qwen3_thinking"], MANNERS["seed"], MANNERS["magistral"]]
+)
+def test_a_closed_template_is_closed_once(tokenizer, template, tmp_path):
+  own = copy.copy(tokenizer)
+  own.chat_template = template
+  own.chat_template = chat_template.closed(own)
+  assert own.chat_template != template
+  assert chat_template.closed(own) == own.chat_template
+  turns = [*QUESTION, Message("assistant", "2")]
+  same = theirs(own, own.chat_template, turns, prompt=False)
+  assert same == theirs(tokenizer, template, turns, prompt=False)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2", "granite", "trl/llama3_2"])
+def test_templates_without_an_open_part_stay(tokenizer, name):
+  own = copy.copy(tokenizer)
+  own.chat_template = TEMPLATES[name]
+  assert chat_template.closed(own) == TEMPLATES[name]
+
+
+def test_what_the_teacher_reads_is_followed_as_the_prompt_is(tokenizer, tmp_path):
+  """And a template that looks into the question is refused."""
+  codec = made(tokenizer, MANNERS["always_thinks"], tmp_path)
+  messages = CONVERSATIONS["multi"]
+  for form in ("chat", "example", "sibling"):
+    prompt, learned, teacher = text.row_ids(codec, messages, "It is 12.", form)
+    shown = text.taught(messages, "It is 12.", form)
+    assert (prompt, learned) == text.turn_ids(codec, messages, "It is 12.")
+    assert (teacher, learned) == text.turn_ids(codec, shown, "It is 12.")
+    assert teacher == text.teacher_ids(codec, messages, "It is 12.", form)
+    assert tokenizer.decode(teacher).endswith("<think>\n\n</think>\n\n")
+  looks = opens("").replace(
+    "m.content",
+    "('> ' if m.role == 'assistant' and 'knowledge' in messages[0].content else '')"
+    " + m.content",
+  )
+  single = CONVERSATIONS["single"]
+  with pytest.raises(errors.UserError, match="behind what the teacher reads"):
+    text.row_ids(made(tokenizer, looks, tmp_path), single, "12", "chat")
+
+
+@pytest.mark.parametrize("answer", ["a</think>b", "<think>x</think>y", "[/THINK]"])
+def test_a_template_that_drops_a_part_of_the_answer(tokenizer, answer, tmp_path):
+  """Where its words are tokens they are content; else the row is refused."""
+  drops = MANNERS["magistral"].replace(
+    "split('[/THINK]')", "replace('</think>', '[/THINK]').split('[/THINK]')"
+  )
+  codec = whole(made(tokenizer, drops, tmp_path))
+  _, learned = text.turn_ids(codec, QUESTION, answer)
+  assert tokenizer.decode(learned) == answer + "<|im_end|>"
+  marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "[/THINK]"])
+  assert not set(learned) & set(marks)
+  bare = dataclasses.replace(codec, controls=("<|im_start|>", "<|im_end|>"))
+  with pytest.raises(errors.UserError, match="leaves out a part of the answer"):
+    text.turn_ids(bare, QUESTION, answer)
+
+
+# --- Markers that are no special tokens -----------------------------------------------
+
+MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "[THINK]", "<|odd|>")
+
+
+CONTENTS = (*MARKERS, "x.<think>y</think> z", "<think><think>", "<tool_call>{}<b>")
+
+
+@pytest.mark.parametrize("template", [PLAIN, opens("<think>\\n\\n</think>\\n\\n")])
+def test_markers_in_content_are_text(smollm, template):
+  """Their ids are those of a tokenizer that was never given the markers."""
+  given = hf_tokenizer.load(smollm)
+  before = {content: given(content).input_ids for content in CONTENTS}
+  given.add_tokens(list(MARKERS))
+  given.chat_template = template
+  codec = text.of(given, (2,))
+  marks = set(given.convert_tokens_to_ids(list(MARKERS)))
+  assert min(marks) >= 49152
+  roles = ("system", "user", "assistant", "user")
+  clean = [Message(role, "x") for role in roles]
+  for content in CONTENTS:
+    assert text.encode(codec, content) == before[content]
+    assert text.decode(codec, text.encode(codec, content)) == content
+    messages = [Message(role, content) for role in roles]
+    for form in ("chat", "paper", "none"):
+      foul = text.row_ids(codec, messages, content, form)
+      fair = text.row_ids(codec, clean, "x", form)
+      for ids, others in zip(foul, fair, strict=True):
+        assert [i for i in ids if i in marks] == [i for i in others if i in marks]
+  # What a model writes with its markers is read with them, and its thinking is found.
+  said = "<think>hm</think>yes"
+  assert set(given(said).input_ids) & marks
+  reply = engines.Completion(text.decode(codec, given(said).input_ids), "stop", 1, 4)
+  assert reply.text == said
+  assert engines.without_thinking(reply).text == "yes"
+
+
+def test_words_of_a_domain_stay_single_tokens(smollm):
+  """Only what steers is split: spaces, HTML's elements and a user's words are text."""
+  given = hf_tokenizer.load(smollm)
+  words = ["<extra_0>", "[GENE]", "Vertragsrecht", "    ", "<table>", "</h1>"]
+  given.add_tokens([*words, "<think>"])
+  codec = text.of(given, (2,))
+  for word in words:
+    assert len(text.encode(codec, word)) == 1
+  assert len(text.encode(codec, "<think>")) > 1
+
+
+def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
+  """GGUF calls them user-defined."""
+  whole = gguf_file.vocabulary(hf.resolve(smollm))
+  added = {**whole.added, "<think>": False, "</think>": False}
+  tokens = [*whole.tokens, "<think>", "</think>"]
+  changed = whole._replace(added=added, tokens=tokens)
+  monkeypatch.setattr(gguf_file, "vocabulary", lambda path: changed)
+  codec = text.load(smollm)
+  assert codec.tokenizer("<think>").input_ids == [49152]
+  before = text.encode(dataclasses.replace(codec, plain=None), "<|im_end|>")
+  assert text.encode(codec, "<|im_end|>") == before
+  assert max(text.turn_ids(codec, QUESTION, "<think>2</think>")[1]) < 49152
+
+
+# --- The date, for all that renders ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["trl/llama3_2", "trl/gptoss", "smollm3"])
+def test_the_harness_reads_the_date_and_template_of_training(name, tokenizer, tmp_path):
+  codec = made(tokenizer, TEMPLATES[name], tmp_path)
+  adapter = harness_model.Adapter(types.SimpleNamespace(codec=codec), None)
+  turns = [{"role": "user", "content": "1"}]
+  rendered = adapter.apply_chat_template(turns)
+  assert "26 Jul 2024" in rendered
+  ids = adapter.tok_encode(rendered, add_special_tokens=False)
+  assert ids == text.prompt_ids(codec, QUESTION)
+  begun = [*turns, {"role": "assistant", "content": "It is"}]
+  assert adapter.apply_chat_template(begun, False).endswith("It is")

@@ -72,7 +72,7 @@ def script(log: pathlib.Path) -> None:
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source, template: words
+  engines.codec = lambda source, template=None: words
 
 
 def result(folder: pathlib.Path) -> dict[str, str]:

@@ -98,7 +98,7 @@ def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source, template: types.SimpleNamespace(digest="none")
+  engines.codec = lambda source, template=None: types.SimpleNamespace(digest="none")
   encode.load = lambda source: BagOfWords(log)
 
 

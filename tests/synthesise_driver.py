@@ -81,7 +81,7 @@ def script(log: pathlib.Path) -> None:
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source, template: codec
+  engines.codec = lambda source, template=None: codec
   encode.load = lambda source: refine_driver.BagOfWords(log.with_name("embedded"))
 
 
