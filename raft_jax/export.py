@@ -21,6 +21,7 @@ from raft_jax import (
   errors,
   hf,
   hf_export,
+  hf_tokenizer,
   hosts,
   outcome,
   schema,
@@ -100,8 +101,10 @@ print(tokenizer.decode(answer[0, start:], skip_special_tokens=True))
 """
 
 USE_MODEL = f"""\
-The model keeps the chat template of the model that it was made from. `FOLDER` is where
-this file lies.
+The folder holds the chat template that the model was trained with: that of the model
+that it was made from, or `chat_template.jinja` where another was chosen, or where its
+own opens a thinking part in every prompt (here it is closed, as in training). `FOLDER`
+is where this file lies.
 
 ```python
 import transformers
@@ -117,7 +120,8 @@ vllm serve FOLDER
 
 USE_ADAPTER = f"""\
 This is a LoRA adapter (arXiv 2106.09685). `BASE` is the model that it was trained on,
-`FOLDER` is where this file lies.
+`FOLDER` is where this file lies. If it holds a `chat_template.jinja`, the adapter was
+trained with that: set `tokenizer.chat_template` to its text.
 
 ```python
 import peft
@@ -279,7 +283,7 @@ def export(config: config_lib.Config) -> Exported:
       rank=config.lora.rank,
       alpha=config.lora.alpha,
       base_name=hub_name(source),
-      template=config.model.chat_template,
+      template=hf_tokenizer.changed_template(source, config.model.chat_template),
       card=card(config, step),
       overwrite=True,
     )

@@ -90,10 +90,11 @@ def save(
     _write_weights(temporary, leaves, plan, kind)
     _write_config(temporary, fields, config, dtype)
     ends = hf_tokenizer.eos_ids(source, tokenizer)
-    _write_generation_config(temporary, path, tokenizer, ends)
+    _write_generation_config(temporary, path, tokenizer, ends, config.vocab_size)
     _write_tokenizer(temporary, path, tokenizer)
-    if tokenizer.chat_template != hf_tokenizer.own_template(source):
-      _write_template(temporary, tokenizer.chat_template)
+    changed = hf_tokenizer.changed_template(source, template)
+    if changed is not None:
+      _write_template(temporary, changed)
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -120,8 +121,7 @@ def save_adapter(
     config: of the base model.
     source: the base model, as for `hf.resolve`.
     base_name: what the adapter's config calls the base model.
-    template: which chat template, as `model.chat_template`; written where it is not the
-      one that the base model's files name.
+    template: the chat template that lies beside it; None for the base model's own.
     card: content of README.md.
 
   Raises:
@@ -139,9 +139,8 @@ def save_adapter(
   with _replacing(target, need) as temporary:
     _write_tensors(temporary / ADAPTER_FILE, tensors)
     _write_json(temporary / "adapter_config.json", described)
-    tokenizer = hf_tokenizer.load(source, template)
-    if tokenizer.chat_template != hf_tokenizer.own_template(source):
-      (temporary / TEMPLATE_FILE).write_text(tokenizer.chat_template, encoding="utf-8")
+    if template is not None:
+      (temporary / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -257,11 +256,16 @@ def _write_generation_config(
   path: pathlib.Path,
   tokenizer: transformers.PreTrainedTokenizerFast,
   ends: tuple[int, ...],
+  vocab_size: int,
 ) -> None:
   file = path / "generation_config.json"
   bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
   base = {"bos_token_id": bos, "pad_token_id": pad}
-  base = {name: value for name, value in base.items() if value is not None}
+  base = {
+    name: value
+    for name, value in base.items()
+    if value is not None and value < vocab_size
+  }
   if path.is_dir() and file.is_file():
     base = hf.read_json(file)
   _write_json(folder / "generation_config.json", {**base, "eos_token_id": list(ends)})

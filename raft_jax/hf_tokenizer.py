@@ -66,12 +66,15 @@ def load(
   return tokenizer
 
 
-def own_template(source: str) -> str | None:
-  """The chat template that transformers uses with the source's files as they are."""
+def changed_template(source: str, template: str | None) -> str | None:
+  """The chat template of `load`, where transformers would use another with the source's
+  files as they are; None where it would not."""
   path = hf.resolve(source)
-  tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
-  found = tokenizer.chat_template
-  return found.get("default") if isinstance(found, dict) else found
+  own = (_from_gguf(path) if path.is_file() else _from_folder(path)).chat_template
+  if isinstance(own, dict):
+    own = own.get("default")
+  used = load(source, template).chat_template
+  return None if used == own else str(used)
 
 
 def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
