@@ -35,7 +35,10 @@ def missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def find(config: schema.Config) -> Iterator[tuple[str, str]]:
   """Values that are right each by itself, but not together. Needs no model."""
-  for key, text in (("model.source", config.model.source), ("output", config.output)):
+  named = {"model.source": config.model.source, "output": config.output}
+  if config.model.chat_template is not None:
+    named["model.chat_template"] = config.model.chat_template
+  for key, text in named.items():
     if not text.strip():
       yield key, "is empty; give a name"
     if "\0" in text:

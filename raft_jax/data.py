@@ -92,22 +92,13 @@ def encode_rows(
   rows: list[Row] = []
   over: list[Row] = []
   aside: dict[int, rejects.Reject] = {}
-
-  def encoded(row_id: int, messages: Sequence[records.Message], answer: str) -> Row:
-    row = Row(
-      tuple(text.prompt_ids(codec, messages)),
-      tuple(text.answer_ids(codec, answer)),
-      tuple(text.teacher_ids(codec, messages, answer, teacher_context)),
-      row_id,
-    )
-    return row
-
   for row_id, (messages, answer) in enumerate(examples):
     try:
-      row = encoded(row_id, messages, answer)
+      prompt, learned, teacher = text.row_ids(codec, messages, answer, teacher_context)
     except errors.UserError as error:  # of the chat template
       aside[row_id] = rejects.Reject(places[row_id], str(error), "refused")
       continue
+    row = Row(tuple(prompt), tuple(learned), tuple(teacher), row_id)
     fits = all(have <= limit for have, limit in zip(_lengths(row), limits))
     (rows if fits else over).append(row)
   if aside and unusable == "error":

@@ -126,10 +126,17 @@ def identity(source: str) -> str:
   return f"{source} sha256:{digest.hexdigest()[:16]}"
 
 
+def reader(source: str, template: str | None) -> str:
+  """The source with its digest, and that of a chat template that is not its default."""
+  if template is None:
+    return identity(source)
+  return f"{identity(source)} template:{codec(source, template).digest[:16]}"
+
+
 @functools.cache
-def codec(source: str) -> text.Codec:
-  """The model's tokenizer, loaded once a process."""
-  return text.load(source)
+def codec(source: str, template: str | None = None) -> text.Codec:
+  """The model's tokenizer and chat template, loaded once a process."""
+  return text.load(source, template)
 
 
 class _Resident(NamedTuple):

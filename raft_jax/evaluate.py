@@ -335,7 +335,7 @@ def connect(
 def main(config: config_lib.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
   hosts.refuse("evaluate")
-  codec = text.load(config.model.source)
+  codec = text.load(config.model.source, config.model.chat_template)
   decoder = hf.load_config(config.model.source)
   domain, validation, general, tasks = exam.read(config, codec, decoder)
   judges = [

@@ -21,6 +21,7 @@ from raft_jax import (
   errors,
   hf,
   hf_export,
+  hf_tokenizer,
   hosts,
   outcome,
   schema,
@@ -100,8 +101,10 @@ print(tokenizer.decode(answer[0, start:], skip_special_tokens=True))
 """
 
 USE_MODEL = f"""\
-The model keeps the chat template of the model that it was made from. `FOLDER` is where
-this file lies.
+The folder holds the chat template that the model was trained with: that of the model
+that it was made from, or `chat_template.jinja` where another was chosen, or where its
+own opens a thinking part in every prompt (here it is closed, as in training). `FOLDER`
+is where this file lies.
 
 ```python
 import transformers
@@ -117,7 +120,8 @@ vllm serve FOLDER
 
 USE_ADAPTER = f"""\
 This is a LoRA adapter (arXiv 2106.09685). `BASE` is the model that it was trained on,
-`FOLDER` is where this file lies.
+`FOLDER` is where this file lies. If it holds a `chat_template.jinja`, the adapter was
+trained with that: set `tokenizer.chat_template` to its text.
 
 ```python
 import peft
@@ -279,6 +283,7 @@ def export(config: config_lib.Config) -> Exported:
       rank=config.lora.rank,
       alpha=config.lora.alpha,
       base_name=hub_name(source),
+      template=hf_tokenizer.changed_template(source, config.model.chat_template),
       card=card(config, step),
       overwrite=True,
     )
@@ -286,9 +291,15 @@ def export(config: config_lib.Config) -> Exported:
     folder = output / "export"
     params, step = outcome.load(config, decoder)
     hf_export.save(
-      folder, params, decoder, source, card=card(config, step), overwrite=True
+      folder,
+      params,
+      decoder,
+      source,
+      template=config.model.chat_template,
+      card=card(config, step),
+      overwrite=True,
     )
-  size = sum(path.stat().st_size for path in folder.iterdir())
+  size = sum(path.stat().st_size for path in folder.rglob("*"))
   return Exported(folder, size, hf_export.count_tensors(folder))
 
 

@@ -39,6 +39,7 @@ from raft_jax import (
 
 CLAIMED = (
   "model.source",
+  "model.chat_template",
   "model.dtype",
   *(
     f"extract.{key}"
@@ -156,7 +157,7 @@ def fit(run: config.Config) -> None:
     run.data.reject_threshold,
     run.data.unusable,
   )
-  codec = engines.codec(run.model.source)
+  codec = engines.codec(run.model.source, run.model.chat_template)
   inputs = _inputs(run, settings, found, unusable)
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
@@ -234,6 +235,7 @@ def _inputs(
     unusable=unusable,
     settings=settings.model_dump(mode="json"),
     dtype=run.model.dtype,
+    chat_template=run.model.chat_template,
     prompts=[judge.template(name).template for name in ("write", "verify")],
     models=sorted(engines.identity(source) for source in models),
   )

@@ -188,6 +188,7 @@ class Vocabulary(NamedTuple):
     merges: each two tokens with a space between, in order of rank.
     added: tokens that are cut out of a text whole; True: a control token.
     special_ids: ids by role: "bos", "eos", "unknown", "padding".
+    chat_template: by name where there are several; "default" is the one without.
     add_bos: whether texts start with BOS; None: the file does not say.
   """
 
@@ -198,7 +199,18 @@ class Vocabulary(NamedTuple):
   added: dict[str, bool]
   special_ids: dict[str, int]
   add_bos: bool | None
-  chat_template: str | None
+  chat_template: str | dict[str, str] | None
+
+
+def templates(reader: gguf.GGUFReader) -> str | dict[str, str] | None:
+  """The chat template; by name, as transformers has it, where there are several."""
+  default = _value(reader, "tokenizer.chat_template")
+  names = _value(reader, "tokenizer.chat_templates")
+  if not names:
+    return default
+  named = {name: _value(reader, f"tokenizer.chat_template.{name}") for name in names}
+  found = {"default": default, **named}
+  return {name: template for name, template in found.items() if template is not None}
 
 
 def vocabulary(path: pathlib.Path) -> Vocabulary:
@@ -226,5 +238,5 @@ def vocabulary(path: pathlib.Path) -> Vocabulary:
     added={token: t == control for token, t in typed if t in (control, defined)},
     special_ids={role: index for role, index in ids.items() if index is not None},
     add_bos=meta("add_bos_token"),
-    chat_template=_value(reader, "tokenizer.chat_template"),
+    chat_template=templates(reader),
   )

@@ -20,14 +20,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from jax import Array
 from lm_eval import defaults, utils
 from lm_eval.api import model as protocol
 from lm_eval.models import utils as model_utils
 
-from raft_jax import errors, journal, measure, model, text, vocab_head
+from raft_jax import (
+  chat_template,
+  errors,
+  journal,
+  measure,
+  model,
+  text,
+  vocab_head,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -172,27 +179,21 @@ class Adapter(protocol.TemplateLM):
       str(self.tokenizer.decode(self.prefix_token_id))
     ):
       add_special_tokens = False
-    added = (
-      {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-    )
-    return self.tokenizer.encode(string, **added)
+    added = True if add_special_tokens is None else add_special_tokens
+    return text.raw_ids(self.who.codec, string, add_special_tokens=added)
 
   def apply_chat_template(
     self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
-    options: dict[str, Any] = {
-      "tokenize": False,
-      "add_generation_prompt": add_generation_prompt,
-      "continue_final_message": not add_generation_prompt,
-    }
-    if "enable_thinking" in self.tokenizer.chat_template:
-      options["enable_thinking"] = False
+    form = {"prompt": add_generation_prompt, "unfinished": not add_generation_prompt}
     try:
-      return str(self.tokenizer.apply_chat_template(chat_history, **options))
-    except jinja2.TemplateError:
-      _LOG.warning("the chat template refuses the system's turn; it is left out")
+      return chat_template.render(self.tokenizer, chat_history, **form)
+    except errors.UserError:
       turns = [turn for turn in chat_history if turn["role"] != "system"]
-      return str(self.tokenizer.apply_chat_template(turns, **options))
+      if turns == chat_history:
+        raise
+      _LOG.warning("the chat template refuses the system's turn; it is left out")
+      return chat_template.render(self.tokenizer, turns, **form)
 
   def _loglikelihood_tokens(
     self,

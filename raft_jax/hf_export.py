@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
   "merges.txt",
   "tokenizer.model",
 )
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
 MARK = "raft_jax_version"
 """The key by which a folder is known to be an earlier export."""
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -49,6 +51,7 @@ def save(
   source: str,
   *,
   dtype: str = "float32",
+  template: str | None = None,
   card: str,
   overwrite: bool = False,
   max_shard_bytes: int = 5_000_000_000,
@@ -65,6 +68,8 @@ def save(
     params: tree as `model.shapes(config)`.
     source: where the model came from, as for `hf.resolve`.
     dtype: of the written weights.
+    template: which chat template, as `model.chat_template`. Where it is not what the
+      source's own files say, it takes the place of all of theirs.
     card: content of README.md.
 
   Raises:
@@ -76,7 +81,7 @@ def save(
     raise ValueError(f"the config is not that of {source}")
   path = hf.resolve(source)
   fields = hf.fields(path)
-  tokenizer = hf_tokenizer.load(source)
+  tokenizer = hf_tokenizer.load(source, template)
   family, kind = family_config.of(fields, source), hf.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
   pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
@@ -85,8 +90,11 @@ def save(
     _write_weights(temporary, leaves, plan, kind)
     _write_config(temporary, fields, config, dtype)
     ends = hf_tokenizer.eos_ids(source, tokenizer)
-    _write_generation_config(temporary, path, tokenizer, ends)
+    _write_generation_config(temporary, path, tokenizer, ends, config.vocab_size)
     _write_tokenizer(temporary, path, tokenizer)
+    changed = hf_tokenizer.changed_template(source, template)
+    if changed is not None:
+      _write_template(temporary, changed)
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -99,6 +107,7 @@ def save_adapter(
   rank: int,
   alpha: float,
   base_name: str | None,
+  template: str | None = None,
   card: str,
   overwrite: bool = False,
 ) -> None:
@@ -112,6 +121,7 @@ def save_adapter(
     config: of the base model.
     source: the base model, as for `hf.resolve`.
     base_name: what the adapter's config calls the base model.
+    template: the chat template that lies beside it; None for the base model's own.
     card: content of README.md.
 
   Raises:
@@ -129,6 +139,8 @@ def save_adapter(
   with _replacing(target, need) as temporary:
     _write_tensors(temporary / ADAPTER_FILE, tensors)
     _write_json(temporary / "adapter_config.json", described)
+    if template is not None:
+      (temporary / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -244,11 +256,16 @@ def _write_generation_config(
   path: pathlib.Path,
   tokenizer: transformers.PreTrainedTokenizerFast,
   ends: tuple[int, ...],
+  vocab_size: int,
 ) -> None:
   file = path / "generation_config.json"
   bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
   base = {"bos_token_id": bos, "pad_token_id": pad}
-  base = {name: value for name, value in base.items() if value is not None}
+  base = {
+    name: value
+    for name, value in base.items()
+    if value is not None and value < vocab_size
+  }
   if path.is_dir() and file.is_file():
     base = hf.read_json(file)
   _write_json(folder / "generation_config.json", {**base, "eos_token_id": list(ends)})
@@ -260,8 +277,10 @@ def _write_tokenizer(
   tokenizer: transformers.PreTrainedTokenizerFast,
 ) -> None:
   if path.is_dir():
-    for name in TOKENIZER_FILES:
+    named = sorted(path.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
+    for name in (*TOKENIZER_FILES, *(f"{TEMPLATE_FOLDER}/{p.name}" for p in named)):
       if (path / name).is_file():
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path / name, folder / name)
     return
   tokenizer.save_pretrained(folder)
@@ -270,6 +289,16 @@ def _write_tokenizer(
   _write_json(
     file, {**hf.read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"}
   )
+
+
+def _write_template(folder: pathlib.Path, template: str) -> None:
+  """Makes it the folder's only chat template."""
+  shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
+  (folder / "chat_template.json").unlink(missing_ok=True)
+  file = folder / "tokenizer_config.json"
+  if file.is_file() and "chat_template" in (fields := hf.read_json(file)):
+    _write_json(file, {k: v for k, v in fields.items() if k != "chat_template"})
+  (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def count_tensors(folder: pathlib.Path) -> int:
@@ -319,7 +348,7 @@ def _check_target(
 
 
 def _sync(folder: pathlib.Path) -> None:
-  for path in (*folder.iterdir(), folder):
+  for path in (*folder.rglob("*"), folder):
     descriptor = os.open(path, os.O_RDONLY)
     try:
       os.fsync(descriptor)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from raft_jax import errors, gguf_file, hf
+from raft_jax import chat_template, errors, gguf_file, hf
 
 if TYPE_CHECKING:
   import transformers
@@ -41,17 +42,42 @@ SPLITTERS = {
 }
 
 
-def load(source: str) -> transformers.PreTrainedTokenizerFast:
+def load(
+  source: str, template: str | None = None
+) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer that belongs to a model, from the same source.
 
-  From tokenizer.json of a folder, or built from GGUF metadata (byte-level BPE).
+  From tokenizer.json of a folder, or built from GGUF metadata (byte-level BPE). Its
+  chat template is the one to use, and its prompts leave no thinking part open.
+
+  Args:
+    template: which chat template, as `model.chat_template`.
 
   Raises:
-    UserError: it is absent, of a kind not supported, or another model's.
+    UserError: it is absent, of a kind not supported, or another model's; or it has no
+      such chat template.
   """
   path = hf.resolve(source)
-  if path.is_file():
-    return _from_gguf(path)
+  tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
+  chosen = chat_template.choose(tokenizer.chat_template, template, source)
+  tokenizer.chat_template = chosen
+  if chosen:
+    tokenizer.chat_template = chat_template.closed(tokenizer)
+  return tokenizer
+
+
+def changed_template(source: str, template: str | None) -> str | None:
+  """The chat template of `load`, where transformers would use another with the source's
+  files as they are; None where it would not."""
+  path = hf.resolve(source)
+  own = (_from_gguf(path) if path.is_file() else _from_folder(path)).chat_template
+  if isinstance(own, dict):
+    own = own.get("default")
+  used = load(source, template).chat_template
+  return None if used == own else str(used)
+
+
+def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
   if not (path / "tokenizer.json").is_file():
     raise errors.UserError(
       f"{path}: no tokenizer.json; save one with tokenizers or transformers "
@@ -81,25 +107,19 @@ def load(source: str) -> transformers.PreTrainedTokenizerFast:
 def _check_vocabulary(
   path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> None:
-  """Refuses a tokenizer with ids that the embedding has no row for.
+  """Refuses a tokenizer whose ordinary tokens the embedding has no row for.
 
-  A control token without a role may, since text never becomes one: Gemma 3 1B has the
-  image token of its siblings (github.com/huggingface/transformers/issues/37011).
+  An added token may be beyond it, which is told where a text needs one: Gemma 3 1B has
+  the image token of its siblings (github.com/huggingface/transformers/issues/37011),
+  and padding is often added to the tokenizer alone.
   """
-  size = hf.fields(path).get("vocab_size")
-  if not isinstance(size, int):  # named when the config is read
+  size = _vocab_size(path)
+  if size is None:
     return
-  controls = {index for index, t in tokenizer.added_tokens_decoder.items() if t.special}
-  controls -= {
-    tokenizer.bos_token_id,
-    tokenizer.eos_token_id,
-    tokenizer.pad_token_id,
-    tokenizer.unk_token_id,
-  }
   beyond = [
     (index, token)
     for token, index in tokenizer.get_vocab().items()
-    if index >= size and index not in controls
+    if index >= size and index not in tokenizer.added_tokens_decoder
   ]
   if beyond:
     index, token = max(beyond)
@@ -107,6 +127,17 @@ def _check_vocabulary(
       f"{path}: the tokenizer knows {token!r} as {index}, but vocab_size in "
       f"config.json is {size}; fetch both from the same model"
     )
+
+
+def vocab_size(source: str) -> int | None:
+  """Rows of the model's embedding, as its config says; None where it does not."""
+  return _vocab_size(hf.resolve(source))
+
+
+def _vocab_size(path: pathlib.Path) -> int | None:
+  fields = hf.fields(path)
+  size = fields.get("vocab_size")
+  return size if isinstance(size, int) else None  # told when the config is read
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
@@ -179,42 +210,77 @@ def eos_ids(
   In this order, without repeats: the token that follows an assistant's message in the
   chat template, generation_config.json's and config.json's, the tokenizer's own, and
   `<|endoftext|>` where it is a control token (a base model's end of document).
+
+  Raises:
+    UserError: the model has no row for the first.
   """
   path = hf.resolve(source)
-  found: list[Any] = [_turn_end(source, tokenizer)]
+  known: list[Any] = []
   if path.is_dir():
     for file in ("generation_config.json", "config.json"):
       if (path / file).is_file():
         ids = hf.read_json(path / file).get("eos_token_id")
-        found.extend(ids if isinstance(ids, list) else [ids])
+        known.extend(ids if isinstance(ids, list) else [ids])
   else:
-    found.append(hf.fields(path).get("eos_token_id"))
-  found.append(tokenizer.eos_token_id)
+    known.append(hf.fields(path).get("eos_token_id"))
+  known.append(tokenizer.eos_token_id)
   for index, token in tokenizer.added_tokens_decoder.items():
     if token.special and token.content == "<|endoftext|>":
-      found.append(index)
-  return tuple(dict.fromkeys(i for i in found if i is not None))
+      known.append(index)
+  found = [_turn_end(source, tokenizer, known), *known]
+  ids = tuple(dict.fromkeys(i for i in found if i is not None))
+  size = _vocab_size(path)
+  if size is None or not ids:
+    return ids
+  if ids[0] >= size:
+    raise errors.UserError(
+      f"model {source}: {tokenizer.convert_ids_to_tokens(ids[0])!r} ends an answer, "
+      f"but its id {ids[0]} is beyond vocab_size {size} in config.json; fetch both "
+      "from the same source, or set model.chat_template to another template"
+    )
+  return tuple(i for i in ids if i < size)
 
 
 def _turn_end(
-  source: str, tokenizer: transformers.PreTrainedTokenizerFast
+  source: str,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  known: Sequence[int | None],
 ) -> int | None:
-  """Id of the control token that follows an assistant's message in the template."""
+  """Id of the control token that follows an assistant's message in the template.
+
+  Of several without a gap (an answer's end, then the turn's), the first that is known
+  to end one.
+  """
   if not tokenizer.chat_template:
     return None
   answer = "raft answer"
   turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
   try:
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
-  except Exception as error:  # the template's own, of any kind
+    text = chat_template.render(tokenizer, turns, prompt=False)
+  except errors.UserError as error:
     raise errors.UserError(
       f"model {source}: the chat template cannot render a question and an answer "
-      f"({error}); mend chat_template.jinja, or chat_template in tokenizer_config.json"
+      f"({error.__cause__}); mend chat_template.jinja, or chat_template in "
+      "tokenizer_config.json, or choose another by model.chat_template"
     ) from error
-  rest = str(text).rpartition(answer)[2].lstrip()
-  ends = [
-    (len(token.content), index)
-    for index, token in tokenizer.added_tokens_decoder.items()
-    if rest.startswith(token.content)
-  ]
-  return max(ends)[1] if ends else None
+  _, written, rest = text.rpartition(answer)
+  if not written:
+    raise errors.UserError(
+      f"model {source}: the chat template leaves the answer out of a finished "
+      "conversation (some want contents in parts, as of images); choose another by "
+      "model.chat_template"
+    )
+  rest = rest.lstrip()
+  ends: list[int] = []
+  while True:
+    found = [
+      (len(token.content), index, token.content)
+      for index, token in tokenizer.added_tokens_decoder.items()
+      if rest.startswith(token.content)
+    ]
+    if not found:
+      break
+    _, index, content = max(found)
+    ends.append(index)
+    rest = rest.removeprefix(content)
+  return next((i for i in ends if i in known), ends[0] if ends else None)

@@ -16,13 +16,16 @@ import numpy as np
 from raft_jax import engines, hf, records, text
 
 
-def load(source: str, *, dtype: str, batch_size: int) -> engines.Generator:
+def load(
+  source: str, *, template: str | None = None, dtype: str, batch_size: int
+) -> engines.Generator:
   """The built-in sampler on this process's default device.
 
   The weights are loaded when first needed: see `engines.resident`.
 
   Args:
     source: as for `hf.resolve`.
+    template: which chat template, as `model.chat_template`.
     dtype: of weights and activations.
     batch_size: rows of a compiled batch; shorter micro-batches are filled up, so that
       each pair of widths compiles once.
@@ -31,13 +34,14 @@ def load(source: str, *, dtype: str, batch_size: int) -> engines.Generator:
     UserError: config, tokenizer or the weights' headers cannot be used.
   """
   hf.check_params(source, _config(source))
-  engines.codec(source)
-  return _JaxEngine(source, dtype, batch_size)
+  engines.codec(source, template)
+  return _JaxEngine(source, template, dtype, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _JaxEngine:
   source: str
+  template: str | None
   dtype: str
   batch_size: int
 
@@ -45,18 +49,18 @@ class _JaxEngine:
 
   @property
   def identity(self) -> str:
-    return f"jax {self.dtype} {engines.identity(self.source)}"
+    return f"jax {self.dtype} {engines.reader(self.source, self.template)}"
 
   @property
   def prompt_limit(self) -> int:
     return _config(self.source).max_positions
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(text.prompt_ids(engines.codec(self.source), messages))
+    return len(text.prompt_ids(engines.codec(self.source, self.template), messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
     prompts = [
-      text.prompt_ids(engines.codec(self.source), request.messages)
+      text.prompt_ids(engines.codec(self.source, self.template), request.messages)
       for request in requests
     ]
     for request, prompt in zip(requests, prompts, strict=True):
@@ -79,7 +83,7 @@ class _JaxEngine:
 
     from raft_jax import sample
 
-    config, words = _config(self.source), engines.codec(self.source)
+    config, words = _config(self.source), engines.codec(self.source, self.template)
     first = requests[0]
     width = bucket(max(map(len, prompts)))
     prompt_BP = np.full((self.batch_size, width), words.pad_id, np.int32)

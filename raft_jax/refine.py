@@ -53,6 +53,7 @@ ENGINES = tuple(
 )
 CLAIMED = (
   "model.source",
+  "model.chat_template",
   "model.dtype",
   "data.questions",
   "refine.prompt",
@@ -128,7 +129,7 @@ def fit(
       return
     meta = {
       "inputs": inputs,
-      "tokenizer": engines.codec(run.model.source).digest,
+      "tokenizer": engines.codec(run.model.source, run.model.chat_template).digest,
       "model": engines.identity(run.model.source),
       "encoder": encoder.identity,
       "questions": questions,
@@ -143,7 +144,7 @@ def _checked(run: config.Config, listed: pathlib.Path) -> tuple[records.Checked,
   when the models have done their work.
   """
   digest = hashlib.sha256()
-  codec = engines.codec(run.model.source)
+  codec = engines.codec(run.model.source, run.model.chat_template)
 
   def fault(question: records.Question) -> str | None:
     try:

@@ -79,6 +79,8 @@ def form(
 
 def _generator(stage: schema.Asked, model: config.Model) -> engines.Generator:
   source = stage.model or model.source
+  # Another model has a template of its own.
+  template = model.chat_template if source == model.source else None
   if stage.engine == "openai":
     return openai_engine.connect(
       source,
@@ -89,10 +91,13 @@ def _generator(stage: schema.Asked, model: config.Model) -> engines.Generator:
   if stage.engine == "vllm":
     return vllm_engine.load(
       source,
+      template=template,
       dtype=model.dtype,
       tensor_parallel=stage.tensor_parallel,
       pipeline_parallel=stage.pipeline_parallel,
       context_tokens=stage.context_tokens,
       memory_share=stage.memory_share,
     )
-  return jax_engine.load(source, dtype=model.dtype, batch_size=stage.batch_size)
+  return jax_engine.load(
+    source, template=template, dtype=model.dtype, batch_size=stage.batch_size
+  )

@@ -29,6 +29,9 @@ class Model(Section):
 
   source: str
   """A hub name, a folder, or `pkg://PACKAGE/FILE` (a file of an installed package)."""
+  chat_template: str | None = None
+  """Of the source's chat templates the one of this name, or the path of a .jinja file;
+  null for its only one or its `default`. `export` writes it beside the model."""
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Of the activations. Parameters and optimizer state are always float32 [P: bf16]."""
   remat: bool = False

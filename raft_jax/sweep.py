@@ -112,7 +112,8 @@ def check_exam(run: config.Config) -> None:
     errors.UserError: what `evaluate` would say of it, or of the encoder.
   """
   source = run.model.source
-  exam.read(run, text.load(source), hf.load_config(source))
+  codec = text.load(source, run.model.chat_template)
+  exam.read(run, codec, hf.load_config(source))
   encode.find(run.refine.encoder)
 
 

@@ -51,6 +51,7 @@ from raft_jax import (
 
 DECIDING = (
   "model.source",
+  "model.chat_template",
   "model.dtype",
   "refine.encoder",
   *(f"synthesise.{key}" for key in schema.Synthesise.model_fields if key != "writer"),
@@ -266,7 +267,7 @@ def fit(run: config.Config) -> None:
   config.check_output(run, "synthesise", CLAIMED)
   folder = pathlib.Path(run.output) / "synthesised"
   seeds, aside = read_seeds(settings.seeds, run.data.unusable)
-  codec = engines.codec(run.model.source)
+  codec = engines.codec(run.model.source, run.model.chat_template)
   encoder = encode.load(run.refine.encoder)
   inputs = _inputs(run, settings, seeds, encoder)
   # The mark of a run's folder.

@@ -24,6 +24,7 @@ from raft_jax import engines, errors, hf, records, text
 def load(
   source: str,
   *,
+  template: str | None = None,
   dtype: str,
   tensor_parallel: int = 1,
   pipeline_parallel: int = 1,
@@ -34,6 +35,7 @@ def load(
 
   Args:
     source: as for `hf.resolve`, a Hugging Face folder or hub name.
+    template: which chat template, as `model.chat_template`.
     dtype: of weights and activations.
     tensor_parallel: devices that share each layer.
     pipeline_parallel: groups of devices that share the layers out.
@@ -57,7 +59,7 @@ def load(
       f"hf_export; s = '{source}'; c = hf.load_config(s); "
       "hf_export.save(pathlib.Path('OUT'), hf.load_params(s, c), c, s, card='')\"`"
     )
-  engines.codec(source)
+  engines.codec(source, template)
   made_for = _made_for(hf.fields(path))
   limit = context_tokens or made_for
   if limit is None:
@@ -77,7 +79,7 @@ def load(
     "max_model_len": limit,
     "gpu_memory_utilization": memory_share,
   }
-  return _VllmEngine(source, limit, settings)
+  return _VllmEngine(source, template, limit, settings)
 
 
 def _made_for(fields: Mapping[str, Any]) -> int | None:
@@ -95,6 +97,7 @@ def _version() -> str:
 @dataclasses.dataclass(frozen=True)
 class _VllmEngine:
   source: str
+  template: str | None
   prompt_limit: int
   settings: Mapping[str, Any]
 
@@ -103,13 +106,13 @@ class _VllmEngine:
   @property
   def identity(self) -> str:
     dtype = self.settings["dtype"]
-    return f"vllm {_version()} {dtype} {engines.identity(self.source)}"
+    return f"vllm {_version()} {dtype} {engines.reader(self.source, self.template)}"
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(text.prompt_ids(engines.codec(self.source), messages))
+    return len(text.prompt_ids(engines.codec(self.source, self.template), messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
-    words = engines.codec(self.source)
+    words = engines.codec(self.source, self.template)
     prompts = [text.prompt_ids(words, request.messages) for request in requests]
     for request, prompt in zip(requests, prompts, strict=True):
       # One prompt that is too long would end vLLM's whole batch.

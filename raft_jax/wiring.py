@@ -41,6 +41,7 @@ from raft_jax import step as step_lib
 
 CLAIMED = (
   "model.source",
+  "model.chat_template",
   "model.dtype",
   "data.questions",
   "data.limit",
@@ -148,7 +149,7 @@ def teacher_decoder(
   source = config.distill.source
   if source is None:
     return None
-  if text.load(source).digest != codec.digest:
+  if text.load(source, config.model.chat_template).digest != codec.digest:
     raise errors.UserError(
       f"distill.source: the tokenizer or chat template of {source} is not that of "
       f"{config.model.source}; a teacher must read the same tokens"
@@ -279,7 +280,7 @@ def prepare(config: config_lib.Config) -> Prepared:
   decoder = hf.load_config(config.model.source)
   hf.check_params(config.model.source, decoder)
   split = make_split(config, decoder)
-  codec = text.load(config.model.source)
+  codec = text.load(config.model.source, config.model.chat_template)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   distil = distills(config)
   teacher = teacher_decoder(config, codec, decoder) if distil else None

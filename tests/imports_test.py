@@ -43,6 +43,7 @@ ROOMS = [
   "gguf_file",
   "weight_files",
   "hf",
+  "chat_template",
   "hf_tokenizer",
   "hf_export",
   "text",
@@ -136,7 +137,7 @@ FENCES = {
   "semantic_text_splitter": {"documents"},
   "matplotlib": {"figures", "curves"},
   # Chat templates, and pages.
-  "jinja2": {"hf_tokenizer", "text", "pages", "harness_model"},
+  "jinja2": {"pages"},
   "pickle": set(),
   "cloudpickle": set(),
   "dill": set(),

@@ -89,6 +89,9 @@ class Tokenizer:
   def apply_chat_template(self, messages, **_):
     return messages[-1]["content"]
 
+  def decode(self, ids, **_):
+    return f"<{ids}>"
+
 
 def make_config(folder: pathlib.Path, questions: pathlib.Path) -> config.Config:
   return config.Config.model_validate(
@@ -117,10 +120,12 @@ REPLACED = (
 
 def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
-  jax_engine.load = lambda source, dtype, batch_size: Scripted(source, log)
+  jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  codec = types.SimpleNamespace(digest="none", tokenizer=Tokenizer(), controls=())
-  engines.codec = lambda source: codec
+  codec = types.SimpleNamespace(
+    digest="none", tokenizer=Tokenizer(), controls=(), plain=None, vocab_size=None
+  )
+  engines.codec = lambda source, template=None: codec
   encode.load = lambda source: BagOfWords(log)
 
 

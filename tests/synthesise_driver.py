@@ -62,11 +62,15 @@ def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> config.Con
 def script(log: pathlib.Path) -> None:
   """Puts the scripted model in the place of the real ones, for this process."""
   codec = types.SimpleNamespace(
-    tokenizer=refine_driver.Tokenizer(), controls=(), eos_ids=(0,)
+    tokenizer=refine_driver.Tokenizer(),
+    controls=(),
+    eos_ids=(0,),
+    plain=None,
+    vocab_size=None,
   )
-  jax_engine.load = lambda source, dtype, batch_size: Scripted(source, log)
+  jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source: codec
+  engines.codec = lambda source, template=None: codec
   encode.load = lambda source: refine_driver.BagOfWords(log.with_name("embedded"))
 
 
