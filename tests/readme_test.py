@@ -192,7 +192,7 @@ def prose(path: pathlib.Path) -> str:
 
 def links(path: pathlib.Path) -> Iterator[str]:
   """The targets in a document that are not on the web."""
-  found = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(path))
+  found = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose(path))
   for target in (link or source for link, source in found):
     if not target.startswith(("https://", "http://")):
       yield target
