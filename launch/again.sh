@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command, and again while it ended in a way that a rerun mends: 75 (stopped by
-# SIGTERM, all saved; or something was busy), 134 (jax lost another process) or another
-# signal.
+# Runs a command, and runs it again if it ended in a way that a rerun may mend: 75
+# (stopped by SIGTERM with all saved, or a temporary failure), 134 (JAX lost another
+# process) or another signal.
 # launch/again.sh COMMAND [ARGUMENT ...]
-# RESTARTS: at most so many (default 20). PAUSE: seconds between (default 10).
-# A SIGTERM or Ctrl-C to this script is passed on as SIGTERM, and ends the loop. PASS_ON
-# is a command that does so where the child does not pass it on itself; ON_STOP is one to
-# run at the end, for schedulers that can start the job once more.
-# What jax compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR.
+# RESTARTS: largest number of restarts (default 20). PAUSE: seconds between (default 10).
+# A SIGTERM or Ctrl-C to this script reaches the command as SIGTERM and ends the loop.
+# PASS_ON: a command that forwards the signal where the child does not. ON_STOP: a command
+# to run at the end, for schedulers that can start the job once more.
+# JAX_COMPILATION_CACHE_DIR keeps compiled programs for the next start.
 set -uo pipefail
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/raft_jax}
 . "$(dirname "$0")/waiting.sh"
@@ -33,7 +33,7 @@ for ((left = ${RESTARTS:-20}; ; left--)); do
   ended "$child"
   child=
   leave_if_stopped
-  # 130 is somebody's Ctrl-C.
+  # 130: somebody pressed Ctrl-C.
   if [ "$status" -ne 75 ] && { [ "$status" -le 128 ] || [ "$status" -eq 130 ]; }; then
     exit "$status"
   fi

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A stage in N processes on this machine, started again while that helps (again.sh):
+# Runs a stage in N processes on this machine, with restarts (again.sh):
 # launch/local_multiprocess.sh train|refine N --config FILE [key=value ...]
-# `train` makes one run of them; `refine` shares its rows out and then merges.
-# PYTHON names the interpreter (default .venv/bin/python). Where there are N GPUs (of
-# CUDA_VISIBLE_DEVICES, if that is set), each process gets one. To try `train` on a CPU:
+# `train` is one run over all processes. `refine` gives each process a share of the rows
+# and then merges.
+# PYTHON names the interpreter (default .venv/bin/python). If there are N GPUs (those of
+# CUDA_VISIBLE_DEVICES, if set), each process gets one. To try `train` on a CPU:
 # XLA_FLAGS=--xla_force_host_platform_device_count=4 launch/local_multiprocess.sh train 2 ...
 set -uo pipefail
 if [ $# -lt 2 ] || [[ ! $1 =~ ^(train|refine)$ ]] || [[ ! $2 =~ ^[1-9][0-9]*$ ]]; then
@@ -24,7 +25,7 @@ else
   mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null)
 fi
 if [ "$stage" = train ]; then
-  # Another port for each attempt: the last one may not be free yet.
+  # Each attempt has another port, because the last one may not be free yet.
   export JAX_COORDINATOR_ADDRESS=localhost:$((20000 + RANDOM % 20000))
   export JAX_NUM_PROCESSES=$count
 fi
@@ -44,7 +45,7 @@ for child in "${children[@]}"; do
   ended "$child"
   ends+="$status "
 done
-# What was done to one process counts before what the others made of its loss.
+# A signal to one process outranks the errors of those that lost it.
 for status in 130 143 137 75 2 134 $(tr ' ' '\n' <<< "$ends" | sort -rn); do
   [[ $ends == *" $status "* ]] && break
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RAFT end to end on a small real model, on a laptop: refine, train, evaluate, export,
-# report. Installs into .venv first. Rerunning continues where a run was stopped.
+# report. Installs into .venv first. Run it again to continue where it stopped.
 # launch/quickstart.sh [CONFIG] [key=value ...]
 # EXTRAS=refine,cuda for NVIDIA GPUs, refine,tpu for a TPU (default refine).
 set -euo pipefail

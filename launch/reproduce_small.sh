@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The paper's claim on a small real model: every method of its Table 1 on SmolLM2-135M,
-# fit to the domain beside what was forgotten (configs/sweeps/reproduce.yaml).
+# with fit to the domain and forgetting side by side (configs/sweeps/reproduce.yaml).
 # launch/reproduce_small.sh [--general FOLDER] [--data FOLDER] [DOMAIN ...]
-# DOMAIN: law and web unless named; of configs/data/wordnet, or of --data, which holds
+# DOMAIN: law and web by default; a folder of configs/data/wordnet, or of --data, with
 #   DOMAIN/{train,validation,test}.jsonl.
-# --general: a folder with ifeval.jsonl (rows of google/IFEval), which is then scored too.
-# Installs into .venv first. 2 CPU cores: 3 to 4 hours a domain; stop it at any time,
-# rerunning continues. In the background:
+# --general: a folder with ifeval.jsonl (rows of google/IFEval), to score IFEval too.
+# Installs into .venv first. 2 CPU cores take 3 to 4 hours a domain. Stop it at any time
+# and run it again to continue. In the background:
 #   nohup launch/reproduce_small.sh > reproduce.log 2>&1 &
 # SWEEP names another sweep, OUTPUT another folder than runs/reproduce.
 set -euo pipefail

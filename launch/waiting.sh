@@ -1,5 +1,5 @@
-# To be sourced: ended PID waits for a child of this script and sets `status` to its exit
-# status; a signal that is trapped ends bash's own `wait` early, and not this.
+# Source this file. `ended PID` waits for a child of this script and sets `status` to its
+# exit status. Unlike bash's own `wait`, it continues after a trapped signal.
 ended() {
   wait "$1"
   status=$?
@@ -7,7 +7,7 @@ ended() {
     wait "$1"
     status=$?
   done
-  # The child may have ended while the signal was handled; then bash still knows how.
+  # If the child ended while the signal was handled, bash still knows its status.
   wait "$1" 2> /dev/null
   local known=$?
   [ "$known" -eq 127 ] || status=$known

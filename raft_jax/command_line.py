@@ -143,21 +143,36 @@ def _user_fault(error: BaseException) -> str | None:
 
 
 def _help_table() -> str:
-  lines = ["every key, its type and default:"]
-  for key in key_table.every_key():
+  lines = ["every key, its type and default:", *_help_lines(key_table.reference_keys())]
+  lines += ["", f"every role takes these engine keys ({', '.join(key_table.roles())}):"]
+  return "\n".join([*lines, *_help_lines(key_table.engine_keys())])
+
+
+def _help_lines(keys: Sequence[key_table.Key]) -> list[str]:
+  lines = []
+  for key in keys:
     head = f"  {key.name}" + (f"  {key.type} = {key.default}" if key.type else "")
     lines += [head] if key.type else ["", head]
     indent = "      "
     lines += textwrap.wrap(
       key.meaning, 84, initial_indent=indent, subsequent_indent=indent
     )
-  return "\n".join(lines)
+  return lines
 
 
 def reference() -> str:
-  """A Markdown table of all keys; the README holds it verbatim."""
+  """A Markdown table of all keys but those that roles share."""
+  return _markdown(key_table.reference_keys())
+
+
+def engine_reference() -> str:
+  """A Markdown table of the keys that roles share."""
+  return _markdown(key_table.engine_keys())
+
+
+def _markdown(keys: Sequence[key_table.Key]) -> str:
   rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-  for key in key_table.every_key():
+  for key in keys:
     name = f"`{key.name}`" if key.type else f"**`{key.name}`**"
     default = f"`{key.default}`" if key.default not in ("", "required") else key.default
     meaning = key.meaning.replace("|", "\\|")

@@ -33,7 +33,7 @@ SCORES = (
   Column("mmlu", "MMLU", 3),
   Column("mmlu_retention", "retention, %", 1),
   Column("drift", "drift", 3),
-  Column("sft_drift", "SFT at equal fit", 3),
+  Column("sft_drift", "SFT drift at equal loss", 3),
   Column("weight_distance", "weight distance", 5),
 )
 """What a setting scores."""
@@ -115,7 +115,7 @@ class Table(NamedTuple):
 
 
 def tables(domains: contrasts.Domains) -> list[Table]:
-  """Methods side by side, against SFT, and at equal fit; only what was measured."""
+  """Methods side by side, against SFT, and at equal loss; only what was measured."""
   where = "" if len(domains) == 1 else f", mean of {len(domains)} domains"
   scores = [Column(*measure) for measure in contrasts.measures(domains)]
   retained = [
@@ -135,7 +135,7 @@ def tables(domains: contrasts.Domains) -> list[Table]:
       Column(f"gap_{m.name}", "gap", m.digits),
     ]
     own = [row for row in equal if m.name in row.cells]
-    found.append(("equal", f"At equal fit: {m.words}", columns, own))
+    found.append(("equal", f"At equal loss: {m.words}", columns, own))
   shown = []
   for kind, title, columns, compared in found:
     rows = [row._asdict() for row in compared]

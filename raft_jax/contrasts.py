@@ -1,7 +1,7 @@
-"""Methods against each other on the same items: side by side, and at equal fit.
+"""Methods against each other on the same items: side by side, and at equal loss.
 
 At the learning rates that validation chose, methods stand beside the base model and
-against SFT; at equal fit every setting stands beside SFT that learned as much. All
+against SFT; at equal loss every setting stands beside SFT that learned as much. All
 numbers have 95 % intervals over items (`bootstrap`); of several seeds each item's
 mean counts, over those seeds that measured the score. Of several domains the mean over
 domains is given, of settings that all of them have.
@@ -132,7 +132,7 @@ def at_equal_fit(domains: Domains) -> list[Row]:
   SFT's rates and the base model are a line of each measure over the held-out loss; it
   is read off at the setting's own held-out loss, in every resample anew. Both are of
   the runs that have the measure. Cells: the measure; `fit_`, `sft_` and `gap_` with it:
-  held-out loss, SFT there, setting minus SFT.
+  held-out loss, SFT drift at equal loss, setting minus SFT.
   """
   named = [dict(collected.settings(runs)) for runs in domains.values()]
   asked = kept(domains)

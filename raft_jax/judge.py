@@ -1,8 +1,8 @@
 """Judges: which replies are usable, prompts that data cannot steer, scores, panels.
 
-A judge scores how well a candidate answer agrees with the original one, on 0..1 (SPEC,
-stage 1). A reply that is not plainly such a score counts as an abstention: it is never
-clamped or guessed at, because a misread reply moves a selection silently.
+A judge scores how well a candidate answer agrees with the original one, on 0..1. A
+reply that is not plainly such a score counts as an abstention: it is never clamped or
+guessed at, because a misread reply moves a selection silently.
 """
 
 from __future__ import annotations

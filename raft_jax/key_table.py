@@ -1,4 +1,8 @@
-"""The keys of a run's file as a list: names, types, defaults and meanings, for help."""
+"""The keys of a run's file as a list: names, types, defaults and meanings, for help.
+
+Every section with the key `engine` is a role: a language model that writes or judges.
+Roles share most of their keys, which `reference_keys` names once, as `<role>.KEY`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ _REQUIRED = object()
 
 class Key(NamedTuple):
   name: str  # dotted; [] for each item of a list
-  type: str  # "" for a section
+  type: str  # "" for a section that is always there
   default: str
   meaning: str
 
@@ -24,6 +28,47 @@ def every_key() -> tuple[Key, ...]:
   """Every section and key of the file, in its order."""
   tree = schema.Config.model_json_schema()
   return tuple(_walk(tree, tree["$defs"], "", {}))
+
+
+@functools.cache
+def roles() -> tuple[str, ...]:
+  """The sections that name a language model, in the file's order."""
+  names = [key.name for key in every_key()]
+  return tuple(
+    name.removesuffix(".engine") for name in names if _leaf(name) == "engine"
+  )
+
+
+@functools.cache
+def engine_keys() -> tuple[Key, ...]:
+  """The keys that roles share, with the roles that do not take one in its meaning."""
+  names = {key.name for key in every_key()}
+  result = []
+  for key in _shared():
+    without = [role for role in roles() if f"{role}.{_leaf(key.name)}" not in names]
+    listed = ", ".join(f"`{role}`" for role in without)
+    note = f" Not a key of {listed}." if without else ""
+    result.append(key._replace(meaning=key.meaning + note))
+  return tuple(result)
+
+
+def reference_keys() -> tuple[Key, ...]:
+  """Every key, without those of a role that are as in `engine_keys`."""
+  shared = {key._replace(name=_leaf(key.name)) for key in _shared()}
+  return tuple(
+    key
+    for key in every_key()
+    if key.name.rpartition(".")[0] not in roles()
+    or key._replace(name=_leaf(key.name)) not in shared
+  )
+
+
+def _shared() -> Iterator[Key]:
+  return _walk(schema.Engine.model_json_schema(), {}, "<role>.", {})
+
+
+def _leaf(name: str) -> str:
+  return name.rpartition(".")[2]
 
 
 def _walk(
@@ -39,13 +84,16 @@ def _walk(
       yield Key(key, _type_text(field), shown, meaning)
       continue
     section = definitions[inner["$ref"].rsplit("/", 1)[-1]]
+    role = " Takes the engine keys." if "engine" in section["properties"] else ""
     if "items" in field:
-      yield Key(key, "list of sections", f"{len(default)} with defaults", meaning)
+      yield Key(
+        key, "list of sections", f"{len(default)} with defaults", meaning + role
+      )
       yield from _walk(section, definitions, f"{key}[].", {})
     else:
       meaning = meaning or " ".join(section.get("description", "").split())
       optional = ("section, or null", "null") if default is None else ("", "")
-      yield Key(key, *optional, meaning)
+      yield Key(key, *optional, meaning + role)
       given = default if isinstance(default, dict) else {}
       yield from _walk(section, definitions, f"{key}.", given)
 

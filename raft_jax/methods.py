@@ -1,9 +1,8 @@
 """The table of methods: one word in the config names how a model is fine-tuned.
 
-A method is no code but settings: the words of the config under which the parts of
-training (answers, teacher, losses, weights, updates, edit of the result) make it up.
-`config.load` lays them under the user's own file, where any of them can be changed: a
-method with one part exchanged is a method, too.
+A method is a set of config keys and their values: answers, teacher, losses, weights,
+updates, edit of the result. `config.load` merges the user's own file over them, so any
+part of a method can be changed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ class Method(NamedTuple):
   """What a word stands for.
 
   Attributes:
-    summary: one line for the README.
+    summary: one line for the table of methods.
     source: authors and place of the paper, or "".
     settings: tree of config keys with the values that make up the method; all others
       keep their defaults.
@@ -51,9 +50,11 @@ _NO_DECAY = {"weight_decay": 0.0}  # a decay to 0 works against an anchor
 
 METHODS = {
   "raft": Method(
-    "refined answers, and a teacher that reads them", "arXiv 2606.00147", {}
+    "refined answers, and distillation from a teacher that reads them",
+    "arXiv 2606.00147",
+    {},
   ),
-  "sft": Method("cross-entropy on the answers as they are", "", _on_questions()),
+  "sft": Method("cross-entropy on the original answers", "", _on_questions()),
   "fused_sft": Method(
     "cross-entropy on the refined answers",
     "ablation of arXiv 2606.00147",
@@ -74,12 +75,13 @@ METHODS = {
     _on_questions(distill=_REVERSE, balance=_WEIGHT_1),
   ),
   "opd_pure": Method(
-    "that KL alone; a control, which must stay at the base model",
+    "the KL term of `opd` alone; a control that must stay at the base model",
     "",
     _on_questions(distill=_REVERSE, balance=_WEIGHT_1, train={"cross_entropy": False}),
   ),
   "opd_recover": Method(
-    "that KL alone: on general prompts, from a tuned model back to `distill.source`",
+    "the KL term of `opd` alone, on general prompts: brings a tuned model back to "
+    "`distill.source`",
     "Thinking Machines 2025",
     _on_questions(distill=_REVERSE, balance=_WEIGHT_1, train={"cross_entropy": False}),
     {"distill.source": "the model before its fine-tuning"},
@@ -123,12 +125,13 @@ METHODS = {
     ),
   ),
   "fapm": Method(
-    "SFT, of which each tensor keeps the tenth that costs the base model least",
+    "SFT; afterwards each tensor keeps the tenth of its change that costs the base "
+    "model least",
     "Huang et al., arXiv 2509.08255",
     _on_questions(prune={}),
   ),
   "wise_ft": Method(
-    "SFT, and afterwards every weight halfway back to the base model's",
+    "SFT; afterwards every weight is moved halfway back to the base model's",
     "Wortsman et al., arXiv 2109.01903",
     _on_questions(interpolate={}),
   ),
@@ -148,12 +151,12 @@ METHODS = {
     _on_questions(recadam={}, train=_NO_DECAY),
   ),
   "freeze": Method(
-    "SFT of about half the parameters, drawn once",
+    "SFT of about half the parameters, chosen at random once",
     "Hui et al., arXiv 2404.18466",
     _on_questions(freeze={}),
   ),
   "das": Method(
-    "SFT with smaller updates of the heads and units that the model needs",
+    "SFT with smaller updates of important heads and units",
     "Ke et al., arXiv 2302.03241",
     _on_questions(soft_mask={}),
   ),
@@ -168,13 +171,13 @@ METHODS = {
     _on_questions(replay={}),
   ),
   "ssr": Method(
-    "that with general questions which the model wrote and answered itself: run the "
-    "stage `synthesise` first",
+    "`replay` with general questions that the model wrote and answered itself: run "
+    "`synthesise` first",
     "Huang et al., arXiv 2403.01244",
     _on_questions(replay={}, synthesise={}),
   ),
   "mssr": Method(
-    "SFT with events of replay, at growing intervals, of what is forgotten; our "
+    "SFT that replays forgotten general questions at growing intervals; our "
     "reconstruction",
     "after arXiv 2603.09892",
     _on_questions(replay={"share": 0.5, "adaptive": {}}),
@@ -203,18 +206,6 @@ def under(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     if isinstance(below, dict) and isinstance(value, dict):
       merged[key] = under(below, value)
   return merged
-
-
-def table() -> str:
-  """The README's list: word, meaning, settings, source."""
-  lines = ["| `method` | what it is | settings | source |", "| --- | --- | --- | --- |"]
-  for name, method in METHODS.items():
-    shown = ", ".join(f"`{word}`" for word in words(method.settings))
-    shown += "".join(f"; set `{key}`" for key in method.needs)
-    lines.append(
-      f"| `{name}` | {method.summary} | {shown or 'the defaults'} | {method.source} |"
-    )
-  return "\n".join(lines) + "\n"
 
 
 def words(settings: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Balancers against Eq. 11-12 of SPEC.md, written out in float64 numpy."""
+"""Balancers against the paper's Eq. 11-12, written out in float64 numpy."""
 
 import jax
 import jax.numpy as jnp

@@ -158,16 +158,34 @@ def test_print_config_shows_every_value_and_stops(tmp_path):
 
 
 def test_help_and_reference_list_every_key(tmp_path):
+  """Each key of a whole config once: in full, or as one that roles share."""
   leaves = set(config._flat(config_test.least(tmp_path).model_dump(mode="json")))
   leaves = {leaf.replace("judges.0", "judges[]") for leaf in leaves}
   leaves = {re.sub(r"\.\d+$", "", leaf) for leaf in leaves}  # items of plain lists
   help_text = stage("--help").stdout
-  table = command_line.reference()
+  tables = command_line.reference() + command_line.engine_reference()
+  roles = {leaf.removesuffix(".engine") for leaf in leaves if leaf.endswith(".engine")}
+  assert roles == {"refine.rewriter", "refine.fusion", "refine.judges[]"}
   for leaf in leaves:
-    assert f"\n  {leaf}  " in help_text
-    assert f"\n| `{leaf}` | " in table
+    section, _, last = leaf.rpartition(".")
+    names = {leaf, f"<role>.{last}"} if section in roles else {leaf}
+    assert any(f"\n  {name}  " in help_text for name in names), leaf
+    assert any(f"\n| `{name}` | " in tables for name in names), leaf
   assert "train.batch_size  int > 0 = 16\n      Questions per step" in help_text
-  assert "| `train.learning_rate` | float >= 0 | `5e-06` | Its peak" in table
-  assert "| `data.questions` | text | required | For training: JSONL" in table
-  rows = [line.split(" | ") for line in table.splitlines()[2:]]
-  assert all(len(row) == 4 and row[3].strip(" |") for row in rows)  # each has a meaning
+  assert "| `train.learning_rate` | float >= 0 | `5e-06` | " in tables
+  assert "| `data.questions` | text | required | " in tables
+  rows = [line.split(" | ") for line in tables.splitlines()]
+  assert all(len(row) == 4 and row[3].strip(" |") for row in rows if len(row) > 1)
+
+
+def test_what_roles_share_is_listed_once():
+  """And what a role has of its own, beside it."""
+  tables = command_line.reference() + command_line.engine_reference()
+  for key in ("base_url", "timeout_s", "tensor_parallel", "memory_share", "top_p"):
+    assert tables.count(f"| `<role>.{key}` | ") == 1
+    assert f"| `refine.fusion.{key}` | " not in tables
+  assert "| `refine.judges[].engine` | one of encoder, jax" in tables
+  assert "| `extract.writer.max_new_tokens` | int > 0 | `1024` | " in tables
+  assert "| `synthesise.writer.top_p` | float > 0 and <= 1 | `0.6` | " in tables
+  top_p = next(line for line in tables.splitlines() if "<role>.top_p" in line)
+  assert "Not a key of `extract.judges[]`, `refine.judges[]`, `evaluate." in top_p

@@ -91,7 +91,7 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   lines = (folder / "comparison.md").read_text().splitlines()
   assert lines[0].endswith(": Every setting")
   assert lines[2] == (
-    "| run | held-out loss | MMLU | retention, % | drift | SFT at equal fit |"
+    "| run | held-out loss | MMLU | retention, % | drift | SFT drift at equal loss |"
     " weight distance |"
   )
   assert lines[7].startswith("| raft (2 seeds) | 3.250 (3.200 to 3.300) |")

@@ -41,7 +41,7 @@ def refused(path: pathlib.Path, *overrides: str) -> list[str]:
 
 def test_least_file_gives_the_papers_settings(tmp_path):
   c = least(tmp_path)
-  # SPEC.md, stage 2.
+  # The paper's stage 2.
   assert (c.train.batch_size, c.train.epochs, c.train.learning_rate) == (16, 3, 5e-6)
   assert (c.distill.top_k, c.distill.temperature, c.balance.decay) == (512, 1.5, 0.9)
   assert c.refine.similarity_threshold == 0.8

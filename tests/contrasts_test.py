@@ -199,8 +199,8 @@ def test_a_folder_of_domains_is_one_comparison(tmp_path):
   for heading in (
     "<h2>law</h2>",
     "<h2>web</h2>",
-    "At equal fit: drift, mean of 2 domains",
-    "At equal fit: IFEval, mean of 2 domains",
+    "At equal loss: drift, mean of 2 domains",
+    "At equal loss: IFEval, mean of 2 domains",
   ):
     assert heading in page
   # Labels lead to the config of a run.

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "raft_jax"
 
-# A room imports only rooms before it. DESIGN: "Rooms"; the README draws it.
+# A module imports only modules before it.
 ROOMS = [
   "errors",
   "host_memory",

@@ -1,4 +1,4 @@
-"""Losses against float64 numpy written from SPEC.md Eq. 5 and 8-10."""
+"""Losses against float64 numpy written from the paper's Eq. 5 and 8-10."""
 
 import functools
 import subprocess

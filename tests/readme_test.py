@@ -1,6 +1,6 @@
-"""What the README says of the code is what the code says.
+"""The READMEs: generated parts are up to date, links resolve, examples run.
 
-`python -m tests.readme_test` writes the generated parts anew.
+`python -m tests.readme_test` rewrites the generated parts.
 """
 
 import ast
@@ -8,52 +8,154 @@ import pathlib
 import re
 import subprocess
 import types
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import command_line, config, methods
-from tests import imports_test
+from raft_jax import command_line, config, errors, methods
 
 ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "raft_jax"
 README = ROOT / "README.md"
+DOCUMENTS = [
+  README,
+  *(
+    path
+    for folder in ("configs", "launch", "raft_jax", "tests")
+    for path in sorted((ROOT / folder).rglob("*.md"))
+  ),
+]
+
+# Each imports only wings above it.
+WINGS = (
+  *("runtime", "storage", "models", "config", "hf", "generation", "curation", "data"),
+  *("distillation", "baselines", "training", "evaluation", "planning", "reporting"),
+)
+
+# Text files that commands or users write, and no part of the project.
+WRITTEN = {"comparison.md", "torts.md"}
 
 
-def rooms() -> str:
-  """The table of rooms: name, and the first line of its docstring."""
-  lines = ["| module | what lives there |", "| --- | --- |"]
-  for room in imports_test.ROOMS:
-    path = ROOT / "raft_jax" / f"{room}.py"
-    if path.exists():
-      summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
-      lines.append(f"| `{room}` | {summary.replace('|', chr(92) + '|')} |")
+def wings() -> str:
+  """A row for each wing: the first paragraph of its README, and its modules."""
+  lines = ["| wing | subject | modules |", "| --- | --- | --- |"]
+  for wing in WINGS:
+    folder = PACKAGE / wing
+    subject = (folder / "README.md").read_text(encoding="utf-8").split("\n\n")[1]
+    listed = ", ".join(f"`{path.stem}`" for path in modules(folder))
+    subject = subject.replace("\n", " ")
+    lines.append(f"| [{wing}]({wing}/README.md) | {subject} | {listed} |")
   return "\n".join(lines) + "\n"
 
 
-GENERATED = {
-  "config reference": command_line.reference,
-  "methods": methods.table,
-  "rooms": rooms,
+def modules(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+
+
+def module_table(folder: pathlib.Path) -> str:
+  """A row for each module: its name, and the first line of its docstring."""
+  lines = ["| module | subject |", "| --- | --- |"]
+  for path in modules(folder):
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    lines.append(f"| `{path.stem}` | {escaped(docstring.split(chr(10))[0])} |")
+  return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def escaped(text: str) -> str:
+  return text.replace("|", "\\|")
+
+
+LEAST = {
+  "model": {"source": "some/model"},
+  "data": {"questions": "configs/data/wordnet/law/train.jsonl"},
+  "output": "runs/x",
 }
 
 
-def block(name: str) -> re.Pattern[str]:
-  return re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+def required_keys(name: str) -> list[str]:
+  """The keys that the least config lacks with this method."""
+  try:
+    config.from_tree(LEAST, [f"method={name}"])
+  except errors.UserError as error:
+    return re.findall(r"^config: ([\w.]+): ", str(error), re.MULTILINE)
+  return []
 
 
-def filled(text: str) -> str:
-  for name, make in GENERATED.items():
-    text, count = block(name).subn(
+def method_table() -> str:
+  """A row for each method: name, meaning, settings, the keys to set, source."""
+  lines = [
+    "| `method` | what it is | settings | required | source |",
+    "| --- | --- | --- | --- | --- |",
+  ]
+  for name, method in methods.METHODS.items():
+    settings = ", ".join(f"`{word}`" for word in methods.words(method.settings))
+    required = ", ".join(f"`{key}`" for key in required_keys(name))
+    cells = [method.summary, settings or "the defaults", required, method.source]
+    lines.append(f"| `{name}` | {' | '.join(map(escaped, cells))} |")
+  return "\n".join(lines) + "\n"
+
+
+GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
+  ROOT / "configs/README.md": {
+    "methods": method_table,
+    "config reference": command_line.reference,
+    "engine keys": command_line.engine_reference,
+  },
+  PACKAGE / "README.md": {
+    "wings": wings,
+    "modules": lambda: module_table(PACKAGE),
+  },
+  **{
+    PACKAGE / wing / "README.md": {
+      "modules": lambda wing=wing: module_table(PACKAGE / wing)
+    }
+    for wing in WINGS
+  },
+}
+
+
+def filled(path: pathlib.Path) -> str:
+  """The text of a README with its generated parts written anew."""
+  text = path.read_text(encoding="utf-8")
+  for name, make in GENERATED[path].items():
+    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    text, count = block.subn(
       lambda match, make=make: match[1] + make() + match[2], text
     )
-    assert count == 1, f"README.md: no place for {name}"
+    assert count == 1, f"{path}: no place for {name}"
   return text
 
 
-def test_generated_parts_are_up_to_date():
-  text = README.read_text(encoding="utf-8")
-  assert filled(text) == text, "run `python -m tests.readme_test`"
+@pytest.fixture(autouse=True)
+def _root(monkeypatch):
+  monkeypatch.chdir(ROOT)  # paths in configs start there
+
+
+@pytest.mark.parametrize(
+  "path", GENERATED, ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_generated_parts_are_up_to_date(path):
+  assert filled(path) == path.read_text(encoding="utf-8"), (
+    "run `python -m tests.readme_test`"
+  )
+
+
+def test_every_wing_has_a_readme():
+  folders = {path.parent.name for path in PACKAGE.glob("*/README.md")}
+  assert folders == set(WINGS)
+
+
+def test_methods_name_the_keys_that_they_require():
+  required = {name: required_keys(name) for name in methods.METHODS}
+  assert {name: keys for name, keys in required.items() if keys} == {
+    "opd_recover": ["distill.source"],
+    "ewc": ["anchor.questions"],
+    "replay": ["replay.questions"],
+    "ssr": ["synthesise.seeds"],
+    "mssr": ["replay.questions"],
+  }
 
 
 def test_the_losses_example_runs():
@@ -78,11 +180,89 @@ def test_the_losses_example_runs():
   assert not np.array_equal(moved["embed"], params["embed"])
 
 
-def test_every_file_that_the_readme_names_exists():
-  named = re.findall(r"`?((?:launch|configs|tests)/[\w./-]+\w)`?", README.read_text())
+def test_the_first_readme_is_short():
+  assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def prose(path: pathlib.Path) -> str:
+  """A document without its code blocks."""
+  text = path.read_text(encoding="utf-8")
+  return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def links(path: pathlib.Path) -> Iterator[str]:
+  """The targets in a document that are not on the web."""
+  found = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose(path))
+  for target in (link or source for link, source in found):
+    if not target.startswith(("https://", "http://")):
+      yield target
+
+
+def anchors(path: pathlib.Path) -> set[str]:
+  """The names that GitHub gives the headings of a document."""
+  headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+  kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+  return {heading.strip().replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize(
+  "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_resolve(path):
+  for link in links(path):
+    name, _, anchor = link.partition("#")
+    target = (path.parent / name).resolve() if name else path
+    assert target.exists(), f"{path}: {link}"
+    assert target.is_relative_to(ROOT), f"{path}: {link} is outside of the project"
+    if anchor:
+      assert anchor in anchors(target), f"{path}: {link}"
+
+
+@pytest.mark.parametrize(
+  "path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_named_files_exist(path):
+  text = path.read_text(encoding="utf-8")
+  for name in re.findall(r"[\w./-]+\.md\b", text):
+    if name not in WRITTEN:
+      here, root = path.parent / name, ROOT / name
+      assert here.exists() or root.exists(), f"{path}: {name}"
+  for name in re.findall(r"(?<![\w/.])(?:launch|configs|tests)/[\w./-]*\w", text):
+    assert (ROOT / name).exists() or (path.parent / name).exists(), f"{path}: {name}"
+
+
+def test_promises_name_tests_that_exist():
+  text = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+  named = set(re.findall(r"`(\w+_test)`", text))
+  assert named <= {path.stem for path in (ROOT / "tests").rglob("*_test.py")}
   assert named
-  for name in set(named):
-    assert (ROOT / name).exists(), name
+
+
+def test_every_readme_is_reached_from_the_first():
+  reached, todo = set(), [README]
+  while todo:
+    path = todo.pop()
+    if path not in reached:
+      reached.add(path)
+      named = [(path.parent / link.partition("#")[0]).resolve() for link in links(path)]
+      todo += [target for target in named if target.suffix == ".md"]
+  assert reached == set(DOCUMENTS)
+
+
+def sentences(path: pathlib.Path) -> list[str]:
+  """The sentences of a document, without its tables."""
+  lines = [line for line in prose(path).splitlines() if not line.startswith("|")]
+  text = " ".join("\n".join(lines).split())
+  return re.split(r"(?<=[.:?]) ", text)
+
+
+def test_nothing_is_said_twice():
+  places: dict[str, str] = {}
+  for path in DOCUMENTS:
+    for sentence in sentences(path):
+      if len(sentence) > 40:
+        assert sentence not in places, f"{path} and {places[sentence]}: {sentence}"
+        places[sentence] = str(path)
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")))
@@ -91,13 +271,12 @@ def test_scripts_parse(script):
 
 
 def test_every_config_loads():
-  paths = sorted((ROOT / "configs").rglob("*.yaml"))
-  assert {path.stem for path in paths} >= methods.METHODS.keys()
-  for path in paths:
+  for path in sorted((ROOT / "configs").rglob("*.yaml")):
     assert config.load(path).output
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("# "), f"{path}: say command, hardware, time, result"
 
 
 if __name__ == "__main__":
-  README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+  for document in GENERATED:
+    document.write_text(filled(document), encoding="utf-8")

@@ -225,7 +225,7 @@ def test_the_filter_keeps_a_cosine_at_the_threshold_and_drops_one_below(tmp_path
 @pytest.mark.parametrize(
   ("similarity", "threshold", "passes"),
   [
-    (1.0, 1.0, False),  # "accepts none", SPEC
+    (1.0, 1.0, False),  # accepts none
     (0.9999999999999998, 1.0, False),
     (1.0, 0.99, True),
     (-0.1, 0.0, True),  # "accepts all"

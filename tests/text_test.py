@@ -289,7 +289,7 @@ def test_text_round_trips_byte_exact(codec, content):
 
 
 def test_teacher_paper_is_pieces_tokenised_apart(codec):
-  """SPEC Eq. 7, spelled out; no special token anywhere."""
+  """The paper's Eq. 7, spelled out; no special token anywhere."""
   pieces = [
     "Background reference knowledge:",
     ": A wrong.",

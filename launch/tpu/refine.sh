@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Refinement with the built-in engine, a worker on each of COUNT single TPU machines
-# NAME-0, NAME-1, ... prepared as for train.sh:
+# Refinement with the built-in engine, one worker on each of COUNT single TPU machines
+# NAME-0, NAME-1, ..., prepared as for train.sh:
 # launch/tpu/refine.sh NAME COUNT ZONE --config my.yaml [key=value ...]
-# and when all of them are done, the same command with COUNT 1 merges on NAME-0.
+# When all workers are done, the same command with COUNT 1 merges on NAME-0.
 set -euo pipefail
 name=$1 count=$2 zone=$3
 shift 3

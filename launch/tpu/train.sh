@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One training run on all hosts of a Cloud TPU slice:
 # launch/tpu/train.sh NAME ZONE --config my.yaml [key=value ...]
-# The repository is in ~/raft_jax on every host (gcloud ... scp --recurse --worker=all),
-# installed once with `launch/install.sh tpu`; `output` is a folder that all of them
-# mount. jax asks the machine's metadata for the other hosts.
+# Copy the repository to ~/raft_jax on every host (gcloud ... scp --recurse --worker=all)
+# and install it once with `launch/install.sh tpu`. All hosts must mount the folder
+# `output`. JAX reads the other hosts from the machine's metadata.
 set -euo pipefail
 name=$1 zone=$2
 shift 2
