@@ -323,7 +323,7 @@ def test_bos_is_added_as_the_harness_adds_it(who):
     theirs = types.SimpleNamespace(tokenizer=tokenizer, add_bos_token=None)
     theirs.custom_prefix_token_id = None
     theirs.prefix_token_id = huggingface.HFLM.prefix_token_id.fget(theirs)
-    codec = types.SimpleNamespace(tokenizer=tokenizer, digest="")
+    codec = types.SimpleNamespace(tokenizer=tokenizer, digest="", vocab_size=None)
     ours = harness_model.Adapter(who._replace(codec=codec), None)
     assert ours.prefix_token_id == theirs.prefix_token_id == (1 if bos else 2)
     for added in (None, True, False):
