@@ -234,7 +234,7 @@ def _earlier(folder: pathlib.Path) -> list[int]:
 
 def _remedy(folder: pathlib.Path) -> str:
   if folder.parent.name == BEST:
-    return "set watch.keep=last to read the last step instead"
+    return "set validation.keep=last to read the last step instead"
   earlier = _earlier(folder)
   if not earlier:
     return "no earlier step is left: delete the run's checkpoints to begin again"

@@ -42,8 +42,8 @@ from raft_jax.schema import Section
 from raft_jax.schema import Servers as Servers
 from raft_jax.schema import Tasks as Tasks
 from raft_jax.schema import Train as Train
+from raft_jax.schema import Validation as Validation
 from raft_jax.schema import VerdictJudge as VerdictJudge
-from raft_jax.schema import Watch as Watch
 from raft_jax.schema import Writer as Writer
 
 
@@ -227,8 +227,17 @@ def _section(loc: Sequence[str | int]) -> type[Section]:
   return section
 
 
+RENAMED = {
+  "train.measure_every": "train.gradient_stats_every",
+  "watch": "validation",
+}
+"""Old name of a key or section -> the name that it has now."""
+
+
 def _suggest(name: str, parents: Sequence[str | int], section: type[Section]) -> str:
   prefix = "".join(f"{part}." for part in parents)
+  if f"{prefix}{name}" in RENAMED:
+    return f"it is now called `{RENAMED[f'{prefix}{name}']}`"
   near = difflib.get_close_matches(name, section.model_fields, n=1)
   if near:
     return f"did you mean `{prefix}{near[0]}`?"
@@ -400,6 +409,13 @@ def _check_claim(
       f"{path}: damaged; delete it if {output} was made with this config, else choose "
       "another output"
     )
+  if old.get("watch"):
+    raise errors.UserError(
+      f"output: {output} was validated by an earlier version of raft_jax, which logged "
+      "other names; choose another output, or go on with that version"
+    )
+  for name, today in RENAMED.items():
+    _rename(old, name.split("."), today.rsplit(".", 1)[-1])
   # A key that is younger than the folder had there what is now its default.
   given = _flat(own(config))
   changes = {
@@ -413,6 +429,15 @@ def _check_claim(
       f"output: {output} holds a {stage} run of another config ({shown}); choose "
       f"another output, put the old values back, or delete {words}"
     )
+
+
+def _rename(tree: dict[str, Any], path: Sequence[str], today: str) -> None:
+  """Gives a key of a folder made by an earlier version its present name."""
+  *parents, last = path
+  for part in parents:
+    tree = tree.get(part) or {}
+  if last in tree:
+    tree[today] = tree.pop(last)
 
 
 def _under(name: str, keys: Sequence[str]) -> bool:

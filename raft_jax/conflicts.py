@@ -74,8 +74,8 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
       yield "model.attention", "cudnn computes in bfloat16; set model.dtype=bfloat16"
     if config.rollout.max_new_tokens % 2:
       yield "rollout.max_new_tokens", "must be even for model.attention=cudnn"
-  if config.balance.mode == "gradient_norm" and not config.train.measure_every:
-    yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
+  if config.balance.mode == "gradient_norm" and not config.train.gradient_stats_every:
+    yield "train.gradient_stats_every", "must be above 0 for balance.mode=gradient_norm"
   if config.balance.mode == "gradient_norm" and not config.balance.weight:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
   yield from _losses(config)
@@ -223,13 +223,16 @@ def _parts(config: schema.Config) -> Iterator[tuple[str, str]]:
       "which makes one",
     )
   yield from _adaptive(config)
-  if config.watch is not None:
+  if config.validation is not None:
     if config.data.validation is None:
-      yield "data.validation", "is required for `watch`: name a file of questions"
-    if config.watch.max_drift is not None and config.watch.drift.prompts is None:
+      yield "data.validation", "is required for `validation`: name a file of questions"
+    if (
+      config.validation.max_drift is not None
+      and config.validation.drift.prompts is None
+    ):
       yield (
-        "watch.max_drift",
-        "needs watch.drift.prompts; name them, or delete this line",
+        "validation.max_drift",
+        "needs validation.drift.prompts; name them, or delete this line",
       )
   if config.export.adapter:
     for name, what in (("prune", "pruned"), ("interpolate", "interpolated")):

@@ -75,7 +75,7 @@ def measure(config: config_lib.Config, topology: str) -> dict[str, Any]:
   beside = footprint.beside(config, run, built)
   with jax.set_mesh(run.mesh):
     batch = footprint.widest_batch(config, run)
-    for measured in (False, True) if config.train.measure_every else (False,):
+    for measured in (False, True) if config.train.gradient_stats_every else (False,):
       train.run_step(
         programs,
         built.abstract,

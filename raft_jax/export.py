@@ -40,7 +40,7 @@ HYPERPARAMETERS: Any = {
   ),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
   "replay": {"share", "adaptive"},
-  "watch": {"every", "limit", "max_drift", "patience", "keep"},
+  "validation": {"every", "limit", "max_drift", "patience", "keep"},
   "rollout": True,
   "distill": schema.Distill.model_fields.keys() - {"source"},
   "balance": True,

@@ -202,23 +202,23 @@ def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
     "student_mass_outside_support": "student",
     "teacher_mass_outside_support": "teacher",
   }
-  best = run_folder.series(run, "watch_best")[1][-1:]
+  best = run_folder.series(run, "validation_best")[1][-1:]
   best_step = best[0] if best else None
-  limit = run_folder.setting(run, "watch", "max_drift")
+  limit = run_folder.setting(run, "validation", "max_drift")
   panels = {
-    "watch": [
+    "validation": [
       _panel(
-        *(run, "Validation loss, nats per token", {"watch_loss": "loss"}),
+        *(run, "Validation loss, nats per token", {"validation_loss": "loss"}),
         mark_at=best_step,
       ),
       _panel(
-        *(run, "Drift, nats per token", {"watch_drift": "drift"}),
+        *(run, "Drift, nats per token", {"validation_drift": "drift"}),
         line_at=limit if run_folder.is_number(limit) else None,
         mark_at=best_step,
         bottom=0,
       ),
       _panel(
-        *(run, "IFEval, share of instructions", {"watch_ifeval": "share"}),
+        *(run, "IFEval, share of instructions", {"validation_ifeval": "share"}),
         mark_at=best_step,
         bottom=0,
       ),

@@ -35,7 +35,7 @@ def folder(config: config_lib.Config) -> str:
 
 
 def _wants_best(config: config_lib.Config) -> bool:
-  return config.watch is not None and config.watch.keep == "best"
+  return config.validation is not None and config.validation.keep == "best"
 
 
 def restored(
@@ -54,9 +54,9 @@ def restored(
     config.output, shapes, wiring.identity(config), name
   )
   if name == checkpoint.BEST:
-    print(f"reading step {step}, the best by `watch`")
+    print(f"reading step {step}, the best by `validation`")
   elif _wants_best(config):
-    print(f"no step is kept as the best by `watch`; reading step {step}, the last")
+    print(f"no step is kept as the best by `validation`; reading step {step}, the last")
   return params, step
 
 

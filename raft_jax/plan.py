@@ -191,7 +191,7 @@ def judge(
   *,
   share: float,
   total_steps: int | None,
-  measure_every: int,
+  gradient_stats_every: int,
 ) -> Verdict:
   """Whether the run fits, and how long it takes."""
   phases = {name: phase(answer, name, machine) for name in answer["phases"]}
@@ -204,8 +204,8 @@ def judge(
   run = None
   if total_steps is not None:
     run = (step[0] * total_steps, step[1] * total_steps)
-    if measure_every and "measured update" in known:
-      times = math.ceil(total_steps / measure_every)
+    if gradient_stats_every and "measured update" in known:
+      times = math.ceil(total_steps / gradient_stats_every)
       more, usual_update = known["measured update"], known["update"]
       run = (
         run[0] + times * (more.seconds - usual_update.seconds),
@@ -372,7 +372,7 @@ def plan(
       machine,
       share=share,
       total_steps=total_steps,
-      measure_every=config.train.measure_every,
+      gradient_stats_every=config.train.gradient_stats_every,
     )
     show(config, machine, answer, verdict, share=share, total_steps=total_steps)
 

@@ -151,7 +151,7 @@ def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
     if rate_N:
       median = pages.number(statistics.median(rate_N), 0)
       rows.append((f"train: {phase}", None, f"median {median} tokens/s"))
-  looks_N = run_folder.series(run, "watch_seconds")[1]
+  looks_N = run_folder.series(run, "validation_seconds")[1]
   if looks_N:
     rows.append(("train: looks", sum(looks_N), f"{len(looks_N)} looks"))
   for who, seconds in (run.scores.get("seconds") or {}).items():

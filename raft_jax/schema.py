@@ -299,7 +299,7 @@ class Train(Section):
   """Steps between checkpoints."""
   keep_checkpoints: Positive = 2
   """Number of newest checkpoints to keep."""
-  measure_every: Annotated[int, pydantic.Field(ge=0)] = 20
+  gradient_stats_every: Annotated[int, pydantic.Field(ge=0)] = 20
   """Every N steps, measure each loss's gradient norm, their cosine, and the time of
   each phase. Costs one more backward pass. 0: never."""
   tensorboard: bool = False
@@ -668,7 +668,7 @@ class Evaluate(Section):
   tasks: Tasks = Tasks()
 
 
-class WatchDrift(Drift):
+class ValidationDrift(Drift):
   """Drift from the base model, as `evaluate.drift`."""
 
   limit: Positive | None = 16
@@ -677,7 +677,7 @@ class WatchDrift(Drift):
   """Tokens of the base model's answers on which both are compared."""
 
 
-class WatchIfeval(Ifeval):
+class ValidationIfeval(Ifeval):
   """Strict share of instructions obeyed, as `evaluate.ifeval`."""
 
   limit: Positive | None = 16
@@ -686,7 +686,7 @@ class WatchIfeval(Ifeval):
   """Longest answer."""
 
 
-class Watch(Section):
+class Validation(Section):
   """Measure the loss on `data.validation` and general abilities during training. The
   best step has the lowest loss among those whose drift is at most `max_drift`. `{}` for
   the defaults. null: no validation."""
@@ -695,8 +695,8 @@ class Watch(Section):
   """Steps between two validations. The last step is validated, too [O]."""
   limit: Positive = 32
   """Use only the first N questions of `data.validation` [O]."""
-  drift: WatchDrift = WatchDrift()
-  ifeval: WatchIfeval = WatchIfeval()
+  drift: ValidationDrift = ValidationDrift()
+  ifeval: ValidationIfeval = ValidationIfeval()
   max_drift: Annotated[float, pydantic.Field(gt=0.0)] | None = None
   """A step with more drift, in nats per token, cannot be the best; null: no limit."""
   patience: Positive | None = None
@@ -763,7 +763,7 @@ class Config(Section):
   replay: Replay | None = None
   prune: Prune | None = None
   interpolate: Interpolate | None = None
-  watch: Watch | None = None
+  validation: Validation | None = None
   mesh: Mesh = Mesh()
   cluster: Cluster = Cluster()
   evaluate: Evaluate = Evaluate()

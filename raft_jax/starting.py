@@ -94,8 +94,10 @@ def first_state(
 
 def compares(config: config_lib.Config) -> bool:
   """Whether looks at the trained model read the base model, too."""
-  watch = config.watch
-  return watch is not None and bool(watch.drift.prompts or outcome.edits(config))
+  validation = config.validation
+  return validation is not None and bool(
+    validation.drift.prompts or outcome.edits(config)
+  )
 
 
 def load(

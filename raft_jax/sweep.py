@@ -244,10 +244,10 @@ def _training(folder: pathlib.Path) -> dict[str, Any]:
   steps = run_folder.series(run, "step_seconds")[1][1:]
   mass = run_folder.series(run, "teacher_mass_in_support")[1]
   ratio = list(zip(*run_folder.series(run, "kd_ratio")))
-  drift = dict(zip(*run_folder.series(run, "watch_drift")))
+  drift = dict(zip(*run_folder.series(run, "validation_drift")))
   looks = [
     (step, loss, drift[step])
-    for step, loss in zip(*run_folder.series(run, "watch_loss"))
+    for step, loss in zip(*run_folder.series(run, "validation_loss"))
     if step in drift
   ]
   path = folder / "cost.json"

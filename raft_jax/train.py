@@ -170,8 +170,8 @@ def note(values: dict[str, float]) -> str:
     "loss_kd": "kd",
     "kd_weight": "λ",
     "rollout_length": "len",
-    "watch_loss": "val",
-    "watch_drift": "drift",
+    "validation_loss": "val",
+    "validation_drift": "drift",
   }
   return "  ".join(
     f"{short} {values[name]:.3g}" for name, short in shown.items() if name in values
@@ -208,7 +208,7 @@ def reporter(
       # The step's values were found finite: the panel is not asked about a NaN.
       values |= watcher.look(dispatched.step + 1, params)
       last = time.perf_counter()
-      values["watch_seconds"] = last - now
+      values["validation_seconds"] = last - now
     if log is not None:
       faults.keep(functools.partial(log.write, dispatched.step + 1, values))
     if bar is not None:
@@ -245,7 +245,7 @@ def loop(
 ) -> int:
   """Trains from step `start` to the end, until `stops` or the watcher says that it is
   over; returns the steps done."""
-  every = config.train.measure_every
+  every = config.train.gradient_stats_every
   soon = config.balance.mode == "gradient_norm"
   warm: set[Any] = set()
   pending: Dispatched | None = None
@@ -324,7 +324,7 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
       known = watch.so_far(config, newest)
       if newest == run.total_steps or known.over:
         print(f"already trained: {orbax.directory / str(newest)}")
-        if config.watch is not None:
+        if config.validation is not None:
           print(watch.summary(config, known, newest, run.total_steps))
         return
     hosts.together(lambda: footprint.check(config, run, built))

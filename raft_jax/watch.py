@@ -1,12 +1,12 @@
 """A small fixed panel while a model trains: its best step, and when to stop.
 
-Every `watch.every` steps the loss of a few validation questions is measured and, where
-the config names items, the drift from the base model and IFEval, with the functions
-of `evaluate`. Looks lie between steps and change nothing of them.
+Every `validation.every` steps the loss of a few validation questions is measured and,
+where the config names items, the drift from the base model and IFEval, with the
+functions of `evaluate`. Looks lie between steps and change nothing of them.
 
 The rule: the best step is that of the lowest validation loss among the looks whose
-drift is at most `watch.max_drift`; training is over after `watch.patience` looks in a
-row without a new best. It reads logged rows alone, so that a resumed run judges alike.
+drift is at most `validation.max_drift`; training is over after `validation.patience`
+looks in a row without a new best. It reads logged rows alone, so that a resumed run judges alike.
 """
 
 from __future__ import annotations
@@ -86,21 +86,23 @@ def logged(output: pathlib.Path, until: int) -> list[Look]:
   found = []
   for _, row in metrics.rows_until(output / "metrics.jsonl", until):
     values = row.get("values", {})
-    if "watch_loss" in values:
-      found.append(Look(row["step"], values["watch_loss"], values.get("watch_drift")))
+    if "validation_loss" in values:
+      found.append(
+        Look(row["step"], values["validation_loss"], values.get("validation_drift"))
+      )
   return found
 
 
-def judged(settings: config_lib.Watch, looks: Sequence[Look]) -> Verdict:
+def judged(settings: config_lib.Validation, looks: Sequence[Look]) -> Verdict:
   """`verdict` by the rule of a run."""
   return verdict(looks, max_drift=settings.max_drift, patience=settings.patience)
 
 
 def so_far(config: config_lib.Config, step: int) -> Verdict:
   """What the rule says of a run that is at a step, from its log."""
-  if config.watch is None:
+  if config.validation is None:
     return Verdict(None, 0, over=False)
-  return judged(config.watch, logged(pathlib.Path(config.output), step))
+  return judged(config.validation, logged(pathlib.Path(config.output), step))
 
 
 # --- The panel ------------------------------------------------------------------------
@@ -122,35 +124,35 @@ def read(
   Raises:
     errors.UserError: a file is bad or too long, or there are several processes.
   """
-  settings = config.watch
+  settings = config.validation
   if settings is None:
     return None
   if jax.process_count() > 1:
     raise errors.UserError(
-      f"watch: wants one process, and these are {jax.process_count()}; set watch=null, "
-      "or train with one process"
+      f"validation: wants one process, and these are {jax.process_count()}; set "
+      "validation=null, or train with one process"
     )
   questions = exam.read_validation(config, codec, settings.limit)
   if questions is None or not questions.rows:
     raise errors.UserError(
       f"data.validation: {config.data.validation} holds no question within "
-      "data.max_*_tokens for `watch`; raise them or give another file"
+      "data.max_*_tokens for `validation`; raise them or give another file"
     )
   panel = Panel(
     questions.rows,
-    exam.read_drift(settings.drift, codec, section="watch"),
-    exam.read_ifeval(settings.ifeval, codec, section="watch"),
+    exam.read_drift(settings.drift, codec, section="validation"),
+    exam.read_ifeval(settings.ifeval, codec, section="validation"),
   )
   need = {
     "data.max_*_tokens": max(len(row.prompt) + len(row.answer) for row in panel.rows)
   }
   if panel.drift is not None:
     new = settings.drift.max_new_tokens
-    need[f"watch.drift.max_new_tokens={new}"] = max(map(len, panel.drift)) + new
+    need[f"validation.drift.max_new_tokens={new}"] = max(map(len, panel.drift)) + new
   if panel.ifeval is not None:
     new = settings.ifeval.max_new_tokens
     longest = max(map(len, panel.ifeval.prompts))
-    need[f"watch.ifeval.max_new_tokens={new}"] = longest + new
+    need[f"validation.ifeval.max_new_tokens={new}"] = longest + new
   exam.check_need(need, config.model.source, decoder)
   return panel
 
@@ -159,7 +161,7 @@ def values(
   panel: Panel,
   trained: measure.Subject,
   base: measure.Subject | None,
-  settings: config_lib.Watch,
+  settings: config_lib.Validation,
   log: journal.Journal,
 ) -> dict[str, float]:
   """Names and values for the log; what the journal knows is not computed again.
@@ -168,15 +170,15 @@ def values(
     base: the base model, where the panel has prompts for the drift.
   """
   losses = measure.losses(trained, panel.rows, log, name="validation loss")
-  found = {"watch_loss": statistics.Scores(np.array(losses))}
+  found = {"validation_loss": statistics.Scores(np.array(losses))}
   if panel.drift is not None:
     assert base is not None
     new = settings.drift.max_new_tokens
-    found["watch_drift"] = distance.from_base(base, trained, panel.drift, new, log)
+    found["validation_drift"] = distance.from_base(base, trained, panel.drift, new, log)
   if panel.ifeval is not None:
     new = settings.ifeval.max_new_tokens
     scores = exam.take_ifeval(trained, panel.ifeval, log, max_new_tokens=new)
-    found["watch_ifeval"] = scores["ifeval_instruction_strict"]
+    found["validation_ifeval"] = scores["ifeval_instruction_strict"]
   return {name: statistics.mean(scores) for name, scores in found.items()}
 
 
@@ -192,7 +194,7 @@ class Watcher:
 
   def __init__(
     self,
-    settings: config_lib.Watch,
+    settings: config_lib.Validation,
     total_steps: int,
     looks: Sequence[Look],
     *,
@@ -220,11 +222,13 @@ class Watcher:
       params: the trained tree after `done` steps.
     """
     found = self._measure(params)
-    self._looks.append(Look(done, found["watch_loss"], found.get("watch_drift")))
+    self._looks.append(
+      Look(done, found["validation_loss"], found.get("validation_drift"))
+    )
     self.verdict = judged(self._settings, self._looks)
     best = self.verdict.best
     if best is not None:
-      found["watch_best"] = float(best.step)
+      found["validation_best"] = float(best.step)
       if best.step == done:
         self._keep(done, params)
     return found
@@ -240,13 +244,13 @@ def watching(
   checkpoints: Any,
   start: int,
 ) -> Iterator[Watcher | None]:
-  """A run's watcher, if it has one; keeps `output/best` and `output/watch.jsonl`.
+  """A run's watcher, if it has one; keeps `output/best` and `output/validation.jsonl`.
 
   Args:
     checkpoints: Orbax's manager of those that the run resumes from.
     start: the step it goes on from; a best step after it came from work that was lost.
   """
-  settings = config.watch
+  settings = config.validation
   if panel is None or settings is None:
     yield None
     return
@@ -265,7 +269,7 @@ def watching(
   )
   base = None if beside.base is None else subject(beside.base)
   with (
-    journal.open_journal(output / "watch.jsonl") as log,
+    journal.open_journal(output / "validation.jsonl") as log,
     checkpoint.manager(output, keep=None, name=checkpoint.BEST) as best,
   ):
     checkpoint.drop(best, [step for step in best.all_steps() if step > start])
@@ -305,7 +309,7 @@ def settle(best: Any, checkpoints: Any) -> None:
 
 def summary(config: config_lib.Config, found: Verdict, done: int, total: int) -> str:
   """Which step was the best, and why training ended before its last step."""
-  settings = config.watch
+  settings = config.validation
   assert settings is not None
   if found.best is not None:
     text = f"best step: {found.best.step} (validation loss {found.best.loss:.3g}"
@@ -319,6 +323,6 @@ def summary(config: config_lib.Config, found: Verdict, done: int, total: int) ->
   if found.over and done < total:
     text += (
       f"; stopped early, at step {done} of {total}: no new best in the last "
-      f"{found.waited} looks (watch.patience)"
+      f"{found.waited} looks (validation.patience)"
     )
   return text

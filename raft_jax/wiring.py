@@ -69,8 +69,8 @@ CLAIMED = (
   "soft_mask",
   "replay",
   *(
-    f"watch.{key}"
-    for key in config_lib.Watch.model_fields
+    f"validation.{key}"
+    for key in config_lib.Validation.model_fields
     if key not in ("patience", "keep")
   ),
 )

@@ -193,9 +193,9 @@ BAD_FILES = {
     "must divide train.batch_size=16, got 3",
   ),
   "nothing measured": (
-    "train: {measure_every: 0}\nbalance: {mode: gradient_norm}",
+    "train: {gradient_stats_every: 0}\nbalance: {mode: gradient_norm}",
     4,
-    "train.measure_every",
+    "train.gradient_stats_every",
     "above 0 for balance.mode=gradient_norm",
   ),
   "no ratio to reach": (
@@ -332,6 +332,8 @@ def test_bad_file_is_one_line_with_place_key_and_remedy(tmp_path, name):
   ("override", "says"),
   [
     ("train.bach_size=8", "train.bach_size: unknown key; did you mean `train.batch_s"),
+    ("train.measure_every=5", "train.measure_every: unknown key; it is now called `tr"),
+    ("watch={}", "watch: unknown key; it is now called `validation`"),
     ("train.epochs=x", 'train.epochs: must be a whole number, got "x"'),
     ("train.epochs=*x", "train.epochs: not valid YAML"),
     ("train.epochs", "'train.epochs' is not an override; write key=value"),
@@ -477,6 +479,25 @@ def test_a_key_younger_than_the_folder_had_its_default_there(tmp_path):
     claim(tmp_path, "train.warmup_ratio=0.5")
   claim(tmp_path)
   assert config.load(recorded).train.warmup_ratio == 0.03
+
+
+def test_a_folder_of_an_earlier_version_had_keys_of_other_names(tmp_path):
+  claim(tmp_path)
+  recorded = tmp_path / "run/config/train.yaml"
+  recorded.write_text(
+    recorded.read_text().replace("gradient_stats_every", "measure_every")
+  )
+  (tmp_path / "run/checkpoints/2").mkdir(parents=True)
+  with pytest.raises(errors.UserError, match="gradient_stats_every: 20 -> 7"):
+    claim(tmp_path, "train.gradient_stats_every=7")
+  claim(tmp_path)
+  assert "  gradient_stats_every: 20" in recorded.read_text()
+  text = recorded.read_text().replace("validation: null\nmesh", "watch: null\nmesh")
+  recorded.write_text(text)
+  claim(tmp_path)
+  recorded.write_text(text.replace("watch: null", "watch: {every: 5}"))
+  with pytest.raises(errors.UserError, match="by an earlier version of raft_jax"):
+    claim(tmp_path)
 
 
 def test_claim_of_a_key_of_every_item(tmp_path):

@@ -70,7 +70,7 @@ def _make(tmp_path_factory, source, law, refined):
 model: {{source: "{source}"}}
 data: {{questions: "{law / "train.jsonl"}", limit: 16, buckets: 1}}
 train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-3,
-  checkpoint_every: 2, measure_every: 0}}
+  checkpoint_every: 2, gradient_stats_every: 0}}
 rollout: {{max_new_tokens: 6}}
 distill: {{top_k: 64}}
 method: {name}

