@@ -288,7 +288,8 @@ class Calls:
 def _completion(value: Mapping[str, Any]) -> engines.Completion:
   """From a journalled call; one of an earlier version may lack the later fields."""
   fields = (field for field in engines.Completion._fields if field in value)
-  return engines.Completion(**{field: value[field] for field in fields})
+  reply = engines.Completion(**{field: value[field] for field in fields})
+  return reply._replace(left_out=tuple(reply.left_out))
 
 
 @contextlib.contextmanager

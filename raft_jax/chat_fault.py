@@ -175,7 +175,7 @@ _TOO_LONG = re.compile(
   r"maximum (model|input|sequence|context|prompt) length|"
   r"(max_model_len|max_seq_len|max_total_tokens|max_input_(tokens|length))|"
   r"(input|prompt) (token|length).{0,40}exceed|too many (input )?tokens|"
-  r"must have less than \d+ tokens|inputs? tokens? .{0,20}must be <=",
+  r"must have less than \d+ tokens|inputs?\W* tokens? .{0,30}must be <=",
   re.IGNORECASE,
 )
 _TOO_LONG_CODES = {

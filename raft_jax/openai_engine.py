@@ -268,7 +268,7 @@ class _OpenAIEngine:
   ) -> _Failed:
     kind = chat_fault.kind(fault, sent)
     parameter = chat_fault.not_taken(fault, sent) if kind == "not_taken" else None
-    what = fault.words
+    what = fault.words or "(no words)"
     if fault.status is not None:
       what = f"error {fault.status}: {what}"
     remedy = AGAIN if kind == "passing" else self._remedy(fault)
