@@ -85,6 +85,7 @@ def _joined(events: str) -> Any:
   """The chat completion that a stream of server-sent events holds piece by piece."""
   whole: dict[str, Any] = {}
   pieces: dict[str, list[str]] = {}
+  message: dict[str, Any] = {}
   choice: dict[str, Any] = {"index": 0, "finish_reason": None}
   for line in events.splitlines():
     if not line.startswith("data:") or line[5:].strip() == "[DONE]":
@@ -96,20 +97,22 @@ def _joined(events: str) -> Any:
     if not isinstance(event, Mapping) or chat_fault.of(event) is not None:
       return event
     whole |= {k: v for k, v in event.items() if k != "choices" and v is not None}
-    for part in event.get("choices") or []:
-      if not isinstance(part, Mapping) or isinstance(part.get("message"), Mapping):
+    listed = event.get("choices")
+    for part in listed if isinstance(listed, list) else []:
+      if not isinstance(part, Mapping) or "message" in part:
         return event
-      if part.get("index") in (None, 0):
+      delta = part.get("delta")
+      if part.get("index") in (None, 0) and isinstance(delta, Mapping):
         choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-        for name, said in dict(part.get("delta") or {}).items():
+        for name, said in delta.items():
           if isinstance(said, str) and name != "role":
             pieces.setdefault(name, []).append(said)
           elif said and name != "role":
-            choice.setdefault("message", {})[name] = said
+            message[name] = said
   if choice["finish_reason"] is None:
     raise NoReply("a stream of events that breaks off", passing=True)
   told = {name: "".join(said) for name, said in pieces.items()}
-  choice["message"] = {**choice.get("message", {}), **told}
+  choice["message"] = message | told
   return {**whole, "choices": [choice]}
 
 

@@ -278,11 +278,17 @@ class _OpenAIEngine:
 
   def _remedy(self, fault: chat_fault.Fault) -> str:
     """What the user can do about a refusal that will not pass by itself."""
-    key = f"check the key in {self.api_key_env}" if self.api_key_env else ""
+    key = (
+      f"check the key in {self.api_key_env}"
+      if self.api_key_env
+      else ("set api_key_env")
+    )
     if chat_fault.unpaid(fault):
       return "see what is left on the account of the key; finished calls are kept"
-    if fault.status in (401, 403):
-      return key or "set api_key_env"
+    if fault.status == 401:
+      return key
+    if fault.status == 403:
+      return f"check `model`, or {key}"
     if fault.status in (404, 405):
       return "check `model` and base_url (it should end in /v1)"
     return (

@@ -143,4 +143,4 @@ def _control_ids(codec: text.Codec) -> dict[int, str]:
     wanted |= set(_CONTROLS)
   marks = [each for each in codec.controls if each in wanted]
   added = codec.tokenizer.added_tokens_encoder if marks else {}
-  return {added[m]: m for m in marks if added[m] not in codec.eos_ids}
+  return {added[m]: m for m in marks if m in added and added[m] not in codec.eos_ids}

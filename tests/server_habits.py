@@ -295,7 +295,7 @@ HABITS: dict[str, Habit] = {
   ),
   "40301 of FastChat": Habit(
     always(400, {"object": "error", "message": "Only m allowed", "code": 40301}),
-    *(2, 2, "403: Only m allowed; set api_key_env"),
+    *(2, 2, "403: Only m allowed; check `model`, or set api_key_env"),
   ),
   "a filter": Habit(always(400, AZURE), 0, 0, "rewrite_filtered", ""),
   "too long": Habit(always(400, LONG), 2, 2, NO_ROOM),
@@ -307,7 +307,7 @@ HABITS: dict[str, Habit] = {
 }
 for _status, _code, _words in (
   (401, 2, "401: No.; set api_key_env"),
-  (403, 2, "403: No.; set api_key_env"),
+  (403, 2, "403: No.; check `model`, or set api_key_env"),
   (404, 2, "404: No.; check `model`"),
   (500, 75, "500: No.; run the same command again"),
   (503, 75, "503: No.; run the same command again"),

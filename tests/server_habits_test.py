@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import random
 import re
 import types
 
@@ -11,6 +12,7 @@ import pytest
 
 from raft_jax import (
   asking,
+  chat_reply,
   command_line,
   engines,
   errors,
@@ -229,6 +231,72 @@ def test_a_stream_that_breaks_off_is_asked_for_again():
   assert made.text == server_habits.GOOD
 
 
+def changed_somewhere(value, dice: random.Random):
+  """The value with one of its parts, or itself, replaced by something else."""
+  inside = (
+    list(value)
+    if isinstance(value, dict)
+    else range(len(value) if isinstance(value, list) else 0)
+  )
+  if not inside or dice.random() < 0.2:
+    return dice.choice(
+      [
+        None,
+        True,
+        7,
+        -1.5,
+        "",
+        "429",
+        "x",
+        [],
+        {},
+        [[]],
+        [None],
+        {"error": {"code": 429}},
+        {"text": 1},
+      ]
+    )
+  place = dice.choice(list(inside))
+  copy = dict(value) if isinstance(value, dict) else list(value)
+  copy[place] = changed_somewhere(copy[place], dice)
+  return copy
+
+
+@pytest.mark.parametrize("form", ["body", "parts", "error", "stream"])
+def test_no_reply_however_odd_is_a_defect(form):
+  dice = random.Random(0)
+  message = {"reasoning_content": "Hm.", "tool_calls": [{"id": "1"}], "refusal": None}
+  text = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+    {"type": "text", "text": "Yes."},
+  ]
+  whole = {
+    "body": server_habits.body("Yes.", "stop", **message),
+    "parts": server_habits.body(text),
+    "error": {
+      "error": server_habits.DETAIL,
+      "choices": [{"error": server_habits.RATE}],
+    },
+    "stream": {
+      "choices": [{"index": 0, "delta": {"content": "Yes."}, "finish_reason": "stop"}]
+    },
+  }[form]
+  read, refused = 0, []
+  for _ in range(2000):
+    odd = json.dumps(changed_somewhere(whole, dice)).encode()
+    raw = b"data: " + odd + b"\n\ndata: [DONE]\n\n" if form == "stream" else odd
+    try:
+      body = chat_reply.parsed(raw, raw.decode())
+      made = chat_reply.completion(body, 64, [thinking.THINK])
+      assert isinstance(made.text, str)
+      assert made.finish_reason in ("stop", "length", "filtered")
+      read += 1
+    except (chat_reply.Refused, chat_reply.NoReply) as error:
+      refused.append(error)
+  assert all(map(str, refused))
+  assert read > 100 or form == "error"
+
+
 @pytest.mark.parametrize(
   ("models", "error"),
   [
@@ -322,3 +390,6 @@ def test_evaluate_ends_as_it_should(name, tmp_path, law, tiny, capsys):
   assert code == habit.evaluate
   if code == 0:
     assert answers == {habit.said}
+  else:
+    no_room = habit.outcome == server_habits.NO_ROOM
+    assert re.search("has no room for a prompt" if no_room else habit.outcome, error)
