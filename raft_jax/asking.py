@@ -116,9 +116,7 @@ class Calls:
       ]
       replies = role.generator.generate(requests)
       return [
-        reply
-        if isinstance(reply, errors.UserError)
-        else engines.without_thinking(reply)._asdict()
+        reply if isinstance(reply, errors.UserError) else reply._asdict()
         for reply in replies
       ]
 
@@ -262,24 +260,36 @@ class Calls:
         raise Stopped(128 + self.signals[0]) from error
       raise
 
-  def totals(self, *fields: str) -> dict[str, dict[str, float]]:
+  def totals(self, *fields: str) -> dict[str, dict[str, Any]]:
     """Sums by field and role over the calls that this run needed; "calls" counts them.
 
-    Integers stay integers.
+    Integers stay integers. A sum is None where a part of it is not known.
     """
-    sums: dict[str, dict[str, float]] = {field: {} for field in ("calls", *fields)}
+    sums: dict[str, dict[str, Any]] = {field: {} for field in ("calls", *fields)}
     for role, value in self.book.calls.used():
       for field in fields:
         if field in value:
-          sums[field][role] = sums[field].get(role, 0) + value[field]
+          parts = (sums[field].get(role, 0), value[field])
+          sums[field][role] = None if None in parts else sum(parts)
       sums["calls"][role] = sums["calls"].get(role, 0) + 1
     return sums
+
+  def costs(self) -> dict[str, dict[str, Any]]:
+    """What the calls of this run took, by role, for a summary."""
+    totals = self.totals("seconds", "completion_tokens", "thinking_tokens")
+    return {
+      "calls": totals["calls"],
+      "seconds": {k: round(v, 3) for k, v in totals["seconds"].items()},
+      "tokens": totals["completion_tokens"],
+      "thinking_tokens": totals["thinking_tokens"],
+    }
 
 
 def _completion(value: Mapping[str, Any]) -> engines.Completion:
   """From a journalled call; one of an earlier version may lack the later fields."""
   fields = (field for field in engines.Completion._fields if field in value)
-  return engines.Completion(**{field: value[field] for field in fields})
+  reply = engines.Completion(**{field: value[field] for field in fields})
+  return reply._replace(left_out=tuple(reply.left_out))
 
 
 @contextlib.contextmanager

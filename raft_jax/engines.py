@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
-from raft_jax import errors, hf, records, text
+from raft_jax import errors, hf, records, text, thinking
 
 
 class Request(NamedTuple):
@@ -39,15 +38,18 @@ class Completion(NamedTuple):
   Attributes:
     finish_reason: `length` means that the limit cut it off. A server may also refuse a
       request: `too_long` for it, or `filtered` by what it lets through.
-    completion_tokens: with the EOS, and with the thinking.
-    thinking_tokens: of the parts that `without_thinking` takes out; about that many.
+    prompt_tokens, completion_tokens: None where a server does not count; the second
+      with the EOS, and with the thinking.
+    thinking_tokens: of the parts that `without_thinking` took out; about that many.
+    left_out: what the server was not asked for, since it does not take it.
   """
 
   text: str
   finish_reason: Literal["stop", "length", "too_long", "filtered"]
-  prompt_tokens: int
-  completion_tokens: int
-  thinking_tokens: int = 0
+  prompt_tokens: int | None
+  completion_tokens: int | None
+  thinking_tokens: int | None = 0
+  left_out: tuple[str, ...] = ()
 
 
 class Generator(Protocol):
@@ -78,32 +80,32 @@ class Generator(Protocol):
   ) -> Sequence[Completion | errors.UserError]:
     """One completion per request, in order; its error where a server gave none.
 
+    The model's thinking is taken out of its replies: see `without_thinking`.
+
     Called with one micro-batch at a time, so that the caller can make its results
     durable before it asks for more, or raises an error of one of them. Raises
     ValueError for a request over the limit: the caller checks before.
     """
 
 
-THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+def without_thinking(
+  reply: Completion, marks: Sequence[thinking.Marks] = (thinking.THINK,)
+) -> Completion:
+  """The reply without its thinking, and with the tokens of that counted.
 
-
-def without_thinking(reply: Completion) -> Completion:
-  """The reply without its `<think>...</think>` parts, and with their tokens counted.
-
-  Some chat templates open the first part themselves, so that the reply begins inside
-  it. A part that never ends stays: such a reply has no answer. Where the engine did not
+  A part that never ends stays: such a reply has no answer. Where the engine did not
   count, the tokens are shared out by characters.
+
+  Args:
+    marks: what stands around the model's thinking; see `thinking.answer`.
   """
-  opening, closed, rest = reply.text.partition("</think>")
-  answer = rest if closed and "<think>" not in opening else reply.text
-  answer = THINKING.sub("", answer)
+  answer = thinking.answer(reply.text, marks)
   if answer == reply.text:
     return reply
-  share = 1 - len(answer) / len(reply.text)
-  return reply._replace(
-    text=answer.strip(),
-    thinking_tokens=reply.thinking_tokens or round(reply.completion_tokens * share),
-  )
+  count = reply.thinking_tokens or reply.completion_tokens
+  if count is not None and not reply.thinking_tokens:
+    count = round(count * (1 - len(answer) / len(reply.text)))
+  return reply._replace(text=answer.strip(), thinking_tokens=count)
 
 
 @functools.cache

@@ -326,6 +326,8 @@ def connect(
       base_url=server.base_url,
       api_key_env=server.api_key_env,
       timeout_s=server.timeout_s,
+      omit=server.omit,
+      marks=server.thinking_marks,
     )
     for server in (servers.trained, servers.base)
   )

@@ -257,7 +257,6 @@ def summarise(
   for row in dropped:
     reasons[row["what"]][row["reason"]] += 1
   counts = {name: len(rows) for name, rows in extracted.splits.items()}
-  totals = calls.totals("seconds", "completion_tokens", "thinking_tokens")
   return {
     "documents": read,
     **extracted.made,
@@ -272,10 +271,7 @@ def summarise(
       for what in ("document", "chunk", "pair")
     },
     "judges": extracted.votes,
-    "calls": totals["calls"],
-    "seconds": {k: round(v, 3) for k, v in totals["seconds"].items()},
-    "tokens": totals["completion_tokens"],
-    "thinking_tokens": totals["thinking_tokens"],
+    **calls.costs(),
   }
 
 
@@ -320,8 +316,7 @@ def show(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
     "tokens": summary["tokens"],
   }
   for name, counts in parts.items():
-    shown = [f"{key} {round(value, 1):,}" for key, value in counts.items()]
-    table.add_row(name, ", ".join(shown) or "none")
+    table.add_row(name, progress.amounts(counts) or "none")
   rich.console.Console().print(table)
   empty = [name for name, count in summary["splits"].items() if not count]
   if empty and summary["kept"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from raft_jax import engines, hf, records, text
+from raft_jax import engines, hf, records, text, thinking
 
 
 def load(
@@ -112,11 +112,14 @@ class _JaxEngine:
     )
     tokens_BR, length_B, ended_B = map(np.asarray, rollout[:3])
     return [
-      engines.Completion(
-        text.decode(words, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
-        "stop" if ended_B[i] else "length",
-        len(prompts[i]),
-        int(length_B[i]),
+      engines.without_thinking(
+        engines.Completion(
+          thinking.decode(words, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
+          "stop" if ended_B[i] else "length",
+          len(prompts[i]),
+          int(length_B[i]),
+        ),
+        thinking.own(words.tokenizer.chat_template),
       )
       for i in range(len(requests))
     ]

@@ -17,9 +17,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raft_jax import engines, records
+from raft_jax import engines, records, thinking
 
-_THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _FENCED = re.compile(r"```(?:json)?(.*?)```", re.DOTALL)
 _OPENING = re.compile(r"[\[{]")
 _SCORE_KEY = re.compile(r'"score"\s*:')
@@ -99,7 +98,7 @@ def no_answer(reply: engines.Completion | None, given: str) -> str | None:
   said, given = _plain(reply.text), _plain(given)
   if not said:
     return "empty"
-  if "<think>" in said or "</think>" in said:
+  if thinking.left_in(said):
     return "thinking"
   if reply.finish_reason != "stop":
     return "truncated"
@@ -159,8 +158,7 @@ def parse_score(text: str, *, cut: bool = False) -> float | None:
   """
   reply = _json(text)
   if reply is None:
-    text = _THINK.sub("", text)
-    text = text.rpartition("</think>")[2]  # some templates open the block themselves
+    text = thinking.ended(text)
     reply = _json(text)
   if reply is None:
     return _score_in_prose(text, cut)
@@ -181,11 +179,13 @@ def parse_flags(text: str, names: Sequence[str]) -> dict[str, bool] | None:
 
 def json_in(text: str) -> Any:
   """The one JSON object or list of a reply, or None: the whole of it, its one fenced
-  block, or what stands from its first bracket to its last. No key may stand twice."""
-  fences, opening = _FENCED.findall(text), _OPENING.search(text)
+  block, or what stands from its first bracket to its last. No key may stand twice.
+  Thinking before it is skipped."""
+  said = thinking.ended(text)
+  fences, opening = _FENCED.findall(said), _OPENING.search(said)
   tries = [text, *(fences if len(fences) == 1 else [])]
   if opening is not None:
-    tries.append(text[opening.start() : max(text.rfind("]"), text.rfind("}")) + 1])
+    tries.append(said[opening.start() : max(said.rfind("]"), said.rfind("}")) + 1])
   for part in tries:
     try:
       value = json.loads(part, object_pairs_hook=_no_key_twice)

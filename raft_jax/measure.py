@@ -27,6 +27,7 @@ from raft_jax import (
   records,
   sample,
   text,
+  thinking,
   vocab_head,
 )
 
@@ -318,7 +319,7 @@ def answers(
     tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout[:3])
     rows = [tokens_BR[i, : length_B[i]].tolist() for i in range(len(batch))]
     return [
-      {"text": text.decode(codec, ids), "ids": ids, "ended": bool(ended)}
+      {"text": thinking.decode(codec, ids), "ids": ids, "ended": bool(ended)}
       for ids, ended in zip(rows, ended_B)
     ]
 
@@ -334,7 +335,21 @@ def answers(
     batch_size=who.settings.batch_size,
     title=bar_title(who, name),
   )
-  return [Answer(**answer, tokens=len(answer["ids"])) for answer in found]
+  marks = thinking.own(codec.tokenizer.chat_template)
+  return [
+    Answer(
+      **{**answer, "text": _without_thinking(answer["text"], marks)},
+      tokens=len(answer["ids"]),
+    )
+    for answer in found
+  ]
+
+
+def _without_thinking(said: str, marks: Sequence[thinking.Marks]) -> str:
+  """The answer of a reply; none where the thinking never ended."""
+  answer = thinking.answer(said, marks)
+  answer = answer if answer == said else answer.strip()
+  return "" if thinking.left_in(answer, marks) else answer
 
 
 def served(
@@ -363,9 +378,12 @@ def served(
         f"evaluate.servers: {server.identity} has no room for a prompt and"
         f" {max_new_tokens} new tokens ({name}); serve it with a longer context"
       )
+    tokens = reply.completion_tokens
+    if tokens is None:  # the model is this one, and so are its tokens
+      tokens = len(text.answer_ids(who.codec, reply.text))
     return {
-      "text": engines.without_thinking(reply).text,
-      "tokens": reply.completion_tokens,
+      "text": "" if thinking.left_in(reply.text) else reply.text,
+      "tokens": tokens,
       "ended": reply.finish_reason == "stop",
     }
 

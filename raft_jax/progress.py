@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import console, progress
@@ -77,6 +77,14 @@ def watched(items: Any, title: str, *, unit: str) -> Iterator[Any]:
     yield item
   bar.advance(len(items))
   bar.close()
+
+
+def amounts(by_name: Mapping[str, float | None]) -> str:
+  """Names and amounts, for a reader; None is an amount that nobody knows."""
+  return ", ".join(
+    f"{name} {'unknown' if value is None else format(round(value, 1), ',')}"
+    for name, value in by_name.items()
+  )
 
 
 def clock(seconds: float) -> str:

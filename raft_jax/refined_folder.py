@@ -16,6 +16,7 @@ from raft_jax import (
   asking,
   config,
   durable,
+  progress,
   records,
   refine_report,
   refinement,
@@ -25,15 +26,11 @@ from raft_jax import (
 
 def costs(calls: asking.Calls) -> dict[str, Any]:
   """What the calls of this result cost, for summary.json."""
-  totals = calls.totals("seconds", "completion_tokens", "thinking_tokens", "truncated")
-  used = int(sum(totals["calls"].values()))
+  made = calls.costs()
   return {
-    "calls": totals["calls"],
-    "seconds": {k: round(v, 3) for k, v in totals["seconds"].items()},
-    "tokens": totals["completion_tokens"],
-    "thinking_tokens": totals["thinking_tokens"],
-    "encoder_truncated": int(totals["truncated"].get("encode", 0)),
-    "unused_calls": len(calls.book.calls) - used,
+    **made,
+    "encoder_truncated": int(calls.totals("truncated")["truncated"].get("encode", 0)),
+    "unused_calls": len(calls.book.calls) - sum(made["calls"].values()),
   }
 
 
@@ -121,10 +118,9 @@ def show(summary: Mapping[str, Any]) -> None:
   )
   for name in ("chosen", "reasons", "rounds", "seconds", "tokens", "thinking_tokens"):
     values = summary.get(name, {})
-    parts = [f"{key} {round(value, 1):,}" for key, value in values.items()]
-    if any(values.values()):
+    if any(value or value is None for value in values.values()):
       title = {"rounds": "rounds taken", "thinking_tokens": "tokens of thinking"}
-      table.add_row(title.get(name, name), ", ".join(parts))
+      table.add_row(title.get(name, name), progress.amounts(values))
   table.add_row("judge abstentions", str(summary["judge_failures"]))
   rich.console.Console().print(table)
   if summary.get("encoder_truncated"):

@@ -87,6 +87,8 @@ def _generator(stage: schema.Asked, model: config.Model) -> engines.Generator:
       base_url=stage.base_url or "",
       api_key_env=stage.api_key_env,
       timeout_s=stage.timeout_s,
+      omit=stage.omit,
+      marks=stage.thinking_marks,
     )
   if stage.engine == "vllm":
     return vllm_engine.load(

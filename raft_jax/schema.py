@@ -79,6 +79,11 @@ class Data(Section):
   `skip`."""
 
 
+Omittable = Literal["seed", "top_p", "temperature", "max_tokens"]
+Word = Annotated[str, pydantic.Field(min_length=1)]
+Pair = Annotated[tuple[Word, ...], pydantic.Field(min_length=2, max_length=2)]
+
+
 class Asked(Section):
   """A language model that writes or judges, and where it runs."""
 
@@ -105,6 +110,13 @@ class Asked(Section):
   """`openai`: name of the environment variable that holds the key; never the key."""
   timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
   """`openai`: longest wait for one reply in seconds; then it is asked for again."""
+  omit: tuple[Omittable, ...] = ()
+  """`openai`: parameters that the server does not take, of `seed`, `top_p`,
+  `temperature` and `max_tokens` (sent as max_completion_tokens). One that the server
+  clearly refuses is left out without this key."""
+  thinking_marks: Pair | None = None
+  """`openai`: words before and after a reply's thinking, e.g. ["[THINK]", "[/THINK]"];
+  beside <think> and, at the start of a reply, other common ones."""
 
 
 class Engine(Asked):
@@ -142,16 +154,16 @@ class Judge(Asked):
 
 ENGINE_KEYS = {
   "vllm": ("tensor_parallel", "pipeline_parallel", "context_tokens", "memory_share"),
-  "openai": ("base_url", "api_key_env", "timeout_s"),
+  "openai": ("base_url", "api_key_env", "timeout_s", "omit", "thinking_marks"),
 }
 """Keys of `Asked` that one engine reads and the others do not."""
 
 PLACEMENT = (
   *("batch_size", "tensor_parallel", "pipeline_parallel", "memory_share"),
-  *("context_tokens", "base_url", "api_key_env", "timeout_s"),
+  *("context_tokens", "base_url", "api_key_env", "timeout_s", "omit"),
 )
-"""Keys of `Asked` that say how and where a model runs, not what it answers (but for
-`context_tokens`, whether it has room to)."""
+"""Keys of `Asked` that say how and where a model runs, not what it is asked (but for
+`context_tokens`, whether it has room to answer)."""
 
 
 class Writer(Engine):
@@ -631,6 +643,13 @@ class Server(Section):
   """Name of the environment variable that holds the key; never the key."""
   timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
   """Longest wait for one reply in seconds; then it is asked for again."""
+  omit: tuple[Omittable, ...] = ()
+  """Parameters that the server does not take, of `seed`, `top_p`,
+  `temperature` and `max_tokens` (sent as max_completion_tokens). One that the server
+  clearly refuses is left out without this key."""
+  thinking_marks: Pair | None = None
+  """Words before and after a reply's thinking, e.g. ["[THINK]", "[/THINK]"];
+  beside <think> and, at the start of a reply, other common ones."""
 
 
 class Servers(Section):

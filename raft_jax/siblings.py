@@ -8,12 +8,12 @@ work is a function of tokens and answers alone, and a resumed run repeats it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from raft_jax import data, engines, hosts, objective, rouge, sharding, text
+from raft_jax import data, hosts, objective, rouge, sharding, text, thinking
 
 
 class Instructed(NamedTuple):
@@ -46,6 +46,13 @@ def first_other_success(success_N: np.ndarray, group: int) -> np.ndarray:
   return np.where(other_QGG.any(-1), first_QG, -1).reshape(-1)
 
 
+def _said(codec: text.Codec, ids: Sequence[int]) -> str:
+  """The answer in a rollout, which is empty where its thinking never ended."""
+  marks = thinking.own(codec.tokenizer.chat_template)
+  said = thinking.answer(thinking.decode(codec, ids), marks).strip()
+  return "" if thinking.left_in(said) else said
+
+
 def instruct(
   batch: data.Batch,
   trajectory: objective.Trajectory,
@@ -71,8 +78,7 @@ def instruct(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
-    engines.THINKING.sub("", text.decode(codec, row[:length])).strip()
-    for row, length in zip(tokens_BR, length_B)
+    _said(codec, row[:length].tolist()) for row, length in zip(tokens_BR, length_B)
   ]
   source = [asked[int(row_id) // group] for row_id in row_id_B]
   reward_B = np.array(

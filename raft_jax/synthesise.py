@@ -41,6 +41,7 @@ from raft_jax import (
   journal,
   judge,
   pairs,
+  progress,
   records,
   rejects,
   roles,
@@ -407,17 +408,13 @@ def _inputs(
 def summarise(seeds: int, made: Synthesised, calls: asking.Calls) -> dict[str, Any]:
   """The content of summary.json: what there was, what was kept, why not the rest."""
   reasons = collections.Counter(row["reason"] for row in made.dropped)
-  totals = calls.totals("seconds", "completion_tokens", "thinking_tokens")
   return {
     "seeds": seeds,
     "drafts": len(made.rows) + len(made.dropped),
     "kept": len(made.rows),
     "dropped": dict(reasons.most_common()),
     "clusters": made.sizes,
-    "calls": totals["calls"],
-    "seconds": {k: round(v, 3) for k, v in totals["seconds"].items()},
-    "tokens": totals["completion_tokens"],
-    "thinking_tokens": totals["thinking_tokens"],
+    **calls.costs(),
   }
 
 
@@ -427,8 +424,7 @@ def show(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
   for name in ("seeds", "drafts", "kept"):
     table.add_row(name, f"{summary[name]:,}")
   for name in ("dropped", "seconds", "tokens"):
-    shown = [f"{key} {round(value, 1):,}" for key, value in summary[name].items()]
-    table.add_row(name, ", ".join(shown) or "none")
+    table.add_row(name, progress.amounts(summary[name]) or "none")
   sizes = sorted(summary["clusters"], reverse=True)
   table.add_row("drafts by cluster", ", ".join(map(str, sizes)) or "none")
   rich.console.Console().print(table)

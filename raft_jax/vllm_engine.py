@@ -18,7 +18,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raft_jax import engines, errors, hf, records, text
+from raft_jax import engines, errors, hf, records, text, thinking
 
 
 def load(
@@ -166,12 +166,13 @@ def _completion(reply: Any, words: text.Codec) -> engines.Completion:
   ids = list(output.token_ids)
   ended = output.finish_reason == "stop"
   said = ids[:-1] if ended and ids[-1:] and ids[-1] in words.eos_ids else ids
-  return engines.Completion(
-    text.decode(words, said),
+  whole = engines.Completion(
+    thinking.decode(words, said),
     "stop" if ended else "length",
     len(reply.prompt_token_ids),
     len(ids),
   )
+  return engines.without_thinking(whole, thinking.own(words.tokenizer.chat_template))
 
 
 def _start(source: str, settings: Mapping[str, Any]) -> Any:

@@ -6,7 +6,8 @@ functions of `evaluate`. Looks lie between steps and change nothing of them.
 
 The rule: the best step is that of the lowest validation loss among the looks whose
 drift is at most `validation.max_drift`; training is over after `validation.patience`
-looks in a row without a new best. It reads logged rows alone, so that a resumed run judges alike.
+looks in a row without a new best. It reads logged rows alone, so that a resumed run
+judges alike.
 """
 
 from __future__ import annotations

@@ -17,11 +17,16 @@ MODEL = "served"
 
 
 class Reply(NamedTuple):
-  """An HTTP reply; the default headers make the client's waiting short."""
+  """An HTTP reply; the default headers make the client's waiting short.
+
+  Attributes:
+    cut: bytes of the body after which the connection is closed; None sends all.
+  """
 
   body: Any
   status: int = 200
   headers: dict[str, str] = {"retry-after-ms": "1"}  # noqa: RUF012
+  cut: int | None = None
 
 
 def says(text: str, finish: str = "stop", **message: Any) -> Reply:
@@ -79,7 +84,8 @@ def serving(
       for name, value in {**headers, "content-length": str(len(body))}.items():
         self.send_header(name, value)
       self.end_headers()
-      self.wfile.write(body)
+      self.wfile.write(body[: reply.cut])
+      self.close_connection = self.close_connection or reply.cut is not None
 
     def log_message(self, *args: Any) -> None:
       pass
