@@ -27,6 +27,7 @@ from raft_jax import (
   documents,
   engines,
   errors,
+  interrupts,
   journal,
   judge,
   pairs,
@@ -150,6 +151,7 @@ def fit(run: config.Config) -> None:
     settings.documents, text_field=settings.text_field, domain=settings.domain
   )
   documents.check(settings.documents, len(found), unusable, run.data.reject_threshold)
+  interrupts.check()
   codec = engines.codec(run.model.source)
   inputs = _inputs(run, settings, found, unusable)
   # The mark of a run's folder.

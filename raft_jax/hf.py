@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from raft_jax import errors, families, family_config, gguf_file
+from raft_jax import errors, families, family_config, gguf_file, interrupts
 
 if TYPE_CHECKING:
   import jax
@@ -219,6 +219,7 @@ def load_params(
   ) -> jax.Array:
     import jax
 
+    interrupts.check()
     tensor = families.part(stored[piece.name], piece, name)
 
     def block(index: families.Index | None) -> np.ndarray:

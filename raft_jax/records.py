@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raft_jax import durable, errors
+from raft_jax import durable, errors, interrupts
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("id", "domain", "question", "messages", "answer")
@@ -166,6 +166,7 @@ def _checked(
   count = 0
   try:
     for line, row in _rows(path):
+      interrupts.check()
       try:
         question = _question(row() if callable(row) else row)
       except _Reject as reason:
@@ -191,6 +192,7 @@ def read_texts(
     errors.UserError: it is no file of the two formats.
   """
   for line, row in _rows(pathlib.Path(path), fields):
+    interrupts.check()
     try:
       values = _parse(row) if isinstance(row, bytes) else row()
       if not isinstance(values, Mapping):

@@ -26,6 +26,7 @@ from raft_jax import (
   encode,
   engines,
   errors,
+  interrupts,
   journal,
   judge,
   records,
@@ -113,7 +114,9 @@ def fit(
     rejects_path=folder / "rejects.jsonl",
     keep=see,
   )
+  interrupts.check()
   encoder = encode.load(run.refine.encoder)
+  interrupts.check()
   inputs = _inputs(run, questions.hexdigest(), encoder)
   with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
@@ -357,6 +360,7 @@ def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> N
   with journal.locked(folder / "journal.jsonl"):
     spool, unwritten = shards.Spool(folder, manifest.records), 0
     for i, raw in enumerate(shards.iterate_shards(source / "refined")):
+      interrupts.check()
       chosen = refinement.reselect(
         records.from_json(raw),
         threshold=run.refine.similarity_threshold,
