@@ -249,8 +249,8 @@ def loop(
   """Trains from step `start` to the end, until `stops` or the watcher says that it is
   over; returns the steps done.
 
-  A signal stops the first step between its programs, each of which may compile for
-  minutes: there is nothing to save yet. Later ones end and are saved.
+  A signal stops the first step between its programs, which may compile for minutes:
+  there is nothing to save yet. Later ones end and are saved.
   """
   every = config.train.measure_every
   soon = config.balance.mode == "gradient_norm"
@@ -285,8 +285,7 @@ def loop(
     pending, done = dispatched, step + 1
     stopping = stops(done)  # once: a signal may come between two askings
     if watcher is not None and watcher.due(done):
-      with interrupts.deferred():
-        report(pending, state.params)  # before the next step takes their buffers
+      report(pending, state.params)  # before the next step takes their buffers
       pending, stopping = None, stopping or watcher.verdict.over
     if done == run.total_steps or stopping or done % config.train.checkpoint_every == 0:
       # The metrics of a step are read before it is saved: a NaN never is.

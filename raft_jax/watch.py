@@ -26,6 +26,7 @@ from raft_jax import (
   distance,
   errors,
   exam,
+  interrupts,
   journal,
   measure,
   metrics,
@@ -219,7 +220,8 @@ class Watcher:
     Args:
       params: the trained tree after `done` steps.
     """
-    found = self._measure(params)
+    with interrupts.deferred():  # a signal waits until the step is saved
+      found = self._measure(params)
     self._looks.append(Look(done, found["watch_loss"], found.get("watch_drift")))
     self.verdict = judged(self._settings, self._looks)
     best = self.verdict.best

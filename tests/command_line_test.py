@@ -133,6 +133,14 @@ def work():
     gc.collect()
     interrupts.check()
 """,
+  "jax": """
+import gc
+import jax
+def work():
+  for _ in range(200):
+    gc.collect()
+    interrupts.check()
+""",
   "del": """
 class Slow:
   def __del__(self): time.sleep(0.01)
