@@ -11,7 +11,7 @@ import os
 import sys
 import unicodedata
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 _NO = ("", "0", "f", "false", "n", "no", "off")
 _YES = ("1", "on", "t", "true", "y", "yes")
@@ -87,11 +87,17 @@ def prepare() -> None:
   aside = set_aside(os.environ)
   if _lenient():
     aside.append("warnings as errors")
+  command = with_docstrings(sys.orig_argv, os.environ) if sys.flags.optimize > 1 else []
+  if command:
+    aside.append("Python without docstrings")  # which transformers reads
   if aside:
     print(
       f"not used in this command, which it would change: {', '.join(aside)}",
       file=sys.stderr,
+      flush=True,
     )
+  if command:
+    os.execv(sys.executable, command)
   # Where its folder cannot be written it takes another, and says so in two lines.
   logging.getLogger("matplotlib").setLevel(logging.ERROR)
   fault = flags_fault(os.environ)
@@ -108,6 +114,16 @@ def set_aside(environment: MutableMapping[str, str]) -> list[str]:
     if value is not None and value.lower() not in usual:
       found.append(f"{name}={value}")
   return found
+
+
+def with_docstrings(
+  command: Sequence[str], environment: MutableMapping[str, str]
+) -> list[str]:
+  """The command that starts Python again, but with docstrings; [] if unknown."""
+  module = command.index("-m")
+  options = [word for word in command[1:module] if word not in ("-O", "-OO")]
+  known = environment.pop("PYTHONOPTIMIZE", None) or len(options) + 1 < module
+  return [command[0], *options, *command[module:]] if known else []
 
 
 def _lenient() -> bool:

@@ -446,9 +446,25 @@ def test_warnings_are_no_errors(tmp_path, options, shell):
 
 
 @pytest.mark.parametrize(
+  ("options", "shell"),
+  [
+    (["-OO"], {}),
+    (["-O", "-O", "-B"], {}),
+    ([], {"PYTHONOPTIMIZE": "2"}),
+    (["-OO"], {"PYTHONOPTIMIZE": "3", "JAX_ENABLE_X64": "1"}),
+  ],
+)
+def test_docstrings_are_kept_for_the_libraries_that_read_them(tmp_path, options, shell):
+  line, error = report(tmp_path, *options, **shell).stderr.splitlines()
+  assert line.endswith("Python without docstrings")
+  assert line.count("JAX_ENABLE_X64=1") == ("JAX_ENABLE_X64" in shell)
+  assert error.startswith("error: output: ")
+
+
+@pytest.mark.parametrize(
   "shell",
   [
-    {"PYTHONOPTIMIZE": "2"},
+    {"PYTHONOPTIMIZE": "1"},
     {"HOME": "/proc/nowhere"},
     {"TMPDIR": "/nowhere", "MPLCONFIGDIR": "/proc/nowhere"},
     {"TERM": "", "COLUMNS": "1"},
