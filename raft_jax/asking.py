@@ -6,14 +6,11 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raft_jax import encode, engines, errors, journal, progress, records
+from raft_jax import encode, engines, errors, interrupts, journal, progress, records
 
 PAIRS_PER_BATCH = 128
 """Encoder calls made durable together."""
@@ -46,10 +43,6 @@ def too_long(role: Role, name: str, count: int) -> errors.UserError:
   )
 
 
-class Stopped(SystemExit):
-  """A signal asked the run to end; all finished calls are in the journal."""
-
-
 class OtherModel(Exception):
   """A call wants a model in memory while another one is at work there."""
 
@@ -67,7 +60,6 @@ class Calls:
     too_long: keys of calls that a server found too long. They are not kept: it may be
       started again with room for more.
     title: stands before the name of each pass where progress is shown.
-    signals: filled by `listening` when the run is asked to end.
   """
 
   book: journal.Journal
@@ -76,7 +68,6 @@ class Calls:
   model: str | None = None
   too_long: set[str] = dataclasses.field(default_factory=set)
   title: str = ""
-  signals: list[int] = dataclasses.field(default_factory=list)
 
   def ask(
     self,
@@ -216,8 +207,7 @@ class Calls:
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     made = 0
     try:
-      # In a thread of its own, so that a signal is heard while the model computes, and
-      # that it computes while the last replies are written.
+      # In a thread of its own, so that it computes while the last replies are written.
       with concurrent.futures.ThreadPoolExecutor(1) as worker:
         running = worker.submit(timed, batches[0]) if batches else None
         for following in [*batches[1:], None]:
@@ -226,7 +216,7 @@ class Calls:
           finished = self._wait(running)
           running = None
           failed = [v for v in finished.values() if isinstance(v, errors.UserError)]
-          if following is not None and not self.signals and not failed:
+          if following is not None and not interrupts.due() and not failed:
             running = worker.submit(timed, following)
           self._keep(finished)
           if failed:
@@ -234,8 +224,8 @@ class Calls:
           made += len(finished)
           if bar is not None:
             bar.advance(made)
-          if self.signals and running is None:
-            raise Stopped(128 + self.signals[0])
+          if running is None:
+            interrupts.check()
     finally:
       if bar is not None:
         bar.close()
@@ -249,15 +239,11 @@ class Calls:
     self.book.append({key: whole[key] for key in whole if key not in long})
 
   def _wait(self, running: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
-    while not running.done():
-      # Waking up is what lets Python handle a signal that another thread got.
-      concurrent.futures.wait([running], timeout=0.2)
     try:
       return running.result()
-    except Exception as error:
+    except Exception:
       # Ctrl-C reaches an engine's own processes too, and they end at once.
-      if self.signals:
-        raise Stopped(128 + self.signals[0]) from error
+      interrupts.check()
       raise
 
   def totals(self, *fields: str) -> dict[str, dict[str, Any]]:
@@ -294,38 +280,13 @@ def _completion(value: Mapping[str, Any]) -> engines.Completion:
 
 @contextlib.contextmanager
 def at_work(calls: Calls) -> Iterator[None]:
-  """Where a stage makes its calls: a signal ends it after a micro-batch and says how to
-  go on, and in the end no model is left in memory."""
+  """Where a stage makes its calls: a signal ends it after a micro-batch, and in the end
+  no model is left in memory."""
   try:
-    with listening(calls.signals):
+    with interrupts.listening():
       yield
-  except Stopped:
-    kept = f"{len(calls.book.calls)} calls are kept"
-    print(f"stopped: {kept}; run the same command again to continue", file=sys.stderr)
+  except interrupts.Stopped:
+    print(f"stopped: {len(calls.book.calls)} calls are kept", flush=True)
     raise
   finally:
     engines.release()
-
-
-@contextlib.contextmanager
-def listening(signals: list[int]) -> Iterator[None]:
-  """Notes the first SIGINT or SIGTERM in `signals`; a second one ends the process."""
-  watched = (signal.SIGINT, signal.SIGTERM)
-
-  def note(number: int, frame: Any) -> None:
-    signals.append(number)
-    for each in watched:
-      signal.signal(each, signal.SIG_DFL)
-    print(
-      "stopping after this micro-batch (again: at once)", file=sys.stderr, flush=True
-    )
-
-  if threading.current_thread() is not threading.main_thread():
-    yield
-    return
-  before = {each: signal.signal(each, note) for each in watched}
-  try:
-    yield
-  finally:
-    for each, handler in before.items():
-      signal.signal(each, handler)

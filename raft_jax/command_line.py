@@ -2,7 +2,8 @@
 
 Bad input is one message and exit code 2; what may pass by itself (a server that is
 away) one and 75, which `launch/again.sh` and schedulers take for "start it again";
-Ctrl-C a hint and 130; never a traceback.
+Ctrl-C a hint and 130; never a traceback. A signal that comes when all is done ends the
+command by its code, too: what would follow the command in a script was meant, too.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-import raft_jax
-from raft_jax import config, errors, host_memory, key_table
+from raft_jax import config, environment, errors, host_memory, interrupts, key_table
 
 
 def run(
@@ -35,9 +35,10 @@ def run(
   `main` gets the config, and the values of the stage's own `options` by name: each is
   what `argparse` takes for it. `without_data`: the files of questions may be absent.
 
-  Bad input is a message on stderr and exit code 2 (75: try again), Ctrl-C a hint and
-  exit code 130; neither shows a traceback. A second Ctrl-C ends the process at once.
+  Bad input is a message on stderr and exit code 2 (75: try again), a signal a hint and
+  the exit code of `interrupts`; neither shows a traceback.
   """
+  environment.plain_streams()
   parser = argparse.ArgumentParser(
     prog=f"python -m raft_jax.{stage}",
     usage=" ".join(
@@ -59,7 +60,7 @@ def run(
   )
   for name, how in (options or {}).items():
     parser.add_argument(name, **how)
-  with _listening() as signals:
+  with interrupts.listening():
     try:
       given, overrides = parser.parse_known_args(argv)
       if given.config is None:
@@ -77,40 +78,78 @@ def run(
       if given.print_config:
         print(config.dump(settings), end="")
       else:
+        interrupts.check()
         host_memory.keep_freed()
         main(settings, **own)
-    except (Exception, KeyboardInterrupt) as error:
-      if signals or isinstance(error, KeyboardInterrupt):
-        # Whatever a library made of it while it was loading.
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
-      text = _user_fault(error)
-      if text is None:
-        raise
-      print(f"error: {text}", file=sys.stderr)
-      sys.exit(os.EX_TEMPFAIL if isinstance(error, errors.TryAgainError) else 2)
+      _flush()
+      interrupts.check()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+      _end(error)
 
 
-@contextlib.contextmanager
-def _listening() -> Iterator[list[int]]:
-  """The SIGINTs that came: the first raises KeyboardInterrupt, the second exits."""
-  signals: list[int] = []
+def _flush() -> None:
+  """Notices a full disk or a closed pipe while that can still be told."""
+  if sys.stdout is not None:
+    sys.stdout.flush()
 
-  def note(number: int, frame: Any) -> None:
-    if signals:
-      raft_jax.interrupted(number, frame)
-    signals.append(number)
-    raise KeyboardInterrupt
 
-  before = signal.getsignal(signal.SIGINT)
-  if before not in (signal.default_int_handler, raft_jax.interrupted):
-    yield signals  # ignored, as under nohup, or somebody else's
-    return
-  signal.signal(signal.SIGINT, note)
-  try:
-    yield signals
-  finally:
-    signal.signal(signal.SIGINT, before)
+def _end(error: BaseException) -> NoReturn:
+  """Ends the process after an error or a signal; raises a defect again."""
+  stopped = isinstance(error, (interrupts.Stopped, KeyboardInterrupt))
+  if isinstance(error, SystemExit) and not stopped:  # --help
+    try:
+      _flush()
+    except OSError as failed:
+      _end(failed)
+    raise error
+  if stopped or interrupts.received:
+    if not stopped:
+      # A library may make this of a server or process that the signal has ended, too.
+      fault = _user_fault(error) or f"{type(error).__name__}: {error}".splitlines()[0]
+      _complain(f"error while stopping: {fault}")
+    _complain(f"interrupted; {interrupts.HINT}")
+    _leave(error)
+  if isinstance(error, BrokenPipeError):
+    # Who reads our output has closed it, as `head` does: nobody is left to tell.
+    _silence()
+    sys.exit(128 + signal.SIGPIPE)
+  text = _user_fault(error)
+  if text is None:
+    raise error
+  _complain(f"error: {text}")
+  _silence()
+  sys.exit(os.EX_TEMPFAIL if isinstance(error, errors.TryAgainError) else 2)
+
+
+def _leave(error: BaseException) -> NoReturn:
+  """Ends a process that a signal has stopped; all that it leaves is on the disk.
+
+  At once: while Python ends, threads of XLA and others still run, and may crash.
+  """
+  code = 128 + signal.SIGINT
+  if isinstance(error, interrupts.Stopped):
+    code = int(str(error.code))
+  elif interrupts.received:
+    code = interrupts.status()
+  _silence()
+  if interrupts.handed_over():
+    sys.exit(code)  # the other processes wait for jax's goodbye
+  os._exit(code)
+
+
+def _complain(line: str) -> None:
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr)
+
+
+def _silence() -> None:
+  """Writes out both streams; one that cannot be written is left, not complained of."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:
+        stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -126,6 +165,8 @@ def _user_fault(error: BaseException) -> str | None:
   if isinstance(error, OSError) and error.filename is not None and error.strerror:
     place = str(error.filename)[:200]
     return f"{place}: {error.strerror}; check the path, its rights and the free space"
+  if type(error) is RuntimeError and "Unable to initialize backend" in str(error):
+    return f"{str(error).splitlines()[0][:300]}; correct or unset JAX_PLATFORMS"
   if isinstance(error, OSError) and error.errno in FULL:
     return f"{os.strerror(error.errno)}: make room, then run the same command again"
   # By name: a stage that holds no jax must not import it for this.

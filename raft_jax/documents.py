@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import semantic_text_splitter
 
-from raft_jax import errors, records, rejects
+from raft_jax import errors, interrupts, records, rejects
 
 MARKDOWN = (".md", ".markdown")
 PLAIN = (".txt", ".text", *MARKDOWN)
@@ -74,6 +74,7 @@ def read(
   found: dict[str, tuple[str, Document]] = {}
   unusable = []
   for path in _files(root):
+    interrupts.check()
     # A name that is no UTF-8 is shown with question marks; no two documents have it.
     name = path.relative_to(below).as_posix().encode("utf-8", "replace").decode()
     for place, item in _read_file(path, name, text_field, domain):

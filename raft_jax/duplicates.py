@@ -15,6 +15,8 @@ from typing import NamedTuple
 import datasketch
 import numpy as np
 
+from raft_jax import interrupts
+
 GRAM = 5
 PERMUTATIONS = 128
 MISSES = 1e-4
@@ -43,6 +45,7 @@ def find(texts: Sequence[str], threshold: float) -> list[Match | None]:
   index = datasketch.MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
   matches: list[Match | None] = []
   for i, text in enumerate(texts):
+    interrupts.check()
     shingles = _shingles(text)
     sketch = _sketch(shingles)
     matches.append(None)

@@ -37,6 +37,7 @@ from raft_jax import (
   exam,
   hf,
   hosts,
+  interrupts,
   journal,
   measure,
   openai_engine,
@@ -166,6 +167,7 @@ def measure_model(
   asked = None if tasks is None else tasks(who, log)
   if asked is not None:
     found |= asked.scores
+  interrupts.check()
   scores = domain_scores(losses, answers, references, embed)
   if validation is not None:
     values = measure.losses(who, validation.rows, log, name="validation loss")
@@ -339,7 +341,9 @@ def main(config: config_lib.Config) -> None:
   hosts.refuse("evaluate")
   codec = text.load(config.model.source, config.model.chat_template)
   decoder = hf.load_config(config.model.source)
+  interrupts.check()
   domain, validation, general, tasks = exam.read(config, codec, decoder)
+  interrupts.check()
   judges = [
     roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
     for stage in config.evaluate.judges
@@ -348,6 +352,7 @@ def main(config: config_lib.Config) -> None:
   checkpoint.require(config.output, outcome.folder(config))
   trained_server, base_server = connect(config.evaluate.servers)
   embed = encode.load(config.refine.encoder)
+  interrupts.check()
   unroll = config.model.unroll
   settings = measure.Settings(
     *(config.evaluate.batch_size, config.model.dtype, unroll),
@@ -356,6 +361,7 @@ def main(config: config_lib.Config) -> None:
   # Both models are in memory at once, less than training needs: the drift compares them
   # token by token.
   params, step = outcome.load(config, decoder)
+  interrupts.check()
   config_lib.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
@@ -394,6 +400,7 @@ def main(config: config_lib.Config) -> None:
   tasks_found = trained.tasks
   directions = {} if tasks_found is None else tasks_found.directions
   asked = {} if tasks_found is None else tasks_found.asked
+  interrupts.check()
   moved = distance.weight_distances(base_params, params)
   result = {
     "model": config.model.source,

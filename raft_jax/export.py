@@ -23,6 +23,7 @@ from raft_jax import (
   hf_export,
   hf_tokenizer,
   hosts,
+  interrupts,
   outcome,
   schema,
   shards,
@@ -271,10 +272,12 @@ def export(config: config_lib.Config) -> Exported:
   config_lib.check_output(config, "train", wiring.CLAIMED)
   output, source = pathlib.Path(config.output), config.model.source
   decoder = hf.load_config(source)
+  interrupts.check()
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
     shapes = wiring.make_split(config, decoder).shapes
     params, step = outcome.restored(config, shapes)
+    interrupts.check()
     hf_export.save_adapter(
       folder,
       params["lora"],
@@ -290,6 +293,7 @@ def export(config: config_lib.Config) -> Exported:
   else:
     folder = output / "export"
     params, step = outcome.load(config, decoder)
+    interrupts.check()
     hf_export.save(
       folder,
       params,

@@ -27,6 +27,7 @@ from raft_jax import (
   documents,
   engines,
   errors,
+  interrupts,
   journal,
   judge,
   pairs,
@@ -157,6 +158,7 @@ def fit(run: config.Config) -> None:
     run.data.reject_threshold,
     run.data.unusable,
   )
+  interrupts.check()
   codec = engines.codec(run.model.source, run.model.chat_template)
   inputs = _inputs(run, settings, found, unusable)
   # The mark of a run's folder.

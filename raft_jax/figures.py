@@ -15,7 +15,7 @@ import matplotlib.figure
 import matplotlib.ticker
 from matplotlib.axes import Axes
 
-from raft_jax import run_folder
+from raft_jax import interrupts, run_folder
 
 KD_POSITIONS = {
   "kd_at_0": "0",
@@ -173,6 +173,7 @@ def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
 
 def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
   """One panel as inline SVG in the page's colours."""
+  interrupts.check()
   with matplotlib.rc_context(STYLE):
     # A Figure of its own, not pyplot: no display and no global state.
     figure = matplotlib.figure.Figure(figsize=(4.9, 2.7))

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from raft_jax import errors, families, family_config, gguf_file, weight_files
+from raft_jax import (
+  errors,
+  families,
+  family_config,
+  gguf_file,
+  interrupts,
+  weight_files,
+)
 
 if TYPE_CHECKING:
   import jax
@@ -219,6 +226,7 @@ def load_params(
   ) -> jax.Array:
     import jax
 
+    interrupts.check()
     tensor = families.part(stored[piece.name], piece, name)
 
     def block(index: families.Index | None) -> np.ndarray:

@@ -18,7 +18,15 @@ import safetensors.numpy
 from flax import traverse_util
 
 import raft_jax
-from raft_jax import errors, families, family_config, hf, hf_tokenizer, lora
+from raft_jax import (
+  errors,
+  families,
+  family_config,
+  hf,
+  hf_tokenizer,
+  interrupts,
+  lora,
+)
 
 if TYPE_CHECKING:
   import transformers
@@ -209,6 +217,7 @@ def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Non
   path.chmod(0o644)  # the library makes it private to its writer
   with safetensors.safe_open(path, framework="numpy") as written:
     for name, tensor in tensors.items():
+      interrupts.check()
       back = written.get_tensor(name)
       if back.shape != tensor.shape or back.tobytes() != tensor.tobytes():
         raise OSError(f"{path}: {name} was not written as it should be")
@@ -226,6 +235,7 @@ def _host_tensors(
   leaves: Mapping[str, Any], shard: Shard, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
   for paths, pieces in itertools.groupby(shard, lambda piece: piece.paths):
+    interrupts.check()
     whole = [np.asarray(leaves[path]) for path in paths]
     for path, leaf in zip(paths, whole, strict=True):
       _check_finite(path, leaf)

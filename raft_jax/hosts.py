@@ -8,7 +8,6 @@ program. With a single process every function here is the plain thing.
 from __future__ import annotations
 
 import collections
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,15 +16,14 @@ import pathlib
 import platform
 import signal
 import socket
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from raft_jax import errors
+from raft_jax import errors, interrupts
 
 T = TypeVar("T")
 
@@ -109,6 +107,7 @@ def join(
       "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID), or set "
       "cluster.join=false to run alone"
     ) from error
+  interrupts.hand_over()
 
 
 def _given(value: int | None, variable: str) -> int | None:
@@ -276,42 +275,13 @@ def _same(tree: Any) -> Any:
 # --- Stopping -------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM; a second one acts at once.
-
-  Where processes have joined, jax has taken SIGTERM and tells the others: a handler of
-  our own would silently turn that off. A SIGINT is handed on to it.
-  """
-  received: list[int] = []
-  joined = jax.distributed.is_initialized()
-
-  def note(number, frame):
-    del frame
-    received.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    print(
-      "stopping after this step; once more to stop now", file=sys.stderr, flush=True
-    )
-    if joined:
-      os.kill(os.getpid(), signal.SIGTERM)
-
-  own = (signal.SIGINT,) if joined else (signal.SIGINT, signal.SIGTERM)
-  before = {number: signal.signal(number, note) for number in own}
-  try:
-    yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-
-
-def stops(received: list[int], done: int) -> bool:
+def stops(done: int) -> bool:
   """Whether to stop after `done` steps; ask after each step, in every process.
 
-  Args:
-    received: from `stop_signals`; gets a SIGTERM that another process was sent.
+  A SIGTERM that another process was sent counts as received here.
   """
-  if not jax.distributed.is_initialized():
+  received = interrupts.received
+  if not interrupts.handed_over():
     return bool(received)
   if not multihost_utils.reached_preemption_sync_point(done):
     return False

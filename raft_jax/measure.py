@@ -21,6 +21,7 @@ from raft_jax import (
   data,
   engines,
   errors,
+  interrupts,
   journal,
   model,
   progress,
@@ -216,6 +217,7 @@ def finish(
   done = len(keys) - len(todo)
   bar = progress.Progress(title, len(keys), done=done, unit="item")
   for batch in by_length(todo, lengths, batch_size):
+    interrupts.check()
     values = compute(batch)
     failed = [value for value in values if isinstance(value, errors.UserError)]
     found = zip(batch, values)

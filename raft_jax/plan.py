@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import rich.console
 import rich.table
 
-from raft_jax import command_line, errors, machines, progress, records
+from raft_jax import command_line, errors, interrupts, machines, progress, records
 from raft_jax import config as config_lib
 
 GIB = 2.0**30
@@ -53,21 +53,24 @@ def ask(config: config_lib.Config, machine: machines.Machine) -> dict[str, Any]:
     errors.UserError: the config does not suit the machine, or the process died.
   """
   asked = {"config": config.model_dump(mode="json"), "topology": machine.topology}
-  done = subprocess.run(
+  process = subprocess.Popen(
     [sys.executable, "-m", "raft_jax.dry_run"],
-    input=json.dumps(asked),
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
     env={**os.environ, **machines.environment(machine)},
-    capture_output=True,
     text=True,
-    check=False,
   )
-  if done.returncode:
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+  with interrupts.passing_on(process.pid):
+    out, err = process.communicate(json.dumps(asked))
+  interrupts.check()
+  if process.returncode:
+    last = (err.strip().splitlines() or ["no message"])[-1]
     raise errors.UserError(
-      f"--topology {machine.topology}: compiling ended with status {done.returncode} "
-      f"({last[:300]}); another topology or mesh may work"
+      f"--topology {machine.topology}: compiling ended with status "
+      f"{process.returncode} ({last[:300]}); another topology or mesh may work"
     )
-  answer = json.loads(done.stdout)
+  answer = json.loads(out)
   if "error" in answer:
     raise errors.UserError(f"--topology {machine.topology}: {answer['error']}")
   return answer
@@ -363,6 +366,7 @@ def plan(
   share = memory_share()
   total_steps = steps(config, questions)
   for index, machine in enumerate(chosen):
+    interrupts.check()
     print(f"compiling for {machine.topology} ...", file=sys.stderr, flush=True)
     answer = ask(config, machine)
     if not index:

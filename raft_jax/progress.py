@@ -10,6 +10,8 @@ from typing import Any
 
 from rich import console, progress
 
+from raft_jax import interrupts
+
 
 class Progress:
   """A bar with rate and time left; one plain line an interval where no one watches.
@@ -70,9 +72,10 @@ class Progress:
 
 
 def watched(items: Any, title: str, *, unit: str) -> Iterator[Any]:
-  """The items one by one, with a bar of those that were used up."""
+  """The items one by one, with a bar of those used up; a safe point before each."""
   bar = Progress(title, len(items), unit=unit)
   for done, item in enumerate(items):
+    interrupts.check()
     bar.advance(done)
     yield item
   bar.advance(len(items))

@@ -18,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raft_jax import errors, rejects, row_files
+from raft_jax import errors, interrupts, rejects, row_files
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("id", "domain", "question", "messages", "answer")
@@ -214,6 +214,7 @@ def _checked(
   """Line and question of each row, up to `limit` questions; else why it is none."""
   count = 0
   for line, row in row_files.rows(path, FIELDS):
+    interrupts.check()
     values: Any = None
     try:
       values = row_files.values(row)
@@ -245,6 +246,7 @@ def read_texts(
   """
   fields = (*others, field)
   for line, row in row_files.rows(pathlib.Path(path), fields):
+    interrupts.check()
     values: Any = None
     try:
       values = row_files.values(row)

@@ -26,6 +26,7 @@ from raft_jax import (
   encode,
   engines,
   errors,
+  interrupts,
   journal,
   judge,
   records,
@@ -105,7 +106,9 @@ def fit(
   if select_only is not None:
     return _select(run, folder, pathlib.Path(select_only))
   checked, questions = _checked(run, folder / "rejects.jsonl")
+  interrupts.check()
   encoder = encode.load(run.refine.encoder)
+  interrupts.check()
   inputs = _inputs(run, questions, checked, encoder)
   with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
@@ -398,6 +401,7 @@ def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> N
   with journal.locked(folder / "journal.jsonl"):
     spool, unwritten = shards.Spool(folder, manifest.records), 0
     for i, raw in enumerate(shards.iterate_shards(source / "refined")):
+      interrupts.check()
       chosen = refinement.reselect(
         records.from_json(raw),
         threshold=run.refine.similarity_threshold,

@@ -16,6 +16,7 @@ from raft_jax import (
   asking,
   config,
   durable,
+  interrupts,
   progress,
   records,
   refine_report,
@@ -44,6 +45,7 @@ def summarise(
   reasons: collections.Counter[str] = collections.Counter()
   chosen: collections.Counter[str] = collections.Counter()
   for record in refined:
+    interrupts.check()
     total += 1
     reasons[record.reason] += 1
     chosen[record.chosen] += 1

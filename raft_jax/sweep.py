@@ -36,6 +36,7 @@ from raft_jax import (
   exam,
   examples,
   hf,
+  interrupts,
   journal,
   refine,
   run_folder,
@@ -167,6 +168,7 @@ def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
       continue
     try:
       for stage in stages:
+        interrupts.check()
         print(f"{title}: {stage}", flush=True)
         file = folder.parent / STAGE_FILES / f"{run.name}.yaml"
         if stage == "refine":
@@ -207,10 +209,11 @@ def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> int:
     path.write_text(config.dump(settings), encoding="utf-8")
   command = [sys.executable, "-m", f"raft_jax.{stage}", "--config", str(file)]
   process = subprocess.Popen(command)
-  _, status, usage = os.wait4(process.pid, 0)
+  with interrupts.passing_on(process.pid):
+    _, status, usage = os.wait4(process.pid, 0)
   process.returncode = code = os.waitstatus_to_exitcode(status)
   if code in INTERRUPTED or -code in (signal.SIGINT, signal.SIGTERM):
-    raise SystemExit(code if code > 0 else 128 - code)
+    raise interrupts.Stopped(code if code > 0 else 128 - code)
   if code < 0:
     raise errors.UserError(
       f"{stage} of {file.stem} was killed by signal {-code}"

@@ -38,6 +38,7 @@ from raft_jax import (
   encode,
   engines,
   errors,
+  interrupts,
   journal,
   judge,
   pairs,
@@ -269,7 +270,9 @@ def fit(run: config.Config) -> None:
   folder = pathlib.Path(run.output) / "synthesised"
   seeds, aside = read_seeds(settings.seeds, run.data.unusable)
   codec = engines.codec(run.model.source, run.model.chat_template)
+  interrupts.check()
   encoder = encode.load(run.refine.encoder)
+  interrupts.check()
   inputs = _inputs(run, settings, seeds, encoder)
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from raft_jax import (
   errors,
   footprint,
   hosts,
+  interrupts,
   journal,
   metrics,
   model,
@@ -98,6 +99,7 @@ def run_step(
     return state, Dispatched(step, values, batch, None, None, clock.seconds)
   trajectory, ended_B = programs.roll_out(state.params, frozen, batch, step)
   clock.lap("rollout", trajectory)
+  interrupts.check()
   compared = trajectory
   told: dict[str, float] = {}
   if programs.instruct is not None:
@@ -108,6 +110,7 @@ def run_step(
     teacher_params, batch.teacher_BC, batch.teacher_length_B, compared
   )
   clock.lap("teacher", support)
+  interrupts.check()
   state, values = programs.update(
     state, frozen, batch, compared, support, anchor=anchor, measure=measure
   )
@@ -244,7 +247,11 @@ def loop(
   stops: Callable[[int], bool],
 ) -> int:
   """Trains from step `start` to the end, until `stops` or the watcher says that it is
-  over; returns the steps done."""
+  over; returns the steps done.
+
+  A signal stops the first step between its programs, which may compile for minutes:
+  there is nothing to save yet. Later ones end and are saved.
+  """
   every = config.train.gradient_stats_every
   soon = config.balance.mode == "gradient_norm"
   warm: set[Any] = set()
@@ -260,17 +267,18 @@ def loop(
     if timed and pending is not None:
       report(pending)  # or its wait would be counted into this step's phases
       pending = None
-    state, dispatched = run_step(
-      built.programs,
-      state,
-      beside.frozen,
-      beside.teacher,
-      sharding.spread(sharding.batch(run.mesh), batch),
-      step,
-      anchor=beside.anchor,
-      measure=measure,
-      timed=timed,
-    )
+    with interrupts.deferred() if step > start else contextlib.nullcontext():
+      state, dispatched = run_step(
+        built.programs,
+        state,
+        beside.frozen,
+        beside.teacher,
+        sharding.spread(sharding.batch(run.mesh), batch),
+        step,
+        anchor=beside.anchor,
+        measure=measure,
+        timed=timed,
+      )
     warm.add((shape, measure))
     if pending is not None:
       report(pending)
@@ -290,6 +298,7 @@ def loop(
   return done
 
 
+@interrupts.listening(terminated=os.EX_TEMPFAIL)
 def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
   """Trains a model as the config says; continues where an earlier run stopped.
 
@@ -309,12 +318,12 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
     if not leads:
       stack.enter_context(contextlib.redirect_stdout(None))
     run = hosts.together(lambda: wiring.prepare(config))
+    interrupts.check()
     hosts.agree({**wiring.facts(config, run), **hosts.versions()})
     panel = watch.read(config, run.codec, run.decoder)
     built = wiring.build(config, run)
     print(sharding.describe(run.mesh))
     enter(output, stack, leads=leads)
-    stop = stack.enter_context(hosts.stop_signals())
     stack.enter_context(jax.set_mesh(run.mesh))
     orbax = stack.enter_context(
       checkpoint.manager(output, keep=config.train.keep_checkpoints)
@@ -327,6 +336,7 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
         if config.validation is not None:
           print(watch.summary(config, known, newest, run.total_steps))
         return
+    interrupts.check()
     hosts.together(lambda: footprint.check(config, run, built))
     state, beside, memory, start = starting.first_state(
       config, run, built, orbax, on_corrupt
@@ -359,14 +369,14 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
           *(replayer, watcher, faults),
         ),
         save=save,
-        stops=lambda done: hosts.stops(stop, done),
+        stops=hosts.stops,
       )
   if leads:
-    finish(output, start, done, run.total_steps, time.perf_counter() - began, stop)
+    finish(output, start, done, run.total_steps, time.perf_counter() - began)
     if watcher is not None:
       print(watch.summary(config, watcher.verdict, done, run.total_steps))
-  if stop:
-    raise SystemExit(75 if stop[0] == signal.SIGTERM else 130)
+  if interrupts.received:
+    raise interrupts.Stopped(interrupts.status())
 
 
 def enter(output: pathlib.Path, stack: contextlib.ExitStack, *, leads: bool) -> None:
@@ -424,10 +434,10 @@ def journals(
 
 
 def finish(
-  output: pathlib.Path, start: int, done: int, total: int, seconds: float, stop: list
+  output: pathlib.Path, start: int, done: int, total: int, seconds: float
 ) -> None:
   """The last line of a run: what was done, or how to go on."""
-  if stop:
+  if interrupts.received and done < total:
     print(
       f"stopped and saved after step {done} of {total}; rerun the same command to go on"
     )

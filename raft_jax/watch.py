@@ -27,6 +27,7 @@ from raft_jax import (
   distance,
   errors,
   exam,
+  interrupts,
   journal,
   measure,
   metrics,
@@ -222,7 +223,8 @@ class Watcher:
     Args:
       params: the trained tree after `done` steps.
     """
-    found = self._measure(params)
+    with interrupts.deferred():  # a signal waits until the step is saved
+      found = self._measure(params)
     self._looks.append(
       Look(done, found["validation_loss"], found.get("validation_drift"))
     )

@@ -15,6 +15,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "raft_jax"
 # A module imports only modules before it.
 ROOMS = [
   "errors",
+  "interrupts",
+  "environment",
   "host_memory",
   "hosts",
   "statistics",
@@ -153,7 +155,17 @@ ALONE_LIBRARIES = {"jax", "optax", "numpy"}
 
 # Rooms that start without jax, whatever they import; grain imports jax.
 LIGHT = {
-  *("errors", "strict_yaml", "records", "shards", "text", "engines", "encode"),
+  *(
+    "errors",
+    "interrupts",
+    "environment",
+    "strict_yaml",
+    "records",
+    "shards",
+    "text",
+    "engines",
+    "encode",
+  ),
   *("jax_engine", "vllm_engine", "openai_engine", "roles", "methods"),
   *("schema", "conflicts", "config", "command_line", "journal", "judge", "refine"),
   *("documents", "duplicates", "sealed", "pairs", "extract"),
@@ -245,8 +257,13 @@ def test_the_package_keeps_its_order_and_fences():
 
 
 def test_importing_the_package_imports_only_the_standard_library():
-  found = imports((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-  assert {item.library for item in found} <= sys.stdlib_module_names
+  rooms = ("__init__", "interrupts", "environment")
+  for room in rooms:
+    found = imports((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+    ours = {item.room for item in found if item.library == "raft_jax"}
+    assert ours <= {*rooms}, room
+    libraries = {item.library for item in found} - {"raft_jax"}
+    assert libraries - sys.stdlib_module_names <= {"jaxlib"}, room
 
 
 def test_every_room_is_named_once():
