@@ -184,6 +184,12 @@ def test_the_first_readme_is_short():
   assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
+def test_pictures_are_small():
+  pictures = [path for path in (PACKAGE / "pictures").iterdir() if path.is_file()]
+  assert {path.suffix for path in pictures} == {".svg", ".png"}
+  assert all(path.stat().st_size < 150_000 for path in pictures)
+
+
 def prose(path: pathlib.Path) -> str:
   """A document without its code blocks."""
   text = path.read_text(encoding="utf-8")
