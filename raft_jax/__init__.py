@@ -14,12 +14,12 @@ def _starts() -> None:
   """Prepares the process of a command, before its imports."""
   # Imports take seconds. A KeyboardInterrupt there ends in a page of traceback, or is
   # lost inside a library.
-  from raft_jax import interrupts
+  from raft_jax.runtime import interrupts
 
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupts.at_once)
 
-  from raft_jax import environment
+  from raft_jax.runtime import environment
 
   environment.prepare()
 

@@ -24,8 +24,12 @@ from packaging import requirements, utils
 from pip._internal.cli import main_parser
 from pip._internal.commands import create_command
 
-from raft_jax import errors, hf, hf_export, machines, vllm_engine
-from tests import instructions, tiny_llama
+from raft_jax import errors
+from raft_jax.generation import vllm_engine
+from raft_jax.hf import load as hf_load
+from raft_jax.hf import save as hf_save
+from raft_jax.planning import machines
+from tests.helpers import instructions, tiny_llama
 
 ROOT = instructions.ROOT
 STAGES = ("extract", "synthesise", "refine", "train", "evaluate", "export")
@@ -86,7 +90,7 @@ def faults(call: instructions.Call) -> list[str]:
 @functools.cache
 def stage_faults(module: str, arguments: tuple[str, ...], folder: str) -> list[str]:
   """Runs a stage's own command line up to its config."""
-  if module == "raft_jax.dry_run":  # reads JSON; `plan` alone starts it
+  if module == "raft_jax.planning.dry_run":  # reads JSON; `plan` alone starts it
     return []
   said, printed, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
   status: object = 0
@@ -254,8 +258,8 @@ def test_a_command_in_a_sentence_says_where_it_ends():
     ("pip install --constraint versions.txt --editable '.[eval]'", "versions.txt"),
     ("python -m pip install --editable '.[evaluation]'", "no extra evaluation"),
     ("python -m pip install --no-dependencies-at-all gguf", "no such option"),
-    ("python -m tests.load_memory", ""),
-    ("python -m tests.load_memory FOLDER a b", "takes 2 words"),
+    ("python -m tests.benchmarks.load_memory", ""),
+    ("python -m tests.benchmarks.load_memory FOLDER a b", "takes 2 words"),
     ("python -m tests.loads FOLDER", "no module tests.loads"),
   ],
 )
@@ -284,7 +288,7 @@ def test_the_example_in_the_usage_of_a_stage_runs(
 def test_what_installs_an_extra_is_written_in_one_place(faults_of):
   """By `errors.install`, whose every call names an extra that there is."""
   named = set()
-  for path in (ROOT / "raft_jax").glob("*.py"):
+  for path in (ROOT / "raft_jax").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors.install":
         named.add(ast.literal_eval(node.args[0]))
@@ -294,7 +298,7 @@ def test_what_installs_an_extra_is_written_in_one_place(faults_of):
     assert faults_of(command) == []
   texts = [text for _, text in instructions.strings(ROOT / "raft_jax/errors.py")]
   assert sum("--constraint constraints.txt" in text for text in texts) == 1
-  for path in (ROOT / "raft_jax").glob("*.py"):
+  for path in (ROOT / "raft_jax").rglob("*.py"):
     for line, text in instructions.strings(path):
       named = re.findall(r"raft_jax\[(?!extra)\w+\]", text)
       assert not named, f"{path.name}:{line}: {text}"
@@ -306,11 +310,12 @@ def test_the_command_that_converts_pickles_does(tmp_path, complete):
   weights = safetensors.torch.load_file(complete / "model.safetensors")
   torch.save(weights, source / "pytorch_model.bin")
   with pytest.raises(errors.UserError) as refused:
-    hf.load_params(str(source), hf.load_config(str(source)))
+    hf_load.load_params(str(source), hf_load.load_config(str(source)))
   out = tmp_path / "out"
   exec(python_text(str(refused.value), IN=source, OUT=out), {})
   tiny_llama.assert_same(
-    hf.load_params(str(out), hf.load_config(str(out))), tiny_llama.theirs(complete)
+    hf_load.load_params(str(out), hf_load.load_config(str(out))),
+    tiny_llama.theirs(complete),
   )
 
 
@@ -318,7 +323,7 @@ def test_the_command_that_converts_pickles_does(tmp_path, complete):
 def test_the_command_that_converts_a_gguf_file_does(tmp_path, smollm, monkeypatch):
   """On the real file; what is saved is tested elsewhere."""
   saved = []
-  monkeypatch.setattr(hf_export, "save", lambda *given, **named: saved.append(given))
+  monkeypatch.setattr(hf_save, "save", lambda *given, **named: saved.append(given))
   real = importlib.util.find_spec
   monkeypatch.setattr(
     importlib.util, "find_spec", lambda name: name == "vllm" or real(name)

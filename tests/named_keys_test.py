@@ -9,8 +9,10 @@ import re
 import pytest
 import yaml
 
-from raft_jax import config, errors, key_table
-from tests import instructions
+from raft_jax import errors
+from raft_jax.config import load as config_load
+from raft_jax.config import reference as config_reference
+from tests.helpers import instructions
 
 ROOT = instructions.ROOT
 
@@ -18,7 +20,7 @@ ROOT = instructions.ROOT
 SECTIONS = sorted(
   {
     key.name.split(".")[0].removesuffix("[]")
-    for key in key_table.every_key()
+    for key in config_reference.every_key()
     if not key.type or "section" in key.type
   }
 )
@@ -32,8 +34,10 @@ TENSORS = r"model\.(layers|embed_tokens|norm|rotary_emb)\b.*"
 
 @functools.cache
 def keys() -> list[str]:
-  names = [key.name.replace("[]", "") for key in key_table.every_key()]
-  free = [f"{key.name}.*" for key in key_table.every_key() if key.type == "mapping"]
+  names = [key.name.replace("[]", "") for key in config_reference.every_key()]
+  free = [
+    f"{key.name}.*" for key in config_reference.every_key() if key.type == "mapping"
+  ]
   return names + free
 
 
@@ -42,7 +46,7 @@ def functions() -> set[str]:
   """`train.run_step`: of our modules that share their names with sections."""
   return {
     f"{path.stem}.{node.name}"
-    for path in (ROOT / "raft_jax").glob("*.py")
+    for path in (ROOT / "raft_jax").rglob("*.py")
     for node in ast.parse(path.read_text()).body
     if isinstance(node, (ast.FunctionDef, ast.ClassDef))
   }
@@ -57,7 +61,7 @@ def unknown_keys(text: str) -> list[str]:
       continue
     if token.count(".") == 1 and token in functions():
       continue
-    if token in config.RENAMED:
+    if token in config_load.RENAMED:
       continue
     known = any(
       fnmatch.fnmatch(key, pattern) or fnmatch.fnmatch(token, key)
@@ -119,7 +123,7 @@ def wrong_settings(text: str, here: pathlib.Path) -> list[str]:
       continue  # filled in by the program
     (setting,) = instructions.filled(match[1].rstrip("."))
     try:
-      config.load(here / "my.yaml", [setting], without_data=True)
+      config_load.load(here / "my.yaml", [setting], without_data=True)
     except errors.UserError as error:
       # What goes with what is another matter: a section that is absent here, say.
       if re.search(r"unknown key|must be", str(error)):
@@ -149,7 +153,7 @@ def test_a_header_refines_what_its_run_learns_from(path, monkeypatch):
   loop = re.search(r"# for s in (.*); do", path.read_text())
   if loop is None:
     return
-  stages, settings = loop[1].split(), config.load(path)
+  stages, settings = loop[1].split(), config_load.load(path)
   assert ("refine" in stages) == (settings.data.answers != "original")
   assert ("synthesise" in stages) == (settings.synthesise is not None)
   assert "evaluate" not in stages or settings.data.test
@@ -167,7 +171,7 @@ def test_every_config_that_is_printed_is_one(path, tmp_path):
       tree.setdefault(section, value)
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(tree))
-    assert config.load(file, without_data=True)
+    assert config_load.load(file, without_data=True)
 
 
 # Other programs' options; ours are in the code that reads them.

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import command_line, config, errors, methods
+from raft_jax import errors
+from raft_jax.config import cli, methods
+from raft_jax.config import load as config_load
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "raft_jax"
@@ -77,7 +79,7 @@ LEAST = {
 def required_keys(name: str) -> list[str]:
   """The keys that the least config lacks with this method."""
   try:
-    config.from_tree(LEAST, [f"method={name}"])
+    config_load.from_tree(LEAST, [f"method={name}"])
   except errors.UserError as error:
     return re.findall(r"^config: ([\w.]+): ", str(error), re.MULTILINE)
   return []
@@ -100,8 +102,8 @@ def method_table() -> str:
 GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
   ROOT / "configs/README.md": {
     "methods": method_table,
-    "config reference": command_line.reference,
-    "engine keys": command_line.engine_reference,
+    "config reference": cli.reference,
+    "engine keys": cli.engine_reference,
   },
   PACKAGE / "README.md": {
     "wings": wings,
@@ -278,7 +280,7 @@ def test_scripts_parse(script):
 
 def test_every_config_loads():
   for path in sorted((ROOT / "configs").rglob("*.yaml")):
-    assert config.load(path).output
+    assert config_load.load(path).output
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("# "), f"{path}: say command, hardware, time, result"
 

@@ -1,0 +1,230 @@
+"""The command line of every stage, and the keys of the config written out.
+
+Bad input is one message and exit code 2; what may pass by itself (a server that is
+away) one and 75, which `launch/again.sh` and schedulers take for "start it again";
+Ctrl-C a hint and 130; never a traceback. A signal that comes when all is done ends the
+command by its code, too: what would follow the command in a script was meant, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from raft_jax import errors
+from raft_jax.config import load as config_load
+from raft_jax.config import reference as config_reference
+from raft_jax.runtime import environment, host_memory, interrupts
+
+
+def run(
+  stage: str,
+  main: Callable[..., None],
+  description: str,
+  argv: Sequence[str] | None = None,
+  *,
+  options: Mapping[str, Mapping[str, Any]] | None = None,
+  without_data: bool = False,
+) -> None:
+  """Runs `python -m raft_jax.<stage> --config FILE [key=value ...] [--print-config]`.
+
+  `main` gets the config, and the values of the stage's own `options` by name: each is
+  what `argparse` takes for it. `without_data`: the files of questions may be absent.
+
+  Bad input is a message on stderr and exit code 2 (75: try again), a signal a hint and
+  the exit code of `interrupts`; neither shows a traceback.
+  """
+  environment.plain_streams()
+  parser = argparse.ArgumentParser(
+    prog=f"python -m raft_jax.{stage}",
+    usage=" ".join(
+      [
+        "%(prog)s --config FILE",
+        *(f"[{name} {how['metavar']}]" for name, how in (options or {}).items()),
+        "[key=value ...] [--print-config]",
+      ]
+    ),
+    description=description,
+    epilog=_help_table(),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    exit_on_error=False,
+  )
+  parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
+  parser.add_argument(
+    "--print-config", action="store_true", help="print every key's value and stop"
+  )
+  for name, how in (options or {}).items():
+    parser.add_argument(name, **how)
+  with interrupts.listening():
+    try:
+      given, overrides = parser.parse_known_args(argv)
+      if given.config is None:
+        raise errors.UserError(
+          f"--config is missing; write `{parser.prog} --config FILE`"
+        )
+      names = [name.strip("-").replace("-", "_") for name in options or {}]
+      own = {name: getattr(given, name) for name in names}
+      for values in own.values():
+        if isinstance(values, list):
+          # Behind an option that takes several words argparse takes these as well.
+          overrides += [word for word in values if "=" in word]
+          values[:] = [word for word in values if "=" not in word]
+      settings = config_load.load(given.config, overrides, without_data=without_data)
+      if given.print_config:
+        print(config_load.dump(settings), end="")
+      else:
+        interrupts.check()
+        host_memory.keep_freed()
+        main(settings, **own)
+      _flush()
+      interrupts.check()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+      _end(error)
+
+
+def _flush() -> None:
+  """Notices a full disk or a closed pipe while that can still be told."""
+  if sys.stdout is not None:
+    sys.stdout.flush()
+
+
+def _end(error: BaseException) -> NoReturn:
+  """Ends the process after an error or a signal; raises a defect again."""
+  stopped = isinstance(error, (interrupts.Stopped, KeyboardInterrupt))
+  if isinstance(error, SystemExit) and not stopped:  # --help
+    try:
+      _flush()
+    except OSError as failed:
+      _end(failed)
+    raise error
+  if stopped or interrupts.received:
+    if not stopped:
+      # A library may make this of a server or process that the signal has ended, too.
+      fault = _user_fault(error) or f"{type(error).__name__}: {error}".splitlines()[0]
+      _complain(f"error while stopping: {fault}")
+    _complain(f"interrupted; {interrupts.HINT}")
+    _leave(error)
+  if isinstance(error, BrokenPipeError):
+    # Who reads our output has closed it, as `head` does: nobody is left to tell.
+    _silence()
+    sys.exit(128 + signal.SIGPIPE)
+  text = _user_fault(error)
+  if text is None:
+    raise error
+  _complain(f"error: {text}")
+  _silence()
+  sys.exit(os.EX_TEMPFAIL if isinstance(error, errors.TryAgainError) else 2)
+
+
+def _leave(error: BaseException) -> NoReturn:
+  """Ends a process that a signal has stopped; all that it leaves is on the disk.
+
+  At once: while Python ends, threads of XLA and others still run, and may crash.
+  """
+  code = 128 + signal.SIGINT
+  if isinstance(error, interrupts.Stopped):
+    code = int(str(error.code))
+  elif interrupts.received:
+    code = interrupts.status()
+  _silence()
+  if interrupts.handed_over():
+    sys.exit(code)  # the other processes wait for jax's goodbye
+  os._exit(code)
+
+
+def _complain(line: str) -> None:
+  with contextlib.suppress(OSError):
+    print(line, file=sys.stderr)
+
+
+def _silence() -> None:
+  """Writes out both streams; one that cannot be written is left, not complained of."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      if stream is not None:
+        stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of writing, which does not say into which file."""
+
+
+def _user_fault(error: BaseException) -> str | None:
+  """What the user can mend about an exception, or None: then it is a defect."""
+  if isinstance(error, errors.UserError):
+    return str(error)
+  if isinstance(error, argparse.ArgumentError):
+    return f"command line: {error}; see --help"
+  if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    place = str(error.filename)[:200]
+    return f"{place}: {error.strerror}; check the path, its rights and the free space"
+  if type(error) is RuntimeError and "Unable to initialize backend" in str(error):
+    return f"{str(error).splitlines()[0][:300]}; correct or unset JAX_PLATFORMS"
+  if isinstance(error, OSError) and error.errno in FULL:
+    return f"{os.strerror(error.errno)}: make room, then run the same command again"
+  # By name: a stage that holds no jax must not import it for this.
+  if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+    return (
+      f"a device's memory is full ({str(error).splitlines()[0][:200]}). Lower "
+      "data.max_*_tokens, rollout.max_new_tokens or a batch_size; for training also "
+      "raise train.micro_batches, or set model.remat=true or lora={}. `python -m "
+      "raft_jax.plan` says beforehand what a run needs"
+    )
+  return None
+
+
+# The reference
+
+
+def _help_table() -> str:
+  lines = [
+    "every key, its type and default:",
+    *_help_lines(config_reference.reference_keys()),
+  ]
+  lines += [
+    "",
+    f"every role takes these engine keys ({', '.join(config_reference.roles())}):",
+  ]
+  return "\n".join([*lines, *_help_lines(config_reference.engine_keys())])
+
+
+def _help_lines(keys: Sequence[config_reference.Key]) -> list[str]:
+  lines = []
+  for key in keys:
+    head = f"  {key.name}" + (f"  {key.type} = {key.default}" if key.type else "")
+    lines += [head] if key.type else ["", head]
+    indent = "      "
+    lines += textwrap.wrap(
+      key.meaning, 84, initial_indent=indent, subsequent_indent=indent
+    )
+  return lines
+
+
+def reference() -> str:
+  """A Markdown table of all keys but those that roles share."""
+  return _markdown(config_reference.reference_keys())
+
+
+def engine_reference() -> str:
+  """A Markdown table of the keys that roles share."""
+  return _markdown(config_reference.engine_keys())
+
+
+def _markdown(keys: Sequence[config_reference.Key]) -> str:
+  rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+  for key in keys:
+    name = f"`{key.name}`" if key.type else f"**`{key.name}`**"
+    default = f"`{key.default}`" if key.default not in ("", "required") else key.default
+    meaning = key.meaning.replace("|", "\\|")
+    rows.append(f"| {name} | {key.type} | {default} | {meaning} |")
+  return "\n".join(rows) + "\n"

@@ -1,0 +1,100 @@
+"""Near duplicates: texts that share most of their character 5-grams.
+
+MinHash with locality-sensitive hashing (datasketch) proposes pairs in about linear
+time, and the exact Jaccard index decides about each: Lee et al., "Deduplicating
+Training Data Makes Language Models Better", arXiv 2107.06499. Characters and not words,
+because questions are short and not every script has spaces.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import datasketch
+import numpy as np
+
+from raft_jax.runtime import interrupts
+
+GRAM = 5
+PERMUTATIONS = 128
+MISSES = 1e-4
+"""Largest chance that a pair exactly at the threshold is not proposed."""
+
+_FACTORS = np.random.default_rng(0).integers(2**63, size=GRAM, dtype=np.uint64) | 1
+_AT_A_TIME = 8192  # shingles; datasketch makes [shingles, permutations] of them
+
+
+class Match(NamedTuple):
+  """The index of the earlier text that a text repeats, and their Jaccard index."""
+
+  earlier: int
+  jaccard: float
+
+
+def find(texts: Sequence[str], threshold: float) -> list[Match | None]:
+  """For each text the first one kept before it that it repeats; None if it is kept.
+
+  J(A, B) = |A and B| / |A or B| of the sets of 5-grams; a repeat has J >= threshold. A
+  text is compared with kept ones only, so that no two kept ones repeat each other.
+
+  Args:
+    threshold: in 0..1.
+  """
+  index = datasketch.MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
+  matches: list[Match | None] = []
+  for i, text in enumerate(texts):
+    interrupts.check()
+    shingles = _shingles(text)
+    sketch = _sketch(shingles)
+    matches.append(None)
+    for j in sorted(index.query(sketch)):
+      similarity = _jaccard(shingles, _shingles(texts[j]))
+      if similarity >= threshold:
+        matches[i] = Match(j, similarity)
+        break
+    else:
+      index.insert(i, sketch)
+  return matches
+
+
+def normal(text: str) -> str:
+  """What is compared: compatible characters, case and white space are alike."""
+  return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _shingles(text: str) -> np.ndarray:
+  """Sorted 64-bit hashes of the set of 5-grams; a shorter text is one of them."""
+  points = np.frombuffer(normal(text).encode("utf-32-le", "surrogatepass"), np.uint32)
+  points = np.pad(points.astype(np.uint64), (0, max(GRAM - len(points), 0)))
+  windows = np.lib.stride_tricks.sliding_window_view(points, GRAM)
+  hashes = (windows * _FACTORS).sum(axis=1, dtype=np.uint64)
+  hashes ^= hashes >> np.uint64(32)  # the low bits, which MinHash reads, see them all
+  return np.unique(hashes)
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+  both = len(np.intersect1d(a, b, assume_unique=True))
+  return both / (len(a) + len(b) - both)
+
+
+def _sketch(shingles: np.ndarray) -> datasketch.MinHash:
+  sketch = datasketch.MinHash(num_perm=PERMUTATIONS, hashfunc=lambda hashed: hashed)
+  short = (shingles & np.uint64(2**32 - 1)).tolist()
+  for start in range(0, len(short), _AT_A_TIME):
+    sketch.update_batch(short[start : start + _AT_A_TIME])
+  return sketch
+
+
+def _bands(threshold: float) -> tuple[int, int]:
+  """Bands and rows of the index: as many rows as MISSES allows.
+
+  Two texts with Jaccard index s agree in one of b bands of r rows with the chance
+  1 - (1 - s^r)^b (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
+  """
+  rows = max(
+    (r for r in range(1, 17) if (1 - threshold**r) ** (PERMUTATIONS // r) <= MISSES),
+    default=1,
+  )
+  return PERMUTATIONS // rows, rows

@@ -1,0 +1,398 @@
+"""Any OpenAI-compatible server, asked by the `openai` client; no jax, no torch.
+
+`vllm serve` is the reference. A request that failed on the way or was put off is
+repeated, a bounded number of times, waiting longer each time or as long as the server
+says; a parameter that the server does not take is left out from then on. A server is
+known by the name it gives its model: that this name stands for the weights one means
+cannot be checked from here.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import email.utils
+import functools
+import importlib.util
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from raft_jax import errors
+from raft_jax.generation import engines, openai_errors, openai_replies, thinking
+from raft_jax.storage import records
+
+if TYPE_CHECKING:
+  import openai
+
+T = TypeVar("T")
+
+RETRIES = 8
+"""About 40 s of waiting, doubling from 0.5 s to 8 s."""
+
+LONGEST_WAIT = 120.0
+"""Seconds that a server may ask to be left alone; for longer, the run is given up."""
+
+CHANGES = {
+  "seed": "repeated calls may give other replies",
+  "top_p": "the server's own value counts, not the config's",
+  "temperature": "the server's own value counts, not the config's",
+  "response_format": "replies are not held to their form, only asked for it",
+  "max_tokens": "sent as max_completion_tokens instead",
+}
+"""Parameters that a request may go without, and what that changes."""
+
+
+def connect(
+  model: str,
+  *,
+  base_url: str,
+  api_key_env: str | None = None,
+  timeout_s: float = 600.0,
+  omit: Sequence[str] = (),
+  marks: Sequence[str] | None = None,
+) -> engines.Generator:
+  """A model behind a server, which is asked whether it serves that model.
+
+  Args:
+    model: its name there, as in `vllm serve --served-model-name`.
+    base_url: ends in /v1.
+    api_key_env: name of the environment variable that holds the key; None for a server
+      that asks for none.
+    timeout_s: longest wait for one reply, in seconds.
+    omit: those of `CHANGES` that it does not take. Replies are journalled under the
+      same keys with and without them.
+    marks: what stands around its thinking, beside <think> and </think>.
+
+  Raises:
+    UserError: the client is not installed, there is no such variable, the server
+      cannot be reached or does not serve the model.
+  """
+  if importlib.util.find_spec("openai") is None:
+    raise errors.UserError(
+      "engine openai: the openai client is not installed; run "
+      f"{errors.install('refine')}"
+    )
+  if api_key_env is not None and not os.environ.get(api_key_env):
+    raise errors.UserError(
+      f"engine openai: api_key_env: no environment variable {api_key_env}; export it, "
+      "or delete the key for a server that asks for none"
+    )
+  own = thinking.Marks(*marks) if marks else None
+  engine = _OpenAIEngine(model, base_url, api_key_env, timeout_s, tuple(omit), own)
+  engine.check()
+  return engine
+
+
+class _Failed(Exception):
+  """A request that got no reply.
+
+  Attributes:
+    kind: as `openai_errors.kind`.
+    remedy: what the user can do.
+    fault: what the server said, if it said something.
+    parameter: of kind "not_taken", the one that it does not take.
+    headers: of its reply.
+  """
+
+  def __init__(
+    self,
+    what: str,
+    kind: openai_errors.Kind,
+    remedy: str,
+    *,
+    fault: openai_errors.Fault | None = None,
+    parameter: str | None = None,
+    headers: Mapping[str, str] | None = None,
+  ):
+    super().__init__(what)
+    self.kind, self.remedy, self.fault = kind, remedy, fault
+    self.parameter, self.headers = parameter, headers or {}
+
+
+AGAIN = "run the same command again: finished calls are kept"
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenAIEngine:
+  model: str
+  base_url: str
+  api_key_env: str | None
+  timeout_s: float
+  omit: tuple[str, ...] = ()
+  marks: thinking.Marks | None = None
+
+  local = False
+  prompt_limit = None  # the server's own, and its own count
+
+  @property
+  def identity(self) -> str:
+    # Not the address: the same model may be served elsewhere when a run goes on. Nor
+    # what is left out: it may turn out in the middle of a run.
+    own = f" thinking in {' '.join(self.marks)}" if self.marks else ""
+    return f"openai {self.model}{own}"
+
+  def count_tokens(self, messages: Sequence[records.Message]) -> int:
+    return sum(len(message.content) for message in messages)
+
+  def check(self) -> None:
+    client = self._client().with_options(timeout=min(30, self.timeout_s))
+
+    def once() -> Any:
+      return self._once(client.models.with_raw_response.list, lambda body: body, ())
+
+    try:
+      body = _repeated(once, retries=1)
+    except _Failed as failed:
+      missing = failed.fault is not None and failed.fault.status in (404, 405, 501)
+      if not missing:
+        raise self._error(failed) from failed
+      if not self.base_url.rstrip("/").endswith("/v1"):
+        raise errors.UserError(
+          f"engine openai: {self.base_url} has no /models; base_url should end in /v1"
+        ) from failed
+      return  # some servers list nothing; a wrong name is refused when it is asked
+    names = _names(body)
+    if names is None:
+      raise self._error(_garbled(openai_replies.NoReply("another list of models"), {}))
+    # Gemini's and Ollama's names are known with and without these.
+    short = {n.removeprefix("models/").removesuffix(":latest") for n in names}
+    if self.model not in {*names, *short}:
+      raise errors.UserError(
+        f"engine openai: {self.base_url} does not serve {self.model}, but "
+        f"{', '.join(names[:8]) or 'nothing'}; change `model`"
+      )
+
+  def generate(
+    self, requests: Sequence[engines.Request]
+  ) -> list[engines.Completion | errors.UserError]:
+    with concurrent.futures.ThreadPoolExecutor(max(len(requests), 1)) as pool:
+      return list(pool.map(self._ask, requests))
+
+  def _client(self) -> openai.OpenAI:
+    key = os.environ[self.api_key_env] if self.api_key_env else "none"
+    return _client(self.base_url, key, self.timeout_s)
+
+  def _ask(self, request: engines.Request) -> engines.Completion | errors.UserError:
+    while True:  # once more for every parameter that is refused
+      left_out = {*self.omit, *_not_taken(self.base_url, self.model)}
+      once = functools.partial(self._reply, request, left_out)
+      try:
+        return _repeated(once, RETRIES)._replace(left_out=tuple(sorted(left_out)))
+      except _Failed as failed:
+        if failed.kind == "filtered" or failed.kind == "too_long":
+          return engines.Completion("", failed.kind, 0, 0)
+        if failed.parameter is None:
+          return self._error(failed)
+        self._leave_out(failed.parameter, str(failed))
+
+  def _reply(
+    self, request: engines.Request, left_out: Collection[str]
+  ) -> engines.Completion:
+    """The reply to one request, asked for once."""
+    create = self._client().chat.completions.with_raw_response.create
+    marks = (thinking.THINK, *([self.marks] if self.marks else []))
+    parameters, names = _parameters(request, left_out)
+    return self._once(
+      lambda: create(model=self.model, **parameters),
+      lambda body: openai_replies.completion(body, request.max_new_tokens, marks),
+      names,
+    )
+
+  def _leave_out(self, name: str, words: str) -> None:
+    """Remembers that the server does not take a parameter, and says so once."""
+    known = _not_taken(self.base_url, self.model)
+    with _LOCK:
+      new = name not in known
+      known.add(name)
+    if new:
+      print(
+        f"engine openai: {self.base_url} does not take {name} ({words}); it is left "
+        f"out from here on: {CHANGES[name]}",
+        file=sys.stderr,
+        flush=True,
+      )
+
+  def _once(
+    self,
+    send: Callable[[], Any],
+    read: Callable[[Any], T],
+    sent: Collection[str],
+  ) -> T:
+    """What one request gives.
+
+    Args:
+      send: sends it, for the raw response.
+      read: takes what is wanted from the JSON of that.
+      sent: parameters that it could do without.
+
+    Raises:
+      _Failed: no reply, or none that can be used.
+    """
+    import openai
+
+    headers: Mapping[str, str] = {}
+    try:
+      raw = send()
+      headers = raw.headers
+      return read(openai_replies.parsed(raw.content, raw.text))
+    except openai.APITimeoutError as error:
+      what = f"no reply within {self.timeout_s:g} s, {RETRIES + 1} times"
+      remedy = "raise timeout_s or lower batch_size; finished calls are kept"
+      raise _Failed(what, "passing", remedy) from error
+    except openai.APIStatusError as error:
+      response = error.response
+      body = openai_replies.parsed(response.content, response.text)
+      fault = openai_errors.of(body, error.status_code)
+      assert fault is not None
+      raise self._refused(fault, sent, response.headers) from error
+    except openai.APIConnectionError as error:
+      what = f"cannot be reached ({error.__cause__ or error})"
+      remedy = "start the server or mend base_url; finished calls are kept"
+      raise _Failed(what, "passing", remedy) from error
+    except openai.OpenAIError as error:
+      what = " ".join(str(error).split())[: openai_errors.LONGEST]
+      raise _Failed(what, "lasting", "see the server's log") from error
+    except openai_replies.Refused as error:
+      raise self._refused(error.fault, sent, headers) from error
+    except openai_replies.NoReply as error:
+      raise _garbled(error, headers) from error
+
+  def _refused(
+    self,
+    fault: openai_errors.Fault,
+    sent: Collection[str],
+    headers: Mapping[str, str],
+  ) -> _Failed:
+    kind = openai_errors.kind(fault, sent)
+    parameter = openai_errors.not_taken(fault, sent) if kind == "not_taken" else None
+    what = fault.words or "(no words)"
+    if fault.status is not None:
+      what = f"error {fault.status}: {what}"
+    remedy = AGAIN if kind == "passing" else self._remedy(fault)
+    return _Failed(
+      what, kind, remedy, fault=fault, parameter=parameter, headers=headers
+    )
+
+  def _remedy(self, fault: openai_errors.Fault) -> str:
+    """What the user can do about a refusal that will not pass by itself."""
+    key = (
+      f"check the key in {self.api_key_env}"
+      if self.api_key_env
+      else ("set api_key_env")
+    )
+    if openai_errors.unpaid(fault):
+      return "see what is left on the account of the key; finished calls are kept"
+    if fault.status == 401:
+      return key
+    if fault.status == 403:
+      return f"check `model`, or {key}"
+    if fault.status in (404, 405):
+      return "check `model` and base_url (it should end in /v1)"
+    return (
+      "see what it does not take: `omit` leaves out "
+      f"{', '.join(name for name in CHANGES if name != 'response_format')}, and "
+      "structured: false the form of replies; finished calls are kept"
+    )
+
+  def _error(self, failed: _Failed) -> errors.UserError:
+    """One line: what the server said, and what can be done."""
+    wait = pause(failed.headers, 0)
+    told = f" (it asks to wait {wait:.0f} s)" if wait > LONGEST_WAIT else ""
+    kind = errors.TryAgainError if failed.kind == "passing" else errors.UserError
+    return kind(f"engine openai: {self.base_url}: {failed}{told}; {failed.remedy}")
+
+
+def _garbled(error: openai_replies.NoReply, headers: Mapping[str, str]) -> _Failed:
+  what = f"sent a reply that is no chat completion: {error}"
+  if error.passing:
+    return _Failed(
+      what, "passing", f"see what answers there, and {AGAIN}", headers=headers
+    )
+  remedy = "see what answers there, and mend base_url or the server's settings"
+  return _Failed(what, "lasting", f"{remedy}; finished calls are kept")
+
+
+def _repeated(once: Callable[[], T], retries: int) -> T:
+  """What `once` gives, asked for again where that may help."""
+  tries = 0
+  while True:
+    try:
+      return once()
+    except _Failed as failed:
+      wait = pause(failed.headers, tries)
+      if failed.kind != "passing" or tries == retries or wait > LONGEST_WAIT:
+        raise
+    time.sleep(wait)
+    tries += 1
+
+
+def _parameters(
+  request: engines.Request, left_out: Collection[str]
+) -> tuple[dict[str, Any], set[str]]:
+  """A request's body but for the model, and which parts of it may be left out."""
+  wanted: dict[str, Any] = {
+    "max_tokens": request.max_new_tokens,
+    "temperature": request.temperature,
+    "top_p": request.top_p,
+    "seed": request.seed,
+  }
+  if request.reply_schema is not None:
+    form = {"name": "reply", "strict": True, "schema": dict(request.reply_schema)}
+    wanted["response_format"] = {"type": "json_schema", "json_schema": form}
+  sent = {name: value for name, value in wanted.items() if name not in left_out}
+  names = set(sent)
+  if "max_tokens" not in sent:
+    sent["max_completion_tokens"] = request.max_new_tokens
+  return {"messages": [m._asdict() for m in request.messages], **sent}, names
+
+
+def _names(body: Any) -> list[str] | None:
+  """The models that a server lists, or None for another shape."""
+  rows = body.get("data", body.get("models")) if isinstance(body, Mapping) else body
+  if not isinstance(rows, list):
+    return None
+  named = [row.get("id", row.get("name")) for row in rows if isinstance(row, Mapping)]
+  return [name for name in named if isinstance(name, str)]
+
+
+def pause(headers: Mapping[str, str], tries: int) -> float:
+  """Seconds to wait before the next try: what the server says, or twice as long."""
+  asked = _asked_wait(headers)
+  return asked if 0 < asked < math.inf else min(0.5 * 2**tries, 8.0)
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+  """By Retry-After, in seconds or as a date; NaN where there is none."""
+  for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+    try:
+      return float(headers[name]) * unit
+    except (KeyError, ValueError):
+      continue
+  try:
+    date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+    return date.timestamp() - time.time()
+  except (TypeError, ValueError, OverflowError):
+    return math.nan
+
+
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _not_taken(base_url: str, model: str) -> set[str]:
+  """Parameters that a server refused, for all roles that ask it."""
+  return set()
+
+
+@functools.cache
+def _client(base_url: str, api_key: str, timeout_s: float) -> openai.OpenAI:
+  import openai
+
+  return openai.OpenAI(
+    base_url=base_url, api_key=api_key, timeout=timeout_s, max_retries=0
+  )

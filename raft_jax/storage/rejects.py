@@ -1,0 +1,75 @@
+"""Rows that a run cannot use: where they are, why, and the file that lists them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from raft_jax.storage import atomic
+
+
+class Place(NamedTuple):
+  """Where a row is: its file, and its line there (its number in a Parquet file).
+
+  A row without an id of its own that cannot be read has none; of records that were
+  made before, the file may not be known.
+  """
+
+  id: str | None
+  file: str = ""
+  line: int = 0
+
+  def __str__(self) -> str:
+    at = f"{self.file}:{self.line}" if self.file else ""
+    return ": ".join(filter(None, (at, self.id and f"row {self.id!r}")))
+
+
+class Reject(NamedTuple):
+  """A row that cannot be used; `kind` is one word for `reason`."""
+
+  place: Place
+  reason: str
+  kind: str = "unusable"
+  text: str = ""
+
+  def __str__(self) -> str:
+    return f"{self.place}: {self.reason}"
+
+
+def write(path: str | os.PathLike[str], rejects: Sequence[Reject]) -> None:
+  """Lists rows as JSONL {file, line, id, kind, reason, text}.
+
+  An old file is replaced, or removed where there is no such row.
+  """
+  path = pathlib.Path(path)
+  if not rejects:
+    path.unlink(missing_ok=True)
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  rows = [
+    {**place._asdict(), "kind": kind, "reason": reason, "text": text}
+    for place, reason, kind, text in rejects
+  ]
+  lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows]
+  with atomic.replacing(path) as temporary:
+    temporary.write_text("".join(lines), "utf-8", errors="backslashreplace")
+
+
+def tell(
+  rejects: Sequence[Reject], listed: str | os.PathLike[str] | None = None
+) -> None:
+  """One line on how many rows were set aside, which is the first, and where all are."""
+  if not rejects:
+    return
+  counts = collections.Counter(reject.kind for reject in rejects)
+  kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+  where = f"; all are in {listed}" if listed else ""
+  rows = "1 row was" if len(rejects) == 1 else f"{len(rejects)} rows were"
+  print(
+    f"{rows} set aside ({kinds}); the first is {rejects[0]}{where}", file=sys.stderr
+  )
