@@ -87,7 +87,7 @@ def domain_scores(
 
 
 def judged(
-  who: scoring.Subject,
+  who: scoring.EvalModel,
   domain: test_sets.Domain,
   general: test_sets.General,
   answers: Sequence[scoring.Answer],
@@ -111,7 +111,7 @@ def judged(
   if general.requests:
     replies = scoring.answers(
       who,
-      test_sets.open_ended_prompts(general, who.codec),
+      test_sets.open_ended_prompts(general, who.tokenizer),
       log,
       max_new_tokens=settings.open_ended.max_new_tokens,
       name="open-ended answers",
@@ -140,11 +140,11 @@ class Measured(NamedTuple):
 
 
 def measure_model(
-  who: scoring.Subject,
+  who: scoring.EvalModel,
   domain: test_sets.Domain,
   validation: test_sets.Domain | None,
   general: test_sets.General,
-  tasks: Callable[[scoring.Subject, journal.Journal], lm_eval_tasks.Found] | None,
+  tasks: Callable[[scoring.EvalModel, journal.Journal], lm_eval_tasks.Found] | None,
   settings: schema.Evaluate,
   log: journal.Journal,
   embed: Callable[[Sequence[str]], np.ndarray],
@@ -345,10 +345,10 @@ def connect(
 def main(config: schema.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
   distributed.refuse("evaluate")
-  codec = chat.load(config.model.source, config.model.chat_template)
+  tokenizer = chat.load(config.model.source, config.model.chat_template)
   decoder = hf_load.load_config(config.model.source)
   interrupts.check()
-  domain, validation, general, tasks = test_sets.read(config, codec, decoder)
+  domain, validation, general, tasks = test_sets.read(config, tokenizer, decoder)
   interrupts.check()
   judges = [
     roles.judge("vote", stage, config.model, judged_accuracy.REPLY_SCHEMA)
@@ -368,14 +368,14 @@ def main(config: schema.Config) -> None:
   # token by token.
   params, step = trained_model_lib.load(config, decoder)
   interrupts.check()
-  config_load.claim_output(config, "evaluate", ())
+  config_load.lock_config(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
   aside = [*domain.rejects, *(validation.rejects if validation else ())]
   rejects.write(folder / "rejects.jsonl", aside)
   base_params = hf_load.load_params(config.model.source, decoder)
   subject = functools.partial(
-    scoring.subject, config=decoder, codec=codec, settings=settings
+    scoring.subject, config=decoder, tokenizer=tokenizer, settings=settings
   )
   trained_model = subject(params, title=f"step {step}", server=trained_server)
   base_model = subject(base_params, title="base model", server=base_server)

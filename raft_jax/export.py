@@ -264,7 +264,7 @@ def export(config: schema.Config) -> Exported:
   An export of an earlier checkpoint there is replaced.
   """
   # The card states this config: it must be the one that was trained.
-  config_load.check_output(config, "train", setup.CLAIMED)
+  config_load.check_lock(config, "train", setup.IDENTITY_KEYS)
   output, source = pathlib.Path(config.output), config.model.source
   decoder = hf_load.load_config(source)
   interrupts.check()

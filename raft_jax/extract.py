@@ -30,7 +30,7 @@ from raft_jax.hf import chat
 from raft_jax.runtime import interrupts, progress
 from raft_jax.storage import journal, sealed_folder
 
-CLAIMED = (
+IDENTITY_KEYS = (
   "model.source",
   "model.chat_template",
   "model.dtype",
@@ -138,7 +138,7 @@ def _both(pair: qa_pairs.Pair) -> str:
 def fit(run: schema.Config) -> None:
   """Extracts `extract.documents` into `output/extracted`: splits, reasons, summary."""
   settings = check(run)
-  config_load.check_output(run, "extract", CLAIMED)
+  config_load.check_lock(run, "extract", IDENTITY_KEYS)
   folder = pathlib.Path(run.output) / "extracted"
   found, unusable = documents.read(
     settings.documents, text_field=settings.text_field, domain=settings.domain
@@ -151,13 +151,13 @@ def fit(run: schema.Config) -> None:
     run.data.unusable,
   )
   interrupts.check()
-  codec = engines.codec(run.model.source, run.model.chat_template)
+  tokenizer = engines.tokenizer(run.model.source, run.model.chat_template)
   inputs = _inputs(run, settings, found, unusable)
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   with journal.open_journal(folder / "journal.jsonl") as book:
     if sealed_folder.inputs(folder) == inputs:
-      config_load.claim_output(run, "extract", CLAIMED)
+      config_load.lock_config(run, "extract", IDENTITY_KEYS)
       print(f"{folder}: already complete, nothing to do")
       return
     writer = _writer(run, settings)
@@ -166,14 +166,14 @@ def fit(run: schema.Config) -> None:
       for stage in settings.judges
     ]
     # Not before: what was wrong with the input so far binds no later run.
-    config_load.claim_output(run, "extract", CLAIMED)
+    config_load.lock_config(run, "extract", IDENTITY_KEYS)
     calls = calls_lib.Calls(book, settings.seed)
     with calls_lib.at_work(calls):
       extracted = extract(
         found,
         writer=writer,
         judges=judges,
-        count_tokens=lambda said: len(chat.encode(codec, said)),
+        count_tokens=lambda said: len(chat.encode(tokenizer, said)),
         settings=settings,
         calls=calls,
       )
@@ -220,7 +220,7 @@ def _inputs(
   unusable: Sequence[qa_pairs.Dropped],
 ) -> str:
   """Digest of all that the files depend on."""
-  stages: list[schema.Asked] = [settings.writer, *settings.judges]
+  stages: list[schema.ModelEndpoint] = [settings.writer, *settings.judges]
   local = [stage for stage in stages if stage.engine != "openai"]
   models = {run.model.source, *(stage.model or run.model.source for stage in local)}
   return journal.content_key(

@@ -49,7 +49,7 @@ ENGINES = tuple(
   for key in section.model_fields
   if key not in schema.PLACEMENT
 )
-CLAIMED = (
+IDENTITY_KEYS = (
   "model.source",
   "model.chat_template",
   "model.dtype",
@@ -68,7 +68,7 @@ SELECTING = (
   "refine.fusion.accept_at",
   "refine.judges",
 )
-"""Those of `CLAIMED` that `--select-only` may change: they ask for no other text."""
+"""The `IDENTITY_KEYS` that `--select-only` may change: no new text is generated."""
 
 
 class Share(NamedTuple):
@@ -95,7 +95,7 @@ def fit(
   """
   share = _share(num_workers, worker, select_only)
   check(run)
-  config_load.check_output(run, "refine", CLAIMED)
+  config_load.check_lock(run, "refine", IDENTITY_KEYS)
   folder = pathlib.Path(run.output) / "refined"
   # The mark of a run's folder; rejects are the first that is written there.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def fit(
   inputs = _inputs(run, questions, checked, encoder)
   with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
-      config_load.claim_output(run, "refine", CLAIMED)
+      config_load.lock_config(run, "refine", IDENTITY_KEYS)
       print(f"{folder}: already complete, nothing to do")
       return
     rewriter = _role("rewrite", run.refine.rewriter, run)
@@ -117,7 +117,7 @@ def fit(
     if checked.usable > WINDOW:
       _check_lengths(run, checked, rewriter)
     # Not before: what was wrong with the input so far binds no later run.
-    config_load.claim_output(run, "refine", CLAIMED)
+    config_load.lock_config(run, "refine", IDENTITY_KEYS)
     calls = calls_lib.Calls(book, run.refine.seed)
     with calls_lib.at_work(calls):
       refined = _refine_all(run, share, checked, folder, calls, method)
@@ -129,7 +129,7 @@ def fit(
       return
     meta = {
       "inputs": inputs,
-      "tokenizer": engines.codec(run.model.source, run.model.chat_template).digest,
+      "tokenizer": engines.tokenizer(run.model.source, run.model.chat_template).digest,
       "model": engines.identity(run.model.source),
       "encoder": encoder.identity,
       "questions": questions,
@@ -144,11 +144,11 @@ def _checked(run: schema.Config, listed: pathlib.Path) -> tuple[records.Checked,
   when the models have done their work.
   """
   digest = hashlib.sha256()
-  codec = engines.codec(run.model.source, run.model.chat_template)
+  tokenizer = engines.tokenizer(run.model.source, run.model.chat_template)
 
   def fault(question: records.Question) -> str | None:
     try:
-      chat.prompt_ids(codec, question.messages)
+      chat.prompt_ids(tokenizer, question.messages)
     except errors.UserError as error:
       return str(error)
     return None
@@ -338,13 +338,13 @@ def _inputs(
   encoder: sentence_encoder.Encoder,
 ) -> str:
   """Digest of all that the shards depend on."""
-  stages: list[schema.Asked] = [run.refine.fusion, *run.refine.judges]
+  stages: list[schema.ModelEndpoint] = [run.refine.fusion, *run.refine.judges]
   local = [stage for stage in stages if stage.engine != "openai"]
   models = {run.model.source, *(stage.model or run.model.source for stage in local)}
   return journal.content_key(
     version=raft_jax.__version__,
     questions=questions,
-    settings=config_load.values(run, (*CLAIMED, "refine.*.context_tokens")),
+    settings=config_load.values(run, (*IDENTITY_KEYS, "refine.*.context_tokens")),
     records_per_shard=run.refine.records_per_shard,
     too_long=run.data.too_long,
     refused=[r.place.id for r in checked.rejects if r.kind == "refused"],
@@ -388,7 +388,7 @@ def _select(run: schema.Config, folder: pathlib.Path, source: pathlib.Path) -> N
   old = config_load.load(source / "config" / "refine.yaml", without_data=True)
   manifest = shards.read_manifest(source / "refined")
   judges = _judges_of(run, old, source)
-  fixed = [key for key in CLAIMED if not key.startswith(SELECTING)]
+  fixed = [key for key in IDENTITY_KEYS if not key.startswith(SELECTING)]
   changes = config_load.diff(
     config_load.values(old, fixed), config_load.values(run, fixed)
   )
@@ -420,7 +420,7 @@ def _select(run: schema.Config, folder: pathlib.Path, source: pathlib.Path) -> N
         f"and set refine.journal={source / 'refined' / 'journal.jsonl'}, then only "
         "those are asked for"
       )
-    config_load.claim_output(run, "refine", CLAIMED)
+    config_load.lock_config(run, "refine", IDENTITY_KEYS)
     kept = {k: manifest.meta.get(k) for k in KEPT}
     inputs = journal.content_key(
       source=manifest.meta.get("inputs"), settings=config_load.values(run, SELECTING)

@@ -108,8 +108,8 @@ def check_exam(run: schema.Config) -> None:
     errors.UserError: what `evaluate` would say of it, or of the encoder.
   """
   source = run.model.source
-  codec = chat.load(source, run.model.chat_template)
-  test_sets.read(run, codec, hf_load.load_config(source))
+  tokenizer = chat.load(source, run.model.chat_template)
+  test_sets.read(run, tokenizer, hf_load.load_config(source))
   sentence_encoder.find(run.refine.encoder)
 
 
@@ -277,7 +277,7 @@ def _refine_once(base: schema.Config, run: Planned) -> None:
   shutil.copytree(
     shared / "refined", temporary, ignore=shutil.ignore_patterns("journal*")
   )
-  config_load.claim_output(run.config, "refine", refine.CLAIMED)
+  config_load.lock_config(run.config, "refine", refine.IDENTITY_KEYS)
   temporary.rename(folder / "refined")
 
 

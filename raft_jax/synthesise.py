@@ -60,7 +60,7 @@ DECIDING = (
 )
 """Config keys that decide which questions are rehearsed, and their answers."""
 
-CLAIMED = (*DECIDING, "data.max_prompt_tokens", "data.max_answer_tokens")
+IDENTITY_KEYS = (*DECIDING, "data.max_prompt_tokens", "data.max_answer_tokens")
 """Those and the budgets; a folder's second run may not change them."""
 
 QUESTIONS = "questions"
@@ -263,10 +263,10 @@ def row_of(draft: Draft, answer: str, cluster: int) -> dict[str, Any]:
 def fit(run: schema.Config) -> None:
   """Writes `output/synthesised`: questions.jsonl, dropped.jsonl, summary."""
   settings = check(run)
-  config_load.check_output(run, "synthesise", CLAIMED)
+  config_load.check_lock(run, "synthesise", IDENTITY_KEYS)
   folder = pathlib.Path(run.output) / "synthesised"
   seeds, aside = read_seeds(settings.seeds, run.data.unusable)
-  codec = engines.codec(run.model.source, run.model.chat_template)
+  tokenizer = engines.tokenizer(run.model.source, run.model.chat_template)
   interrupts.check()
   encoder = sentence_encoder.load(run.refine.encoder)
   interrupts.check()
@@ -277,12 +277,12 @@ def fit(run: schema.Config) -> None:
   rejects.tell(aside, folder / "rejects.jsonl")
   with journal.open_journal(folder / "journal.jsonl") as book:
     if sealed_folder.inputs(folder) == inputs:
-      config_load.claim_output(run, "synthesise", CLAIMED)
+      config_load.lock_config(run, "synthesise", IDENTITY_KEYS)
       print(f"{folder}: already complete, nothing to do")
       return
     writer, answerer = _roles(run, settings)
     # Not before: what was wrong with the input so far binds no later run.
-    config_load.claim_output(run, "synthesise", CLAIMED)
+    config_load.lock_config(run, "synthesise", IDENTITY_KEYS)
     calls = calls_lib.Calls(book, settings.seed)
     with calls_lib.at_work(calls):
       made = synthesise(
@@ -291,11 +291,11 @@ def fit(run: schema.Config) -> None:
         answerer=answerer,
         encoder=encoder,
         fits_prompt=lambda said: (
-          len(chat.prompt_ids(codec, records.user_turn(said)))
+          len(chat.prompt_ids(tokenizer, records.user_turn(said)))
           <= run.data.max_prompt_tokens
         ),
         fits_answer=lambda said: (
-          len(chat.answer_ids(codec, said)) <= run.data.max_answer_tokens
+          len(chat.answer_ids(tokenizer, said)) <= run.data.max_answer_tokens
         ),
         settings=settings,
         calls=calls,
@@ -321,7 +321,7 @@ def questions(run: schema.Config) -> str:
       f"{folder}: no finished questions, which replay.questions=null learns from; run "
       "`python -m raft_jax.synthesise` with this config first, or name a file there"
     )
-  config_load.check_output(run, "synthesise", DECIDING)
+  config_load.check_lock(run, "synthesise", DECIDING)
   return str(folder / f"{QUESTIONS}.jsonl")
 
 
@@ -398,7 +398,7 @@ def _inputs(
   return journal.content_key(
     version=raft_jax.__version__,
     seeds=seeds,
-    settings=config_load.values(run, (*CLAIMED, "synthesise.*.context_tokens")),
+    settings=config_load.values(run, (*IDENTITY_KEYS, "synthesise.*.context_tokens")),
     prompt=judging.template("synthesise").template,
     model=engines.identity(run.model.source),
     encoder=encoder.identity,

@@ -112,7 +112,7 @@ def run_step(
 
 
 def fetch(
-  dispatched: Dispatched, codec: chat.Codec, leaks: tuple[str, ...]
+  dispatched: Dispatched, tokenizer: chat.ChatTokenizer, leaks: tuple[str, ...]
 ) -> dict[str, float]:
   """Waits for a step and turns what it left into numbers to log.
 
@@ -142,7 +142,7 @@ def fetch(
   if trajectory is not None:
     tokens_BR, length_B, _ = trajectory
     texts = [
-      chat.decode(codec, row[:length]) for row, length in zip(tokens_BR, length_B)
+      chat.decode(tokenizer, row[:length]) for row, length in zip(tokens_BR, length_B)
     ]
     values |= metrics_log.rollout_health(tokens_BR, length_B, texts, leaks)
     tokens["rollout"] = length_B.sum()
@@ -179,7 +179,7 @@ def reporter(
   bar: progress.Progress | None,
   replayer: mssr.Replayer | None,
   watcher: validation.Watcher | None,
-  faults: distributed.Faults,
+  faults: distributed.DeferredErrors,
 ) -> Callable[..., None]:
   """A function that waits for a step and, where there are any, moves log and bar.
 
@@ -190,7 +190,7 @@ def reporter(
 
   def report(dispatched: Dispatched, params: transformer.Params | None = None) -> None:
     nonlocal last
-    values = fetch(dispatched, run.codec, leaks)
+    values = fetch(dispatched, run.tokenizer, leaks)
     if replayer is not None:
       loss_B = distributed.whole(dispatched.values[objective.ROWS])
       values |= replayer.observe(dispatched.step, loss_B)
@@ -303,14 +303,14 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     index=cluster.index,
     heartbeat_s=cluster.heartbeat_s,
   )
-  leads = distributed.leads()
+  leads = distributed.is_primary()
   with contextlib.ExitStack() as stack:
     if not leads:
       stack.enter_context(contextlib.redirect_stdout(None))
-    run = distributed.together(lambda: setup.prepare(config))
+    run = distributed.run_on_all(lambda: setup.prepare(config))
     interrupts.check()
-    distributed.agree({**setup.facts(config, run), **distributed.versions()})
-    panel = validation.read(config, run.codec, run.decoder)
+    distributed.assert_same({**setup.facts(config, run), **distributed.versions()})
+    panel = validation.read(config, run.tokenizer, run.decoder)
     built = setup.build(config, run)
     print(sharding.describe(run.mesh))
     enter(output, stack, leads=leads)
@@ -327,7 +327,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
           print(validation.summary(config, known, newest, run.total_steps))
         return
     interrupts.check()
-    distributed.together(lambda: step_memory.check(config, run, built))
+    distributed.run_on_all(lambda: step_memory.check(config, run, built))
     state, beside, memory, start = initial_state.first_state(
       config, run, built, orbax, on_corrupt
     )
@@ -335,7 +335,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     if run.replay is not None and memory is not None:
       replayer = mssr.Replayer(run.replay, memory)
     began = time.perf_counter()
-    faults = distributed.Faults()
+    faults = distributed.DeferredErrors()
 
     def save(step: int, state: step_lib.TrainState) -> None:
       faults.tell()
@@ -393,9 +393,9 @@ def enter(output: pathlib.Path, stack: contextlib.ExitStack, *, leads: bool) -> 
         )
       time.sleep(0.2)
 
-  distributed.together(lock)
+  distributed.run_on_all(lock)
   name = distributed.exchange(journal.holder(path).read_text() if leads else "")[0]
-  distributed.together(see)
+  distributed.run_on_all(see)
 
 
 def _says(path: pathlib.Path, text: str) -> bool:

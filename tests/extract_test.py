@@ -460,7 +460,7 @@ def _script(monkeypatch, log):
   for module, name in (
     (jax_engine, "load"),
     (engines, "identity"),
-    (engines, "codec"),
+    (engines, "tokenizer"),
   ):
     monkeypatch.setattr(module, name, getattr(module, name))
   extract_driver.script(log)

@@ -515,7 +515,7 @@ def test_second_process_on_one_folder_is_told_who_works_there(scripted):
     "with journal.open_journal(sys.argv[1]):\n  print('held', flush=True)\n"
     "  time.sleep(60)"
   )
-  config_load.claim_output(run, "refine", refine.CLAIMED)
+  config_load.lock_config(run, "refine", refine.IDENTITY_KEYS)
   with subprocess.Popen(
     [sys.executable, "-c", hold, str(book)], stdout=subprocess.PIPE, text=True
   ) as holder:

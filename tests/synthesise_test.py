@@ -179,7 +179,7 @@ def test_a_draft_without_an_embedding_is_dropped():
 
 
 def _script(monkeypatch, log):
-  names = ((jax_engine, "load"), (engines, "identity"), (engines, "codec"))
+  names = ((jax_engine, "load"), (engines, "identity"), (engines, "tokenizer"))
   for module, name in (*names, (sentence_encoder, "load")):
     monkeypatch.setattr(module, name, getattr(module, name))
   synthesise_driver.script(log)
@@ -336,7 +336,7 @@ def test_training_replays_what_was_written(scripted, tmp_path):
   domain.write_text('{"question": "What is a tort?", "answer": "A wrong."}\n')
   given = run.data.model_copy(update={"questions": str(domain), "answers": "original"})
   run = run.model_copy(update={"data": given})
-  found = training_set.read(run, engines.codec("some/model"), distil=False)
+  found = training_set.read(run, engines.tokenizer("some/model"), distil=False)
   assert [row.prompt for row in found.rows] == [("What", "is", "a", "tort?")]
   # The scripted tokenizer's tokens are words, and 0 ends an answer.
   assert [(row.prompt, row.answer) for row in found.replayed] == [

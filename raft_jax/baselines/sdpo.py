@@ -51,10 +51,10 @@ def first_other_success(success_N: np.ndarray, group: int) -> np.ndarray:
   return np.where(other_QGG.any(-1), first_QG, -1).reshape(-1)
 
 
-def _said(codec: chat.Codec, ids: Sequence[int]) -> str:
+def _said(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
   """The answer in a rollout, which is empty where its thinking never ended."""
-  marks = thinking.own(codec.tokenizer.chat_template)
-  said = thinking.answer(thinking.decode(codec, ids), marks).strip()
+  marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
+  said = thinking.answer(thinking.decode(tokenizer, ids), marks).strip()
   return "" if thinking.left_in(said) else said
 
 
@@ -62,8 +62,8 @@ def instruct(
   batch: batching.Batch,
   trajectory: objective.Trajectory,
   *,
-  codec: chat.Codec,
-  asked: Mapping[int, batching.Asked],
+  tokenizer: chat.ChatTokenizer,
+  asked: Mapping[int, batching.Conversation],
   group: int,
   success: float,
   max_tokens: int,
@@ -83,7 +83,7 @@ def instruct(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
-    _said(codec, row[:length].tolist()) for row, length in zip(tokens_BR, length_B)
+    _said(tokenizer, row[:length].tolist()) for row, length in zip(tokens_BR, length_B)
   ]
   source = [asked[int(row_id) // group] for row_id in row_id_B]
   reward_B = np.array(
@@ -91,13 +91,13 @@ def instruct(
   )
   success_B = (reward_B >= success) & np.array([bool(found) for found in texts])
   width = batching.rounded(max_tokens)
-  context_BC = np.full((len(texts), width), codec.pad_id, np.int32)
+  context_BC = np.full((len(texts), width), tokenizer.pad_id, np.int32)
   context_length_B = np.ones(len(texts), np.int32)  # a row without context reads a pad
   taught_B = np.zeros(len(texts), bool)
   for row, sibling in enumerate(first_other_success(success_B, group)):
     if sibling < 0:
       continue
-    ids = chat.teacher_ids(codec, source[row][0], texts[sibling], "sibling")
+    ids = chat.teacher_ids(tokenizer, source[row][0], texts[sibling], "sibling")
     if len(ids) <= max_tokens:
       context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
       taught_B[row] = True

@@ -332,7 +332,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   return {prefix: tree}
 
 
-def check_output(config: Config, stage: str, keys: Sequence[str]) -> None:
+def check_lock(config: Config, stage: str, keys: Sequence[str]) -> None:
   """Refuses a folder that holds something else than this run; writes nothing.
 
   Args:
@@ -358,16 +358,16 @@ def check_output(config: Config, stage: str, keys: Sequence[str]) -> None:
     ) from e
 
 
-def claim_output(config: Config, stage: str, keys: Sequence[str]) -> None:
-  """Records the config in output/config/<stage>.yaml, after `check_output`.
+def lock_config(config: Config, stage: str, keys: Sequence[str]) -> None:
+  """Records the config in output/config/<stage>.yaml, after `check_lock`.
 
   Call it in one process only, holding the folder's lock if there is one, and when the
   stage is about to write: a run that never began should not bind the next one.
 
   Raises:
-    errors.UserError: as `check_output`, or the folder cannot be written.
+    errors.UserError: as `check_lock`, or the folder cannot be written.
   """
-  check_output(config, stage, keys)
+  check_lock(config, stage, keys)
   path = _claim_path(config, stage)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)

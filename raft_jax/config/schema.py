@@ -84,7 +84,7 @@ Word = Annotated[str, pydantic.Field(min_length=1)]
 Pair = Annotated[tuple[Word, ...], pydantic.Field(min_length=2, max_length=2)]
 
 
-class Asked(Section):
+class ModelEndpoint(Section):
   """A language model that writes or judges, and where it runs."""
 
   engine: Literal["encoder", "jax", "vllm", "openai"]
@@ -119,7 +119,7 @@ class Asked(Section):
   beside <think> and, at the start of a reply, other common ones."""
 
 
-class Engine(Asked):
+class Engine(ModelEndpoint):
   """The model that rewrites answers."""
 
   engine: Literal["jax", "vllm", "openai"] = "jax"
@@ -140,7 +140,7 @@ class Fusion(Engine):
   """Stop at the first round whose mean judge score reaches this [R]."""
 
 
-class Judge(Asked):
+class Judge(ModelEndpoint):
   """A language model, or `encoder`: the sentence encoder's cosine mapped to 0..1."""
 
   engine: Literal["encoder", "jax", "vllm", "openai"] = "encoder"
@@ -156,14 +156,14 @@ ENGINE_KEYS = {
   "vllm": ("tensor_parallel", "pipeline_parallel", "context_tokens", "memory_share"),
   "openai": ("base_url", "api_key_env", "timeout_s", "omit", "thinking_marks"),
 }
-"""Keys of `Asked` that one engine reads and the others do not."""
+"""Keys of `ModelEndpoint` that one engine reads and the others do not."""
 
 PLACEMENT = (
   *("batch_size", "tensor_parallel", "pipeline_parallel", "memory_share"),
   *("context_tokens", "base_url", "api_key_env", "timeout_s", "omit"),
 )
-"""Keys of `Asked` that say how and where a model runs, not what it is asked (but for
-`context_tokens`, whether it has room to answer)."""
+"""Keys of `ModelEndpoint` that say how and where a model runs, not what it is asked
+(except `context_tokens`, which decides whether it has room to answer)."""
 
 
 class Writer(Engine):
@@ -175,7 +175,7 @@ class Writer(Engine):
   """`vllm`, `openai`: constrain replies to {"pairs": [{"question", "answer"}]}."""
 
 
-class VerdictJudge(Asked):
+class VerdictJudge(ModelEndpoint):
   """A language model that answers with yes or no."""
 
   engine: Literal["jax", "vllm", "openai"] = "jax"

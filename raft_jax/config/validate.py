@@ -121,7 +121,9 @@ def _extract(extract: schema.Extract) -> Iterator[tuple[str, str]]:
     )
 
 
-def _panel(place: str, judges: Sequence[schema.Asked]) -> Iterator[tuple[str, str]]:
+def _panel(
+  place: str, judges: Sequence[schema.ModelEndpoint]
+) -> Iterator[tuple[str, str]]:
   yield from _engines({f"{place}.{i}": judge for i, judge in enumerate(judges)})
   # Replies are kept by what is asked of which model, wherever it runs.
   asked = [judge.model_dump(exclude={*schema.PLACEMENT}) for judge in judges]
@@ -131,7 +133,7 @@ def _panel(place: str, judges: Sequence[schema.Asked]) -> Iterator[tuple[str, st
       yield f"{place}.{i}", f"is the same judge again{other}; delete it or change it"
 
 
-def _engines(roles: Mapping[str, schema.Asked]) -> Iterator[tuple[str, str]]:
+def _engines(roles: Mapping[str, schema.ModelEndpoint]) -> Iterator[tuple[str, str]]:
   """Keys of other engines than the one a role names, and keys that its own needs."""
   for place, role in roles.items():
     for engine, keys in schema.ENGINE_KEYS.items():

@@ -25,7 +25,7 @@ READ_THREADS = 2  # collating is light; more would only fight over Python's lock
 PREFETCH = 8
 
 
-Asked = tuple[Sequence[records.Message], str]
+Conversation = tuple[Sequence[records.Message], str]
 """A conversation up to the user's turn, and its answer."""
 
 
@@ -59,9 +59,9 @@ class Batch(NamedTuple):
 
 
 def encode_rows(
-  examples: Sequence[Asked],
+  examples: Sequence[Conversation],
   *,
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   teacher_context: str,
   max_prompt_tokens: int,
   max_answer_tokens: int,
@@ -74,7 +74,7 @@ def encode_rows(
 
   Args:
     examples: conversation up to a user turn, and the answer to learn.
-    codec: tokenizer and chat template.
+    tokenizer: tokenizer and chat template.
     teacher_context: "chat", "paper" or "none", see `chat.teacher_ids`.
     max_prompt_tokens: budget of a row's prompt; the next two, of its answer with its
       end token and of the teacher's context without the rollout.
@@ -96,7 +96,9 @@ def encode_rows(
   aside: dict[int, rejects.Reject] = {}
   for row_id, (messages, answer) in enumerate(examples):
     try:
-      prompt, learned, teacher = chat.row_ids(codec, messages, answer, teacher_context)
+      prompt, learned, teacher = chat.row_ids(
+        tokenizer, messages, answer, teacher_context
+      )
     except errors.UserError as error:  # of the chat template
       aside[row_id] = rejects.Reject(places[row_id], str(error), "refused")
       continue

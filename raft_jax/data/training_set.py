@@ -16,7 +16,7 @@ from raft_jax.hf import chat
 from raft_jax.storage import records, shards
 from raft_jax.storage import rejects as rejects_lib
 
-REFINED = (*refine.CLAIMED, "data.limit")
+REFINED = (*refine.IDENTITY_KEYS, "data.limit")
 """Keys that decide the refined records which a run learns from."""
 
 
@@ -36,7 +36,7 @@ class Examples(NamedTuple):
   general: list[batching.Row]
   rejects: list[rejects_lib.Reject]
   digest: str
-  asked: Mapping[int, batching.Asked]
+  asked: Mapping[int, batching.Conversation]
 
 
 def rewritten(record: records.Refined) -> str:
@@ -64,7 +64,9 @@ ANSWERS: dict[str, Callable[[records.Refined, float], str]] = {
 threshold."""
 
 
-def read(config: schema.Config, codec: chat.Codec, *, distil: bool) -> Examples:
+def read(
+  config: schema.Config, tokenizer: chat.ChatTokenizer, *, distil: bool
+) -> Examples:
   """Reads and tokenises all that the run learns from.
 
   Args:
@@ -73,8 +75,8 @@ def read(config: schema.Config, codec: chat.Codec, *, distil: bool) -> Examples:
   context = config.distill.teacher_context if distil else "none"
   if context == "sibling":  # known after the rollouts
     context = "none"
-  domain, aside = _domain(config, codec)
-  rows, more = _encode(config, codec, domain, context)
+  domain, aside = _domain(config, tokenizer)
+  rows, more = _encode(config, tokenizer, domain, context)
   aside += more
   asked = {i: example[1:] for i, example in enumerate(domain)}
   replayed: list[batching.Row] = []
@@ -85,13 +87,13 @@ def read(config: schema.Config, codec: chat.Codec, *, distil: bool) -> Examples:
     others, spoilt = _questions(
       config, replay.questions or synthesise.questions(config)
     )
-    found, more = _encode(config, codec, others, context)
+    found, more = _encode(config, tokenizer, others, context)
     aside += spoilt + more
     asked |= {first + i: e[1:] for i, e in enumerate(others)}
     replayed = [row._replace(row_id=first + row.row_id) for row in found]
   if anchor is not None and anchor.importance != "none" and anchor.questions:
     questions, spoilt = _questions(config, anchor.questions)
-    general, more = _encode(config, codec, questions[: anchor.limit], "none")
+    general, more = _encode(config, tokenizer, questions[: anchor.limit], "none")
     aside += spoilt + more
   every = [part for part in (rows, replayed, general) if part]
   digest = hashlib.sha256(b"".join(repr(part).encode() for part in every)).hexdigest()
@@ -103,7 +105,7 @@ Example = tuple[rejects_lib.Place, tuple[records.Message, ...], str]
 
 
 def _domain(
-  config: schema.Config, codec: chat.Codec
+  config: schema.Config, tokenizer: chat.ChatTokenizer
 ) -> tuple[list[Example], list[rejects_lib.Reject]]:
   if config.data.answers == "original":
     return _questions(config, config.data.questions)
@@ -115,11 +117,11 @@ def _domain(
       "data.answers=original)"
     )
   # The records are of the questions and the model that this config names.
-  config_load.check_output(config, "refine", REFINED)
+  config_load.check_lock(config, "refine", REFINED)
   meta = shards.read_manifest(folder).meta
   places = _check_questions(config, folder, meta.get("questions"))
   made_with = meta.get("tokenizer")
-  if made_with not in (None, codec.digest):
+  if made_with not in (None, tokenizer.digest):
     raise errors.UserError(
       f"{folder}: its answers were written with another tokenizer or chat template "
       f"than {config.model.source} has now; put the old one back, or refine into "
@@ -177,13 +179,13 @@ def _read(config: schema.Config, path: str) -> records.Read:
 
 def _encode(
   config: schema.Config,
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   found: Sequence[Example],
   context: str,
 ) -> tuple[list[batching.Row], list[rejects_lib.Reject]]:
   return batching.encode_rows(
     [(messages, answer) for _, messages, answer in found],
-    codec=codec,
+    tokenizer=tokenizer,
     teacher_context=context,
     max_prompt_tokens=config.data.max_prompt_tokens,
     max_answer_tokens=config.data.max_answer_tokens,

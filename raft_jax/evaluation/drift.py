@@ -51,8 +51,8 @@ def drifts(
 
 
 def drift(
-  base: scoring.Subject,
-  who: scoring.Subject,
+  base: scoring.EvalModel,
+  who: scoring.EvalModel,
   rows: Sequence[tuple[Sequence[int], Sequence[int]]],
   log: journal.Journal,
   *,
@@ -64,7 +64,7 @@ def drift(
     tokens_BT, prompt_length_B, length_B = scoring.pad_joined(
       [rows[i] for i in batch],
       count=min(who.settings.batch_size, len(rows)),
-      pad_id=who.codec.pad_id,
+      pad_id=who.tokenizer.pad_id,
     )
     drift_B = drifts(
       base.params,
@@ -88,8 +88,8 @@ def drift(
 
 
 def from_base(
-  base: scoring.Subject,
-  trained: scoring.Subject,
+  base: scoring.EvalModel,
+  trained: scoring.EvalModel,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   log: journal.Journal,

@@ -1,6 +1,6 @@
 """A model that is measured, as lm-evaluation-harness asks one.
 
-Its model protocol over a `scoring.Subject`: every reply goes through batches of like
+Its model protocol over a `scoring.EvalModel`: every reply goes through batches of like
 length and the journal. Tokens are those of the harness' own Hugging Face model (HFLM):
 special tokens in a text are read as such, the tokenizer adds BOS where it is used to,
 unless the text begins with it, and what is longer than the model's positions loses its
@@ -147,15 +147,15 @@ def _padded(
 class Adapter(protocol.TemplateLM):
   """The harness' model protocol over a subject and its journal."""
 
-  def __init__(self, who: scoring.Subject, log: journal.Journal) -> None:
+  def __init__(self, who: scoring.EvalModel, log: journal.Journal) -> None:
     super().__init__()
     self.who, self.log = who, log
-    self.tokenizer = who.codec.tokenizer
+    self.tokenizer = who.tokenizer.hf_tokenizer
 
   @property
   def eot_token_id(self) -> int:
     eos = self.tokenizer.eos_token_id
-    return self.who.codec.eos_ids[0] if eos is None else eos
+    return self.who.tokenizer.eos_ids[0] if eos is None else eos
 
   @property
   def prefix_token_id(self) -> int:
@@ -165,7 +165,7 @@ class Adapter(protocol.TemplateLM):
 
   @property
   def tokenizer_name(self) -> str:
-    return self.who.codec.digest
+    return self.who.tokenizer.digest
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -176,7 +176,7 @@ class Adapter(protocol.TemplateLM):
     ):
       add_special_tokens = False
     added = True if add_special_tokens is None else add_special_tokens
-    return chat.raw_ids(self.who.codec, string, add_special_tokens=added)
+    return chat.raw_ids(self.who.tokenizer, string, add_special_tokens=added)
 
   def apply_chat_template(
     self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -234,7 +234,7 @@ class Adapter(protocol.TemplateLM):
       log_p_BK, greedy_BK = continuation_log_probs(
         who.params,
         who.config,
-        *_padded(chosen, count, who.codec.pad_id),
+        *_padded(chosen, count, who.tokenizer.pad_id),
         **scoring.precision(who),
       )
       sums = scoring.finite(
@@ -305,7 +305,7 @@ class Adapter(protocol.TemplateLM):
 
 
 def written(
-  who: scoring.Subject,
+  who: scoring.EvalModel,
   prompts: Sequence[Sequence[int]],
   stops: Sequence[str],
   limit: int,
@@ -316,7 +316,7 @@ def written(
 
   def stopped(row: Sequence[int]) -> bool:
     # A stop string may be a special token, which the text itself leaves out.
-    raw = who.codec.tokenizer.decode(list(row), skip_special_tokens=False)
+    raw = who.tokenizer.hf_tokenizer.decode(list(row), skip_special_tokens=False)
     return any(stop in raw for stop in stops)
 
   open_rows, spent = list(range(len(prompts))), 0
@@ -335,10 +335,10 @@ def written(
     ended = {i for i, answer in zip(open_rows, answers) if answer.ended}
     open_rows = [i for i in open_rows if i not in ended and not stopped(ids[i])]
     spent += new
-  ends = [*stops, *filter(None, [who.codec.tokenizer.eos_token])]
+  ends = [*stops, *filter(None, [who.tokenizer.hf_tokenizer.eos_token])]
   return [
     model_utils.postprocess_generated_text(
-      chat.decode(who.codec, _until(row, stopped)), ends, None
+      chat.decode(who.tokenizer, _until(row, stopped)), ends, None
     )
     for row in ids
   ]

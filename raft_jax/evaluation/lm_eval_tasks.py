@@ -168,7 +168,7 @@ def _seed(tasks: Iterable[Any]) -> None:
 # The scores
 
 
-def measured(tasks: Tasks, who: scoring.Subject, log: journal.Journal) -> Found:
+def measured(tasks: Tasks, who: scoring.EvalModel, log: journal.Journal) -> Found:
   """All scores of one model; what the journal knows is not computed again."""
   loaded = tasks.loaded
   _seed(loaded["tasks"].values())

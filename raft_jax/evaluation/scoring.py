@@ -38,7 +38,7 @@ class Settings(NamedTuple):
   rollout_unroll: int = 1
 
 
-class Subject(NamedTuple):
+class EvalModel(NamedTuple):
   """A model that is measured.
 
   Attributes:
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
 
   params: transformer.Params
   config: transformer.DecoderConfig
-  codec: chat.Codec
+  tokenizer: chat.ChatTokenizer
   settings: Settings
   weights: dict[str, list[int]]
   title: str | None
@@ -71,14 +71,14 @@ class Answer(NamedTuple):
 def subject(
   params: transformer.Params,
   config: transformer.DecoderConfig,
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   settings: Settings,
   title: str | None,
   server: engines.Generator | None = None,
-) -> Subject:
+) -> EvalModel:
   """A model that is measured, with the fingerprints of its weights."""
   weights = checkpoint.named_fingerprints(params)
-  return Subject(params, config, codec, settings, weights, title, server)
+  return EvalModel(params, config, tokenizer, settings, weights, title, server)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
@@ -223,12 +223,12 @@ def finish(
   return [log.calls[key] for key in keys]
 
 
-def bar_title(who: Subject, name: str) -> str | None:
+def bar_title(who: EvalModel, name: str) -> str | None:
   """What a progress bar says of work on a model."""
   return None if who.title is None else f"{who.title}: {name}"
 
 
-def item_key(who: Subject, **item: Any) -> str:
+def item_key(who: EvalModel, **item: Any) -> str:
   """The journal's key of one result of a model."""
   return journal.content_key(
     model=dataclasses.asdict(who.config),
@@ -238,13 +238,13 @@ def item_key(who: Subject, **item: Any) -> str:
   )
 
 
-def precision(who: Subject) -> dict[str, Any]:
+def precision(who: EvalModel) -> dict[str, Any]:
   """How the forward pass is computed."""
   return {"dtype": who.settings.dtype, "unroll": who.settings.unroll}
 
 
 def losses(
-  who: Subject, rows: Sequence[batching.Row], log: journal.Journal, *, name: str
+  who: EvalModel, rows: Sequence[batching.Row], log: journal.Journal, *, name: str
 ) -> list[float]:
   """`answer_losses` of every row."""
 
@@ -252,7 +252,7 @@ def losses(
     tokens_BT, prompt_length_B, length_B = pad_joined(
       [(rows[i].prompt, rows[i].answer) for i in batch],
       count=min(who.settings.batch_size, len(rows)),
-      pad_id=who.codec.pad_id,
+      pad_id=who.tokenizer.pad_id,
     )
     loss_B = answer_losses(
       who.params, who.config, tokens_BT, prompt_length_B, length_B, **precision(who)
@@ -270,7 +270,7 @@ def losses(
 
 
 def answers(
-  who: Subject,
+  who: EvalModel,
   prompts: Sequence[Sequence[int]],
   log: journal.Journal,
   *,
@@ -286,14 +286,14 @@ def answers(
   """
   if who.server is not None and messages is not None:
     return served(who, messages, log, max_new_tokens=max_new_tokens, name=name)
-  codec = who.codec
+  tokenizer = who.tokenizer
 
   def compute(batch: list[int]) -> list[dict[str, Any]]:
     prompt_BP, length_B = pad(
       [prompts[i] for i in batch],
       count=min(who.settings.batch_size, len(prompts)),
       multiple=PROMPT_WIDTH,
-      pad_id=codec.pad_id,
+      pad_id=tokenizer.pad_id,
     )
     rollout = sampling.generate(
       who.params,
@@ -306,23 +306,23 @@ def answers(
       max_new_tokens=max_new_tokens,
       temperature=0.0,
       top_p=1.0,
-      eos_ids=codec.eos_ids,
-      pad_id=codec.pad_id,
+      eos_ids=tokenizer.eos_ids,
+      pad_id=tokenizer.pad_id,
       dtype=who.settings.dtype,
       unroll=who.settings.rollout_unroll,
     )
     tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout[:3])
     rows = [tokens_BR[i, : length_B[i]].tolist() for i in range(len(batch))]
     return [
-      {"text": thinking.decode(codec, ids), "ids": ids, "ended": bool(ended)}
+      {"text": thinking.decode(tokenizer, ids), "ids": ids, "ended": bool(ended)}
       for ids, ended in zip(rows, ended_B)
     ]
 
-  limits = {"ends": codec.eos_ids, "max_new_tokens": max_new_tokens}
+  limits = {"ends": tokenizer.eos_ids, "max_new_tokens": max_new_tokens}
   found = finish(
     log,
     [
-      item_key(who, call="greedy", prompt=prompt, tokenizer=codec.digest, **limits)
+      item_key(who, call="greedy", prompt=prompt, tokenizer=tokenizer.digest, **limits)
       for prompt in prompts
     ],
     [len(prompt) for prompt in prompts],
@@ -330,7 +330,7 @@ def answers(
     batch_size=who.settings.batch_size,
     title=bar_title(who, name),
   )
-  marks = thinking.own(codec.tokenizer.chat_template)
+  marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
   return [
     Answer(
       **{**answer, "text": _without_thinking(answer["text"], marks)},
@@ -348,7 +348,7 @@ def _without_thinking(said: str, marks: Sequence[thinking.Marks]) -> str:
 
 
 def served(
-  who: Subject,
+  who: EvalModel,
   asked: Sequence[tuple[records.Message, ...]],
   log: journal.Journal,
   *,
@@ -375,7 +375,7 @@ def served(
       )
     tokens = reply.completion_tokens
     if tokens is None:  # the model is this one, and so are its tokens
-      tokens = len(chat.answer_ids(who.codec, reply.text))
+      tokens = len(chat.answer_ids(who.tokenizer, reply.text))
     return {
       "text": "" if thinking.left_in(reply.text) else reply.text,
       "tokens": tokens,
@@ -409,7 +409,7 @@ def served(
 
 
 def choices(
-  who: Subject,
+  who: EvalModel,
   prompts: Sequence[Sequence[int]],
   letters: Sequence[int],
   log: journal.Journal,
@@ -423,7 +423,7 @@ def choices(
       [prompts[i] for i in batch],
       count=min(who.settings.batch_size, len(prompts)),
       multiple=CHOICE_WIDTH,
-      pad_id=who.codec.pad_id,
+      pad_id=who.tokenizer.pad_id,
     )
     logits_BK = choice_logits(
       who.params, who.config, tokens_BT, length_B, np.array(letters), **precision(who)

@@ -56,47 +56,51 @@ class Exam(NamedTuple):
   domain: Domain
   validation: Domain | None
   general: General
-  tasks: Callable[[scoring.Subject, journal.Journal], lm_eval_tasks.Found] | None
+  tasks: Callable[[scoring.EvalModel, journal.Journal], lm_eval_tasks.Found] | None
 
 
 def read(
-  config: schema.Config, codec: chat.Codec, decoder: transformer.DecoderConfig
+  config: schema.Config,
+  tokenizer: chat.ChatTokenizer,
+  decoder: transformer.DecoderConfig,
 ) -> Exam:
   """Reads and checks it, before any weight is.
 
   Raises:
     UserError: a file or a row is no such thing, or too long for the model.
   """
-  domain = read_domain(config, codec)
-  validation = read_validation(config, codec, config.evaluate.limit)
-  general = read_general(config.evaluate, codec)
-  check_lengths(config, domain, general, open_ended_prompts(general, codec), decoder)
+  domain = read_domain(config, tokenizer)
+  validation = read_validation(config, tokenizer, config.evaluate.limit)
+  general = read_general(config.evaluate, tokenizer)
+  check_lengths(
+    config, domain, general, open_ended_prompts(general, tokenizer), decoder
+  )
   tasks = read_tasks(config.evaluate.tasks, decoder)
   return Exam(domain, validation, general, tasks)
 
 
-def read_domain(config: schema.Config, codec: chat.Codec) -> Domain:
+def read_domain(config: schema.Config, tokenizer: chat.ChatTokenizer) -> Domain:
   """Reads `data.test`."""
   if config.data.test is None:
     raise errors.UserError(
       "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
       " file of held-out questions"
     )
-  return _questions(config, codec, config.data.test, config.evaluate.limit)
+  return _questions(config, tokenizer, config.data.test, config.evaluate.limit)
 
 
 def read_validation(
-  config: schema.Config, codec: chat.Codec, limit: int | None
+  config: schema.Config, tokenizer: chat.ChatTokenizer, limit: int | None
 ) -> Domain | None:
   """Reads the first `limit` of `data.validation`, where it is set."""
   if config.data.validation is None:
     return None
-  return _questions(config, codec, config.data.validation, limit)
+  return _questions(config, tokenizer, config.data.validation, limit)
 
 
 def _questions(
   config: schema.Config,
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   path: str,
   limit: int | None,
 ) -> Domain:
@@ -109,7 +113,7 @@ def _questions(
   questions = found.questions
   rows, aside = batching.encode_rows(
     [(question.messages, question.answer) for question in questions],
-    codec=codec,
+    tokenizer=tokenizer,
     teacher_context="none",
     max_prompt_tokens=config.data.max_prompt_tokens,
     max_answer_tokens=config.data.max_answer_tokens,
@@ -123,11 +127,11 @@ def _questions(
   return Domain([questions[row.row_id] for row in rows], rows, aside)
 
 
-def read_general(settings: schema.Evaluate, codec: chat.Codec) -> General:
+def read_general(settings: schema.Evaluate, tokenizer: chat.ChatTokenizer) -> General:
   """Reads the benchmarks that the config names, and what scores them."""
   mmlu = None
   if settings.mmlu.items is not None:
-    mmlu = read_mmlu(settings.mmlu, codec)
+    mmlu = read_mmlu(settings.mmlu, tokenizer)
   requests = []
   if settings.open_ended.prompts is not None:
     requests = benchmarks.read(
@@ -136,13 +140,13 @@ def read_general(settings: schema.Evaluate, codec: chat.Codec) -> General:
       key="evaluate.open_ended.prompts",
       limit=settings.open_ended.limit,
     )
-  ifeval = read_ifeval(settings.ifeval, codec, section="evaluate")
-  drift = read_drift(settings.drift, codec, section="evaluate")
+  ifeval = read_ifeval(settings.ifeval, tokenizer, section="evaluate")
+  drift = read_drift(settings.drift, tokenizer, section="evaluate")
   return General(ifeval, mmlu, drift, requests)
 
 
 def read_ifeval(
-  settings: schema.Ifeval, codec: chat.Codec, *, section: str
+  settings: schema.Ifeval, tokenizer: chat.ChatTokenizer, *, section: str
 ) -> Ifeval | None:
   """Reads the prompts, where some are named, and what scores the answers."""
   if settings.items is None:
@@ -156,11 +160,11 @@ def read_ifeval(
     limit=settings.limit,
   )
   benchmarks.check_instructions(orders, checkers, key=f"{section}.ifeval.items")
-  return Ifeval(orders, _asked(codec, orders), checkers)
+  return Ifeval(orders, _asked(tokenizer, orders), checkers)
 
 
 def take_ifeval(
-  who: scoring.Subject, asked: Ifeval, log: journal.Journal, *, max_new_tokens: int
+  who: scoring.EvalModel, asked: Ifeval, log: journal.Journal, *, max_new_tokens: int
 ) -> dict[str, intervals.Scores]:
   """The scores of a model's greedy answers, and how long these are in tokens."""
   replies = scoring.answers(
@@ -180,7 +184,7 @@ def take_ifeval(
 
 
 def read_drift(
-  settings: schema.Drift, codec: chat.Codec, *, section: str
+  settings: schema.Drift, tokenizer: chat.ChatTokenizer, *, section: str
 ) -> list[list[int]] | None:
   """Reads the general prompts, where some are named."""
   if settings.prompts is None:
@@ -191,10 +195,10 @@ def read_drift(
     key=f"{section}.drift.prompts",
     limit=settings.limit,
   )
-  return _asked(codec, prompts)
+  return _asked(tokenizer, prompts)
 
 
-def read_mmlu(settings: schema.Mmlu, codec: chat.Codec) -> Mmlu:
+def read_mmlu(settings: schema.Mmlu, tokenizer: chat.ChatTokenizer) -> Mmlu:
   """Reads the questions and puts the solved ones before each."""
   source = str(settings.items)
   if settings.examples is None and benchmarks.is_file(source) and settings.shots:
@@ -215,10 +219,10 @@ def read_mmlu(settings: schema.Mmlu, codec: chat.Codec) -> Mmlu:
     split="dev",
   )
   prompts = benchmarks.mmlu_prompts(items, examples, shots=settings.shots)
-  ids = [chat.document_ids(codec, prompt) for prompt in prompts]
+  ids = [chat.document_ids(tokenizer, prompt) for prompt in prompts]
   letters = []
   for letter in benchmarks.LETTERS:
-    *before, last = chat.document_ids(codec, f"{prompts[0]} {letter}")
+    *before, last = chat.document_ids(tokenizer, f"{prompts[0]} {letter}")
     if before != ids[0]:
       raise errors.UserError(
         f"evaluate.mmlu: the model's tokenizer has no token {' ' + letter!r}, by which"
@@ -230,7 +234,7 @@ def read_mmlu(settings: schema.Mmlu, codec: chat.Codec) -> Mmlu:
 
 def read_tasks(
   settings: schema.Tasks, decoder: transformer.DecoderConfig
-) -> Callable[[scoring.Subject, journal.Journal], lm_eval_tasks.Found] | None:
+) -> Callable[[scoring.EvalModel, journal.Journal], lm_eval_tasks.Found] | None:
   """Loads the harness' tasks that the config names; returns what asks a model."""
   if not settings.names:
     return None
@@ -295,13 +299,16 @@ def check_need(
       )
 
 
-def open_ended_prompts(general: General, codec: chat.Codec) -> list[list[int]]:
+def open_ended_prompts(
+  general: General, tokenizer: chat.ChatTokenizer
+) -> list[list[int]]:
   """The token ids of the open-ended requests."""
-  return _asked(codec, general.requests)
+  return _asked(tokenizer, general.requests)
 
 
 def _asked(
-  codec: chat.Codec, items: Sequence[benchmarks.Instructions | benchmarks.Prompt]
+  tokenizer: chat.ChatTokenizer,
+  items: Sequence[benchmarks.Instructions | benchmarks.Prompt],
 ) -> list[list[int]]:
   turns = [records.user_turn(item.prompt) for item in items]
-  return [chat.prompt_ids(codec, turn) for turn in turns]
+  return [chat.prompt_ids(tokenizer, turn) for turn in turns]

@@ -117,7 +117,9 @@ class Panel(NamedTuple):
 
 
 def read(
-  config: schema.Config, codec: chat.Codec, decoder: transformer.DecoderConfig
+  config: schema.Config,
+  tokenizer: chat.ChatTokenizer,
+  decoder: transformer.DecoderConfig,
 ) -> Panel | None:
   """Reads and checks the panel of a run, if it has one; no weights.
 
@@ -132,7 +134,7 @@ def read(
       f"validation: wants one process, and these are {jax.process_count()}; set "
       "validation=null, or train with one process"
     )
-  questions = test_sets.read_validation(config, codec, settings.limit)
+  questions = test_sets.read_validation(config, tokenizer, settings.limit)
   if questions is None or not questions.rows:
     raise errors.UserError(
       f"data.validation: {config.data.validation} holds no question within "
@@ -140,8 +142,8 @@ def read(
     )
   panel = Panel(
     questions.rows,
-    test_sets.read_drift(settings.drift, codec, section="validation"),
-    test_sets.read_ifeval(settings.ifeval, codec, section="validation"),
+    test_sets.read_drift(settings.drift, tokenizer, section="validation"),
+    test_sets.read_ifeval(settings.ifeval, tokenizer, section="validation"),
   )
   need = {
     "data.max_*_tokens": max(len(row.prompt) + len(row.answer) for row in panel.rows)
@@ -159,8 +161,8 @@ def read(
 
 def values(
   panel: Panel,
-  trained: scoring.Subject,
-  base: scoring.Subject | None,
+  trained: scoring.EvalModel,
+  base: scoring.EvalModel | None,
   settings: schema.Validation,
   log: journal.Journal,
 ) -> dict[str, float]:
@@ -261,7 +263,7 @@ def watching(
   subject = functools.partial(
     scoring.subject,
     config=run.decoder,
-    codec=run.codec,
+    tokenizer=run.tokenizer,
     settings=scoring.Settings(
       config.evaluate.batch_size,
       built.settings.dtype,

@@ -37,7 +37,7 @@ def load(
     UserError: config, tokenizer or the weights' headers cannot be used.
   """
   hf_load.check_params(source, _config(source))
-  engines.codec(source, template)
+  engines.tokenizer(source, template)
   return _JaxEngine(source, template, dtype, batch_size)
 
 
@@ -59,11 +59,11 @@ class _JaxEngine:
     return _config(self.source).max_positions
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(chat.prompt_ids(engines.codec(self.source, self.template), messages))
+    return len(chat.prompt_ids(engines.tokenizer(self.source, self.template), messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
     prompts = [
-      chat.prompt_ids(engines.codec(self.source, self.template), request.messages)
+      chat.prompt_ids(engines.tokenizer(self.source, self.template), request.messages)
       for request in requests
     ]
     for request, prompt in zip(requests, prompts, strict=True):
@@ -86,7 +86,7 @@ class _JaxEngine:
 
     from raft_jax.models import sampling as sampling_lib
 
-    config, words = _config(self.source), engines.codec(self.source, self.template)
+    config, words = _config(self.source), engines.tokenizer(self.source, self.template)
     first = requests[0]
     width = bucket(max(map(len, prompts)))
     prompt_BP = np.full((self.batch_size, width), words.pad_id, np.int32)
@@ -122,7 +122,7 @@ class _JaxEngine:
           len(prompts[i]),
           int(length_B[i]),
         ),
-        thinking.own(words.tokenizer.chat_template),
+        thinking.own(words.hf_tokenizer.chat_template),
       )
       for i in range(len(requests))
     ]

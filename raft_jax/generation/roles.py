@@ -12,7 +12,7 @@ from raft_jax.generation import calls, engines, jax_engine, openai_engine, vllm_
 
 def role(
   name: str,
-  stage: schema.Asked,
+  stage: schema.ModelEndpoint,
   model: schema.Model,
   *,
   temperature: float,
@@ -70,7 +70,7 @@ def form(
   return reply_schema if stage.structured and stage.engine != "jax" else None
 
 
-def _generator(stage: schema.Asked, model: schema.Model) -> engines.Generator:
+def _generator(stage: schema.ModelEndpoint, model: schema.Model) -> engines.Generator:
   source = stage.model or model.source
   # Another model has a template of its own.
   template = model.chat_template if source == model.source else None

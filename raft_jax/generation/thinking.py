@@ -124,23 +124,25 @@ def ended(said: str) -> str:
   return "" if harmony else rest
 
 
-def decode(codec: chat.Codec, ids: Sequence[int]) -> str:
+def decode(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
   """`chat.decode`, but marks that are control tokens stay, so that they can be read."""
-  kept = _control_ids(codec)
+  kept = _control_ids(tokenizer)
   pieces = []
   for control, run in itertools.groupby(ids, lambda i: i in kept):
     part = list(run)
     pieces.append(
-      "".join(kept[i] for i in part) if control else chat.decode(codec, part)
+      "".join(kept[i] for i in part) if control else chat.decode(tokenizer, part)
     )
   return "".join(pieces)
 
 
-def _control_ids(codec: chat.Codec) -> dict[int, str]:
+def _control_ids(tokenizer: chat.ChatTokenizer) -> dict[int, str]:
   """Marks that are one control token of this model's, but for ends of an answer."""
   wanted = {part.removesuffix("thought") for marks in KNOWN for part in marks}
-  if _CHANNEL in codec.controls:  # elsewhere <|end|> is the end of a turn
+  if _CHANNEL in tokenizer.controls:  # elsewhere <|end|> is the end of a turn
     wanted |= set(_CONTROLS)
-  marks = [each for each in codec.controls if each in wanted]
-  added = codec.tokenizer.added_tokens_encoder if marks else {}
-  return {added[m]: m for m in marks if m in added and added[m] not in codec.eos_ids}
+  marks = [each for each in tokenizer.controls if each in wanted]
+  added = tokenizer.hf_tokenizer.added_tokens_encoder if marks else {}
+  return {
+    added[m]: m for m in marks if m in added and added[m] not in tokenizer.eos_ids
+  }

@@ -63,7 +63,7 @@ def load(
       f"from raft_jax.hf import load, save; s = '{source}'; c = load.load_config(s); "
       "save.save(pathlib.Path('OUT'), load.load_params(s, c), c, s, card='')\"`"
     )
-  engines.codec(source, template)
+  engines.tokenizer(source, template)
   made_for = _made_for(hf_load.fields(path))
   limit = context_tokens or made_for
   if limit is None:
@@ -113,10 +113,10 @@ class _VllmEngine:
     return f"vllm {_version()} {dtype} {engines.reader(self.source, self.template)}"
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(chat.prompt_ids(engines.codec(self.source, self.template), messages))
+    return len(chat.prompt_ids(engines.tokenizer(self.source, self.template), messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
-    words = engines.codec(self.source, self.template)
+    words = engines.tokenizer(self.source, self.template)
     prompts = [chat.prompt_ids(words, request.messages) for request in requests]
     for request, prompt in zip(requests, prompts, strict=True):
       # One prompt that is too long would end vLLM's whole batch.
@@ -144,7 +144,7 @@ class _VllmEngine:
     return [_completion(reply, words) for reply in replies]
 
 
-def _sampling(request: engines.Request, words: chat.Codec) -> Any:
+def _sampling(request: engines.Request, words: chat.ChatTokenizer) -> Any:
   """vLLM's parameters; what the checkpoint's generation config says is not read."""
   import vllm
   from vllm import sampling_params
@@ -165,7 +165,7 @@ def _sampling(request: engines.Request, words: chat.Codec) -> Any:
   )
 
 
-def _completion(reply: Any, words: chat.Codec) -> engines.Completion:
+def _completion(reply: Any, words: chat.ChatTokenizer) -> engines.Completion:
   output = reply.outputs[0]
   ids = list(output.token_ids)
   ended = output.finish_reason == "stop"
@@ -176,7 +176,7 @@ def _completion(reply: Any, words: chat.Codec) -> engines.Completion:
     len(reply.prompt_token_ids),
     len(ids),
   )
-  return engines.without_thinking(whole, thinking.own(words.tokenizer.chat_template))
+  return engines.without_thinking(whole, thinking.own(words.hf_tokenizer.chat_template))
 
 
 def _start(source: str, settings: Mapping[str, Any]) -> Any:

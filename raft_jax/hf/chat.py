@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from raft_jax import errors
 from raft_jax.hf import chat_template
-from raft_jax.hf import tokenizer as hf_tokenizer
+from raft_jax.hf import tokenizer as tokenizer_lib
 from raft_jax.storage import records
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
+class ChatTokenizer:
   """A tokenizer and what the rest of the package needs to know about it.
 
   Attributes:
-    tokenizer: a fast tokenizer with a chat template.
+    hf_tokenizer: a fast tokenizer with a chat template.
     eos_ids: ids that end an answer; the first ends an assistant's turn.
     pad_id: fills rows. It may equal an end id: masks come from lengths, never from it.
     digest: sha256 of tokenizer and chat template; equal digests, equal ids.
@@ -39,7 +39,7 @@ class Codec:
     vocab_size: of the model, whose ids are below it; None for all.
   """
 
-  tokenizer: transformers.PreTrainedTokenizerFast
+  hf_tokenizer: transformers.PreTrainedTokenizerFast
   eos_ids: tuple[int, ...]
   pad_id: int
   digest: str
@@ -74,8 +74,8 @@ _MARKER = re.compile(rf"<[|｜].*[|｜]>|[<\[]\S*({_WORDS})\S*[>\]]", re.IGNOREC
 """How added tokens are spelled that mark thinking, tools or turns."""
 
 
-def load(source: str, template: str | None = None) -> Codec:
-  """The codec of a model, from the same source as its weights.
+def load(source: str, template: str | None = None) -> ChatTokenizer:
+  """The tokenizer of a model, from the same source as its weights.
 
   Args:
     template: which chat template, as `model.chat_template`.
@@ -83,55 +83,55 @@ def load(source: str, template: str | None = None) -> Codec:
   Raises:
     UserError: the tokenizer has no chat template or no end token.
   """
-  tokenizer = hf_tokenizer.load(source, template)
-  if not isinstance(tokenizer.chat_template, str):
+  hf_tokenizer = tokenizer_lib.load(source, template)
+  if not isinstance(hf_tokenizer.chat_template, str):
     raise errors.UserError(
       f"model {source}: the tokenizer has no chat template; use an instruction-tuned "
       "model, add chat_template to tokenizer_config.json, or name a .jinja file by "
       "model.chat_template"
     )
-  eos_ids = hf_tokenizer.eos_ids(source, tokenizer)
+  eos_ids = tokenizer_lib.eos_ids(source, hf_tokenizer)
   if not eos_ids:
     raise errors.UserError(
       f"model {source}: no token ends an answer; set eos_token in tokenizer_config.json"
     )
-  return of(tokenizer, eos_ids, hf_tokenizer.vocab_size(source))
+  return of(hf_tokenizer, eos_ids, tokenizer_lib.vocab_size(source))
 
 
 def of(
-  tokenizer: transformers.PreTrainedTokenizerFast,
+  hf_tokenizer: transformers.PreTrainedTokenizerFast,
   eos_ids: tuple[int, ...],
   vocab_size: int | None = None,
-) -> Codec:
-  """The codec of a tokenizer whose chat template is the one to use."""
-  pad_id = tokenizer.pad_token_id
+) -> ChatTokenizer:
+  """Wraps a tokenizer whose chat template is the one to use."""
+  pad_id = hf_tokenizer.pad_token_id
   if pad_id is None or (vocab_size is not None and pad_id >= vocab_size):
     pad_id = eos_ids[0]
-  backend = tokenizer.backend_tokenizer.to_str()
-  content = f"{backend}\0{tokenizer.chat_template}"
-  steering = controls(tokenizer, eos_ids)
-  return Codec(
-    tokenizer=tokenizer,
+  backend = hf_tokenizer.backend_tokenizer.to_str()
+  content = f"{backend}\0{hf_tokenizer.chat_template}"
+  steering = controls(hf_tokenizer, eos_ids)
+  return ChatTokenizer(
+    hf_tokenizer=hf_tokenizer,
     eos_ids=eos_ids,
     pad_id=pad_id,
     digest=hashlib.sha256(content.encode()).hexdigest(),
     controls=steering,
-    plain=_plain(tokenizer, backend, steering),
+    plain=_plain(hf_tokenizer, backend, steering),
     vocab_size=vocab_size,
   )
 
 
 def controls(
-  tokenizer: transformers.PreTrainedTokenizerFast, eos_ids: Sequence[int]
+  hf_tokenizer: transformers.PreTrainedTokenizerFast, eos_ids: Sequence[int]
 ) -> tuple[str, ...]:
   """Added tokens that steer: special ones, and those of templates, tools and thinking.
 
   Others (runs of spaces, HTML's elements, words of a domain) are ordinary text.
   """
-  template = str(tokenizer.chat_template)
+  template = str(hf_tokenizer.chat_template)
   found = {
     token.content
-    for index, token in tokenizer.added_tokens_decoder.items()
+    for index, token in hf_tokenizer.added_tokens_decoder.items()
     if token.special
     or index in eos_ids
     or _MARKER.fullmatch(token.content)
@@ -142,10 +142,12 @@ def controls(
 
 
 def _plain(
-  tokenizer: transformers.PreTrainedTokenizerFast, backend: str, controls: Sequence[str]
+  hf_tokenizer: transformers.PreTrainedTokenizerFast,
+  backend: str,
+  controls: Sequence[str],
 ) -> tokenizers.Tokenizer | None:
   """The tokenizer with all controls marked special, so that they can be split."""
-  added = tokenizer.added_tokens_decoder.values()
+  added = hf_tokenizer.added_tokens_decoder.values()
   if all(token.special for token in added if token.content in controls):
     return None
   import tokenizers
@@ -158,31 +160,35 @@ def _plain(
   return plain
 
 
-def encode(codec: Codec, text: str) -> list[int]:
+def encode(tokenizer: ChatTokenizer, text: str) -> list[int]:
   """Ids of plain text: nothing is added, and control tokens' text stays text."""
-  return _checked(codec, _split(codec, text, add_special_tokens=False))
+  return _checked(tokenizer, _split(tokenizer, text, add_special_tokens=False))
 
 
-def document_ids(codec: Codec, text: str) -> list[int]:
+def document_ids(tokenizer: ChatTokenizer, text: str) -> list[int]:
   """Ids of a text without a chat: with the tokens (BOS) that the tokenizer adds."""
-  return _checked(codec, _split(codec, text, add_special_tokens=True))
+  return _checked(tokenizer, _split(tokenizer, text, add_special_tokens=True))
 
 
-def raw_ids(codec: Codec, text: str, *, add_special_tokens: bool) -> list[int]:
+def raw_ids(
+  tokenizer: ChatTokenizer, text: str, *, add_special_tokens: bool
+) -> list[int]:
   """Ids of a text in which control tokens' text stands for the tokens themselves."""
-  ids = codec.tokenizer(
+  ids = tokenizer.hf_tokenizer(
     text,
     add_special_tokens=add_special_tokens,
     split_special_tokens=False,
     verbose=False,
   )["input_ids"]
-  return _checked(codec, ids)
+  return _checked(tokenizer, ids)
 
 
-def _split(codec: Codec, text: str, *, add_special_tokens: bool) -> list[int]:
-  if codec.plain is not None:
-    return codec.plain.encode(text, add_special_tokens=add_special_tokens).ids
-  return codec.tokenizer(
+def _split(
+  tokenizer: ChatTokenizer, text: str, *, add_special_tokens: bool
+) -> list[int]:
+  if tokenizer.plain is not None:
+    return tokenizer.plain.encode(text, add_special_tokens=add_special_tokens).ids
+  return tokenizer.hf_tokenizer(
     text,
     add_special_tokens=add_special_tokens,
     split_special_tokens=True,
@@ -190,33 +196,35 @@ def _split(codec: Codec, text: str, *, add_special_tokens: bool) -> list[int]:
   )["input_ids"]
 
 
-def _checked(codec: Codec, ids: list[int]) -> list[int]:
+def _checked(tokenizer: ChatTokenizer, ids: list[int]) -> list[int]:
   """The ids, which the model's embedding has rows for.
 
   Raises:
     UserError: a token was added to the tokenizer and not to the model.
   """
-  if codec.vocab_size is None or max(ids, default=0) < codec.vocab_size:
+  if tokenizer.vocab_size is None or max(ids, default=0) < tokenizer.vocab_size:
     return ids
-  token = codec.tokenizer.convert_ids_to_tokens(max(ids))
+  token = tokenizer.hf_tokenizer.convert_ids_to_tokens(max(ids))
   raise errors.UserError(
     f"a text needs the token {token!r}, whose id {max(ids)} is beyond the model's "
-    f"vocab_size {codec.vocab_size}: it was added to the tokenizer, not to the model; "
-    "fetch both from the same model, resize the model's embeddings where it was made, "
-    "or take the token out of the chat template and the texts"
+    f"vocab_size {tokenizer.vocab_size}: it was added to the tokenizer, not to the "
+    "model; fetch both from the same model, resize the model's embeddings where it was "
+    "made, or take the token out of the chat template and the texts"
   )
 
 
-def decode(codec: Codec, ids: Sequence[int]) -> str:
+def decode(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
   """Text of ids, without control tokens."""
   return str(
-    codec.tokenizer.decode(
+    tokenizer.hf_tokenizer.decode(
       list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
   )
 
 
-def prompt_ids(codec: Codec, messages: Sequence[records.Message]) -> list[int]:
+def prompt_ids(
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message]
+) -> list[int]:
   """The chat template's ids up to and including the assistant's header.
 
   Equal to transformers' `apply_chat_template` unless a message spells a control token
@@ -226,12 +234,12 @@ def prompt_ids(codec: Codec, messages: Sequence[records.Message]) -> list[int]:
   Raises:
     UserError: the template refuses the messages (their roles or order).
   """
-  hidden, mark = _hidden(codec, messages)
-  return _pieces(codec, _render(codec, hidden, prompt=True), mark)
+  hidden, mark = _hidden(tokenizer, messages)
+  return _pieces(tokenizer, _render(tokenizer, hidden, prompt=True), mark)
 
 
 def turn_ids(
-  codec: Codec, messages: Sequence[records.Message], answer: str
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message], answer: str
 ) -> tuple[list[int], list[int]]:
   """What is learned of a conversation: its prompt, and the answer up to its end token.
 
@@ -245,36 +253,38 @@ def turn_ids(
     UserError: the template refuses the messages; its prompt is no part of the finished
       conversation; or it drops a part of the answer.
   """
-  return _learned(codec, *_turn(codec, messages, answer))
+  return _learned(tokenizer, *_turn(tokenizer, messages, answer))
 
 
 def _learned(
-  codec: Codec, asked: str, said: str, mark: str
+  tokenizer: ChatTokenizer, asked: str, said: str, mark: str
 ) -> tuple[list[int], list[int]]:
-  prompt = _pieces(codec, asked, mark)
-  whole = _pieces(codec, asked + said, mark)
+  prompt = _pieces(tokenizer, asked, mark)
+  whole = _pieces(tokenizer, asked + said, mark)
   learned = whole[len(prompt) :]
   if whole[: len(prompt)] != prompt:
-    learned = _pieces(codec, said, mark)
-    if codec.tokenizer.decode(prompt + learned) != codec.tokenizer.decode(whole):
+    learned = _pieces(tokenizer, said, mark)
+    if tokenizer.hf_tokenizer.decode(prompt + learned) != tokenizer.hf_tokenizer.decode(
+      whole
+    ):
       raise errors.UserError(
         f"the model's tokenizer joins the end of the prompt {asked[-40:]!r} and the "
-        f"answer {_seen(codec, said, mark)[:40]!r} into one token; choose another "
+        f"answer {_seen(tokenizer, said, mark)[:40]!r} into one token; choose another "
         "template by model.chat_template"
       )
-  if learned[-1:] != [codec.eos_ids[0]]:
-    learned = [*learned, codec.eos_ids[0]]  # the template writes no end token
+  if learned[-1:] != [tokenizer.eos_ids[0]]:
+    learned = [*learned, tokenizer.eos_ids[0]]  # the template writes no end token
   return prompt, learned
 
 
 def _turn(
-  codec: Codec, messages: Sequence[records.Message], answer: str
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message], answer: str
 ) -> tuple[str, str, str]:
   """The prompt, what follows it with the end token, and the mark of hidden controls."""
   turns = [*messages, records.Message("assistant", answer)]
-  hidden, mark = _hidden(codec, turns)
-  asked = _render(codec, hidden[:-1], prompt=True)
-  whole = _render(codec, hidden, prompt=False)
+  hidden, mark = _hidden(tokenizer, turns)
+  asked = _render(tokenizer, hidden[:-1], prompt=True)
+  whole = _render(tokenizer, hidden, prompt=False)
   rest = chat_template.continuation(asked, whole)
   core = hidden[-1].content.strip()
   if rest is None or core not in rest:
@@ -289,11 +299,13 @@ def _turn(
     )
     raise errors.UserError(
       f"the model's chat template {fault}: its prompt ends in "
-      f"{_seen(codec, asked[begins:], mark)[-200:]!r}, and with the answer it reads "
-      f"{_seen(codec, whole[begins:], mark)[:200]!r} there; choose another template by "
-      "model.chat_template"
+      f"{_seen(tokenizer, asked[begins:], mark)[-200:]!r}, and with the answer it "
+      f"reads {_seen(tokenizer, whole[begins:], mark)[:200]!r} there; choose another "
+      "template by model.chat_template"
     )
-  end = str(codec.tokenizer.decode([codec.eos_ids[0]], skip_special_tokens=False))
+  end = str(
+    tokenizer.hf_tokenizer.decode([tokenizer.eos_ids[0]], skip_special_tokens=False)
+  )
   cut = rest.find(end, rest.find(core) + len(core))
   if cut < 0:  # as with `{{ content }}` alone: what follows is the next turn's
     return asked, rest[: rest.rfind(core) + len(core)], mark
@@ -301,10 +313,10 @@ def _turn(
 
 
 def _hidden(
-  codec: Codec, messages: Sequence[records.Message]
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message]
 ) -> tuple[list[records.Message], str]:
   """Messages without the control tokens that they spell, and what stands for these."""
-  controls = codec.controls
+  controls = tokenizer.controls
   if not any(c in m.content for m in messages for c in controls):
     return list(messages), ""
   mark = _unused_mark([m.content for m in messages])
@@ -316,31 +328,33 @@ def _hidden(
   return [m._replace(content=hide(m.content)) for m in messages], mark
 
 
-def _pieces(codec: Codec, rendered: str, mark: str) -> list[int]:
+def _pieces(tokenizer: ChatTokenizer, rendered: str, mark: str) -> list[int]:
   """Ids of a rendered text: its control tokens, and as text those that were hidden."""
   if not mark:
-    return raw_ids(codec, rendered, add_special_tokens=False)
+    return raw_ids(tokenizer, rendered, add_special_tokens=False)
   ids: list[int] = []
   for number, piece in enumerate(re.split(f"{re.escape(mark)}(\\d+);", rendered)):
     if number % 2:
-      ids.extend(encode(codec, codec.controls[int(piece)]))
+      ids.extend(encode(tokenizer, tokenizer.controls[int(piece)]))
     else:
-      ids.extend(raw_ids(codec, piece, add_special_tokens=False))
+      ids.extend(raw_ids(tokenizer, piece, add_special_tokens=False))
   return ids
 
 
-def _seen(codec: Codec, rendered: str, mark: str) -> str:
+def _seen(tokenizer: ChatTokenizer, rendered: str, mark: str) -> str:
   """A rendered text as its reader knows it."""
   if not mark:
     return rendered
   return re.sub(
-    f"{re.escape(mark)}(\\d+);", lambda x: codec.controls[int(x[1])], rendered
+    f"{re.escape(mark)}(\\d+);", lambda x: tokenizer.controls[int(x[1])], rendered
   )
 
 
-def _render(codec: Codec, messages: Sequence[records.Message], *, prompt: bool) -> str:
+def _render(
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message], *, prompt: bool
+) -> str:
   turns = [message._asdict() for message in messages]
-  return chat_template.render(codec.tokenizer, turns, prompt=prompt)
+  return chat_template.render(tokenizer.hf_tokenizer, turns, prompt=prompt)
 
 
 def _unused_mark(contents: Sequence[str]) -> str:
@@ -351,13 +365,13 @@ def _unused_mark(contents: Sequence[str]) -> str:
   return mark + "\ue001"
 
 
-def answer_ids(codec: Codec, answer: str) -> list[int]:
+def answer_ids(tokenizer: ChatTokenizer, answer: str) -> list[int]:
   """Ids of an answer as it is learned behind a question, with its end token."""
-  return turn_ids(codec, records.user_turn("?"), answer)[1]
+  return turn_ids(tokenizer, records.user_turn("?"), answer)[1]
 
 
 def row_ids(
-  codec: Codec, messages: Sequence[records.Message], answer: str, form: str
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message], answer: str, form: str
 ) -> tuple[list[int], list[int], list[int]]:
   """Prompt, answer and teacher's context of a row, as `turn_ids` and `teacher_ids`.
 
@@ -365,25 +379,25 @@ def row_ids(
     UserError: as `turn_ids`, of the student's prompt or the teacher's context; or the
       template writes an answer in another way behind the one than behind the other.
   """
-  asked, said, mark = _turn(codec, messages, answer)
-  prompt, learned = _learned(codec, asked, said, mark)
+  asked, said, mark = _turn(tokenizer, messages, answer)
+  prompt, learned = _learned(tokenizer, asked, said, mark)
   if form == "none":
     return prompt, learned, prompt
   if form == "paper":  # raw text that no template writes
-    return prompt, learned, teacher_ids(codec, messages, answer, form)
-  read, follows, its_mark = _turn(codec, taught(messages, answer, form), answer)
-  said, follows = _seen(codec, said, mark), _seen(codec, follows, its_mark)
+    return prompt, learned, teacher_ids(tokenizer, messages, answer, form)
+  read, follows, its_mark = _turn(tokenizer, taught(messages, answer, form), answer)
+  said, follows = _seen(tokenizer, said, mark), _seen(tokenizer, follows, its_mark)
   if follows != said:
     raise errors.UserError(
       "the model's chat template writes the answer as "
       f"{said[:200]!r} behind the question, and as {follows[:200]!r} behind what the "
       "teacher reads; choose another template by model.chat_template"
     )
-  return prompt, learned, _pieces(codec, read, its_mark)
+  return prompt, learned, _pieces(tokenizer, read, its_mark)
 
 
 def teacher_ids(
-  codec: Codec, messages: Sequence[records.Message], answer: str, form: str
+  tokenizer: ChatTokenizer, messages: Sequence[records.Message], answer: str, form: str
 ) -> list[int]:
   """The frozen teacher's context; the rollout's ids follow it unchanged.
 
@@ -400,12 +414,12 @@ def teacher_ids(
       prompt, without the answer.
   """
   if form == "none":
-    return prompt_ids(codec, messages)
+    return prompt_ids(tokenizer, messages)
   if form == "paper":
     asked = "\n".join(m.content for m in messages)
     pieces = (KNOWLEDGE, answer, INSTRUCTION, asked, ANSWER)
-    return [i for piece in pieces for i in encode(codec, piece)]
-  return prompt_ids(codec, taught(messages, answer, form))
+    return [i for piece in pieces for i in encode(tokenizer, piece)]
+  return prompt_ids(tokenizer, taught(messages, answer, form))
 
 
 def taught(

@@ -111,7 +111,7 @@ def prepare(config: schema.Config, machine: machines.Machine) -> setup.Prepared:
   )
   # Which token ends an answer or fills a row costs nothing.
   nobody: Any = None
-  codec = chat.Codec(nobody, eos_ids=(0,), pad_id=0, digest="", controls=())
+  tokenizer = chat.ChatTokenizer(nobody, eos_ids=(0,), pad_id=0, digest="", controls=())
   setup.check(config, decoder, mesh, distil=setup.distills(config))
   source = config.distill.source
   limits = config.data
@@ -121,7 +121,7 @@ def prepare(config: schema.Config, machine: machines.Machine) -> setup.Prepared:
     batching.rounded(limits.max_teacher_tokens),
   )
   return setup.Prepared(
-    codec=codec,
+    tokenizer=tokenizer,
     decoder=decoder,
     teacher=None if source is None else hf_load.load_config(source, weights=False),
     mesh=mesh,

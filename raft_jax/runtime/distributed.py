@@ -134,7 +134,7 @@ def refuse(stage: str) -> None:
     )
 
 
-def leads() -> bool:
+def is_primary() -> bool:
   """Whether this is the process that writes and prints for all."""
   return jax.process_index() == 0
 
@@ -154,7 +154,7 @@ def exchange(text: str) -> list[str]:
   return [bytes(row[:size]).decode() for row, [size] in zip(rows, sizes)]
 
 
-def together(work: Callable[[], T]) -> T:
+def run_on_all(work: Callable[[], T]) -> T:
   """Does what any process may find impossible; then all of them do.
 
   The work must not wait for other processes itself.
@@ -182,7 +182,7 @@ def together(work: Callable[[], T]) -> T:
   raise AssertionError
 
 
-class Faults:
+class DeferredErrors:
   """What one process alone may find impossible, kept until all can hear of it.
 
   Were it raised at once, the others would wait for this process until jax gave it up.
@@ -203,14 +203,14 @@ class Faults:
 
   def tell(self) -> None:
     """Raises the fault, in all processes; call it in all of them."""
-    together(self._tell)
+    run_on_all(self._tell)
 
   def _tell(self) -> None:
     if self._first is not None:
       raise self._first
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def assert_same(facts: Mapping[str, Any]) -> None:
   """Checks that all processes were started with the same facts.
 
   Raises:

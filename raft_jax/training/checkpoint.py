@@ -165,10 +165,10 @@ def check_latest(
   while (step := orbax.latest_step()) is not None:
     folder = pathlib.Path(orbax.directory / str(step))
     try:
-      distributed.together(functools.partial(check_seal, folder))
+      distributed.run_on_all(functools.partial(check_seal, folder))
       meta = _restore_meta(orbax, step)
       if meta.get("sealed"):
-        distributed.together(functools.partial(check_seal, folder, sealed=True))
+        distributed.run_on_all(functools.partial(check_seal, folder, sealed=True))
     except Damaged as damage:
       _step_back(orbax, folder, damage, on_corrupt)
       continue
@@ -220,11 +220,11 @@ def _step_back(
   )
 
   def move() -> None:
-    if distributed.leads():
+    if distributed.is_primary():
       shutil.rmtree(aside, ignore_errors=True)
       folder.rename(aside)
 
-  distributed.together(move)
+  distributed.run_on_all(move)
   orbax.reload()
 
 
@@ -341,7 +341,7 @@ def check_fingerprints(
 
 def _seal_unnamed(folder: pathlib.Path) -> None:
   """Seals the step that is complete but for its name, which Orbax gives it last."""
-  if distributed.leads():
+  if distributed.is_primary():
     for step in folder.glob("*.orbax-checkpoint-tmp*"):
       seal(step)
 

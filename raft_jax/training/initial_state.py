@@ -97,7 +97,7 @@ def load(
   shardings: transformer.Params,
 ) -> transformer.Params:
   """A model's parameters in their shards; each process reads those of its devices."""
-  return distributed.together(
+  return distributed.run_on_all(
     lambda: hf_load.load_params(source, decoder, dtype=dtype, shardings=shardings)
   )
 
@@ -153,7 +153,7 @@ def importance(
       built.settings,
       seed=seed,
       max_new_tokens=settings.max_new_tokens,
-      pad_id=run.codec.pad_id,
+      pad_id=run.tokenizer.pad_id,
     )
   information = fisher.diagonal(
     functools.partial(fisher.log_likelihood, settings=built.settings),
@@ -220,7 +220,7 @@ def restored(
 
 def placed(run: setup.Prepared, batches: Any, title: str) -> Iterable[batching.Batch]:
   """Batches on their devices, with a bar of how many were used."""
-  if distributed.leads():
+  if distributed.is_primary():
     batches = progress.watched(batches, title, unit="step")
   for batch in batches:
     # A batch may be a single row here, which every device then reads.

@@ -50,7 +50,7 @@ TEACHERS: dict[str, Callable[..., transformer.Params]] = {
 def make_settings(
   config: schema.Config,
   decoder: transformer.DecoderConfig,
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   teacher: transformer.DecoderConfig | None = None,
   *,
   platform: str = "cpu",
@@ -59,7 +59,7 @@ def make_settings(
   distill, unroll = config.distill, config.model.unroll
   return objective.Settings(
     decoder=decoder,
-    eos_ids=codec.eos_ids,
+    eos_ids=tokenizer.eos_ids,
     dtype=config.model.dtype,
     remat=config.model.remat,
     unroll=unroll,
@@ -94,13 +94,13 @@ def rolls_out(config: schema.Config, step: int) -> bool:
 def compile_programs(
   config: schema.Config,
   settings: objective.Settings,
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   optimizer: optax.GradientTransformationExtraArgs,
   balancer: optax.GradientTransformationExtraArgs,
   state_shardings: step_lib.TrainState,
   *,
   distil: bool,
-  asked: Mapping[int, batching.Asked],
+  asked: Mapping[int, batching.Conversation],
 ) -> Programs:
   """Jits rollout, teacher and update; each compiles once per batch width.
 
@@ -137,8 +137,8 @@ def compile_programs(
       max_new_tokens=config.rollout.max_new_tokens,
       temperature=config.rollout.temperature,
       top_p=config.rollout.top_p,
-      eos_ids=codec.eos_ids,
-      pad_id=codec.pad_id,
+      eos_ids=tokenizer.eos_ids,
+      pad_id=tokenizer.pad_id,
       dtype=settings.dtype,
       unroll=settings.rollout_unroll,
       watch=settings.watch,
@@ -151,7 +151,7 @@ def compile_programs(
   if config.distill.teacher_context == "sibling":
     instruct = functools.partial(
       sdpo.instruct,
-      codec=codec,
+      tokenizer=tokenizer,
       asked=asked,
       group=config.rollout.group,
       success=config.distill.success,

@@ -31,7 +31,7 @@ from raft_jax.storage import rejects
 from raft_jax.training import optim, recipe
 from raft_jax.training import programs as programs_lib
 
-CLAIMED = (
+IDENTITY_KEYS = (
   "model.source",
   "model.chat_template",
   "model.dtype",
@@ -131,7 +131,9 @@ def batch_rows(config: schema.Config) -> int:
 
 
 def teacher_decoder(
-  config: schema.Config, codec: chat.Codec, student: transformer.DecoderConfig
+  config: schema.Config,
+  tokenizer: chat.ChatTokenizer,
+  student: transformer.DecoderConfig,
 ) -> transformer.DecoderConfig | None:
   """The network of `distill.source`, which must read the same tokens; None without.
 
@@ -141,7 +143,7 @@ def teacher_decoder(
   source = config.distill.source
   if source is None:
     return None
-  if chat.load(source, config.model.chat_template).digest != codec.digest:
+  if chat.load(source, config.model.chat_template).digest != tokenizer.digest:
     raise errors.UserError(
       f"distill.source: the tokenizer or chat template of {source} is not that of "
       f"{config.model.source}; a teacher must read the same tokens"
@@ -254,7 +256,7 @@ def state_shardings(
 class Prepared(NamedTuple):
   """A checked run: everything that can be known before weights are read."""
 
-  codec: chat.Codec
+  tokenizer: chat.ChatTokenizer
   decoder: transformer.DecoderConfig
   teacher: transformer.DecoderConfig | None
   mesh: Mesh
@@ -264,7 +266,7 @@ class Prepared(NamedTuple):
   probed: Any
   total_steps: int
   identity: dict[str, Any]
-  asked: Mapping[int, batching.Asked]
+  asked: Mapping[int, batching.Conversation]
   replay: mssr.Plan | None
   widest: batching.Widths
 
@@ -274,12 +276,12 @@ def prepare(config: schema.Config) -> Prepared:
   decoder = hf_load.load_config(config.model.source)
   hf_load.check_params(config.model.source, decoder)
   split = make_split(config, decoder)
-  codec = chat.load(config.model.source, config.model.chat_template)
+  tokenizer = chat.load(config.model.source, config.model.chat_template)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   distil = distills(config)
-  teacher = teacher_decoder(config, codec, decoder) if distil else None
+  teacher = teacher_decoder(config, tokenizer, decoder) if distil else None
   check(config, decoder, mesh, distil=distil)
-  found = training_set.read(config, codec, distil=distil)
+  found = training_set.read(config, tokenizer, distil=distil)
   every = [*found.rows, *found.replayed]
   check_lengths(config, every, config.model.source, decoder, distil=distil)
   if teacher is not None:
@@ -287,21 +289,21 @@ def prepare(config: schema.Config) -> Prepared:
   widths = batching.widths(
     every, config.data.buckets, batch_size=config.train.batch_size
   )
-  plan = mssr.plan(config, found.replayed, pad_id=codec.pad_id, widths=widths)
+  plan = mssr.plan(config, found.replayed, pad_id=tokenizer.pad_id, widths=widths)
   dataset = batching.dataset(
     found.rows,
     batch_size=config.train.batch_size,
     epochs=config.train.epochs,
     steps=config.train.max_steps,
     seed=config.train.seed,
-    pad_id=codec.pad_id,
+    pad_id=tokenizer.pad_id,
     widths=widths,
     replayed=found.replayed,
     replays=replays(config),
     group=group(config),
   )
-  if distributed.leads():
-    config_load.claim_output(config, "train", CLAIMED)
+  if distributed.is_primary():
+    config_load.lock_config(config, "train", IDENTITY_KEYS)
     listed = pathlib.Path(config.output) / "rejects.jsonl"
     rejects.write(listed, found.rejects)
     rejects.tell(found.rejects, listed)
@@ -310,17 +312,17 @@ def prepare(config: schema.Config) -> Prepared:
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
-  own = {**identity(config), "data": found.digest, "tokenizer": codec.digest}
+  own = {**identity(config), "data": found.digest, "tokenizer": tokenizer.digest}
   if config.distill.source is not None:
     own["teacher"] = engines.identity(config.distill.source)
-  general = general_dataset(config, found.general, codec)
+  general = general_dataset(config, found.general, tokenizer)
   probed = None
   if config.soft_mask is not None:
     rows = found.rows[: config.soft_mask.limit]
     size = config.soft_mask.batch_size
-    probed = one_pass(config, rows, codec, size, "soft_mask", "data.questions")
+    probed = one_pass(config, rows, tokenizer, size, "soft_mask", "data.questions")
   return Prepared(
-    *(codec, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
+    *(tokenizer, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
     *(own, found.asked, plan, widths[-1]),
   )
 
@@ -333,7 +335,7 @@ def facts(config: schema.Config, run: Prepared) -> dict[str, Any]:
 
 
 def general_dataset(
-  config: schema.Config, rows: Sequence[batching.Row], codec: chat.Codec
+  config: schema.Config, rows: Sequence[batching.Row], tokenizer: chat.ChatTokenizer
 ) -> Any:
   """Batches for the importance of parameters, or None where all count alike.
 
@@ -345,13 +347,13 @@ def general_dataset(
     return None
   # With given answers the square of a batch's mean would be biased.
   size = anchor.batch_size if anchor.importance == "sampled" else 1
-  return one_pass(config, rows, codec, size, "anchor", "anchor.questions")
+  return one_pass(config, rows, tokenizer, size, "anchor", "anchor.questions")
 
 
 def one_pass(
   config: schema.Config,
   rows: Sequence[batching.Row],
-  codec: chat.Codec,
+  tokenizer: chat.ChatTokenizer,
   size: int,
   section: str,
   source: str,
@@ -367,7 +369,7 @@ def one_pass(
     batch_size=size,
     epochs=1,
     seed=config.train.seed,
-    pad_id=codec.pad_id,
+    pad_id=tokenizer.pad_id,
     widths=batching.widths(rows, 1),
   )
 
@@ -406,13 +408,13 @@ def build(config: schema.Config, run: Prepared) -> Built:
   abstract, shardings = state_shardings(run.mesh, run.split, optimizer)
   base_shardings = param_shardings(run.mesh, run.decoder)
   settings = programs_lib.make_settings(
-    *(config, run.decoder, run.codec, run.teacher),
+    *(config, run.decoder, run.tokenizer, run.teacher),
     platform=run.mesh.devices.flat[0].platform,
   )
   programs = programs_lib.compile_programs(
     config,
     settings,
-    run.codec,
+    run.tokenizer,
     optimizer,
     balancer,
     shardings,

@@ -44,7 +44,7 @@ def told(codec, answers, max_tokens, success=0.5):
   return sdpo.instruct(
     batching.Batch(nothing, lengths, nothing, lengths, nothing, lengths, rows),
     objective.Trajectory(jnp.array(tokens), lengths),
-    codec=codec,
+    tokenizer=codec,
     asked={i: ((question[i],), "alpha beta gamma delta") for i in range(2)},
     group=3,
     success=success,

@@ -444,7 +444,7 @@ def test_diff(tmp_path):
 def claim(folder: pathlib.Path, *overrides: str, stage: str = "train") -> None:
   output = f"output={folder / 'run'}"
   keys = ["model.source", "train", "data.questions"]
-  config_load.claim_output(least_config.least(folder, output, *overrides), stage, keys)
+  config_load.lock_config(least_config.least(folder, output, *overrides), stage, keys)
 
 
 def test_claim_records_and_compares(tmp_path):
@@ -508,7 +508,7 @@ def test_claim_of_a_key_of_every_item(tmp_path):
     changed = least_config.least(
       tmp_path, f"output={tmp_path / 'run'}", f"refine.judges=[{', '.join(judges)}]"
     )
-    config_load.claim_output(changed, "refine", ["refine.judges.*.engine"])
+    config_load.lock_config(changed, "refine", ["refine.judges.*.engine"])
 
   claim("{engine: jax}")
   (tmp_path / "run/refined").mkdir()
@@ -543,4 +543,4 @@ def test_claim_refuses_a_foreign_or_damaged_folder(tmp_path):
 def test_claim_of_an_unknown_key_is_a_programming_error(tmp_path):
   for key in ("train.bach_size", "train.batch"):
     with pytest.raises(ValueError, match=f"no config key '{key}'"):
-      config_load.claim_output(least_config.least(tmp_path), "train", [key])
+      config_load.lock_config(least_config.least(tmp_path), "train", [key])

@@ -32,7 +32,7 @@ def questions(law):
 def encode(questions, codec, **options):
   return batching.encode_rows(
     [(q.messages, q.answer) for q in questions],
-    codec=codec,
+    tokenizer=codec,
     places=[rejects.Place(q.id, "q.jsonl", i) for i, q in enumerate(questions, 1)],
     **({"teacher_context": "chat"} | POLICIES | BUDGETS | options),
   )

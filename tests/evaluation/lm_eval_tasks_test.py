@@ -128,7 +128,7 @@ def tiny(tmp_path_factory, smollm) -> str:
 
 
 @pytest.fixture(scope="module")
-def who(tiny) -> scoring.Subject:
+def who(tiny) -> scoring.EvalModel:
   return tiny_run.subject(tiny, batch_size=4, title="tiny")
 
 
@@ -136,7 +136,7 @@ def who(tiny) -> scoring.Subject:
 def folder(tmp_path_factory, who) -> pathlib.Path:
   """The tasks; the stop string is in the midst of what the model says first."""
   path = tmp_path_factory.mktemp("stop")
-  prompt = who.codec.tokenizer.encode(_questions(0, 1)[0]["question"])
+  prompt = who.tokenizer.hf_tokenizer.encode(_questions(0, 1)[0]["question"])
   with journal.open_journal(path / "journal.jsonl") as log:
     (said,) = lm_eval_model.written(who, [prompt], [], 40, log)
   middle = len(said) // 2
@@ -311,7 +311,7 @@ def test_choices_of_one_token_share_their_context(tmp_path, who, folder, alone):
 
 def test_bos_is_added_as_the_harness_adds_it(who):
   backend = tokenizers.Tokenizer.from_str(
-    who.codec.tokenizer.backend_tokenizer.to_str()
+    who.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
   )
   backend.post_processor = tokenizers.processors.TemplateProcessing(
     single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
@@ -320,11 +320,11 @@ def test_bos_is_added_as_the_harness_adds_it(who):
     tokenizer = transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, bos_token=bos, eos_token="<|im_end|>"
     )
-    theirs = types.SimpleNamespace(tokenizer=tokenizer, add_bos_token=None)
+    theirs = types.SimpleNamespace(hf_tokenizer=tokenizer, add_bos_token=None)
     theirs.custom_prefix_token_id = None
     theirs.prefix_token_id = huggingface.HFLM.prefix_token_id.fget(theirs)
-    codec = types.SimpleNamespace(tokenizer=tokenizer, digest="", vocab_size=None)
-    ours = lm_eval_model.Adapter(who._replace(codec=codec), None)
+    codec = types.SimpleNamespace(hf_tokenizer=tokenizer, digest="", vocab_size=None)
+    ours = lm_eval_model.Adapter(who._replace(tokenizer=codec), None)
     assert ours.prefix_token_id == theirs.prefix_token_id == (1 if bos else 2)
     for added in (None, True, False):
       for words in ("rain", "<|im_start|>user\nrain", "<|im_end|>rain", ""):
@@ -334,16 +334,16 @@ def test_bos_is_added_as_the_harness_adds_it(who):
 
 def test_a_special_token_may_be_a_stop_string(tmp_path, who):
   ids = [
-    *who.codec.tokenizer.encode("one two"),
+    *who.tokenizer.hf_tokenizer.encode("one two"),
     0,
-    *who.codec.tokenizer.encode("three"),
+    *who.tokenizer.hf_tokenizer.encode("three"),
   ]
 
   def stopped(row):
-    return "<|endoftext|>" in who.codec.tokenizer.decode(row)
+    return "<|endoftext|>" in who.tokenizer.hf_tokenizer.decode(row)
 
   assert lm_eval_model._until(ids, stopped) == [
-    *who.codec.tokenizer.encode("one two"),
+    *who.tokenizer.hf_tokenizer.encode("one two"),
     0,
   ]
   assert lm_eval_model._until(ids[:2], stopped) == ids[:2]

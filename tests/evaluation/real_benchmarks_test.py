@@ -133,7 +133,7 @@ def files(tmp_path) -> dict[str, pathlib.Path]:
 
 
 @pytest.fixture(scope="module")
-def who(smollm) -> scoring.Subject:
+def who(smollm) -> scoring.EvalModel:
   return tiny_run.subject(smollm, batch_size=8, title="SmolLM2")
 
 
@@ -141,7 +141,7 @@ def test_mmlu_with_five_examples(tmp_path, smollm, who, files, capsys):
   folder = tmp_path / "exported"
   hf_save.save(folder, who.params, who.config, smollm, card="")
   settings = schema.Mmlu(items=str(files["test"]), examples=str(files["dev"]), shots=5)
-  mmlu = test_sets.read_mmlu(settings, who.codec)
+  mmlu = test_sets.read_mmlu(settings, who.tokenizer)
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
     logits = scoring.choices(who, mmlu.prompts, mmlu.letters, log, name="MMLU")
   right = benchmarks.mmlu_scores(mmlu.items, logits)["mmlu"].values_N
@@ -150,7 +150,9 @@ def test_mmlu_with_five_examples(tmp_path, smollm, who, files, capsys):
   samples = lm_eval_requests.asked_by_the_harness(
     str(folder), tmp_path / "tasks", quiz, shots=5
   )
-  prompts = [chat.document_ids(who.codec, row["arguments"][0][0]) for row in samples]
+  prompts = [
+    chat.document_ids(who.tokenizer, row["arguments"][0][0]) for row in samples
+  ]
   wanted = np.array([[reply[0][0] for reply in row["resps"]] for row in samples])
   # Log-probabilities among the four letters: ours are logits, theirs of all tokens.
   ours, theirs = (
@@ -199,7 +201,7 @@ def test_ifeval_of_greedy_answers(tmp_path, who, files, capsys, monkeypatch):
   settings = schema.Evaluate.model_validate(
     {"ifeval": {"items": str(files["ifeval"]), "nltk_data": lm_eval_requests.PUNKT}}
   )
-  ifeval = test_sets.read_general(settings, who.codec).ifeval
+  ifeval = test_sets.read_general(settings, who.tokenizer).ifeval
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
     replies = scoring.answers(
       who,

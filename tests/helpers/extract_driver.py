@@ -67,14 +67,14 @@ def make_config(folder: pathlib.Path, documents: pathlib.Path, **keys) -> schema
 def script(log: pathlib.Path) -> None:
   """Puts the scripted model in the place of the real ones, for this process."""
   words = types.SimpleNamespace(
-    tokenizer=lambda text, **_: {"input_ids": text.split()},
+    hf_tokenizer=lambda text, **_: {"input_ids": text.split()},
     digest="none",
     plain=None,
     vocab_size=None,
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.codec = lambda source, template=None: words
+  engines.tokenizer = lambda source, template=None: words
 
 
 def result(folder: pathlib.Path) -> dict[str, str]:

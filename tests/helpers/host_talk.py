@@ -35,14 +35,14 @@ def main() -> None:
   )
   own = jax.process_index()
   said = {
-    "leads": distributed.leads(),
+    "leads": distributed.is_primary(),
     # Of different lengths, one of them empty.
     "words": distributed.exchange("né" * own),
-    "both": distributed.together(lambda: f"result {own}"),
-    "second": fault(lambda: distributed.together(lambda: sulk(1))),
-    "all alike": fault(lambda: distributed.together(lambda: sulk(own) and "")),
-    "same": fault(lambda: distributed.agree({"seed": 1, "data": "d"})),
-    "seed": fault(lambda: distributed.agree({"seed": own, "data": "d"})),
+    "both": distributed.run_on_all(lambda: f"result {own}"),
+    "second": fault(lambda: distributed.run_on_all(lambda: sulk(1))),
+    "all alike": fault(lambda: distributed.run_on_all(lambda: sulk(own) and "")),
+    "same": fault(lambda: distributed.assert_same({"seed": 1, "data": "d"})),
+    "seed": fault(lambda: distributed.assert_same({"seed": own, "data": "d"})),
   }
   mesh = sharding.make_mesh(1, -1, 1)
   with jax.set_mesh(mesh):

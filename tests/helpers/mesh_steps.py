@@ -124,7 +124,7 @@ def steps(
   else:
     mesh = sharding.make_mesh(*sizes)
   run = run_config(micro_batches, apart=apart)
-  codec = chat.Codec(None, eos_ids=(5,), pad_id=5, digest="", controls=())
+  codec = chat.ChatTokenizer(None, eos_ids=(5,), pad_id=5, digest="", controls=())
   balancer = balance.balance_by_ema()
   optimizer = optim.chain(
     balancer, optim.warmup_cosine(RATE, STEPS), weight_decay=0.01, clip=1.0
@@ -188,7 +188,7 @@ def main() -> None:
     for name, (sizes, micro_batches) in chosen(meshes, names):
       arrived = steps(sizes, micro_batches, split, apart="layers apart" in name)
       out |= {f"{name}: {key}": value for key, value in arrived.items()}
-  if distributed.leads():
+  if distributed.is_primary():
     np.savez(path, **out)
 
 

@@ -115,7 +115,7 @@ def make_config(folder: pathlib.Path, questions: pathlib.Path) -> schema.Config:
 REPLACED = (
   (jax_engine, "load"),
   (engines, "identity"),
-  (engines, "codec"),
+  (engines, "tokenizer"),
   (sentence_encoder, "load"),
 )
 """What `script` puts something else in the place of."""
@@ -126,9 +126,9 @@ def script(log: pathlib.Path) -> None:
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
   codec = types.SimpleNamespace(
-    digest="none", tokenizer=Tokenizer(), controls=(), plain=None, vocab_size=None
+    digest="none", hf_tokenizer=Tokenizer(), controls=(), plain=None, vocab_size=None
   )
-  engines.codec = lambda source, template=None: codec
+  engines.tokenizer = lambda source, template=None: codec
   sentence_encoder.load = lambda source: BagOfWords(log)
 
 

@@ -52,7 +52,7 @@ def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: floa
   return params
 
 
-def subject(source: str, *, batch_size: int, title: str) -> scoring.Subject:
+def subject(source: str, *, batch_size: int, title: str) -> scoring.EvalModel:
   """A model as it is measured, in float32."""
   decoder = hf_load.load_config(source)
   settings = scoring.Settings(batch_size=batch_size, dtype="float32", unroll=1)

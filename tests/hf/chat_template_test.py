@@ -228,18 +228,18 @@ def still(monkeypatch):
   monkeypatch.setattr(chat_template_utils, "datetime", Clock)
 
 
-def made(tokenizer, template: str, folder: pathlib.Path) -> chat.Codec:
+def made(tokenizer, template: str, folder: pathlib.Path) -> chat.ChatTokenizer:
   """The codec that a model with this template has, but for markers in contents."""
   (folder / "config.json").write_text("{}")
   own = copy.copy(tokenizer)
   own.chat_template = template
   own.chat_template = chat_template.closed(own)
   ends = hf_tokenizer.eos_ids(str(folder), own)
-  return chat.Codec(own, ends, ends[0], "", chat.controls(own, ends))
+  return chat.ChatTokenizer(own, ends, ends[0], "", chat.controls(own, ends))
 
 
-def whole(codec: chat.Codec) -> chat.Codec:
-  return chat.of(codec.tokenizer, codec.eos_ids)
+def whole(codec: chat.ChatTokenizer) -> chat.ChatTokenizer:
+  return chat.of(codec.hf_tokenizer, codec.eos_ids)
 
 
 def theirs(tokenizer, template, messages, *, prompt: bool) -> str:
@@ -539,7 +539,7 @@ def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
   changed = whole._replace(added=added, tokens=tokens)
   monkeypatch.setattr(gguf_file, "vocabulary", lambda path: changed)
   codec = chat.load(smollm)
-  assert codec.tokenizer("<think>").input_ids == [49152]
+  assert codec.hf_tokenizer("<think>").input_ids == [49152]
   before = chat.encode(dataclasses.replace(codec, plain=None), "<|im_end|>")
   assert chat.encode(codec, "<|im_end|>") == before
   assert max(chat.turn_ids(codec, QUESTION, "<think>2</think>")[1]) < 49152
@@ -551,7 +551,7 @@ def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
 @pytest.mark.parametrize("name", ["trl/llama3_2", "trl/gptoss", "smollm3"])
 def test_the_harness_reads_the_date_and_template_of_training(name, tokenizer, tmp_path):
   codec = made(tokenizer, TEMPLATES[name], tmp_path)
-  adapter = lm_eval_model.Adapter(types.SimpleNamespace(codec=codec), None)
+  adapter = lm_eval_model.Adapter(types.SimpleNamespace(hf_tokenizer=codec), None)
   turns = [{"role": "user", "content": "1"}]
   rendered = adapter.apply_chat_template(turns)
   assert "26 Jul 2024" in rendered

@@ -49,7 +49,7 @@ VARIED = (
 
 
 @pytest.fixture(scope="module")
-def codec(smollm) -> chat.Codec:
+def codec(smollm) -> chat.ChatTokenizer:
   return chat.load(smollm)
 
 
@@ -76,7 +76,7 @@ def template_ids(tokenizer, messages) -> list[int]:
 
 
 def test_vocabulary_and_special_tokens_are_transformers(codec, theirs):
-  ours = codec.tokenizer
+  ours = codec.hf_tokenizer
   assert ours.get_vocab() == theirs.get_vocab()
   for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
     assert getattr(ours, name) == getattr(theirs, name)
@@ -109,7 +109,7 @@ def test_ids_are_transformers(codec, theirs, content):
   ],
 )
 def test_ids_around_digits_are_the_original(codec, theirs, content, tokens, same):
-  ours = codec.tokenizer.tokenize(content)
+  ours = codec.hf_tokenizer.tokenize(content)
   assert tokens is None or ours == tokens
   assert (theirs.tokenize(content) == ours) is same
   # The pre-tokenizer of SmolLM2's tokenizer.json, written out.
@@ -119,7 +119,7 @@ def test_ids_around_digits_are_the_original(codec, theirs, content, tokens, same
       tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     ]
   )
-  backend = tokenizers.Tokenizer.from_str(codec.tokenizer.backend_tokenizer.to_str())
+  backend = tokenizers.Tokenizer.from_str(codec.hf_tokenizer.backend_tokenizer.to_str())
   backend.pre_tokenizer = original
   assert backend.encode(content).tokens == ours
   assert chat.decode(codec, chat.encode(codec, content)) == content
@@ -152,7 +152,9 @@ def test_prompt_ids_are_transformers(codec, content):
     conversation("Hi", content, content),
     conversation(content, "Yes.", "Why?", content, content, system=""),
   ):
-    assert chat.prompt_ids(codec, messages) == template_ids(codec.tokenizer, messages)
+    assert chat.prompt_ids(codec, messages) == template_ids(
+      codec.hf_tokenizer, messages
+    )
 
 
 @pytest.mark.parametrize("content", [c for c in VARIED if not c[:1].isspace()])
@@ -160,7 +162,7 @@ def test_prompt_and_answer_are_the_template(codec, content):
   """The answer continues the prompt just as the template writes the whole."""
   messages = conversation("What is that?")
   whole = [*messages, Message("assistant", content)]
-  want = codec.tokenizer.apply_chat_template(
+  want = codec.hf_tokenizer.apply_chat_template(
     [m._asdict() for m in whole], return_dict=False
   )
   ours = chat.prompt_ids(codec, messages) + chat.answer_ids(codec, content)
@@ -170,22 +172,22 @@ def test_prompt_and_answer_are_the_template(codec, content):
 
 def test_template_that_refuses(codec):
   strict = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.tokenizer.backend_tokenizer,
+    tokenizer_object=codec.hf_tokenizer.backend_tokenizer,
     chat_template="{{ raise_exception('no system role') }}",
   )
   with pytest.raises(errors.UserError, match=r"roles system, user \(no system role\)"):
     chat.prompt_ids(
-      dataclasses.replace(codec, tokenizer=strict), conversation("x", system="y")
+      dataclasses.replace(codec, hf_tokenizer=strict), conversation("x", system="y")
     )
 
 
 def test_thinking_is_switched_off(codec):
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.tokenizer.backend_tokenizer,
+    tokenizer_object=codec.hf_tokenizer.backend_tokenizer,
     chat_template="{% if enable_thinking is false %}quiet{% else %}loud{% endif %}",
   )
   ids = chat.prompt_ids(
-    dataclasses.replace(codec, tokenizer=tokenizer), conversation("x")
+    dataclasses.replace(codec, hf_tokenizer=tokenizer), conversation("x")
   )
   assert chat.decode(codec, ids) == "quiet"
 
@@ -201,10 +203,10 @@ def test_thinking_is_switched_off(codec):
 )
 def test_a_date_in_the_template_does_not_change_at_midnight(codec, template):
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.tokenizer.backend_tokenizer, chat_template=template
+    tokenizer_object=codec.hf_tokenizer.backend_tokenizer, chat_template=template
   )
   ids = chat.prompt_ids(
-    dataclasses.replace(codec, tokenizer=tokenizer), conversation("x")
+    dataclasses.replace(codec, hf_tokenizer=tokenizer), conversation("x")
   )
   assert chat.decode(codec, ids) == "Today: 26 Jul 2024"
   theirs = tokenizer.apply_chat_template(
@@ -239,10 +241,10 @@ def test_content_never_becomes_control_tokens(codec, content):
   ids = chat.prompt_ids(codec, foul)
   assert controls(ids) == controls(chat.prompt_ids(codec, plain))
   # Nothing is lost either: the text reads as it was written.
-  rendered = codec.tokenizer.apply_chat_template(
+  rendered = codec.hf_tokenizer.apply_chat_template(
     [m._asdict() for m in foul], tokenize=False, add_generation_prompt=True
   )
-  assert codec.tokenizer.decode(ids) == rendered
+  assert codec.hf_tokenizer.decode(ids) == rendered
   assert controls(chat.encode(codec, content)) == []
   assert chat.decode(codec, chat.encode(codec, content)) == content
   assert controls(chat.answer_ids(codec, content)) == [IM_END]
@@ -285,7 +287,7 @@ def test_text_round_trips_byte_exact(codec, content):
   back = chat.decode(codec, chat.encode(codec, content))
   assert back.encode() == content.encode()
   ids = chat.prompt_ids(codec, conversation(content))
-  assert content in codec.tokenizer.decode(ids)
+  assert content in codec.hf_tokenizer.decode(ids)
 
 
 # --- Teacher --------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_teacher_paper_is_pieces_tokenised_apart(codec):
     "\nAnswer:",
   ]
   plain = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.tokenizer.backend_tokenizer
+    tokenizer_object=codec.hf_tokenizer.backend_tokenizer
   )
   want = [i for p in pieces for i in plain(p, add_special_tokens=False).input_ids]
   got = chat.teacher_ids(codec, conversation("What is a tort?"), ": A wrong.", "paper")
@@ -322,7 +324,7 @@ def test_teacher_chat_is_one_user_turn(codec):
   several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
   asked = conversation("Hi", "Hello.", words, system="Be brief.")
   got = chat.teacher_ids(codec, several, "A wrong.", "chat")
-  assert got == template_ids(codec.tokenizer, asked)
+  assert got == template_ids(codec.hf_tokenizer, asked)
 
 
 def test_teacher_example_is_one_user_turn(codec):
@@ -333,7 +335,7 @@ def test_teacher_example_is_one_user_turn(codec):
   )
   got = chat.teacher_ids(codec, several, "A wrong.", "example")
   asked = conversation("Hi", "Hello.", content, system="Be brief.")
-  assert got == template_ids(codec.tokenizer, asked)
+  assert got == template_ids(codec.hf_tokenizer, asked)
 
 
 def test_teacher_none_is_the_student(codec):
@@ -370,7 +372,7 @@ def test_codec(codec):
 
 @pytest.fixture
 def folder(codec, tmp_path) -> pathlib.Path:
-  codec.tokenizer.save_pretrained(tmp_path)
+  codec.hf_tokenizer.save_pretrained(tmp_path)
   (tmp_path / "config.json").write_text("{}")
   return tmp_path
 

@@ -65,7 +65,7 @@ def test_an_added_token_beyond_the_model_may_be_unused(complete, special):
   tiny_llama.edit_config(vocab_size=90)(complete)
   edit_tokenizer_config(complete, pad_token="<|odd|>", bos_token="<|odd|>")
   codec = chat.load(str(complete))
-  assert codec.tokenizer.pad_token_id == 90
+  assert codec.hf_tokenizer.pad_token_id == 90
   assert codec.pad_id == codec.eos_ids[0] == 2
   assert max(chat.prompt_ids(codec, records.user_turn("1 + 1 <|odd|>"))) < 90
 

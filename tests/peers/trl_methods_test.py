@@ -42,7 +42,7 @@ def _resolve(tmp_path):
       f"model: {{source: a/b}}\ndata: {{questions: {__file__}}}\noutput: {tmp_path}/x\n"
     )
     loaded = config_load.load(path, [f"method={name}", *overrides])
-    codec = chat.Codec(NOTHING, eos_ids=(0,), pad_id=0, digest="", controls=())
+    codec = chat.ChatTokenizer(NOTHING, eos_ids=(0,), pad_id=0, digest="", controls=())
     return programs.make_settings(loaded, tiny_decoder.CONFIG, codec)
 
   return resolve

@@ -79,18 +79,18 @@ def test_a_process_alone_joins_nobody_and_keeps_its_own_errors(monkeypatch):
   distributed.join(**ALONE, heartbeat_s=1)
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "n1:5")
   distributed.join(**{**ALONE, "asked": False}, heartbeat_s=1)
-  assert distributed.leads()
+  assert distributed.is_primary()
   assert distributed.exchange("word") == ["word"]
 
   def fail():
     raise errors.UserError("mine")
 
   with pytest.raises(errors.UserError, match=r"^mine$"):
-    distributed.together(fail)
+    distributed.run_on_all(fail)
 
 
 def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
-  alone = distributed.Faults()
+  alone = distributed.DeferredErrors()
 
   def fail():
     raise OSError(28, "No space left on device", "metrics.jsonl")
@@ -102,7 +102,7 @@ def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
   monkeypatch.setattr(distributed, "exchange", lambda text: ['["n0", "", false]', text])
   monkeypatch.setattr(socket, "gethostname", lambda: "n1")
   done = []
-  several = distributed.Faults()
+  several = distributed.DeferredErrors()
   several.tell()
   several.keep(lambda: done.append(1))
   several.keep(fail)
@@ -115,7 +115,7 @@ def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
     raise errors.TryAgainError("in use")
 
   with pytest.raises(errors.TryAgainError, match="in use"):
-    distributed.together(busy)
+    distributed.run_on_all(busy)
 
 
 def test_the_stages_for_one_process_refuse_to_be_one_of_several(monkeypatch):

@@ -169,7 +169,7 @@ def test_refinement_sets_aside_what_training_could_not_take(
   for module, name in refine_driver.REPLACED:
     monkeypatch.setattr(module, name, getattr(module, name))
   refine_driver.script(tmp_path / "log")
-  monkeypatch.setattr(refine.engines, "codec", lambda source: codec)
+  monkeypatch.setattr(refine.engines, "tokenizer", lambda source: codec)
   run = refine_driver.make_config(tmp_path / "out", path)
   assert refused(lambda: refine.fit(run)).startswith(f"{path}:4: row 'row-4': ")
   assert not (tmp_path / "log").exists()  # no model was asked

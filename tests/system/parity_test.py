@@ -32,7 +32,7 @@ class Real(NamedTuple):
   config: transformer.DecoderConfig
   params: transformer.Params
   reference: transformers.PreTrainedModel
-  codec: chat.Codec
+  codec: chat.ChatTokenizer
   prompts: list[list[int]]
 
 
