@@ -1,8 +1,9 @@
 """Stages interrupted at many instants: real processes, a tiny random model.
 
-  python -m tests.interrupted_runs STAGE COUNT [--signal INT|TERM] [--twice] [--jobs N]
+  python -m tests.interrupted_runs STAGE COUNT
 
-Instants are spread evenly from the start of a run to its end. Each run begins in a
+Options are in `--help`. Instants are spread evenly from the start of a run to its end.
+Each run begins in a
 fresh folder, and all share a cache of compiled programs, as a user's runs can. Where
 `--rerun N` says so, every Nth interrupted command is run again, and must end with the
 files that a run which nothing stopped has.
