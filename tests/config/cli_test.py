@@ -184,6 +184,23 @@ def test_a_signal_after_all_was_done_still_ends_a_script(tmp_path):
   assert struck_once_ready(code, tmp_path, signal.SIGINT) == (130, NOTED + HINT)
 
 
+def test_a_stage_passes_signals_on_to_the_process_that_it_started(tmp_path):
+  # In a session of its own, where no terminal reaches it.
+  code = STAGE.replace(
+    "def work():",
+    """import subprocess
+def work():
+  command = [sys.executable, "-c", "import time; time.sleep(60)"]
+  child = subprocess.Popen(command, start_new_session=True)
+  with interrupts.passing_on(child.pid):
+    print("child", child.wait(), file=sys.stderr, flush=True)
+""",
+  )
+  status, said = struck_once_ready(code, tmp_path, signal.SIGTERM)
+  assert status == 143
+  assert sorted(said.splitlines(keepends=True)) == sorted([NOTED, "child -15\n", HINT])
+
+
 def test_what_fails_while_stopping_is_said(tmp_path):
   code = STAGE.replace(
     "interrupts.check()", "if interrupts.received: raise errors.UserError('disk full')"

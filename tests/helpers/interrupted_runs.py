@@ -1,12 +1,11 @@
 """Stages interrupted at many instants: real processes, a tiny random model.
 
-  python -m tests.helpers.interrupted_runs STAGE COUNT [--signal INT|TERM] [--twice]
-    [--jobs N]
+  python -m tests.helpers.interrupted_runs STAGE COUNT
 
-Instants are spread evenly from the start of a run to its end. Each run begins in a
-fresh folder, and all share a cache of compiled programs, as a user's runs can. Where
-`--rerun N` says so, every Nth interrupted command is run again, and must end with the
-files that a run which nothing stopped has.
+Options are in `--help`. Instants are spread evenly from the start of a run to its end.
+Each run begins in a fresh folder, and all share a cache of compiled programs, as a
+user's runs can. With `--rerun N` every Nth interrupted command is run again, and must
+end with the files that a run which nothing stopped has.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class Tokenizer:
     return {"input_ids": text.split()}
 
   def apply_chat_template(self, messages, **_):
-    return messages[-1]["content"]
+    return " ".join(message["content"] for message in messages)
 
   def decode(self, ids, **_):
     return f"<{ids}>"
