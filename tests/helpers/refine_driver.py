@@ -82,7 +82,7 @@ class BagOfWords:
 
 
 class Tokenizer:
-  """Words for tokens, and no chat template to speak of."""
+  """A tokenizer of words, whose chat template joins the turns with spaces."""
 
   chat_template = ""
 
@@ -90,7 +90,7 @@ class Tokenizer:
     return {"input_ids": text.split()}
 
   def apply_chat_template(self, messages, **_):
-    return messages[-1]["content"]
+    return " ".join(message["content"] for message in messages)
 
   def decode(self, ids, **_):
     return f"<{ids}>"
