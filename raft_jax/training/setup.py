@@ -281,7 +281,7 @@ def prepare(config: schema.Config) -> Prepared:
   distil = distills(config)
   teacher = teacher_decoder(config, tokenizer, decoder) if distil else None
   check(config, decoder, mesh, distil=distil)
-  found = training_set.read(config, tokenizer, distil=distil)
+  found = training_set.load(config, tokenizer, distil=distil)
   every = [*found.rows, *found.replayed]
   check_lengths(config, every, config.model.source, decoder, distil=distil)
   if teacher is not None:
@@ -323,7 +323,7 @@ def prepare(config: schema.Config) -> Prepared:
     probed = one_pass(config, rows, tokenizer, size, "soft_mask", "data.questions")
   return Prepared(
     *(tokenizer, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
-    *(own, found.asked, plan, widths[-1]),
+    *(own, found.questions_by_row, plan, widths[-1]),
   )
 
 

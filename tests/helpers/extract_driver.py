@@ -75,7 +75,7 @@ def script(log: pathlib.Path) -> None:
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.tokenizer = lambda source, template=None: words
+  engines.chat_tokenizer = lambda source, template=None: words
 
 
 def result(folder: pathlib.Path) -> dict[str, str]:
@@ -93,7 +93,7 @@ def matrix(root: pathlib.Path, documents: pathlib.Path, plan: list) -> list[dict
 
   def fit(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
-    extract.fit(make_config(output, documents))
+    extract.extract(make_config(output, documents))
 
   verdicts = refine_driver.strikes(root, plan, fit, result, "extracted")
   return [refine_driver.shown(verdict) for verdict in verdicts]
