@@ -117,7 +117,7 @@ def replays(config: schema.Config) -> int:
   """Rows by which replay makes every batch grow."""
   if config.replay is None or mssr.adaptive(config):
     return 0
-  return batching.replays(config.train.batch_size, config.replay.share)
+  return batching.count_replays(config.train.batch_size, config.replay.share)
 
 
 def group(config: schema.Config) -> int:
@@ -299,8 +299,8 @@ def prepare(config: schema.Config) -> Prepared:
     pad_id=tokenizer.pad_id,
     widths=widths,
     replayed=found.replayed,
-    replays=replays(config),
-    group=group(config),
+    replays_per_batch=replays(config),
+    copies=group(config),
   )
   if distributed.is_primary():
     config_load.lock_config(config, "train", IDENTITY_KEYS)

@@ -126,10 +126,10 @@ def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  codec = types.SimpleNamespace(
+  tokenizer = types.SimpleNamespace(
     digest="none", hf_tokenizer=Tokenizer(), controls=(), plain=None, vocab_size=None
   )
-  engines.chat_tokenizer = lambda source, template=None: codec
+  engines.chat_tokenizer = lambda source, template=None: tokenizer
   sentence_encoder.load = lambda source: BagOfWords(log)
 
 
