@@ -23,7 +23,7 @@ from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.runtime import distributed, interrupts
-from raft_jax.storage import shards
+from raft_jax.storage import sealed_folder, shards
 from raft_jax.training import setup, trained_model
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -163,10 +163,10 @@ def read_license(source: str) -> str | None:
 def describe_data(output: pathlib.Path, answers: str) -> str:
   """Counts and hash of the refined records that the run learnt from."""
   folder = output / "refined"
-  if answers == "original" or not (folder / shards.MANIFEST).is_file():
+  if answers == "original" or not (folder / sealed_folder.MANIFEST).is_file():
     return "Trained on the original answers; there are no refined records."
   manifest = shards.read_manifest(folder)
-  digest = hashlib.sha256((folder / shards.MANIFEST).read_bytes()).hexdigest()
+  digest = hashlib.sha256((folder / sealed_folder.MANIFEST).read_bytes()).hexdigest()
   lines = [f"{manifest.records:,} refined records; sha256 of the manifest `{digest}`."]
   summary = _read_json(folder / "summary.json")
   if {"accepted", "questions", "threshold"} <= summary.keys():

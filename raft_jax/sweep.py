@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 
 from rich import box, console, table
 
-from raft_jax import errors, refine
+from raft_jax import errors
 from raft_jax.config import cli, schema
 from raft_jax.config import load as config_load
+from raft_jax.curation import refined_folder
 from raft_jax.data import training_set
 from raft_jax.evaluation import test_sets
 from raft_jax.generation import sentence_encoder
@@ -265,7 +266,7 @@ def _refine_once(base: schema.Config, run: Planned) -> None:
   folder = pathlib.Path(run.config.output)
   if (folder / "refined").exists():
     return
-  values = config_load.values(run.config, training_set.REFINED)
+  values = config_load.values(run.config, training_set.REFINED_KEYS)
   name = f"refined-{config_load.digest(values)[:12]}"
   shared = pathlib.Path(base.output) / name
   settings = run.config.model_copy(update={"output": str(shared)})
@@ -277,7 +278,7 @@ def _refine_once(base: schema.Config, run: Planned) -> None:
   shutil.copytree(
     shared / "refined", temporary, ignore=shutil.ignore_patterns("journal*")
   )
-  config_load.lock_config(run.config, "refine", refine.IDENTITY_KEYS)
+  config_load.lock_config(run.config, "refine", refined_folder.IDENTITY_KEYS)
   temporary.rename(folder / "refined")
 
 

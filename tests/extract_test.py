@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from raft_jax import errors, extract
 from raft_jax.config import cli
-from raft_jax.curation import documents, near_duplicates, qa_pairs
+from raft_jax.curation import documents, extraction, near_duplicates, qa_pairs
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, jax_engine, judging
 from raft_jax.storage import journal, records
@@ -399,14 +399,14 @@ def test_prompts_about_one_passage_begin_alike(tmp_path):
 )
 def test_pairs_with_a_flaw_are_shown_to_no_judge(change, reason):
   pair = _pair("A tort is a civil wrong.")._replace(**change)
-  kept, dropped = qa_pairs.sound([pair])
+  kept, dropped = qa_pairs.drop_flawed([pair])
   assert [row["reason"] for row in dropped] == ([reason] if reason else [])
   assert len(kept) + len(dropped) == 1
 
 
 def test_words_that_the_passage_has_itself_point_nowhere():
   pair = _pair("The author of a deed signs it.", "What does the author sign?")
-  assert qa_pairs.sound([pair]) == ([pair], [])
+  assert qa_pairs.drop_flawed([pair]) == ([pair], [])
 
 
 # The split
@@ -417,23 +417,23 @@ SHARES = {"train": 0.8, "validation": 0.05, "test": 0.15}
 
 @hypothesis.given(st.text(), st.integers(0, 2**31 - 1))
 def test_a_document_has_one_split_whatever_else_there_is(name, seed):
-  split = extract.split_of(name, SHARES, seed)
+  split = extraction.split_of(name, SHARES, seed)
   assert split in SHARES
-  assert extract.split_of(name, dict(SHARES), seed) == split
-  assert extract.split_of(name, {"train": 1.0, "validation": 0, "test": 0}, seed) == (
-    "train"
-  )
+  assert extraction.split_of(name, dict(SHARES), seed) == split
+  assert extraction.split_of(
+    name, {"train": 1.0, "validation": 0, "test": 0}, seed
+  ) == ("train")
 
 
 def test_splits_have_their_shares():
   counts = collections.Counter(
-    extract.split_of(f"document {i}", SHARES, 0) for i in range(20_000)
+    extraction.split_of(f"document {i}", SHARES, 0) for i in range(20_000)
   )
   # Three standard deviations of a share p of n: 3 sqrt(p (1 - p) / n) <= 0.0085.
   for name, share in SHARES.items():
     assert abs(counts[name] / 20_000 - share) < 0.0085
-  moved = [extract.split_of(f"document {i}", SHARES, 1) for i in range(100)]
-  assert moved != [extract.split_of(f"document {i}", SHARES, 0) for i in range(100)]
+  moved = [extraction.split_of(f"document {i}", SHARES, 1) for i in range(100)]
+  assert moved != [extraction.split_of(f"document {i}", SHARES, 0) for i in range(100)]
 
 
 # Whole runs, with a scripted model
@@ -460,7 +460,7 @@ def _script(monkeypatch, log):
   for module, name in (
     (jax_engine, "load"),
     (engines, "identity"),
-    (engines, "tokenizer"),
+    (engines, "chat_tokenizer"),
   ):
     monkeypatch.setattr(module, name, getattr(module, name))
   extract_driver.script(log)
@@ -474,7 +474,7 @@ def finished(tmp_path_factory, law):
   run = extract_driver.make_config(folder / "out", documents_folder)
   with pytest.MonkeyPatch.context() as monkeypatch:
     _script(monkeypatch, folder / "log")
-    extract.fit(run)
+    extract.extract(run)
   return run, documents.read(str(documents_folder))
 
 
@@ -501,7 +501,7 @@ def _read(run, name):
 def test_every_document_chunk_and_pair_is_accounted_for(finished):
   run, (found, unusable) = finished
   assert len(unusable) == 1
-  kept = {name: _read(run, name) for name in extract.SPLITS}
+  kept = {name: _read(run, name) for name in extraction.SPLITS}
   rows = [row for split in kept.values() for row in split]
   dropped = _read(run, "dropped")
   lost = {
@@ -548,16 +548,16 @@ def test_every_document_chunk_and_pair_is_accounted_for(finished):
 
 def test_no_document_and_no_near_duplicate_is_in_two_splits(finished):
   run, _ = finished
-  rows = [(name, row) for name in extract.SPLITS for row in _read(run, name)]
+  rows = [(name, row) for name in extraction.SPLITS for row in _read(run, name)]
   where = collections.defaultdict(set)
   for name, row in rows:
     where[row["source"]["document"]].add(name)
   assert {len(names) for names in where.values()} == {1}
-  assert {name for name, _ in rows} == set(extract.SPLITS)
+  assert {name for name, _ in rows} == set(extraction.SPLITS)
   texts = [f"{row['question']}\n{row['answer']}" for _, row in rows]
   assert _brute_force(texts, 0.8) == [None] * len(rows)
   chunks = {(r["source"]["document"], r["source"]["chunk"]) for _, r in rows}
-  for name in extract.SPLITS:
+  for name in extraction.SPLITS:
     path = pathlib.Path(run.output) / f"extracted/{name}.jsonl"
     given = [(r["id"], r["question"], r["answer"]) for r in _read(run, name)]
     # As the next stage reads them.
@@ -569,18 +569,18 @@ def test_no_document_and_no_near_duplicate_is_in_two_splits(finished):
 
 def test_more_documents_move_none_and_ask_only_about_themselves(scripted, corpus):
   run, log = scripted
-  extract.fit(run)
+  extract.extract(run)
 
   def splits():
     return {
       row["source"]["document"]: name
-      for name in extract.SPLITS
+      for name in extraction.SPLITS
       for row in _read(run, name)
     }
 
   before, asked = splits(), log.read_text().split()
   (corpus / "0 first.txt").write_text("A bond is a debt. A lien is a right to keep it.")
-  extract.fit(run)
+  extract.extract(run)
   after, again = splits(), log.read_text().split()[len(asked) :]
   assert {name: after[name] for name in before} == before
   # One chunk, and two judges for each of at most two pairs.
@@ -589,27 +589,27 @@ def test_more_documents_move_none_and_ask_only_about_themselves(scripted, corpus
 
 def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, capsys):
   run, log = scripted
-  extract.fit(run)
+  extract.extract(run)
   folder = pathlib.Path(run.output)
   before, asked = extract_driver.result(folder), log.read_text()
-  extract.fit(run)
+  extract.extract(run)
   assert "already complete" in capsys.readouterr().out
   for damage in ("train.jsonl", "dropped.jsonl", "MANIFEST.json"):
     path = folder / "extracted" / damage
     path.write_bytes(path.read_bytes()[:-20])
-    extract.fit(run)
+    extract.extract(run)
     assert extract_driver.result(folder) == before
   assert log.read_text() == asked
 
 
 def test_windows_line_ends_and_marks_change_no_question(scripted, corpus):
   run, log = scripted
-  extract.fit(run)
+  extract.extract(run)
   before, asked = extract_driver.result(pathlib.Path(run.output)), log.read_text()
   for path in (*corpus.glob("*.txt"), *corpus.glob("*.md"), *corpus.glob("*.jsonl")):
     text = path.read_bytes().replace(b"\n", b"\r\n")
     path.write_bytes(b"\xef\xbb\xbf" + text)
-  extract.fit(run)
+  extract.extract(run)
   assert log.read_text() == asked
   assert extract_driver.result(pathlib.Path(run.output)) == before
 
@@ -654,7 +654,7 @@ def test_killed_anywhere_a_second_run_ends_alike_and_asks_nothing_twice(
 
 def _refused(run):
   with pytest.raises(errors.UserError) as refused:
-    extract.fit(run)
+    extract.extract(run)
   assert "\n" not in str(refused.value)
   return str(refused.value)
 
@@ -680,8 +680,8 @@ def test_bad_folders_are_one_line_before_a_model_is_asked(
   bad = extract_driver.make_config(tmp_path / "out", folder)
   assert re.search(words, _refused(bad))
   assert not log.exists()
-  extract.fit(run)  # what was refused binds no later run
-  assert any(_read(run, name) for name in extract.SPLITS)
+  extract.extract(run)  # what was refused binds no later run
+  assert any(_read(run, name) for name in extraction.SPLITS)
 
 
 def test_bad_paths_and_sections_are_one_line(scripted, tmp_path):
@@ -718,7 +718,7 @@ def test_sections_that_cannot_be_meant_are_refused(tmp_path, key, value, words, 
     f"extract: {{documents: docs, {key}: {value}}}\n"
   )
   with pytest.raises(SystemExit) as stopped:
-    cli.run("extract", extract.fit, "", ["--config", str(path)], without_data=True)
+    cli.run("extract", extract.extract, "", ["--config", str(path)], without_data=True)
   assert stopped.value.code == 2
   assert words in capsys.readouterr().err
 
@@ -741,20 +741,22 @@ def test_no_pair_at_all_is_said_and_leaves_its_reasons(scripted, tmp_path):
 
 def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scripted):
   run, log = scripted
-  extract.fit(run)
+  extract.extract(run)
   asked = log.read_text()
 
   def changed(**keys):
     return run.model_copy(update={"extract": run.extract.model_copy(update=keys)})
 
   assert "extract.seed: 0 -> 1" in _refused(changed(seed=1))
-  extract.fit(changed(writer=run.extract.writer.model_copy(update={"batch_size": 3})))
+  extract.extract(
+    changed(writer=run.extract.writer.model_copy(update={"batch_size": 3}))
+  )
   assert log.read_text() == asked
 
 
 def test_second_process_on_one_folder_is_told_who_works_there(scripted):
   run, _ = scripted
-  extract.fit(run)
+  extract.extract(run)
   book = pathlib.Path(run.output) / "extracted/journal.jsonl"
   with journal.locked(book):
     assert "in use by pid" in _refused(run)

@@ -80,8 +80,17 @@ LIGHT = {
   "storage.shards",
   "curation.clusters",
   "curation.documents",
+  "curation.extraction",
+  "curation.extraction_run",
   "curation.near_duplicates",
   "curation.qa_pairs",
+  "curation.refined_folder",
+  "curation.refinement",
+  "curation.refinement_run",
+  "curation.reselection",
+  "curation.stage_run",
+  "curation.synthesis",
+  "curation.synthesis_run",
 }
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "chex"}
 

@@ -18,7 +18,7 @@ import pytest
 from raft_jax import errors, refine
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
-from raft_jax.curation import refined_folder, refinement
+from raft_jax.curation import refined_folder, refinement, refinement_run
 from raft_jax.data import training_set
 from raft_jax.generation import (
   calls as calls_lib,
@@ -436,13 +436,13 @@ def scripted(tmp_path, questions, monkeypatch):
 
 def test_finished_folder_is_left_alone(scripted, capsys):
   run, log = scripted
-  refine.fit(run)
+  refine.refine(run)
   before, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   stamps = {
     p: p.stat().st_mtime_ns for p in (pathlib.Path(run.output) / "refined").iterdir()
   }
   capsys.readouterr()
-  refine.fit(run)
+  refine.refine(run)
   assert "already complete" in capsys.readouterr().out
   assert refine_driver.result(pathlib.Path(run.output)) == before
   assert log.read_text() == asked
@@ -453,7 +453,7 @@ def test_finished_folder_is_left_alone(scripted, capsys):
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
 def test_damaged_shards_are_rebuilt_from_the_journal_without_a_call(scripted, damage):
   run, log = scripted
-  refine.fit(run)
+  refine.refine(run)
   before, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   shard = sorted((pathlib.Path(run.output) / "refined").glob("shard-*"))[1]
   data = bytearray(shard.read_bytes())
@@ -464,21 +464,21 @@ def test_damaged_shards_are_rebuilt_from_the_journal_without_a_call(scripted, da
   else:
     data[100] ^= 1
     shard.write_bytes(data)
-  refine.fit(run)
+  refine.refine(run)
   assert refine_driver.result(pathlib.Path(run.output)) == before
   assert log.read_text() == asked
 
 
 def test_only_edited_rows_are_done_again(scripted, questions, capsys):
   run, log = scripted
-  refine.fit(run)
+  refine.refine(run)
   asked = len(log.read_text().splitlines())
   lines = questions.read_text().splitlines()
   row = json.loads(lines[3])
   row["answer"] = "Quite another answer, longer than four words."
   questions.write_text("\n".join([*lines[:3], json.dumps(row), *lines[4:-1]]))
   capsys.readouterr()
-  refine.fit(run)
+  refine.refine(run)
   out = capsys.readouterr().out
   assert "rewrite: 10 calls done, 1 to do" in out
   assert "journalled calls belong to rows or settings that are gone" in out
@@ -491,20 +491,20 @@ def test_only_edited_rows_are_done_again(scripted, questions, capsys):
 
 def test_torn_and_damaged_journals(scripted):
   run, _ = scripted
-  refine.fit(run)
+  refine.refine(run)
   before = refine_driver.result(pathlib.Path(run.output))
   folder = pathlib.Path(run.output) / "refined"
   (folder / "MANIFEST.json").unlink()
   book = folder / "journal.jsonl"
   whole = book.read_bytes()
   book.write_bytes(whole[:-5])
-  refine.fit(run)
+  refine.refine(run)
   assert refine_driver.result(pathlib.Path(run.output)) == before
   lines = whole.splitlines(keepends=True)
   lines[4] = lines[4].replace(b"text", b"test").replace(b"cosine", b"casine")
   book.write_bytes(b"".join(lines))
   with pytest.raises(errors.UserError, match=r"journal\.jsonl:5: damaged line"):
-    refine.fit(run)
+    refine.refine(run)
 
 
 def test_second_process_on_one_folder_is_told_who_works_there(scripted):
@@ -515,29 +515,29 @@ def test_second_process_on_one_folder_is_told_who_works_there(scripted):
     "with journal.open_journal(sys.argv[1]):\n  print('held', flush=True)\n"
     "  time.sleep(60)"
   )
-  config_load.lock_config(run, "refine", refine.IDENTITY_KEYS)
+  config_load.lock_config(run, "refine", refined_folder.IDENTITY_KEYS)
   with subprocess.Popen(
     [sys.executable, "-c", hold, str(book)], stdout=subprocess.PIPE, text=True
   ) as holder:
     assert holder.stdout is not None
     holder.stdout.readline()
     with pytest.raises(errors.UserError, match=rf"in use by pid {holder.pid} on "):
-      refine.fit(run)
+      refine.refine(run)
     holder.kill()
 
 
 def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scripted):
   run, log = scripted
-  refine.fit(run)
+  refine.refine(run)
   asked = log.read_text()
 
   def changed(**keys):
     return run.model_copy(update={"refine": run.refine.model_copy(update=keys)})
 
   with pytest.raises(errors.UserError, match="similarity_threshold"):
-    refine.fit(changed(similarity_threshold=0.5))
+    refine.refine(changed(similarity_threshold=0.5))
   fusion = run.refine.fusion.model_copy(update={"batch_size": 3})
-  refine.fit(changed(fusion=fusion))
+  refine.refine(changed(fusion=fusion))
   assert log.read_text() == asked
 
 
@@ -546,15 +546,15 @@ def test_bad_questions_bind_no_later_run(scripted, tmp_path):
   bad = tmp_path / "bad.jsonl"
   bad.write_text('{"question": "x", "answer": ""}\n')
   with pytest.raises(errors.UserError, match=r"bad\.jsonl:1: `answer` is empty"):
-    refine.fit(run.model_copy(update={"data": schema.Data(questions=str(bad))}))
+    refine.refine(run.model_copy(update={"data": schema.Data(questions=str(bad))}))
   assert (pathlib.Path(run.output) / "refined/rejects.jsonl").exists()
-  refine.fit(run)
+  refine.refine(run)
   assert not (pathlib.Path(run.output) / "refined/rejects.jsonl").exists()
 
 
 def test_summary_adds_up(scripted):
   run, _ = scripted
-  refine.fit(run)
+  refine.refine(run)
   folder = pathlib.Path(run.output) / "refined"
   refined = [records.from_json(r) for r in shards.read_shards(folder)]
   summary = json.loads((folder / "summary.json").read_text())
@@ -585,7 +585,7 @@ def test_another_rewriter_is_refused_before_any_file_is_read(tmp_path):
   )
   message = "refine.rewriter.model: other is not model.source"
   with pytest.raises(errors.UserError, match=message):
-    refine.fit(run)
+    refine.refine(run)
   assert not (tmp_path / "out").exists()
 
 
@@ -611,7 +611,7 @@ def test_windows_are_one_run_and_load_each_model_once_a_pass(
   fusion = run.refine.fusion.model_copy(update={"model": "another", "rounds": 1})
   settings = run.refine.model_copy(update={"fusion": fusion})
   run = run.model_copy(update={"refine": settings})
-  refine.fit(run)
+  refine.refine(run)
   expected, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   log.unlink()
   worked = []
@@ -622,9 +622,9 @@ def test_windows_are_one_run_and_load_each_model_once_a_pass(
     return generate(self, requests)
 
   monkeypatch.setattr(refine_driver.Scripted, "generate", watched)
-  monkeypatch.setattr(refine, "WINDOW", 5)
+  monkeypatch.setattr(refinement_run, "WINDOW", 5)
   run = run.model_copy(update={"output": str(tmp_path / "windows")})
-  refine.fit(run)
+  refine.refine(run)
   assert refine_driver.result(pathlib.Path(run.output)) == expected
   assert sorted(log.read_text().split()) == sorted(asked.split())
   # Three windows, but the rewriter, the fusion model and the judge (the rewriter's
@@ -640,11 +640,11 @@ def test_a_long_row_of_a_late_window_is_refused_before_anything_is_asked(
   rows = questions.read_text().splitlines()
   rows[-1] = json.dumps({"id": "late", "question": "Why?", "answer": "word " * 10_000})
   questions.write_text("\n".join(rows))
-  monkeypatch.setattr(refine, "WINDOW", 5)
+  monkeypatch.setattr(refinement_run, "WINDOW", 5)
   with pytest.raises(
     errors.UserError, match=r"question late \(.*\.jsonl:12\): the rewrite prompt has 1"
   ):
-    refine.fit(run)
+    refine.refine(run)
   assert not log.exists()
 
 
@@ -652,17 +652,17 @@ def test_workers_and_a_merge_are_one_worker_and_ask_nothing_twice(
   scripted, tmp_path, capsys
 ):
   run, log = scripted
-  refine.fit(run)
+  refine.refine(run)
   expected, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   log.unlink()
   run = run.model_copy(update={"output": str(tmp_path / "shared")})
   for worker in (1, 0, 2):
-    refine.fit(run, num_workers=3, worker=worker)
+    refine.refine(run, num_workers=3, worker=worker)
   folder = pathlib.Path(run.output) / "refined"
   assert not (folder / "MANIFEST.json").exists()
   assert "run the same command without --num-workers" in capsys.readouterr().out
   by_workers = log.read_text()
-  refine.fit(run)
+  refine.refine(run)
   assert log.read_text() == by_workers
   assert sorted(by_workers.split()) == sorted(asked.split())
   assert refine_driver.result(pathlib.Path(run.output)) == expected
@@ -670,14 +670,14 @@ def test_workers_and_a_merge_are_one_worker_and_ask_nothing_twice(
 
 def test_a_merge_before_the_workers_end_is_told_who_is_at_work(scripted):
   run, _ = scripted
-  refine.fit(run, num_workers=2, worker=0)
+  refine.refine(run, num_workers=2, worker=0)
   book = pathlib.Path(run.output) / "refined" / "journal-worker-0-of-2.jsonl"
   with (
     journal.locked(book),
     pytest.raises(errors.UserError, match=r"worker-0-of-2\.jsonl: in use by pid"),
   ):
-    refine.fit(run)
-  refine.fit(run)  # does the other worker's share itself
+    refine.refine(run)
+  refine.refine(run)  # does the other worker's share itself
 
 
 @pytest.mark.parametrize(
@@ -692,7 +692,7 @@ def test_a_merge_before_the_workers_end_is_told_who_is_at_work(scripted):
 def test_impossible_workers_are_refused(scripted, given, message):
   run, _ = scripted
   with pytest.raises(errors.UserError, match=message):
-    refine.fit(run, **given)
+    refine.refine(run, **given)
 
 
 def _with(run, output, judges=None, **keys):
@@ -722,15 +722,15 @@ def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
   scripted, tmp_path, rules
 ):
   run, log = scripted
-  refine.fit(run)
+  refine.refine(run)
   chosen = _with(run, tmp_path / "chosen", **rules)
   asked = log.read_text()
   with pytest.raises(errors.UserError, match="--select-only x: holds no finished"):
-    refine.fit(chosen, select_only="x")
-  refine.fit(chosen, select_only=run.output)
+    refine.refine(chosen, select_only="x")
+  refine.refine(chosen, select_only=run.output)
   assert log.read_text() == asked
   fresh = _with(run, tmp_path / "fresh", **rules)
-  refine.fit(fresh)
+  refine.refine(fresh)
 
   def read(config):
     return shards.read_shards(pathlib.Path(config.output) / "refined")
@@ -744,37 +744,37 @@ def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
 def test_choosing_anew_refuses_what_was_never_asked(scripted, tmp_path):
   run, _ = scripted
   run = _with(run, tmp_path / "strict", similarity_threshold=0.9)
-  refine.fit(run)
+  refine.refine(run)
   for rules in ({"similarity_threshold": 0.5}, {"rounds": 9}, {"accept_at": 1.0}):
     chosen = _with(run, tmp_path / "chosen", **rules)
     with pytest.raises(errors.UserError, match=r"of 12 questions want a fused answer"):
-      refine.fit(chosen, select_only=run.output)
+      refine.refine(chosen, select_only=run.output)
     assert not (tmp_path / "chosen" / "refined" / "MANIFEST.json").exists()
   other = run.refine.judges[1].model_copy(update={"max_new_tokens": 5})
   settings = run.refine.model_copy(update={"judges": (other,)})
   judged = run.model_copy(update={"refine": settings, "output": str(tmp_path / "j")})
   with pytest.raises(errors.UserError, match=r"judges\[0\]: no judge of .* like this"):
-    refine.fit(judged, select_only=run.output)
+    refine.refine(judged, select_only=run.output)
   settings = run.refine.model_copy(update={"seed": 1})
   seeded = run.model_copy(update={"refine": settings, "output": str(tmp_path / "s")})
   with pytest.raises(errors.UserError, match=r"refine\.seed: 0 -> 1"):
-    refine.fit(seeded, select_only=run.output)
+    refine.refine(seeded, select_only=run.output)
   with pytest.raises(errors.UserError, match="is also `output`"):
-    refine.fit(run, select_only=run.output)
+    refine.refine(run, select_only=run.output)
 
 
 def test_runs_that_share_a_journal_ask_only_for_what_is_new(scripted, tmp_path):
   run, log = scripted
   shared = {"journal": str(tmp_path / "calls.jsonl")}
-  refine.fit(_with(run, tmp_path / "first", similarity_threshold=0.9, **shared))
+  refine.refine(_with(run, tmp_path / "first", similarity_threshold=0.9, **shared))
   asked = log.read_text().splitlines()
   log.unlink()
   wider = _with(run, tmp_path / "wider", similarity_threshold=0.5, **shared)
-  refine.fit(wider)
+  refine.refine(wider)
   more = log.read_text().splitlines()
   fresh = _with(run, tmp_path / "fresh", similarity_threshold=0.5)
   log.unlink()
-  refine.fit(fresh)
+  refine.refine(fresh)
   alone = log.read_text().splitlines()
   assert 0 < len(more) == len(alone) - len(asked)
   assert set(more) - {"embedded"} == set(alone) - set(asked) - {"embedded"}
@@ -782,7 +782,7 @@ def test_runs_that_share_a_journal_ask_only_for_what_is_new(scripted, tmp_path):
 
 def test_the_report_shows_every_reason_and_loads_nothing(scripted):
   run, _ = scripted
-  refine.fit(run)
+  refine.refine(run)
   folder = pathlib.Path(run.output) / "refined"
   page = (folder / "refine_report.html").read_text()
   summary = json.loads((folder / "summary.json").read_text())
@@ -829,7 +829,7 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
       "output": str(tmp_path / "out"),
     }
   )
-  refine.fit(run)
+  refine.refine(run)
   folder = tmp_path / "out" / "refined"
   refined = [records.from_json(r) for r in shards.read_shards(folder)]
   questions = records.read_questions(law / "train.jsonl", limit=6)
@@ -850,7 +850,7 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
   before = refine_driver.result(tmp_path / "out")
   (folder / "MANIFEST.json").unlink()
   began = time.monotonic()
-  refine.fit(run)
+  refine.refine(run)
   assert time.monotonic() - began < 30
   assert refine_driver.result(tmp_path / "out") == before
   assert "rewrite: 6 calls done, 0 to do" in capsys.readouterr().out

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from raft_jax import errors, synthesise
-from raft_jax.curation import clusters
+from raft_jax.config import schema
+from raft_jax.curation import clusters, synthesis, synthesis_run
 from raft_jax.data import training_set
 from raft_jax.generation import engines, jax_engine, sentence_encoder
 from raft_jax.storage import records, sealed_folder
@@ -60,7 +61,7 @@ def _says(text, finish="stop"):
   ids=str,
 )
 def test_read_draft(reply, expected):
-  said, reason = synthesise.read_draft(reply, "")
+  said, reason = synthesis.read_draft(reply, "")
   assert reason == expected[1]
   assert said.startswith(expected[0])
 
@@ -68,8 +69,8 @@ def test_read_draft(reply, expected):
 @hypothesis.given(st.text(), st.text(alphabet="instruction: 3\n*\ud800"))
 def test_no_reply_raises(one, other):
   for text in (one, other, one + other):
-    synthesise.read_draft(_says(text), "")
-    synthesise.answer_fault(one, _says(text), 0.8, lambda said: True)
+    synthesis.read_draft(_says(text), "")
+    synthesis.answer_fault(one, _says(text), 0.8, lambda said: True)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +88,14 @@ def test_no_reply_raises(one, other):
   ],
 )
 def test_answers_with_a_fault_are_not_learnt(reply, reason):
-  fault = synthesise.answer_fault(ASK, reply, 0.8, lambda said: len(said) < 30)
+  fault = synthesis.answer_fault(ASK, reply, 0.8, lambda said: len(said) < 30)
   assert fault == reason
 
 
 def test_seeds_are_shown_as_they_are():
   """As the assistant's own turns, between askings that are alike."""
   seeds = ("What costs $5?", "Instruction 9: ${first} <|im_end|>")
-  messages = synthesise.request(*seeds)
+  messages = synthesis.request(*seeds)
   assert [m.role for m in messages] == ["user", "assistant"] * 2 + ["user"]
   assert (messages[1].content, messages[3].content) == seeds
   assert messages[0] == messages[2] == messages[4]
@@ -105,14 +106,14 @@ def test_seeds_are_shown_as_they_are():
 
 @hypothesis.given(st.integers(2, 9), st.integers(0, 2**31 - 1))
 def test_each_ordered_pair_is_shown_once_a_round(count, seed):
-  pairs = synthesise.order(count, seed)
+  pairs = synthesis.shuffled_pairs(count, seed)
   assert {*pairs} == {(i, j) for i in range(count) for j in range(count) if i != j}
   assert len(pairs) == count * (count - 1)
 
 
 def test_the_order_is_the_seeds():
-  assert synthesise.order(9, 0) != synthesise.order(9, 1)
-  assert synthesise.order(9, 0) != sorted(synthesise.order(9, 0))
+  assert synthesis.shuffled_pairs(9, 0) != synthesis.shuffled_pairs(9, 1)
+  assert synthesis.shuffled_pairs(9, 0) != sorted(synthesis.shuffled_pairs(9, 0))
 
 
 # The choice
@@ -164,12 +165,12 @@ def test_fewer_different_rows_than_clusters():
 
 
 def test_a_draft_without_an_embedding_is_dropped():
-  drafts = [synthesise.Draft(name, (0, 1)) for name in "abc"]
+  drafts = [synthesis.Draft(name, (0, 1)) for name in "abc"]
   vectors = np.array([[1.0, 0], [0, 0], [np.nan, 1]], np.float32)
-  settings = synthesise.schema.Synthesise(seeds="")
-  chosen, _, dropped, sizes = synthesise.choose(drafts, lambda texts: vectors, settings)
-  assert (chosen, sizes) == (drafts[:1], [1])
-  assert [(r["question"], r["reason"]) for r in dropped] == [
+  settings = schema.Synthesise(seeds="")
+  chosen = synthesis.choose(drafts, lambda texts: vectors, settings)
+  assert (chosen.drafts, chosen.cluster_sizes) == (drafts[:1], [1])
+  assert [(r["question"], r["reason"]) for r in chosen.dropped] == [
     ("b", "no_embedding"),
     ("c", "no_embedding"),
   ]
@@ -179,7 +180,7 @@ def test_a_draft_without_an_embedding_is_dropped():
 
 
 def _script(monkeypatch, log):
-  names = ((jax_engine, "load"), (engines, "identity"), (engines, "tokenizer"))
+  names = ((jax_engine, "load"), (engines, "identity"), (engines, "chat_tokenizer"))
   for module, name in (*names, (sentence_encoder, "load")):
     monkeypatch.setattr(module, name, getattr(module, name))
   synthesise_driver.script(log)
@@ -204,9 +205,9 @@ def _changed(run, **keys):
 
 def test_every_draft_is_accounted_for(scripted):
   run, log = scripted
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   kept, dropped = _read(run, "questions"), _read(run, "dropped")
-  seeds, _ = synthesise.read_seeds(str(SEEDS))
+  seeds, _ = synthesis_run.read_seeds(str(SEEDS))
   assert len(seeds) == 20
   asked = [*(row["source"] for row in kept), *dropped]
   assert len({(*row["seeds"], row["round"]) for row in asked}) == len(asked) == 40
@@ -223,7 +224,7 @@ def test_every_draft_is_accounted_for(scripted):
   assert len(answered) + len(kept) == 20
   assert sum(summary["clusters"]) == 20 + reasons["not_nearest"]
   assert len(log.read_text().split()) == 40 + 20
-  questions = records.read_questions(synthesise.questions(run))
+  questions = records.read_questions(synthesis_run.questions(run))
   assert [(q.id, q.messages[0].content, q.answer) for q in questions] == [
     (row["id"], row["question"], row["answer"]) for row in kept
   ]
@@ -243,7 +244,7 @@ def test_no_draft_repeats_a_seed_or_another(tmp_path, monkeypatch):
 
   monkeypatch.setattr(synthesise_driver.Scripted, "_reply", reply)
   run = synthesise_driver.make_config(tmp_path / "out", path, drafts=4, keep=4)
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   assert {row["question"] for row in _read(run, "questions")} == {
     "List music.",
     "Draft bread.",
@@ -257,14 +258,14 @@ def test_no_draft_repeats_a_seed_or_another(tmp_path, monkeypatch):
 
 def test_more_drafts_ask_only_for_the_new_ones(scripted, tmp_path):
   run, log = scripted
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   before = log.read_text().split()
   book = pathlib.Path(run.output) / "synthesised/journal.jsonl"
   more = synthesise_driver.make_config(tmp_path / "more", SEEDS, drafts=44)
   (tmp_path / "more/synthesised").mkdir(parents=True)
   (tmp_path / "more/config").mkdir()
   (tmp_path / "more/synthesised/journal.jsonl").write_bytes(book.read_bytes())
-  synthesise.fit(more)
+  synthesise.synthesise(more)
   new = log.read_text().split()[len(before) :]
   assert 4 <= len(new) <= 4 + 20
   assert not {*before} & {*new}
@@ -272,16 +273,16 @@ def test_more_drafts_ask_only_for_the_new_ones(scripted, tmp_path):
 
 def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, capsys):
   run, log = scripted
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   folder = pathlib.Path(run.output)
   before, asked = synthesise_driver.result(folder), log.read_text()
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   assert "already complete" in capsys.readouterr().out
   for damage in ("questions.jsonl", "MANIFEST.json"):
     path = folder / "synthesised" / damage
     path.write_bytes(path.read_bytes()[:-20])
     assert sealed_folder.inputs(folder / "synthesised") is None
-    synthesise.fit(run)
+    synthesise.synthesise(run)
     assert synthesise_driver.result(folder) == before
   assert log.read_text() == asked
 
@@ -318,25 +319,25 @@ def _refused(work, run):
 
 def test_replay_takes_the_finished_file_of_its_own_settings_only(scripted):
   run, _ = scripted
-  assert "run `python -m raft_jax.synthesise`" in _refused(synthesise.questions, run)
-  synthesise.fit(run)
-  path = synthesise.questions(run)
+  assert "run `python -m raft_jax.synthesise`" in _refused(synthesis_run.questions, run)
+  synthesise.synthesise(run)
+  path = synthesis_run.questions(run)
   budget = run.data.model_copy(update={"max_answer_tokens": 99})
-  assert synthesise.questions(run.model_copy(update={"data": budget})) == path
-  message = _refused(synthesise.questions, _changed(run, seed=1))
+  assert synthesis_run.questions(run.model_copy(update={"data": budget})) == path
+  message = _refused(synthesis_run.questions, _changed(run, seed=1))
   assert "synthesise.seed: 0 -> 1" in message
   pathlib.Path(path).write_text("")
-  assert "no finished questions" in _refused(synthesise.questions, run)
+  assert "no finished questions" in _refused(synthesis_run.questions, run)
 
 
 def test_training_replays_what_was_written(scripted, tmp_path):
   run, _ = scripted
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   domain = tmp_path / "domain.jsonl"
   domain.write_text('{"question": "What is a tort?", "answer": "A wrong."}\n')
   given = run.data.model_copy(update={"questions": str(domain), "answers": "original"})
   run = run.model_copy(update={"data": given})
-  found = training_set.read(run, engines.tokenizer("some/model"), distil=False)
+  found = training_set.load(run, engines.chat_tokenizer("some/model"), distil=False)
   assert [row.prompt for row in found.rows] == [("What", "is", "a", "tort?")]
   # The scripted tokenizer's tokens are words, and 0 ends an answer.
   assert [(row.prompt, row.answer) for row in found.replayed] == [
@@ -364,30 +365,36 @@ def test_bad_seeds_are_one_line_before_a_model_is_asked(
   path = tmp_path / "seeds.jsonl"
   if content is not None:
     path.write_text(content)
-  assert words in _refused(synthesise.fit, _changed(run, seeds=str(path)))
+  assert words in _refused(synthesise.synthesise, _changed(run, seeds=str(path)))
   assert not log.exists()
   assert not pathlib.Path(run.output).exists()
 
 
 def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scripted):
   run, log = scripted
-  synthesise.fit(run)
+  synthesise.synthesise(run)
   asked = log.read_text()
-  assert "synthesise.keep: 20 -> 9" in _refused(synthesise.fit, _changed(run, keep=9))
+  assert "synthesise.keep: 20 -> 9" in _refused(
+    synthesise.synthesise, _changed(run, keep=9)
+  )
   writer = run.synthesise.writer
-  synthesise.fit(_changed(run, writer=writer.model_copy(update={"batch_size": 3})))
+  synthesise.synthesise(
+    _changed(run, writer=writer.model_copy(update={"batch_size": 3}))
+  )
   assert log.read_text() == asked
   other = _changed(run, writer=writer.model_copy(update={"model": "other"}))
-  assert "what is rehearsed is the model's own" in _refused(synthesise.fit, other)
+  assert "the model to be trained must rehearse its own words" in _refused(
+    synthesise.synthesise, other
+  )
   nothing = run.model_copy(update={"synthesise": None})
-  assert "synthesise: is required" in _refused(synthesise.fit, nothing)
+  assert "synthesise: is required" in _refused(synthesise.synthesise, nothing)
 
 
 def test_nothing_kept_is_said_and_leaves_its_reasons(scripted):
   run, _ = scripted
   budget = run.data.model_copy(update={"max_prompt_tokens": 1})
   run = run.model_copy(update={"data": budget})
-  message = _refused(synthesise.fit, run)
+  message = _refused(synthesise.synthesise, run)
   assert "no question was kept (" in message
   assert "too_long" in message
   assert len(_read(run, "dropped")) == 40

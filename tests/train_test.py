@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax import errors, refine, train
+from raft_jax import errors, train
 from raft_jax.config import load as config_load
+from raft_jax.curation import refined_folder
 from raft_jax.generation import engines
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
@@ -275,7 +276,7 @@ def test_records_refined_by_another_config_are_refused(tmp_path, source, law):
   output = tmp_path / "elsewhere"
   short_run.write_refined(output, law)
   _, settings = short_run.make_config(output, source, law)
-  config_load.lock_config(settings, "refine", refine.IDENTITY_KEYS)
+  config_load.lock_config(settings, "refine", refined_folder.IDENTITY_KEYS)
   train.fit(short_run.make_config(output, source, law, "train.max_steps=1")[1])
   other = str(law.parent / "web/train.jsonl")
   _, changed = short_run.make_config(output, source, law, f"data.questions={other}")
@@ -367,7 +368,7 @@ def test_answers_to_other_questions_than_the_file_has_now_are_refused(
   asked = tmp_path / "questions.jsonl"
   asked.write_bytes((law / "train.jsonl").read_bytes())
   for question in records.read_questions(asked):
-    digest.update(refine.hashed(question))
+    digest.update(refined_folder.question_bytes(question))
   short_run.write_refined(output, law, questions=digest.hexdigest())
   _, settings = short_run.make_config(output, source, law, f"data.questions={asked}")
   assert setup.prepare(settings).total_steps == short_run.STEPS

@@ -248,7 +248,7 @@ class Replayer:
     chosen = draw(chances_N, self._plan.size, seed=self._plan.seed, now=step + 1)
     self._drawn = step, chosen
     rows = [self._plan.rows[i] for i in chosen]
-    return batching.ending_with(
+    return batching.replace_last_rows(
       batch, rows, pad_id=self._plan.pad_id, widths=self._plan.widths
     )
 

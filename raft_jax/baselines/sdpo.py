@@ -90,7 +90,7 @@ def instruct(
     [rouge.rouge_l(answer, found) for (_, answer), found in zip(source, texts)]
   )
   success_B = (reward_B >= success) & np.array([bool(found) for found in texts])
-  width = batching.rounded(max_tokens)
+  width = batching.padded_width(max_tokens)
   context_BC = np.full((len(texts), width), tokenizer.pad_id, np.int32)
   context_length_B = np.ones(len(texts), np.int32)  # a row without context reads a pad
   taught_B = np.zeros(len(texts), bool)

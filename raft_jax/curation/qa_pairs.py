@@ -129,7 +129,7 @@ def is_pair(value: Any) -> bool:
   )
 
 
-def sound(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Dropped]]:
+def drop_flawed(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Dropped]]:
   """The pairs in which no rule finds a flaw: no judge need see the others."""
   kept, dropped = [], []
   for pair in pairs:
@@ -214,7 +214,7 @@ def objection(verdicts: Sequence[Mapping[str, bool] | None]) -> str | None:
 # Duplicates
 
 
-def unlike(
+def drop_repeats(
   items: Sequence[Item],
   content: Callable[[Item], str],
   threshold: float,

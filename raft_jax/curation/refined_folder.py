@@ -1,38 +1,79 @@
-"""What a refinement writes: summary, report, shards, and the manifest last of all."""
+"""The folder of a refinement: what decides its content, its summary, and its seal."""
 
 from __future__ import annotations
 
 import collections
-import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import rich.console
-import rich.table
-
+from raft_jax import errors
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.curation import refinement
 from raft_jax.generation import calls as calls_lib
-from raft_jax.reporting import refine_page
-from raft_jax.runtime import interrupts, progress
-from raft_jax.storage import atomic, records, shards
+from raft_jax.runtime import interrupts
+from raft_jax.storage import journal, records, sealed_folder, shards
+
+FOLDER = "refined"
+"""Name of the folder in a run's output."""
+
+IDENTITY_KEYS = (
+  "model.source",
+  "model.chat_template",
+  "model.dtype",
+  "data.questions",
+  "refine.prompt",
+  "refine.encoder",
+  "refine.similarity_threshold",
+  "refine.seed",
+  *(
+    f"refine.{part}.{key}"
+    for part, section in (
+      ("rewriter", schema.Engine),
+      ("fusion", schema.Fusion),
+      ("judges.*", schema.Judge),
+    )
+    for key in section.model_fields
+    if key not in schema.PLACEMENT
+  ),
+)
+"""Config keys that decide the refined records. A second run into the same folder may
+not change them."""
+
+SELECTION_KEYS = (
+  "refine.similarity_threshold",
+  "refine.fusion.rounds",
+  "refine.fusion.accept_at",
+  "refine.judges",
+)
+"""The `IDENTITY_KEYS` that `--select-only` may change, since it generates no text."""
+
+WriteReport = Callable[[Iterable[records.Refined], Mapping[str, Any]], None]
+"""Writes the report page from the records, read once, and the summary."""
 
 
-def costs(calls: calls_lib.Calls) -> dict[str, Any]:
-  """What the calls of this result cost, for summary.json."""
-  made = calls.costs()
+def question_bytes(question: records.Question) -> bytes:
+  """The part of a question that enters the digest of all questions."""
+  return journal.canonical(
+    [question.id, question.domain, question.messages, question.answer]
+  ).encode()
+
+
+def call_costs(calls: calls_lib.Calls) -> dict[str, Any]:
+  """The calls, seconds and tokens of these results, for summary.json."""
+  by_role = calls.costs()
+  truncated = calls.totals("truncated")["truncated"].get("encode", 0)
   return {
-    **made,
-    "encoder_truncated": int(calls.totals("truncated")["truncated"].get("encode", 0)),
-    "unused_calls": len(calls.book.calls) - sum(made["calls"].values()),
+    **by_role,
+    "encoder_truncated": int(truncated),
+    "unused_calls": len(calls.book.calls) - sum(by_role["calls"].values()),
   }
 
 
 def summarise(
-  refined: Iterable[records.Refined], threshold: float, made: Mapping[str, Any]
+  refined: Iterable[records.Refined], threshold: float, costs: Mapping[str, Any]
 ) -> dict[str, Any]:
   """The content of summary.json; `accepted` counts rewrites that passed the filter."""
   total = passed = abstained = 0
@@ -50,7 +91,7 @@ def summarise(
       bins[min(math.floor(record.similarity * 20), 19)] += 1
     if record.rounds:
       rounds[str(len(record.rounds))] += 1
-    abstained += sum(past.scores.count(None) for past in record.rounds)
+    abstained += sum(result.scores.count(None) for result in record.rounds)
   lowest = min([0, *bins])
   return {
     "questions": total,
@@ -65,69 +106,55 @@ def summarise(
     "reasons": dict(reasons.most_common()),
     "chosen": dict(chosen.most_common()),
     "judge_failures": abstained,
-    **made,
+    **costs,
   }
 
 
-def seal(
-  run: schema.Config,
+def finish(
   folder: pathlib.Path,
   spool: shards.Spool,
-  made: Mapping[str, Any],
+  *,
+  model_source: str,
+  settings: schema.Refine,
+  costs: Mapping[str, Any],
   meta: Mapping[str, Any],
-) -> None:
-  """Summary and report, then shards, and the manifest that seals all of them last."""
+  write_report: WriteReport,
+) -> Mapping[str, Any]:
+  """Writes summary and report, then the shards, and last the manifest that seals them.
+
+  Args:
+    spool: every refined record as JSON.
+    costs: entries of the summary about calls.
+    meta: entries of the manifest that identify the inputs.
+
+  Returns:
+    The summary.
+  """
   summary = summarise(
-    map(records.from_json, spool), run.refine.similarity_threshold, made
+    map(records.from_json, spool), settings.similarity_threshold, costs
   )
-  with atomic.replacing(folder / "summary.json") as temporary:
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-  page = folder / "refine_report.html"
-  refine_page.write(
-    page,
-    map(records.from_json, spool),
-    summary,
-    judges=[each.model or each.engine for each in run.refine.judges],
-    accept_at=run.refine.fusion.accept_at,
-    title=pathlib.Path(run.output).name,
-  )
-  settings = {"model": run.model.source, "refine": run.refine.model_dump(mode="json")}
+  sealed_folder.write_summary(folder, summary)
+  write_report(map(records.from_json, spool), summary)
+  identity = {"model": model_source, "refine": settings.model_dump(mode="json")}
+  counted = ("questions", "accepted", "reasons", "chosen")
   shards.write_shards(
     folder,
     spool,
-    records_per_shard=run.refine.records_per_shard,
+    records_per_shard=settings.records_per_shard,
     meta={
       **meta,
-      "config": config_load.digest(settings),
-      "counts": {k: summary[k] for k in ("questions", "accepted", "reasons", "chosen")},
+      "config": config_load.digest(identity),
+      "counts": {key: summary[key] for key in counted},
     },
   )
-  show(summary)
-  print(f"report: {page}")
+  return summary
 
 
-def show(summary: Mapping[str, Any]) -> None:
-  """Prints the summary as a table, and what is worth a second look."""
-  table = rich.table.Table(title="refinement", show_header=False)
-  table.add_row("questions", str(summary["questions"]))
-  table.add_row(
-    f"rewrites with cosine >= {summary['threshold']:g}",
-    f"{summary['accepted']} ({summary['accept_rate']:.0%})",
-  )
-  for name in ("chosen", "reasons", "rounds", "seconds", "tokens", "thinking_tokens"):
-    values = summary.get(name, {})
-    if any(value or value is None for value in values.values()):
-      title = {"rounds": "rounds taken", "thinking_tokens": "tokens of thinking"}
-      table.add_row(title.get(name, name), progress.amounts(values))
-  table.add_row("judge abstentions", str(summary["judge_failures"]))
-  rich.console.Console().print(table)
-  if summary.get("encoder_truncated"):
-    print(
-      f"{summary['encoder_truncated']} texts were longer than the encoder reads: "
-      "their cosine is of a part"
-    )
-  if summary.get("unused_calls"):
-    print(
-      f"{summary['unused_calls']} journalled calls belong to rows or settings that are "
-      "gone, or to other runs"
-    )
+def sealed_inputs(folder: pathlib.Path) -> str | None:
+  """The digest of the inputs of a finished folder; None if unfinished or damaged."""
+  if not (folder / sealed_folder.SUMMARY).exists():
+    return None
+  try:
+    return shards.read_manifest(folder).meta.get("inputs")
+  except errors.UserError:
+    return None  # the journal rebuilds it

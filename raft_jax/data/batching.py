@@ -1,7 +1,7 @@
-"""Questions to batches: token rows, padded widths, and an order that is a function.
+"""Batches of token rows, each a pure function of the rows, the seed and the step.
 
-The whole set is tokenised once (a few thousand rows). A batch is a pure function of
-(rows, seed, step), so a run's position is its step number, on any number of hosts.
+The whole set is tokenised once (a few thousand rows). The position of a run is its step
+number, on any number of hosts.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from raft_jax import errors
 from raft_jax.hf import chat
 from raft_jax.storage import records, rejects
 
-# Numpy's or a device's: the same for all who read a batch.
 Array = Any
+"""An array of numpy, or of a device."""
 
 WIDTH_MULTIPLE = 16
-READ_THREADS = 2  # collating is light; more would only fight over Python's lock
+READ_THREADS = 2  # collating is cheap; more threads would only contend for the GIL
 PREFETCH = 8
 
 
 Conversation = tuple[Sequence[records.Message], str]
-"""A conversation up to the user's turn, and its answer."""
-
+"""A conversation up to a user's turn, and its answer."""
 
 Widths = tuple[int, int, int]
-"""Of a prompt, an answer and a teacher's context, in tokens."""
+"""Tokens of a prompt, an answer and a teacher's context."""
 
 
 class Row(NamedTuple):
-  """Token ids of one example; `row_id` is its place in the sequence it came from."""
+  """Token ids of one example; `row_id` is its index among the examples."""
 
   prompt: tuple[int, ...]
   answer: tuple[int, ...]
@@ -43,10 +42,9 @@ class Row(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """int32 arrays, right-padded with the pad id; lengths count the tokens that are real.
+  """int32 arrays, right-padded with the pad id; lengths count the real tokens.
 
-  B batch, P prompt width, A answer width, C teacher-context width. Made of numpy
-  arrays; inside a training step they are the devices'.
+  B batch, P prompt width, A answer width, C teacher-context width.
   """
 
   prompt_BP: Array
@@ -70,75 +68,89 @@ def encode_rows(
   unusable: str,
   places: Sequence[rejects.Place],
 ) -> tuple[list[Row], list[rejects.Reject]]:
-  """Tokenises (messages, answer) pairs; never truncates.
+  """Tokenises examples; never truncates one.
 
   Args:
-    examples: conversation up to a user turn, and the answer to learn.
-    tokenizer: tokenizer and chat template.
-    teacher_context: "chat", "paper" or "none", see `chat.teacher_ids`.
-    max_prompt_tokens: budget of a row's prompt; the next two, of its answer with its
-      end token and of the teacher's context without the rollout.
-    too_long: "error" refuses a row over a budget, "skip" sets it aside.
-    unusable: the same of a row that the chat template refuses.
+    teacher_context: "chat", "paper" or "none"; see `chat.teacher_ids`.
+    max_prompt_tokens: budget of a prompt.
+    max_answer_tokens: budget of an answer with its end token.
+    max_teacher_tokens: budget of the teacher's context without the rollout.
+    too_long: what to do with a row over a budget: "error", or "skip" to set it aside.
+    unusable: the same for a row that the chat template refuses.
     places: where the examples are.
 
   Returns:
     The rows, and those set aside.
 
   Raises:
-    errors.UserError: a row is refused, which is named, or no row is left.
+    errors.UserError: names the first row that is refused, or no row is left.
   """
   if len(places) != len(examples):
     raise ValueError(f"{len(examples)} examples but {len(places)} places")
   limits = (max_prompt_tokens, max_answer_tokens, max_teacher_tokens)
-  rows: list[Row] = []
-  over: list[Row] = []
-  aside: dict[int, rejects.Reject] = {}
-  for row_id, (messages, answer) in enumerate(examples):
-    try:
-      prompt, learned, teacher = chat.row_ids(
-        tokenizer, messages, answer, teacher_context
-      )
-    except errors.UserError as error:  # of the chat template
-      aside[row_id] = rejects.Reject(places[row_id], str(error), "refused")
-      continue
-    row = Row(tuple(prompt), tuple(learned), tuple(teacher), row_id)
-    fits = all(have <= limit for have, limit in zip(_lengths(row), limits))
-    (rows if fits else over).append(row)
-  if aside and unusable == "error":
-    first = next(iter(aside.values()))
+  rows, over, refused = _tokenise(examples, tokenizer, teacher_context, limits, places)
+  if refused and unusable == "error":
     raise errors.UserError(
-      f"{first} ({len(aside)} of {len(examples)} rows are refused), or set "
-      "data.unusable=skip to set such rows aside"
+      f"{next(iter(refused.values()))} ({len(refused)} of {len(examples)} rows are "
+      "refused), or set data.unusable=skip to set such rows aside"
     )
   if over and too_long == "error":
     raise errors.UserError(_over_budget(over, limits, places, len(examples)))
-  for row in over:
-    reason = "is too long: " + _exceeded(row, limits)
-    aside[row.row_id] = rejects.Reject(places[row.row_id], reason, "too_long")
-  found = [aside[row_id] for row_id in sorted(aside)]
+  by_id = refused | {
+    row.row_id: rejects.Reject(
+      places[row.row_id], "is too long: " + _exceeded(row, limits), "too_long"
+    )
+    for row in over
+  }
+  set_aside = [by_id[row_id] for row_id in sorted(by_id)]
   if not rows:
-    budgets = "raise data.max_prompt_tokens, data.max_answer_tokens or "
-    remedy = f"; {budgets}data.max_teacher_tokens" if over else ""
+    budgets = (
+      "data.max_prompt_tokens, data.max_answer_tokens or data.max_teacher_tokens"
+    )
     raise errors.UserError(
       f"data: no row is left of {len(examples)} ({len(over)} over a budget); the first "
-      f"is {found[0] if found else 'missing'}{remedy}"
+      f"is {set_aside[0] if set_aside else 'missing'}"
+      f"{f'; raise {budgets}' if over else ''}"
     )
-  return rows, found
+  return rows, set_aside
+
+
+def _tokenise(
+  examples: Sequence[Conversation],
+  tokenizer: chat.ChatTokenizer,
+  teacher_context: str,
+  limits: Widths,
+  places: Sequence[rejects.Place],
+) -> tuple[list[Row], list[Row], dict[int, rejects.Reject]]:
+  """Rows within the limits, rows over one, and by row id those the template refuses."""
+  rows: list[Row] = []
+  over: list[Row] = []
+  refused: dict[int, rejects.Reject] = {}
+  for row_id, (messages, answer) in enumerate(examples):
+    try:
+      ids = chat.row_ids(tokenizer, messages, answer, teacher_context)
+    except errors.UserError as error:
+      refused[row_id] = rejects.Reject(places[row_id], str(error), "refused")
+      continue
+    prompt, learned, teacher = map(tuple, ids)
+    row = Row(prompt, learned, teacher, row_id)
+    fits = all(length <= limit for length, limit in zip(_lengths(row), limits))
+    (rows if fits else over).append(row)
+  return rows, over, refused
 
 
 def _lengths(row: Row) -> Widths:
   return len(row.prompt), len(row.answer), len(row.teacher)
 
 
-_KINDS = ("prompt", "answer", "teacher")
+_PARTS = ("prompt", "answer", "teacher")
 
 
 def _exceeded(row: Row, limits: Sequence[int]) -> str:
   return ", ".join(
-    f"{kind} of {have} tokens > data.max_{kind}_tokens={limit}"
-    for kind, have, limit in zip(_KINDS, _lengths(row), limits)
-    if have > limit
+    f"{part} of {length} tokens > data.max_{part}_tokens={limit}"
+    for part, length, limit in zip(_PARTS, _lengths(row), limits)
+    if length > limit
   )
 
 
@@ -151,9 +163,9 @@ def _over_budget(
   first = over[0]
   needed = [max(column) for column in zip(*map(_lengths, over))]
   remedy = ", ".join(
-    f"data.max_{kind}_tokens={need}"
-    for kind, need, limit in zip(_KINDS, needed, limits)
-    if need > limit
+    f"data.max_{part}_tokens={length}"
+    for part, length, limit in zip(_PARTS, needed, limits)
+    if length > limit
   )
   return (
     f"{places[first.row_id]} is too long: {_exceeded(first, limits)} ({len(over)} of "
@@ -165,17 +177,19 @@ def _over_budget(
 def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[Widths]:
   """At most `buckets` padded widths (P, A, C), ascending; the last holds every row.
 
-  A batch is as wide as its widest row, so bucket i of n stands at the lengths that
-  about i/n of random batches stay within: the (i/n)^(1/batch_size) quantile of rows.
+  A batch is as wide as its widest row. Bucket i of n is therefore wide enough for about
+  i/n of random batches: it is the (i/n)^(1/batch_size) quantile of the rows' lengths.
   """
   lengths = np.array([_lengths(row) for row in rows])
   shares = np.arange(1, buckets + 1) / buckets
-  found = np.quantile(lengths, shares ** (1 / batch_size), axis=0, method="higher")
-  return sorted({(rounded(p), rounded(a), rounded(c)) for p, a, c in found})
+  quantiles = np.quantile(lengths, shares ** (1 / batch_size), axis=0, method="higher")
+  return sorted(
+    {(padded_width(p), padded_width(a), padded_width(c)) for p, a, c in quantiles}
+  )
 
 
-def rounded(length: int) -> int:
-  """The least width that holds so many tokens."""
+def padded_width(length: int) -> int:
+  """The smallest width that holds `length` tokens, a multiple of WIDTH_MULTIPLE."""
   return -(-int(length) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
@@ -189,26 +203,26 @@ def dataset(
   epochs: int | None = None,
   steps: int | None = None,
   replayed: Sequence[Row] = (),
-  replays: int = 0,
-  group: int = 1,
+  replays_per_batch: int = 0,
+  copies: int = 1,
 ) -> grain.MapDataset[Batch]:
-  """All batches of a run; element n is the batch of step n, whoever asks and when.
+  """All batches of a run; element n is the batch of step n.
 
-  Each epoch is shuffled anew and gives len(rows) // batch_size batches; the few rows
-  over are other ones in each epoch, and no batch mixes two epochs.
+  Each epoch is shuffled anew and gives len(rows) // batch_size batches. The remaining
+  rows differ from epoch to epoch, and no batch mixes two epochs.
 
   Args:
     batch_size: rows of each batch, without the replayed ones.
     epochs: passes over the rows.
     steps: exact number of batches if `epochs` is None, else an upper bound.
-    replayed: rows of another kind, as many as are replayed at once or more; they are
-      passed over as often as it takes, in an order of their own.
-    replays: how many of them follow the others in every batch.
-    group: copies of each row, one after another; copy g of row id i has the id
-      i * group + g, which makes its randomness its own.
+    replayed: rows of another kind, which are repeated as often as needed, in their own
+      order.
+    replays_per_batch: number of them after the other rows of every batch.
+    copies: copies of each row, one after another. Copy g of row id i has the id
+      i * copies + g, so that each copy has its own randomness.
 
   Raises:
-    errors.UserError: there are fewer rows than one batch takes.
+    errors.UserError: there are fewer rows than one batch needs.
   """
   if epochs is None and steps is None:
     raise ValueError("give epochs, steps or both")
@@ -217,35 +231,37 @@ def dataset(
       f"train.batch_size={batch_size} needs as many rows, and there are {len(rows)}: "
       f"set train.batch_size={max(1, len(rows))} or less, or give more questions"
     )
-
-  if len(replayed) < replays:
+  if len(replayed) < replays_per_batch:
     raise errors.UserError(
-      f"replay.questions: {len(replayed)} rows are fewer than the {replays} of one "
-      "batch; give more of them, or lower replay.share"
+      f"replay.questions: {len(replayed)} rows are fewer than the {replays_per_batch} "
+      "of one batch; give more of them, or lower replay.share"
     )
   per_epoch = len(rows) // batch_size
-  wanted = [n for n in (steps, epochs and epochs * per_epoch) if n is not None]
-  total = min(wanted)
-  batches = _orders(len(rows), batch_size, total, seed)
-  # Another seed, or sets of one size would always meet in the same pairs.
-  others = _orders(len(replayed), replays, total, seed ^ 1) if replays else None
+  total = min(n for n in (steps, epochs and epochs * per_epoch) if n is not None)
+  batches = _shuffled_batches(len(rows), batch_size, total, seed)
+  replay_batches = None
+  if replays_per_batch:
+    # With the same seed, sets of equal size would always meet in the same pairs.
+    replay_batches = _shuffled_batches(
+      len(replayed), replays_per_batch, total, seed ^ 1
+    )
 
   def collate(step: int) -> Batch:
     chosen = [rows[i] for i in batches[step]]
-    if others is not None:
-      chosen += [replayed[i] for i in others[step]]
-    if group > 1:
+    if replay_batches is not None:
+      chosen += [replayed[i] for i in replay_batches[step]]
+    if copies > 1:
       chosen = [
-        row._replace(row_id=row.row_id * group + copy)
+        row._replace(row_id=row.row_id * copies + copy)
         for row in chosen
-        for copy in range(group)
+        for copy in range(copies)
       ]
     return _collate(chosen, pad_id, widths)
 
   return grain.MapDataset.range(total).map(collate)
 
 
-def _orders(
+def _shuffled_batches(
   rows: int, batch_size: int, total: int, seed: int
 ) -> grain.MapDataset[np.ndarray]:
   """`total` batches of row numbers, shuffled anew for each pass over the rows."""
@@ -259,11 +275,11 @@ def _orders(
   )
 
 
-def replays(batch_size: int, share: float) -> int:
-  """How many replayed rows make up `share` of a batch, beside `batch_size` others.
+def count_replays(batch_size: int, share: float) -> int:
+  """The number of replayed rows that are `share` of a batch with `batch_size` others.
 
   Raises:
-    errors.UserError: that is no whole number; names the nearest shares that are.
+    errors.UserError: it is not a whole number; names the nearest shares that give one.
   """
   exact = share * batch_size / (1 - share)
   count = round(exact)
@@ -276,14 +292,14 @@ def replays(batch_size: int, share: float) -> int:
   )
 
 
-def ending_with(
+def replace_last_rows(
   batch: Batch,
   rows: Sequence[Row],
   *,
   pad_id: int,
   widths: Sequence[Widths],
 ) -> Batch:
-  """The batch with other rows in the place of its last ones, as wide as they need."""
+  """The batch with `rows` in place of its last ones, padded to the width they need."""
   kept = [
     Row(
       tuple(batch.prompt_BP[i, : batch.prompt_length_B[i]].tolist()),
@@ -296,10 +312,13 @@ def ending_with(
   return _collate([*kept, *rows], pad_id, widths)
 
 
-def in_order(
+def sequential_batches(
   rows: Sequence[Row], batch_size: int, *, pad_id: int, width: Widths
 ) -> list[Batch]:
-  """Every row once, in batches of one shape; the last is filled up with its first."""
+  """Every row once, in order and in batches of one shape.
+
+  The last batch is filled up with its own first rows.
+  """
   batches = []
   for start in range(0, len(rows), batch_size):
     part = rows[start : start + batch_size]
@@ -316,10 +335,16 @@ def _collate(rows: Sequence[Row], pad_id: int, widths: Sequence[Widths]) -> Batc
       break
   else:
     raise ValueError(f"rows of lengths {needed} fit none of the widths {widths}")
+  prompt_BP, prompt_length_B = _pad([row.prompt for row in rows], triple[0], pad_id)
+  answer_BA, answer_length_B = _pad([row.answer for row in rows], triple[1], pad_id)
+  teacher_BC, teacher_length_B = _pad([row.teacher for row in rows], triple[2], pad_id)
   return Batch(
-    *_pad([row.prompt for row in rows], triple[0], pad_id),
-    *_pad([row.answer for row in rows], triple[1], pad_id),
-    *_pad([row.teacher for row in rows], triple[2], pad_id),
+    prompt_BP,
+    prompt_length_B,
+    answer_BA,
+    answer_length_B,
+    teacher_BC,
+    teacher_length_B,
     np.array([row.row_id for row in rows], np.int32),
   )
 
@@ -336,10 +361,10 @@ def _pad(
 def iterate(
   batches: grain.MapDataset[Batch], *, start_step: int = 0
 ) -> Iterator[Batch]:
-  """Batches of steps start_step, start_step + 1, ..., read ahead in threads."""
+  """The batches from `start_step` on, read ahead in threads."""
   if not 0 <= start_step <= len(batches):
     raise ValueError(f"step {start_step} is outside a run of {len(batches)} steps")
-  if start_step == len(batches):  # a finished run; grain has no empty slice
+  if start_step == len(batches):  # the run is finished; grain has no empty slice
     return iter(())
   tail = batches.slice(slice(start_step, len(batches)))
   options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=PREFETCH)

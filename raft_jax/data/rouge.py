@@ -1,4 +1,4 @@
-"""ROUGE-L, the likeness of an answer to a reference by their common words."""
+"""ROUGE-L: the similarity of an answer to a reference by their common words."""
 
 import functools
 
@@ -14,6 +14,6 @@ def rouge_l(reference: str, answer: str) -> float:
   """F1 of the longest common subsequence of stemmed words, 0..1.
 
   Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. The library
-  compares letters and digits of the Latin script only.
+  compares only letters and digits of the Latin script.
   """
   return float(_scorer().score(reference, answer)["rougeL"].fmeasure)

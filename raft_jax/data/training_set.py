@@ -1,4 +1,4 @@
-"""What a run learns from: the questions and answers that its config names, as ids."""
+"""The questions and answers that a run learns from, as token ids."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from raft_jax import errors, refine, synthesise
+from raft_jax import errors
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
-from raft_jax.curation import refinement
+from raft_jax.curation import refined_folder, refinement, synthesis_run
 from raft_jax.data import batching
 from raft_jax.hf import chat
-from raft_jax.storage import records, shards
+from raft_jax.storage import records, sealed_folder, shards
 from raft_jax.storage import rejects as rejects_lib
 
-REFINED = (*refine.IDENTITY_KEYS, "data.limit")
-"""Keys that decide the refined records which a run learns from."""
+REFINED_KEYS = (*refined_folder.IDENTITY_KEYS, "data.limit")
+"""Config keys that decide the refined records which a run learns from."""
 
 
-class Examples(NamedTuple):
-  """Token rows, the rows that were set aside, and what identifies them.
+class Example(NamedTuple):
+  """A conversation up to a user turn, the answer to learn, and where they are."""
+
+  place: rejects_lib.Place
+  messages: tuple[records.Message, ...]
+  answer: str
+
+
+class TrainingSet(NamedTuple):
+  """The token rows of a run.
 
   Attributes:
     rows: of the domain.
-    replayed: of the `replay` section; their ids go on after the domain's.
-    general: of the `anchor` section, for the importance of parameters.
-    digest: sha256 of all of them.
-    asked: the texts of `rows` and `replayed` by row id.
+    replayed: of the section `replay`; their ids continue after the domain's.
+    general: of the section `anchor`, for the importance of parameters.
+    rejects: rows that were set aside.
+    digest: sha256 of all token rows.
+    questions_by_row: conversation and answer of each row and replayed row, by row id.
   """
 
   rows: list[batching.Row]
@@ -36,23 +45,23 @@ class Examples(NamedTuple):
   general: list[batching.Row]
   rejects: list[rejects_lib.Reject]
   digest: str
-  asked: Mapping[int, batching.Conversation]
+  questions_by_row: Mapping[int, batching.Conversation]
 
 
 def rewritten(record: records.Refined) -> str:
-  """The model's rewrite where it is usable, the original answer elsewhere.
+  """The model's rewrite where it is usable, else the original answer.
 
-  Self-distillation of Yang et al., arXiv 2402.13669: a check of form, and none of
-  likeness.
+  This is the self-distillation of Yang et al., arXiv 2402.13669, which checks the form
+  of a rewrite but not its similarity to the answer.
   """
   return record.question.answer if record.similarity is None else record.rewrite
 
 
 def filtered(record: records.Refined, threshold: float) -> str:
-  """Eq. 3 of RAFT (arXiv 2606.00147): the rewrite where its cosine with the original
-  answer reaches the threshold, else the original."""
-  near = refinement.passes(record.similarity, threshold)
-  return record.rewrite if near else record.question.answer
+  """The rewrite where it passes the filter of Eq. 3 of RAFT (arXiv 2606.00147), else
+  the original answer."""
+  accepted = refinement.passes(record.similarity, threshold)
+  return record.rewrite if accepted else record.question.answer
 
 
 ANSWERS: dict[str, Callable[[records.Refined, float], str]] = {
@@ -60,137 +69,150 @@ ANSWERS: dict[str, Callable[[records.Refined, float], str]] = {
   "filtered": filtered,
   "refined": lambda record, threshold: record.answer,
 }
-"""`data.answers` -> the answer that is learnt from a refined record, by the cosine's
-threshold."""
+"""For each value of `data.answers`: the answer to learn from a refined record, given
+the threshold of the cosine."""
 
 
-def read(
+def load(
   config: schema.Config, tokenizer: chat.ChatTokenizer, *, distil: bool
-) -> Examples:
-  """Reads and tokenises all that the run learns from.
+) -> TrainingSet:
+  """Reads and tokenises everything that the run learns from.
 
   Args:
-    distil: whether there is a teacher, whose context is wanted, too.
+    distil: whether there is a teacher, which needs a context of its own.
   """
+  data, replay, anchor = config.data, config.replay, config.anchor
   context = config.distill.teacher_context if distil else "none"
-  if context == "sibling":  # known after the rollouts
+  if context == "sibling":  # made after the rollouts
     context = "none"
-  domain, aside = _domain(config, tokenizer)
-  rows, more = _encode(config, tokenizer, domain, context)
-  aside += more
-  asked = {i: example[1:] for i, example in enumerate(domain)}
+  examples, rejects = _domain_examples(config, tokenizer)
+  rows, refused = _encode(examples, tokenizer, context, data)
+  rejects += refused
+  questions_by_row = {i: (e.messages, e.answer) for i, e in enumerate(examples)}
   replayed: list[batching.Row] = []
   general: list[batching.Row] = []
-  replay, anchor = config.replay, config.anchor
   if replay is not None and replay.share:
     first = max(row.row_id for row in rows) + 1
-    others, spoilt = _questions(
-      config, replay.questions or synthesise.questions(config)
-    )
-    found, more = _encode(config, tokenizer, others, context)
-    aside += spoilt + more
-    asked |= {first + i: e[1:] for i, e in enumerate(others)}
-    replayed = [row._replace(row_id=first + row.row_id) for row in found]
+    path = replay.questions or synthesis_run.questions(config)
+    examples, unusable = _read_examples(path, data)
+    encoded, refused = _encode(examples, tokenizer, context, data)
+    rejects += unusable + refused
+    questions_by_row |= {
+      first + i: (e.messages, e.answer) for i, e in enumerate(examples)
+    }
+    replayed = [row._replace(row_id=first + row.row_id) for row in encoded]
   if anchor is not None and anchor.importance != "none" and anchor.questions:
-    questions, spoilt = _questions(config, anchor.questions)
-    general, more = _encode(config, tokenizer, questions[: anchor.limit], "none")
-    aside += spoilt + more
-  every = [part for part in (rows, replayed, general) if part]
-  digest = hashlib.sha256(b"".join(repr(part).encode() for part in every)).hexdigest()
-  return Examples(rows, replayed, general, aside, digest, asked)
+    examples, unusable = _read_examples(anchor.questions, data)
+    general, refused = _encode(examples[: anchor.limit], tokenizer, "none", data)
+    rejects += unusable + refused
+  parts = [part for part in (rows, replayed, general) if part]
+  digest = hashlib.sha256(b"".join(repr(part).encode() for part in parts)).hexdigest()
+  return TrainingSet(rows, replayed, general, rejects, digest, questions_by_row)
 
 
-Example = tuple[rejects_lib.Place, tuple[records.Message, ...], str]
-"""Where it is, messages and the answer to learn."""
-
-
-def _domain(
+def _domain_examples(
   config: schema.Config, tokenizer: chat.ChatTokenizer
 ) -> tuple[list[Example], list[rejects_lib.Reject]]:
-  if config.data.answers == "original":
-    return _questions(config, config.data.questions)
-  folder = pathlib.Path(config.output) / "refined"
-  if not (folder / shards.MANIFEST).exists():
+  data = config.data
+  if data.answers == "original":
+    return _read_examples(data.questions, data)
+  folder = pathlib.Path(config.output) / refined_folder.FOLDER
+  if not (folder / sealed_folder.MANIFEST).exists():
     raise errors.UserError(
       f"{folder}: no refined records, which method {config.method!r} learns from; "
-      "run `python -m raft_jax.refine` with this config first (or "
+      "run `python -m raft_jax.refine` with this config first (or set "
       "data.answers=original)"
     )
-  # The records are of the questions and the model that this config names.
-  config_load.check_lock(config, "refine", REFINED)
+  config_load.check_lock(config, "refine", REFINED_KEYS)
   meta = shards.read_manifest(folder).meta
-  places = _check_questions(config, folder, meta.get("questions"))
-  made_with = meta.get("tokenizer")
-  if made_with not in (None, tokenizer.digest):
+  places = _check_questions(data, folder, meta.get("questions"))
+  if meta.get("tokenizer") not in (None, tokenizer.digest):
     raise errors.UserError(
       f"{folder}: its answers were written with another tokenizer or chat template "
-      f"than {config.model.source} has now; put the old one back, or refine into "
+      f"than {config.model.source} has now; restore the old one, or refine into "
       "another output"
     )
-  answer = ANSWERS[config.data.answers]
-  threshold = config.refine.similarity_threshold
-  found = [records.from_json(raw) for raw in shards.read_shards(folder)]
-  examples = [
-    (
-      places.get(r.question.id, rejects_lib.Place(r.question.id)),
-      r.question.messages,
-      answer(r, threshold),
-    )
-    for r in found
-  ]
-  return examples, []  # what refine set aside, it has listed
+  # Refinement has listed the rows that it set aside.
+  return _refined_examples(folder, data.answers, config.refine, places), []
+
+
+def _refined_examples(
+  folder: pathlib.Path,
+  answers: str,
+  settings: schema.Refine,
+  places: Mapping[str, rejects_lib.Place],
+) -> list[Example]:
+  choose_answer = ANSWERS[answers]
+  examples = []
+  for raw in shards.read_shards(folder):
+    record = records.from_json(raw)
+    question = record.question
+    place = places.get(question.id, rejects_lib.Place(question.id))
+    answer = choose_answer(record, settings.similarity_threshold)
+    examples.append(Example(place, question.messages, answer))
+  return examples
 
 
 def _check_questions(
-  config: schema.Config, folder: pathlib.Path, made_of: str | None
+  data: schema.Data, folder: pathlib.Path, refined_digest: str | None
 ) -> Mapping[str, rejects_lib.Place]:
-  """Where the questions of refined records are, in the file that they were made of."""
-  if made_of is None:  # by an earlier version
+  """Where the questions of refined records are in the file that they were made from.
+
+  Args:
+    refined_digest: digest of the questions that were refined.
+
+  Raises:
+    errors.UserError: the file has other questions now.
+  """
+  if refined_digest is None:  # refined by an earlier version
     return {}
   digest = hashlib.sha256()
-  found = _read(config, config.data.questions)
-  for question in found.questions:
-    digest.update(refine.hashed(question))
-  if made_of != digest.hexdigest():
+  contents = _read(data.questions, data)
+  for question in contents.questions:
+    digest.update(refined_folder.question_bytes(question))
+  if refined_digest != digest.hexdigest():
     raise errors.UserError(
-      f"{folder}: its answers are of other questions than {config.data.questions} has "
-      "now; run `python -m raft_jax.refine` with this config again: it asks for what "
-      "has changed only"
+      f"{folder}: its answers belong to other questions than {data.questions} has now; "
+      "run `python -m raft_jax.refine` with this config again: it makes only the calls "
+      "for questions that have changed"
     )
-  return found.places
+  return contents.places
 
 
-def _questions(
-  config: schema.Config, path: str
+def _read_examples(
+  path: str, data: schema.Data
 ) -> tuple[list[Example], list[rejects_lib.Reject]]:
-  found = _read(config, path)
-  examples = [(found.places[q.id], q.messages, q.answer) for q in found.questions]
-  return examples, found.rejects
+  contents = _read(path, data)
+  examples = [
+    Example(contents.places[question.id], question.messages, question.answer)
+    for question in contents.questions
+  ]
+  return examples, contents.rejects
 
 
-def _read(config: schema.Config, path: str) -> records.Read:
+def _read(path: str, data: schema.Data) -> records.Read:
   return records.read(
     path,
-    limit=config.data.limit if path == config.data.questions else None,
-    unusable=config.data.unusable,
-    reject_threshold=config.data.reject_threshold,
+    limit=data.limit if path == data.questions else None,
+    unusable=data.unusable,
+    reject_threshold=data.reject_threshold,
   )
 
 
 def _encode(
-  config: schema.Config,
+  examples: Sequence[Example],
   tokenizer: chat.ChatTokenizer,
-  found: Sequence[Example],
-  context: str,
+  teacher_context: str,
+  data: schema.Data,
 ) -> tuple[list[batching.Row], list[rejects_lib.Reject]]:
   return batching.encode_rows(
-    [(messages, answer) for _, messages, answer in found],
+    [(example.messages, example.answer) for example in examples],
     tokenizer=tokenizer,
-    teacher_context=context,
-    max_prompt_tokens=config.data.max_prompt_tokens,
-    max_answer_tokens=config.data.max_answer_tokens,
-    max_teacher_tokens=config.data.max_teacher_tokens,
-    too_long=config.data.too_long,
-    unusable=config.data.unusable,
-    places=[place for place, _, _ in found],
+    teacher_context=teacher_context,
+    max_prompt_tokens=data.max_prompt_tokens,
+    max_answer_tokens=data.max_answer_tokens,
+    max_teacher_tokens=data.max_teacher_tokens,
+    too_long=data.too_long,
+    unusable=data.unusable,
+    places=[example.place for example in examples],
   )

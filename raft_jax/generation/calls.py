@@ -282,9 +282,8 @@ def _completion(value: Mapping[str, Any]) -> engines.Completion:
 
 
 @contextlib.contextmanager
-def at_work(calls: Calls) -> Iterator[None]:
-  """Where a stage makes its calls: a signal ends it after a micro-batch, and in the end
-  no model is left in memory."""
+def interruptible(calls: Calls) -> Iterator[None]:
+  """Lets a signal stop the calls after a micro-batch; at the end, frees the model."""
   try:
     with interrupts.listening():
       yield

@@ -138,11 +138,11 @@ def reader(source: str, template: str | None) -> str:
   """The source with its digest, and that of a chat template that is not its default."""
   if template is None:
     return identity(source)
-  return f"{identity(source)} template:{tokenizer(source, template).digest[:16]}"
+  return f"{identity(source)} template:{chat_tokenizer(source, template).digest[:16]}"
 
 
 @functools.cache
-def tokenizer(source: str, template: str | None = None) -> chat.ChatTokenizer:
+def chat_tokenizer(source: str, template: str | None = None) -> chat.ChatTokenizer:
   """The model's tokenizer and chat template, loaded once a process."""
   return chat.load(source, template)
 

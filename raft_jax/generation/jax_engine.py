@@ -37,7 +37,7 @@ def load(
     UserError: config, tokenizer or the weights' headers cannot be used.
   """
   hf_load.check_params(source, _config(source))
-  engines.tokenizer(source, template)
+  engines.chat_tokenizer(source, template)
   return _JaxEngine(source, template, dtype, batch_size)
 
 
@@ -58,13 +58,16 @@ class _JaxEngine:
   def prompt_limit(self) -> int:
     return _config(self.source).max_positions
 
+  @property
+  def _tokenizer(self) -> chat.ChatTokenizer:
+    return engines.chat_tokenizer(self.source, self.template)
+
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(chat.prompt_ids(engines.tokenizer(self.source, self.template), messages))
+    return len(chat.prompt_ids(self._tokenizer, messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
     prompts = [
-      chat.prompt_ids(engines.tokenizer(self.source, self.template), request.messages)
-      for request in requests
+      chat.prompt_ids(self._tokenizer, request.messages) for request in requests
     ]
     for request, prompt in zip(requests, prompts, strict=True):
       if len(prompt) + request.max_new_tokens > self.prompt_limit:
@@ -86,10 +89,10 @@ class _JaxEngine:
 
     from raft_jax.models import sampling as sampling_lib
 
-    config, words = _config(self.source), engines.tokenizer(self.source, self.template)
+    config, tokenizer = _config(self.source), self._tokenizer
     first = requests[0]
     width = bucket(max(map(len, prompts)))
-    prompt_BP = np.full((self.batch_size, width), words.pad_id, np.int32)
+    prompt_BP = np.full((self.batch_size, width), tokenizer.pad_id, np.int32)
     length_B = np.empty(self.batch_size, np.int32)
     seed_B = np.empty(self.batch_size, np.int32)
     for row in range(self.batch_size):
@@ -108,8 +111,8 @@ class _JaxEngine:
       max_new_tokens=first.max_new_tokens,
       temperature=first.temperature,
       top_p=first.top_p,
-      eos_ids=words.eos_ids,
-      pad_id=words.pad_id,
+      eos_ids=tokenizer.eos_ids,
+      pad_id=tokenizer.pad_id,
       dtype=self.dtype,
       unroll=sampling_lib.unrolled(None, 1, jax.default_backend()),
     )
@@ -117,12 +120,12 @@ class _JaxEngine:
     return [
       engines.without_thinking(
         engines.Completion(
-          thinking.decode(words, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
+          thinking.decode(tokenizer, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
           "stop" if ended_B[i] else "length",
           len(prompts[i]),
           int(length_B[i]),
         ),
-        thinking.own(words.hf_tokenizer.chat_template),
+        thinking.own(tokenizer.hf_tokenizer.chat_template),
       )
       for i in range(len(requests))
     ]

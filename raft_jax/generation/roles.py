@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from raft_jax import errors
@@ -58,16 +58,43 @@ def judge(
   Raises:
     UserError: as `role`.
   """
-  held = form(stage, reply_schema)
+  held = enforced_schema(stage, reply_schema)
   return role(name, stage, model, temperature=0.0, top_p=1.0, reply_schema=held)
 
 
-def form(
+def enforced_schema(
   stage: schema.Judge | schema.VerdictJudge | schema.Writer,
   reply_schema: Mapping[str, Any],
 ) -> Mapping[str, Any] | None:
   """What a role's replies are held to; the built-in engine can hold them to nothing."""
   return reply_schema if stage.structured and stage.engine != "jax" else None
+
+
+def check_trained_model(
+  key: str, endpoint: schema.ModelEndpoint, model: schema.Model, reason: str
+) -> None:
+  """Refuses a role that must be played by the model to be trained and names another.
+
+  A server's model has a name of its own, so it is not compared.
+
+  Args:
+    key: config key of the role.
+    reason: why it must be that model, for the message.
+  """
+  if endpoint.engine != "openai" and endpoint.model not in (None, model.source):
+    raise errors.UserError(
+      f"{key}.model: {endpoint.model} is not model.source ({model.source}); {reason}: "
+      "delete the key"
+    )
+
+
+def local_identities(
+  endpoints: Iterable[schema.ModelEndpoint], model: schema.Model
+) -> list[str]:
+  """Identities of the model to be trained and of all models that run here."""
+  local = [endpoint for endpoint in endpoints if endpoint.engine != "openai"]
+  sources = {model.source, *(endpoint.model or model.source for endpoint in local)}
+  return sorted(engines.identity(source) for source in sources)
 
 
 def _generator(stage: schema.ModelEndpoint, model: schema.Model) -> engines.Generator:

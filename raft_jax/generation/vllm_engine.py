@@ -63,7 +63,7 @@ def load(
       f"from raft_jax.hf import load, save; s = '{source}'; c = load.load_config(s); "
       "save.save(pathlib.Path('OUT'), load.load_params(s, c), c, s, card='')\"`"
     )
-  engines.tokenizer(source, template)
+  engines.chat_tokenizer(source, template)
   made_for = _made_for(hf_load.fields(path))
   limit = context_tokens or made_for
   if limit is None:
@@ -112,12 +112,16 @@ class _VllmEngine:
     dtype = self.settings["dtype"]
     return f"vllm {_version()} {dtype} {engines.reader(self.source, self.template)}"
 
+  @property
+  def _tokenizer(self) -> chat.ChatTokenizer:
+    return engines.chat_tokenizer(self.source, self.template)
+
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    return len(chat.prompt_ids(engines.tokenizer(self.source, self.template), messages))
+    return len(chat.prompt_ids(self._tokenizer, messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
-    words = engines.tokenizer(self.source, self.template)
-    prompts = [chat.prompt_ids(words, request.messages) for request in requests]
+    tokenizer = self._tokenizer
+    prompts = [chat.prompt_ids(tokenizer, request.messages) for request in requests]
     for request, prompt in zip(requests, prompts, strict=True):
       # One prompt that is too long would end vLLM's whole batch.
       if len(prompt) + request.max_new_tokens > self.prompt_limit:
@@ -132,7 +136,7 @@ class _VllmEngine:
     try:
       replies = model.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        [_sampling(request, words) for request in requests],
+        [_sampling(request, tokenizer) for request in requests],
         use_tqdm=False,
       )
     except (exceptions.EngineDeadError, exceptions.EngineGenerateError) as error:
@@ -141,10 +145,10 @@ class _VllmEngine:
         "(out of memory: lower batch_size, context_tokens or memory_share); run the "
         "same command again: finished calls are kept"
       ) from error
-    return [_completion(reply, words) for reply in replies]
+    return [_completion(reply, tokenizer) for reply in replies]
 
 
-def _sampling(request: engines.Request, words: chat.ChatTokenizer) -> Any:
+def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:
   """vLLM's parameters; what the checkpoint's generation config says is not read."""
   import vllm
   from vllm import sampling_params
@@ -159,24 +163,26 @@ def _sampling(request: engines.Request, words: chat.ChatTokenizer) -> Any:
     temperature=request.temperature,
     top_p=request.top_p if request.temperature > 0 else 1.0,
     seed=request.seed,
-    stop_token_ids=list(words.eos_ids),
+    stop_token_ids=list(tokenizer.eos_ids),
     structured_outputs=schema,
     detokenize=False,
   )
 
 
-def _completion(reply: Any, words: chat.ChatTokenizer) -> engines.Completion:
+def _completion(reply: Any, tokenizer: chat.ChatTokenizer) -> engines.Completion:
   output = reply.outputs[0]
   ids = list(output.token_ids)
   ended = output.finish_reason == "stop"
-  said = ids[:-1] if ended and ids[-1:] and ids[-1] in words.eos_ids else ids
+  said = ids[:-1] if ended and ids[-1:] and ids[-1] in tokenizer.eos_ids else ids
   whole = engines.Completion(
-    thinking.decode(words, said),
+    thinking.decode(tokenizer, said),
     "stop" if ended else "length",
     len(reply.prompt_token_ids),
     len(ids),
   )
-  return engines.without_thinking(whole, thinking.own(words.hf_tokenizer.chat_template))
+  return engines.without_thinking(
+    whole, thinking.own(tokenizer.hf_tokenizer.chat_template)
+  )
 
 
 def _start(source: str, settings: Mapping[str, Any]) -> Any:

@@ -116,9 +116,9 @@ def prepare(config: schema.Config, machine: machines.Machine) -> setup.Prepared:
   source = config.distill.source
   limits = config.data
   widest = (
-    batching.rounded(limits.max_prompt_tokens),
-    batching.rounded(limits.max_answer_tokens),
-    batching.rounded(limits.max_teacher_tokens),
+    batching.padded_width(limits.max_prompt_tokens),
+    batching.padded_width(limits.max_answer_tokens),
+    batching.padded_width(limits.max_teacher_tokens),
   )
   return setup.Prepared(
     tokenizer=tokenizer,

@@ -1,15 +1,13 @@
-"""Records at rest: ArrayRecord shards, sealed by a MANIFEST.json.
+"""Refined records on disk: ArrayRecord shards in a sealed folder.
 
-The bare ArrayRecord reader cannot be trusted: a truncated file may read as "0 records,
-no error". The manifest's counts and sha256 are therefore always checked.
+The ArrayRecord reader alone cannot be trusted: a truncated file may read as "0 records,
+no error". The counts and digests in the manifest are therefore always checked.
 """
 
 from __future__ import annotations
 
 import array
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import tempfile
@@ -19,33 +17,29 @@ from typing import Any, NamedTuple, overload
 from array_record.python import array_record_module
 
 from raft_jax import errors
-from raft_jax.storage import atomic
+from raft_jax.storage import atomic, sealed_folder
 
-MANIFEST = "MANIFEST.json"
 MANIFEST_VERSION = 1
 
 
 class Spool(Sequence[bytes]):
-  """As many records as one likes, on the disk until the process ends; put in any order.
-
-  Memory holds 16 bytes of each.
-  """
+  """Records in a temporary file, put in any order; memory holds 16 bytes of each."""
 
   def __init__(self, folder: str | os.PathLike[str], count: int):
-    # It has no name, so that a kill leaves nothing behind.
+    # The file has no name, so that a kill leaves nothing behind.
     self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
     self._start = array.array("q", [0]) * count
     self._length = array.array("q", [-1]) * count
 
   def put(self, first: int, data: Iterable[bytes]) -> None:
-    """Records `first`, `first` + 1, ...; each may be put once."""
+    """Writes records `first`, `first` + 1, ...; each may be written once."""
     self._file.seek(0, os.SEEK_END)
     for i, record in enumerate(data, start=first):
       self._start[i], self._length[i] = self._file.tell(), len(record)
       self._file.write(record)
 
   def missing(self, i: int) -> bool:
-    """Whether record i has not been put."""
+    """Whether record i has not been written yet."""
     return self._length[i] < 0
 
   def __len__(self) -> int:
@@ -71,7 +65,7 @@ class ShardFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a sealed folder of shards holds; `meta` is the writer's own."""
+  """The content of a sealed folder of shards; `meta` is whatever its writer adds."""
 
   version: int
   records: int
@@ -86,10 +80,10 @@ def write_shards(
   records_per_shard: int,
   meta: Mapping[str, Any],
 ) -> Manifest:
-  """Writes records as ArrayRecord shards, sealed by a manifest written last.
+  """Writes records as ArrayRecord shards and seals the folder.
 
   The bytes on disk are a pure function of the arguments. A kill at any instant leaves
-  either no manifest or a whole folder; leftovers are removed by the next call.
+  either no manifest or a complete folder; the next call removes leftovers.
 
   Raises:
     ValueError: there is nothing to write, or `meta` is not JSON.
@@ -99,13 +93,8 @@ def write_shards(
     raise ValueError("write_shards needs records and a positive records_per_shard")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  # Without its manifest a folder is unfinished: readers refuse it until the new one.
-  (folder / MANIFEST).unlink(missing_ok=True)
-  for stale in [
-    *folder.glob(f"{atomic.TEMPORARY}*"),
-    *folder.glob("shard-*.array_record"),
-  ]:
-    stale.unlink()
+  # Readers refuse a folder without a manifest until the new one is there.
+  sealed_folder.unseal(folder, "shard-*.array_record")
   starts = range(0, len(data), records_per_shard)
   files = tuple(
     _write_shard(
@@ -116,9 +105,7 @@ def write_shards(
   )
   manifest = Manifest(MANIFEST_VERSION, len(data), files, dict(meta))
   tree = dataclasses.asdict(manifest) | {"files": [file._asdict() for file in files]}
-  text = json.dumps(tree, sort_keys=True, indent=2, allow_nan=False) + "\n"
-  with atomic.replacing(folder / MANIFEST) as temporary:
-    temporary.write_bytes(text.encode())
+  sealed_folder.seal(folder, tree)
   return manifest
 
 
@@ -130,21 +117,23 @@ def _write_shard(path: pathlib.Path, chunk: Sequence[bytes]) -> ShardFile:
     writer.close()  # the first call that reports a full disk
     if _read_records(temporary) != list(chunk):
       raise RuntimeError("reads back differently from what was written")
-  return ShardFile(path.name, len(chunk), _sha256(path), path.stat().st_size)
+  return ShardFile(
+    path.name, len(chunk), sealed_folder.sha256(path), path.stat().st_size
+  )
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
   """The manifest of a folder of shards, after checking every shard against it.
 
   Raises:
-    errors.UserError: no manifest (the stage has not finished), a damaged one, or a
-      shard whose presence, size, sha256 or record count differs from it.
+    errors.UserError: there is no manifest (the stage has not finished), it is damaged,
+      or a shard is missing or differs from it in size, sha256 or number of records.
   """
-  path = pathlib.Path(folder) / MANIFEST
+  path = pathlib.Path(folder) / sealed_folder.MANIFEST
   if not path.is_file():
     raise errors.UserError(
-      f"{path}: not there, so the refined data are not complete; run "
-      f"`python -m raft_jax.refine` with this config (it continues where it stopped)"
+      f"{path}: no such file, so the refined data are incomplete; run "
+      "`python -m raft_jax.refine` with this config (it continues where it stopped)"
     )
   manifest = _parse_manifest(path)
   for file in manifest.files:
@@ -154,7 +143,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 def _parse_manifest(path: pathlib.Path) -> Manifest:
   try:
-    tree = json.loads(path.read_bytes())
+    tree = sealed_folder.read_manifest(path.parent)
     files = tuple(ShardFile(**file) for file in tree.pop("files"))
     manifest = Manifest(files=files, **tree)
     if manifest.version != MANIFEST_VERSION:
@@ -173,29 +162,29 @@ _REDO = "run the refine stage again (it rewrites the shards without new model ca
 
 def _check_shard(path: pathlib.Path, file: ShardFile) -> None:
   if not path.is_file():
-    raise errors.UserError(f"{path}: missing, named by {MANIFEST}; {_REDO}")
-  found: tuple[tuple[str, Any, Any], ...] = (
+    raise errors.UserError(f"{path}: missing, but named by the manifest; {_REDO}")
+  checks: tuple[tuple[str, Any, Any], ...] = (
     ("bytes", file.bytes, path.stat().st_size),
-    ("sha256", file.sha256, _sha256(path)),
+    ("sha256", file.sha256, sealed_folder.sha256(path)),
   )
-  for what, expected, got in found:
-    if expected != got:
+  for quantity, expected, actual in checks:
+    if expected != actual:
       raise errors.UserError(
-        f"{path}: damaged: expected {what} {expected}, got {got}; {_REDO}"
+        f"{path}: damaged: expected {quantity} {expected}, got {actual}; {_REDO}"
       )
   _checked_records(path, file)
 
 
 def _checked_records(path: pathlib.Path, file: ShardFile) -> list[bytes]:
   try:
-    found = _read_records(path)
+    stored = _read_records(path)
   except RuntimeError as e:
     raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
-  if len(found) != file.records:
+  if len(stored) != file.records:
     raise errors.UserError(
-      f"{path}: damaged: expected {file.records} records, got {len(found)}; {_REDO}"
+      f"{path}: damaged: expected {file.records} records, got {len(stored)}; {_REDO}"
     )
-  return found
+  return stored
 
 
 def read_shards(folder: str | os.PathLike[str]) -> list[bytes]:
@@ -204,7 +193,7 @@ def read_shards(folder: str | os.PathLike[str]) -> list[bytes]:
 
 
 def iterate_shards(folder: str | os.PathLike[str]) -> Iterator[bytes]:
-  """The same with one shard in memory at a time."""
+  """As `read_shards`, with one shard in memory at a time."""
   folder = pathlib.Path(folder)
   for file in read_manifest(folder).files:
     yield from _checked_records(folder / file.name, file)
@@ -217,8 +206,3 @@ def _read_records(path: pathlib.Path) -> list[bytes]:
     return list(reader.read_all()) if count else []
   finally:
     reader.close()
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -171,7 +171,7 @@ def first_memory(
   plan = run.replay
   if plan is None:
     return None
-  batches = batching.in_order(
+  batches = batching.sequential_batches(
     plan.rows, batch_size, pad_id=plan.pad_id, width=plan.widths[-1]
   )
   losses_of = jax.jit(functools.partial(objective.row_losses, settings=built.settings))

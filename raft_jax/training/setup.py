@@ -117,7 +117,7 @@ def replays(config: schema.Config) -> int:
   """Rows by which replay makes every batch grow."""
   if config.replay is None or mssr.adaptive(config):
     return 0
-  return batching.replays(config.train.batch_size, config.replay.share)
+  return batching.count_replays(config.train.batch_size, config.replay.share)
 
 
 def group(config: schema.Config) -> int:
@@ -281,7 +281,7 @@ def prepare(config: schema.Config) -> Prepared:
   distil = distills(config)
   teacher = teacher_decoder(config, tokenizer, decoder) if distil else None
   check(config, decoder, mesh, distil=distil)
-  found = training_set.read(config, tokenizer, distil=distil)
+  found = training_set.load(config, tokenizer, distil=distil)
   every = [*found.rows, *found.replayed]
   check_lengths(config, every, config.model.source, decoder, distil=distil)
   if teacher is not None:
@@ -299,8 +299,8 @@ def prepare(config: schema.Config) -> Prepared:
     pad_id=tokenizer.pad_id,
     widths=widths,
     replayed=found.replayed,
-    replays=replays(config),
-    group=group(config),
+    replays_per_batch=replays(config),
+    copies=group(config),
   )
   if distributed.is_primary():
     config_load.lock_config(config, "train", IDENTITY_KEYS)
@@ -323,7 +323,7 @@ def prepare(config: schema.Config) -> Prepared:
     probed = one_pass(config, rows, tokenizer, size, "soft_mask", "data.questions")
   return Prepared(
     *(tokenizer, decoder, teacher, mesh, split, dataset, general, probed, len(dataset)),
-    *(own, found.asked, plan, widths[-1]),
+    *(own, found.questions_by_row, plan, widths[-1]),
   )
 
 

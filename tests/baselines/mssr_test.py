@@ -187,7 +187,7 @@ def test_events_replace_the_last_rows_and_learn_from_their_losses():
 
 
 def test_every_row_is_read_once_before_training():
-  found = batching.in_order(rows(5, 0, 3), 2, pad_id=0, width=(16, 16, 0))
+  found = batching.sequential_batches(rows(5, 0, 3), 2, pad_id=0, width=(16, 16, 0))
   assert [b.row_id_B.tolist() for b in found] == [[0, 1], [2, 3], [4, 4]]
   assert {b.prompt_BP.shape for b in found} == {(2, 16)}
 

@@ -20,7 +20,7 @@ BUDGETS = {
 
 
 @pytest.fixture(scope="module")
-def codec(smollm):
+def tokenizer(smollm):
   return chat.load(smollm)
 
 
@@ -29,10 +29,10 @@ def questions(law):
   return records.read_questions(law / "train.jsonl", limit=120)
 
 
-def encode(questions, codec, **options):
+def encode(questions, tokenizer, **options):
   return batching.encode_rows(
     [(q.messages, q.answer) for q in questions],
-    tokenizer=codec,
+    tokenizer=tokenizer,
     places=[rejects.Place(q.id, "q.jsonl", i) for i, q in enumerate(questions, 1)],
     **({"teacher_context": "chat"} | POLICIES | BUDGETS | options),
   )
@@ -69,30 +69,31 @@ def equal(a: batching.Batch, b: batching.Batch) -> bool:
 # Token rows
 
 
-def test_rows_hold_the_codecs_ids_in_order(questions, codec):
-  rows, skipped = encode(questions, codec)
+def test_rows_hold_the_tokenizers_ids_in_order(questions, tokenizer):
+  rows, skipped = encode(questions, tokenizer)
   assert skipped == []
   assert [row.row_id for row in rows] == list(range(len(questions)))
   row, question = rows[7], questions[7]
-  assert row.prompt == tuple(chat.prompt_ids(codec, question.messages))
-  assert row.answer == tuple(chat.answer_ids(codec, question.answer))
-  form = chat.teacher_ids(codec, question.messages, question.answer, "chat")
+  assert row.prompt == tuple(chat.prompt_ids(tokenizer, question.messages))
+  assert row.answer == tuple(chat.answer_ids(tokenizer, question.answer))
+  form = chat.teacher_ids(tokenizer, question.messages, question.answer, "chat")
   assert row.teacher == tuple(form)
-  assert row.answer[-1] in codec.eos_ids
-  assert chat.decode(codec, row.answer) == question.answer
+  assert row.answer[-1] in tokenizer.eos_ids
+  assert chat.decode(tokenizer, row.answer) == question.answer
   assert (
-    encode(questions[7:8], codec, teacher_context="none")[0][0].teacher != row.teacher
+    encode(questions[7:8], tokenizer, teacher_context="none")[0][0].teacher
+    != row.teacher
   )
 
 
-def test_too_long_is_an_error_that_names_row_lengths_and_keys(questions, codec):
-  rows, _ = encode(questions, codec)
+def test_too_long_is_an_error_that_names_row_lengths_and_keys(questions, tokenizer):
+  rows, _ = encode(questions, tokenizer)
   answers = [len(row.answer) for row in rows]
   limit = int(np.median(answers))
   first = next(i for i, n in enumerate(answers) if n > limit)
   over = sum(n > limit for n in answers)
   with pytest.raises(errors.UserError) as caught:
-    encode(questions, codec, max_answer_tokens=limit)
+    encode(questions, tokenizer, max_answer_tokens=limit)
   assert str(caught.value) == (
     f"q.jsonl:{first + 1}: row {questions[first].id!r} is too long: answer of "
     f"{answers[first]} tokens > "
@@ -101,22 +102,22 @@ def test_too_long_is_an_error_that_names_row_lengths_and_keys(questions, codec):
     "leave them out"
   )
   with pytest.raises(errors.UserError, match=r"data\.max_prompt_tokens=3"):
-    encode(questions, codec, max_prompt_tokens=3)
+    encode(questions, tokenizer, max_prompt_tokens=3)
   with pytest.raises(errors.UserError, match=r"data\.max_teacher_tokens=3"):
-    encode(questions, codec, max_teacher_tokens=3)
+    encode(questions, tokenizer, max_teacher_tokens=3)
 
 
-def test_a_budget_is_inclusive_and_skipping_keeps_row_ids(questions, codec):
-  whole, _ = encode(questions, codec)
+def test_a_budget_is_inclusive_and_skipping_keeps_row_ids(questions, tokenizer):
+  whole, _ = encode(questions, tokenizer)
   longest = max(len(row.prompt) for row in whole)
-  assert encode(questions, codec, max_prompt_tokens=longest) == (whole, [])
+  assert encode(questions, tokenizer, max_prompt_tokens=longest) == (whole, [])
   options = {"max_prompt_tokens": longest - 1, "too_long": "skip"}
-  kept, skipped = encode(questions, codec, **options)
+  kept, skipped = encode(questions, tokenizer, **options)
   assert kept == [row for row in whole if len(row.prompt) < longest]
   gone = [questions[row.row_id].id for row in whole if len(row.prompt) == longest]
   assert [reject.place.id for reject in skipped] == gone != []
   with pytest.raises(errors.UserError, match="no row is left of 120"):
-    encode(questions, codec, max_prompt_tokens=1, too_long="skip")
+    encode(questions, tokenizer, max_prompt_tokens=1, too_long="skip")
 
 
 # Widths
@@ -266,7 +267,7 @@ def general() -> list[batching.Row]:
 
 def test_every_batch_holds_its_replayed_rows_beside_the_same_others(rows, general):
   plain = batches(rows)
-  mixed = batches(rows, replayed=general, replays=2)
+  mixed = batches(rows, replayed=general, replays_per_batch=2)
   assert len(mixed) == len(plain) == 18
   passes = []
   for with_replay, without in zip(mixed, plain, strict=True):
@@ -279,7 +280,7 @@ def test_every_batch_holds_its_replayed_rows_beside_the_same_others(rows, genera
   assert all(len(set(passes[i : i + 10])) == 10 for i in range(0, 30, 10))
   assert passes[:10] != passes[10:20]
   tail = list(
-    batching.iterate(batches(rows, replayed=general, replays=2), start_step=7)
+    batching.iterate(batches(rows, replayed=general, replays_per_batch=2), start_step=7)
   )
   assert all(equal(a, mixed[7 + i]) for i, a in enumerate(tail))
 
@@ -288,7 +289,7 @@ def test_copies_follow_their_row_under_ids_of_their_own(rows):
   options = {"batch_size": 2, "seed": 0, "pad_id": 0, "steps": 2}
   widths = batching.widths(rows, 1)
   plain = batching.dataset(rows, widths=widths, **options)
-  grouped = batching.dataset(rows, widths=widths, group=3, **options)
+  grouped = batching.dataset(rows, widths=widths, copies=3, **options)
   for one, three in zip(plain, grouped):
     ids = [3 * row_id + copy for row_id in one.row_id_B for copy in range(3)]
     assert three.row_id_B.tolist() == ids
@@ -298,32 +299,32 @@ def test_copies_follow_their_row_under_ids_of_their_own(rows):
 
 def test_no_replay_is_the_plain_run(rows, general):
   without = batches(rows)
-  for step, batch in enumerate(batches(rows, replayed=general, replays=0)):
+  for step, batch in enumerate(batches(rows, replayed=general, replays_per_batch=0)):
     assert equal(batch, without[step])
 
 
 def test_fewer_replayed_rows_than_are_replayed_at_once(rows, general):
   with pytest.raises(errors.UserError, match=r"replay\.questions: 11 rows .* 12"):
-    batches(rows, replayed=general, replays=12)
+    batches(rows, replayed=general, replays_per_batch=12)
 
 
 @pytest.mark.parametrize(
   ("size", "share", "count"), [(16, 0.2, 4), (16, 0.0, 0), (8, 0.5, 8), (19, 0.05, 1)]
 )
 def test_replays_are_a_share_of_the_whole_batch(size, share, count):
-  assert batching.replays(size, share) == count
+  assert batching.count_replays(size, share) == count
 
 
 def test_a_share_that_is_no_number_of_rows_is_refused_with_the_nearest():
   # 8 * 0.25 / 0.75 = 2.67 rows: 2 of 10 or 3 of 11.
   with pytest.raises(errors.UserError, match=r"2\.67 rows; set 0\.2 or 0\.272727"):
-    batching.replays(8, 0.25)
+    batching.count_replays(8, 0.25)
 
 
-def test_law_questions_end_to_end(law, codec):
+def test_law_questions_end_to_end(law, tokenizer):
   questions = records.read_questions(law / "train.jsonl")
-  rows, _ = encode(questions, codec)
-  every = batches(rows, batch_size=16, pad_id=codec.pad_id)
+  rows, _ = encode(questions, tokenizer)
+  every = batches(rows, batch_size=16, pad_id=tokenizer.pad_id)
   shapes = {(b.prompt_BP.shape, b.answer_BA.shape, b.teacher_BC.shape) for b in every}
   assert len(every) == 3 * (705 // 16)
   assert len(shapes) <= 2  # all that a run compiles for

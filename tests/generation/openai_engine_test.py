@@ -343,7 +343,7 @@ output: "{tmp_path / "out"}"
   with chat_server.serving(answer) as server:
     write(server.url)
     with pytest.raises(errors.UserError, match=r"404.*gone"):
-      refine.fit(config_load.load(path))
+      refine.refine(config_load.load(path))
     first = [json.dumps(asked) for asked in server.asked]
   limit["calls"] = 1000
   with chat_server.serving(answer) as server:

@@ -15,6 +15,7 @@ import types
 
 from raft_jax import extract
 from raft_jax.config import schema
+from raft_jax.curation import qa_pairs
 from raft_jax.generation import engines, jax_engine
 from tests.helpers import refine_driver
 
@@ -26,7 +27,7 @@ class Scripted(refine_driver.Scripted):
     dice = random.Random(request.seed)
     content = request.messages[-1].content
     if "faithful" in content:
-      verdict = {name: dice.random() < 0.96 for name in extract.pairs.CRITERIA}
+      verdict = {name: dice.random() < 0.96 for name in qa_pairs.CRITERIA}
       said = dice.choice([*[json.dumps(verdict)] * 9, "Looks fine to me."])
       return engines.Completion(said, "stop", 10, 10)
     said = json.dumps({"pairs": [*written(content)]})
@@ -74,7 +75,7 @@ def script(log: pathlib.Path) -> None:
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.tokenizer = lambda source, template=None: words
+  engines.chat_tokenizer = lambda source, template=None: words
 
 
 def result(folder: pathlib.Path) -> dict[str, str]:
@@ -92,7 +93,7 @@ def matrix(root: pathlib.Path, documents: pathlib.Path, plan: list) -> list[dict
 
   def fit(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
-    extract.fit(make_config(output, documents))
+    extract.extract(make_config(output, documents))
 
   verdicts = refine_driver.strikes(root, plan, fit, result, "extracted")
   return [refine_driver.shown(verdict) for verdict in verdicts]

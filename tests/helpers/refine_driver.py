@@ -23,6 +23,7 @@ import numpy as np
 
 from raft_jax import refine
 from raft_jax.config import schema
+from raft_jax.curation import refinement_run
 from raft_jax.generation import engines, jax_engine, sentence_encoder
 from raft_jax.storage import journal
 
@@ -82,7 +83,7 @@ class BagOfWords:
 
 
 class Tokenizer:
-  """Words for tokens, and no chat template to speak of."""
+  """A tokenizer of words, whose chat template joins the turns with spaces."""
 
   chat_template = ""
 
@@ -115,7 +116,7 @@ def make_config(folder: pathlib.Path, questions: pathlib.Path) -> schema.Config:
 REPLACED = (
   (jax_engine, "load"),
   (engines, "identity"),
-  (engines, "tokenizer"),
+  (engines, "chat_tokenizer"),
   (sentence_encoder, "load"),
 )
 """What `script` puts something else in the place of."""
@@ -125,10 +126,10 @@ def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  codec = types.SimpleNamespace(
+  tokenizer = types.SimpleNamespace(
     digest="none", hf_tokenizer=Tokenizer(), controls=(), plain=None, vocab_size=None
   )
-  engines.tokenizer = lambda source, template=None: codec
+  engines.chat_tokenizer = lambda source, template=None: tokenizer
   sentence_encoder.load = lambda source: BagOfWords(log)
 
 
@@ -292,8 +293,8 @@ def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict
 
   def fit(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
-    refine.WINDOW = 8  # two windows of rows
-    refine.fit(make_config(output, questions))
+    refinement_run.WINDOW = 8  # two windows of rows
+    refine.refine(make_config(output, questions))
 
   verdicts = strikes(root, plan, fit, result, "refined")
   total = logged(root / "whole/log").count("embedded")

@@ -63,7 +63,7 @@ def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> schema.Con
 
 def script(log: pathlib.Path) -> None:
   """Puts the scripted model in the place of the real ones, for this process."""
-  codec = types.SimpleNamespace(
+  tokenizer = types.SimpleNamespace(
     hf_tokenizer=refine_driver.Tokenizer(),
     controls=(),
     eos_ids=(0,),
@@ -72,7 +72,7 @@ def script(log: pathlib.Path) -> None:
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  engines.tokenizer = lambda source, template=None: codec
+  engines.chat_tokenizer = lambda source, template=None: tokenizer
   sentence_encoder.load = lambda source: refine_driver.BagOfWords(
     log.with_name("embedded")
   )
@@ -92,7 +92,7 @@ def matrix(root: pathlib.Path, seeds: pathlib.Path, plan: list) -> list[dict]:
 
   def fit(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
-    synthesise.fit(make_config(output, seeds))
+    synthesise.synthesise(make_config(output, seeds))
 
   verdicts = refine_driver.strikes(root, plan, fit, result, "synthesised")
   return [refine_driver.shown(verdict) for verdict in verdicts]

@@ -8,11 +8,13 @@ import pytest
 import transformers
 from pyarrow import parquet
 
-from raft_jax import errors, extract, refine
-from raft_jax import synthesise as synthesise_lib
+from raft_jax import errors, refine
 from raft_jax.config import schema
+from raft_jax.curation import documents as documents_lib
+from raft_jax.curation import synthesis_run
 from raft_jax.data import training_set
 from raft_jax.evaluation import test_sets
+from raft_jax.generation import engines
 from raft_jax.hf import chat
 from raft_jax.storage import records
 from tests.helpers import refine_driver, tiny_run
@@ -86,15 +88,15 @@ def refused(work) -> str:
 @pytest.mark.parametrize("bad", [TWICE, SYSTEM], ids=["two users", "system"])
 def test_a_row_that_the_template_refuses(tmp_path, strict, suffix, bad):
   path = write(tmp_path / f"q{suffix}", rows(400, _317=bad))
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   run = make_config(tmp_path, strict, questions=path)
-  message = refused(lambda: training_set.read(run, codec, distil=False))
+  message = refused(lambda: training_set.load(run, tokenizer, distil=False))
   assert message.startswith(f"{path}:317: row 'row-317': the model's chat template")
   assert "roles must alternate" in message
   assert "1 of 400 rows" in message
   assert "data.unusable=skip" in message
   skipping = make_config(tmp_path, strict, questions=path, data={"unusable": "skip"})
-  found = training_set.read(skipping, codec, distil=False)
+  found = training_set.load(skipping, tokenizer, distil=False)
   assert [row.row_id for row in found.rows] == [i for i in range(400) if i != 316]
   (reject,) = found.rejects
   assert reject.place == ("row-317", path, 317)
@@ -103,12 +105,12 @@ def test_a_row_that_the_template_refuses(tmp_path, strict, suffix, bad):
   # The order of what is left is a function of the file, and part of what a run is.
   clean = write(tmp_path / "clean.jsonl", rows(400))
   other = make_config(tmp_path, strict, questions=clean)
-  assert training_set.read(skipping, codec, distil=False).digest == found.digest
-  assert training_set.read(other, codec, distil=False).digest != found.digest
+  assert training_set.load(skipping, tokenizer, distil=False).digest == found.digest
+  assert training_set.load(other, tokenizer, distil=False).digest != found.digest
   # Transformers' own rendering of the rows that are kept.
   theirs = transformers.AutoTokenizer.from_pretrained(strict)
   for row in found.rows[315:318]:
-    asked = [m._asdict() for m in found.asked[row.row_id][0]]
+    asked = [m._asdict() for m in found.questions_by_row[row.row_id][0]]
     ids = theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert list(row.prompt) == ids
 
@@ -116,7 +118,7 @@ def test_a_row_that_the_template_refuses(tmp_path, strict, suffix, bad):
 def test_every_reader_of_questions_names_the_row(tmp_path, strict):
   bad = write(tmp_path / "bad.jsonl", rows(9, _5=TWICE))
   good = write(tmp_path / "good.jsonl", rows(8))
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   general = {"anchor": {"importance": "empirical", "questions": bad}}
 
   def sections(policy):
@@ -124,8 +126,8 @@ def test_every_reader_of_questions_names_the_row(tmp_path, strict):
     return make_config(tmp_path, strict, questions=good, data=data)
 
   for reads in (
-    lambda run: test_sets.read_domain(run, codec).rejects,
-    lambda run: test_sets.read_validation(run, codec, None).rejects,
+    lambda run: test_sets.read_domain(run, tokenizer).rejects,
+    lambda run: test_sets.read_validation(run, tokenizer, None).rejects,
   ):
     message = refused(lambda reads=reads: reads(sections("error")))
     assert message.startswith(f"{bad}:5: row 'row-5': ")
@@ -137,10 +139,12 @@ def test_every_reader_of_questions_names_the_row(tmp_path, strict):
       data = {"unusable": policy}
       run = make_config(tmp_path, strict, questions=good, data=data, **others)
       if policy == "error":
-        message = refused(lambda run=run: training_set.read(run, codec, distil=False))
+        message = refused(
+          lambda run=run: training_set.load(run, tokenizer, distil=False)
+        )
         assert message.startswith(f"{bad}:5: row 'row-5': ")
       else:
-        (reject,) = training_set.read(run, codec, distil=False).rejects
+        (reject,) = training_set.load(run, tokenizer, distil=False).rejects
         assert reject.place == ("row-5", bad, 5)
 
 
@@ -148,13 +152,13 @@ def test_too_long_rows_are_listed_beside_the_others(tmp_path, strict):
   made = rows(20, _3=TWICE)
   made[6]["answer"] = "long" + " long" * 299
   path = write(tmp_path / "q.jsonl", made)
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   data = {"unusable": "skip"}
   run = make_config(tmp_path, strict, questions=path, data=data)
-  message = refused(lambda: training_set.read(run, codec, distil=False))
+  message = refused(lambda: training_set.load(run, tokenizer, distil=False))
   assert message.startswith(f"{path}:7: row 'row-7' is too long: answer of 301 tokens")
   run = make_config(tmp_path, strict, questions=path, data={**data, "too_long": "skip"})
-  found = training_set.read(run, codec, distil=False)
+  found = training_set.load(run, tokenizer, distil=False)
   kinds = [(r.place.line, r.place.id, r.kind) for r in found.rejects]
   assert kinds == [(3, "row-3", "refused"), (7, "row-7", "too_long")]
 
@@ -163,20 +167,22 @@ def test_refinement_sets_aside_what_training_could_not_take(
   tmp_path, strict, monkeypatch, capsys
 ):
   """The model's own tokenizer; the models that answer are scripted."""
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   made = rows(12, _4=TWICE, _9=SYSTEM)
   path = write(tmp_path / "q.jsonl", made)
   for module, name in refine_driver.REPLACED:
     monkeypatch.setattr(module, name, getattr(module, name))
   refine_driver.script(tmp_path / "log")
-  monkeypatch.setattr(refine.engines, "tokenizer", lambda source: codec)
+  monkeypatch.setattr(
+    engines, "chat_tokenizer", lambda source, template=None: tokenizer
+  )
   run = refine_driver.make_config(tmp_path / "out", path)
-  assert refused(lambda: refine.fit(run)).startswith(f"{path}:4: row 'row-4': ")
+  assert refused(lambda: refine.refine(run)).startswith(f"{path}:4: row 'row-4': ")
   assert not (tmp_path / "log").exists()  # no model was asked
   skipping = run.model_copy(
     update={"data": run.data.model_copy(update={"unusable": "skip"})}
   )
-  refine.fit(skipping)
+  refine.refine(skipping)
   assert "2 rows were set aside (2 refused); the first is" in capsys.readouterr().err
   listed = [json.loads(s) for s in (tmp_path / "out/refined/rejects.jsonl").open()]
   assert [(r["file"], r["line"], r["id"]) for r in listed] == [
@@ -189,7 +195,7 @@ def test_refinement_sets_aside_what_training_could_not_take(
       "data": skipping.data.model_copy(update={"max_answer_tokens": 1}),
     }
   )
-  message = refused(lambda: training_set.read(learns, codec, distil=False))
+  message = refused(lambda: training_set.load(learns, tokenizer, distil=False))
   assert message.startswith(f"{path}:1: row 'row-1' is too long: ")
 
 
@@ -219,7 +225,7 @@ def test_both_readers_hint_at_a_misnamed_field(tmp_path, suffix, given, says):
 def test_a_suffix_is_read_without_its_case(tmp_path, suffix):
   path = write(tmp_path / f"q{suffix}", rows(3))
   assert [q.id for q in records.read_questions(path)] == ["row-1", "row-2", "row-3"]
-  seeds, _ = synthesise_lib.read_seeds(path)
+  seeds, _ = synthesis_run.read_seeds(path)
   assert seeds == ["What is 1?", "What is 2?", "What is 3?"]
 
 
@@ -270,21 +276,21 @@ def test_seeds_and_documents_name_their_rows(tmp_path):
     '{"id": "a", "question": "Why?"}\n{"id": "b", "question": ""}\n'
     '{"id": "c", "question": "How?"}\n{"id": "d", "question": "Why?"}\n'
   )
-  message = refused(lambda: synthesise_lib.read_seeds(str(seeds)))
+  message = refused(lambda: synthesis_run.read_seeds(str(seeds)))
   assert message.startswith(f"{seeds}:2: row 'b': `question` is empty")
-  kept, aside = synthesise_lib.read_seeds(str(seeds), "skip")
+  kept, aside = synthesis_run.read_seeds(str(seeds), "skip")
   assert kept == ["Why?", "How?"]
   assert [(r.place.line, r.place.id) for r in aside] == [(2, "b"), (4, "d")]
   documents = tmp_path / "d.jsonl"
   documents.write_text('{"id": "a", "text": "One."}\n{"id": "b", "text": 3}\n')
   other = write(tmp_path / "other.Parquet", [{"id": "a", "Question": "x"}])
-  message = refused(lambda: synthesise_lib.read_seeds(other))
+  message = refused(lambda: synthesis_run.read_seeds(other))
   assert f"{other}:1: row 'a': has no `question`; rename 'Question'" in message
-  _, (row,) = extract.documents.read(other, text_field="question")
+  _, (row,) = documents_lib.read(other, text_field="question")
   assert "has no `question`; rename 'Question'; see extract" in row["detail"]
-  found, unusable = extract.documents.read(str(documents))
+  found, unusable = documents_lib.read(str(documents))
   assert [document.id for document in found] == ["a"]
   assert [(row["document"], row["id"]) for row in unusable] == [("d.jsonl:2", "b")]
   with pytest.raises(errors.UserError, match=r"data\.unusable=skip"):
-    extract.documents.check("d.jsonl", 1, unusable, 0.01)
-  extract.documents.check("d.jsonl", 1, unusable, 0.01, "skip")
+    documents_lib.check("d.jsonl", 1, unusable, 0.01)
+  documents_lib.check("d.jsonl", 1, unusable, 0.01, "skip")

@@ -83,7 +83,7 @@ def test_kill_before_each_rename(tmp_path, rename):
     [sys.executable, "-c", KILLED, tmp_path / "killed", str(rename)], check=False
   )
   assert done.returncode == -signal.SIGKILL
-  assert "not complete" in broken(tmp_path / "killed")
+  assert "incomplete" in broken(tmp_path / "killed")
   seal(tmp_path / "killed")
   assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

@@ -349,7 +349,7 @@ refine:
 output: "{tmp_path / "out"}"
 """
     )
-    code, error = run("refine", refine.fit, path, capsys)
+    code, error = run("refine", refine.refine, path, capsys)
   outcome = error
   if code == 0:
     summary = json.loads((tmp_path / "out/refined/summary.json").read_text())
