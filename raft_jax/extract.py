@@ -21,8 +21,7 @@ import rich.table
 
 import raft_jax
 from raft_jax import errors
-from raft_jax.config import cli, schema
-from raft_jax.config import load as config_load
+from raft_jax.config import cli, run_lock, schema
 from raft_jax.curation import documents, qa_pairs
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles
@@ -138,7 +137,7 @@ def _both(pair: qa_pairs.Pair) -> str:
 def fit(run: schema.Config) -> None:
   """Extracts `extract.documents` into `output/extracted`: splits, reasons, summary."""
   settings = check(run)
-  config_load.check_lock(run, "extract", IDENTITY_KEYS)
+  run_lock.check_lock(run, "extract", IDENTITY_KEYS)
   folder = pathlib.Path(run.output) / "extracted"
   found, unusable = documents.read(
     settings.documents, text_field=settings.text_field, domain=settings.domain
@@ -157,7 +156,7 @@ def fit(run: schema.Config) -> None:
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   with journal.open_journal(folder / "journal.jsonl") as book:
     if sealed_folder.inputs(folder) == inputs:
-      config_load.lock_config(run, "extract", IDENTITY_KEYS)
+      run_lock.lock_config(run, "extract", IDENTITY_KEYS)
       print(f"{folder}: already complete, nothing to do")
       return
     writer = _writer(run, settings)
@@ -166,7 +165,7 @@ def fit(run: schema.Config) -> None:
       for stage in settings.judges
     ]
     # Not before: what was wrong with the input so far binds no later run.
-    config_load.lock_config(run, "extract", IDENTITY_KEYS)
+    run_lock.lock_config(run, "extract", IDENTITY_KEYS)
     calls = calls_lib.Calls(book, settings.seed)
     with calls_lib.at_work(calls):
       extracted = extract(

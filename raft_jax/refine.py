@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import raft_jax
 from raft_jax import errors
-from raft_jax.config import cli, schema
+from raft_jax.config import cli, run_lock, schema
 from raft_jax.config import load as config_load
 from raft_jax.curation import refined_folder, refinement
 from raft_jax.generation import (
@@ -95,7 +95,7 @@ def fit(
   """
   share = _share(num_workers, worker, select_only)
   check(run)
-  config_load.check_lock(run, "refine", IDENTITY_KEYS)
+  run_lock.check_lock(run, "refine", IDENTITY_KEYS)
   folder = pathlib.Path(run.output) / "refined"
   # The mark of a run's folder; rejects are the first that is written there.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def fit(
   inputs = _inputs(run, questions, checked, encoder)
   with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
-      config_load.lock_config(run, "refine", IDENTITY_KEYS)
+      run_lock.lock_config(run, "refine", IDENTITY_KEYS)
       print(f"{folder}: already complete, nothing to do")
       return
     rewriter = _role("rewrite", run.refine.rewriter, run)
@@ -117,7 +117,7 @@ def fit(
     if checked.usable > WINDOW:
       _check_lengths(run, checked, rewriter)
     # Not before: what was wrong with the input so far binds no later run.
-    config_load.lock_config(run, "refine", IDENTITY_KEYS)
+    run_lock.lock_config(run, "refine", IDENTITY_KEYS)
     calls = calls_lib.Calls(book, run.refine.seed)
     with calls_lib.at_work(calls):
       refined = _refine_all(run, share, checked, folder, calls, method)
@@ -420,7 +420,7 @@ def _select(run: schema.Config, folder: pathlib.Path, source: pathlib.Path) -> N
         f"and set refine.journal={source / 'refined' / 'journal.jsonl'}, then only "
         "those are asked for"
       )
-    config_load.lock_config(run, "refine", IDENTITY_KEYS)
+    run_lock.lock_config(run, "refine", IDENTITY_KEYS)
     kept = {k: manifest.meta.get(k) for k in KEPT}
     inputs = journal.content_key(
       source=manifest.meta.get("inputs"), settings=config_load.values(run, SELECTING)

@@ -30,7 +30,7 @@ import rich.table
 
 import raft_jax
 from raft_jax import errors
-from raft_jax.config import cli, schema
+from raft_jax.config import cli, run_lock, schema
 from raft_jax.config import load as config_load
 from raft_jax.curation import clusters, near_duplicates, qa_pairs
 from raft_jax.generation import (
@@ -263,7 +263,7 @@ def row_of(draft: Draft, answer: str, cluster: int) -> dict[str, Any]:
 def fit(run: schema.Config) -> None:
   """Writes `output/synthesised`: questions.jsonl, dropped.jsonl, summary."""
   settings = check(run)
-  config_load.check_lock(run, "synthesise", IDENTITY_KEYS)
+  run_lock.check_lock(run, "synthesise", IDENTITY_KEYS)
   folder = pathlib.Path(run.output) / "synthesised"
   seeds, aside = read_seeds(settings.seeds, run.data.unusable)
   tokenizer = engines.tokenizer(run.model.source, run.model.chat_template)
@@ -277,12 +277,12 @@ def fit(run: schema.Config) -> None:
   rejects.tell(aside, folder / "rejects.jsonl")
   with journal.open_journal(folder / "journal.jsonl") as book:
     if sealed_folder.inputs(folder) == inputs:
-      config_load.lock_config(run, "synthesise", IDENTITY_KEYS)
+      run_lock.lock_config(run, "synthesise", IDENTITY_KEYS)
       print(f"{folder}: already complete, nothing to do")
       return
     writer, answerer = _roles(run, settings)
     # Not before: what was wrong with the input so far binds no later run.
-    config_load.lock_config(run, "synthesise", IDENTITY_KEYS)
+    run_lock.lock_config(run, "synthesise", IDENTITY_KEYS)
     calls = calls_lib.Calls(book, settings.seed)
     with calls_lib.at_work(calls):
       made = synthesise(
@@ -321,7 +321,7 @@ def questions(run: schema.Config) -> str:
       f"{folder}: no finished questions, which replay.questions=null learns from; run "
       "`python -m raft_jax.synthesise` with this config first, or name a file there"
     )
-  config_load.check_lock(run, "synthesise", DECIDING)
+  run_lock.check_lock(run, "synthesise", DECIDING)
   return str(folder / f"{QUESTIONS}.jsonl")
 
 

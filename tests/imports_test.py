@@ -58,6 +58,7 @@ LIGHT = {
   "config.cli",
   "config.load",
   "config.methods",
+  "config.run_lock",
   "config.schema",
   "config.strict_yaml",
   "config.validate",

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax import errors, refine, synthesise
-from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.curation import refinement
 from raft_jax.data import batching
 from raft_jax.hf import chat
@@ -117,7 +116,7 @@ def _domain(
       "data.answers=original)"
     )
   # The records are of the questions and the model that this config names.
-  config_load.check_lock(config, "refine", REFINED)
+  run_lock.check_lock(config, "refine", REFINED)
   meta = shards.read_manifest(folder).meta
   places = _check_questions(config, folder, meta.get("questions"))
   made_with = meta.get("tokenizer")

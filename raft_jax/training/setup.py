@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from raft_jax import errors
 from raft_jax.baselines import mssr
 from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.data import batching, training_set
 from raft_jax.distillation import objective, step
 from raft_jax.generation import engines
@@ -305,7 +305,7 @@ def prepare(config: schema.Config) -> Prepared:
     group=group(config),
   )
   if distributed.is_primary():
-    config_load.lock_config(config, "train", IDENTITY_KEYS)
+    run_lock.lock_config(config, "train", IDENTITY_KEYS)
     listed = pathlib.Path(config.output) / "rejects.jsonl"
     rejects.write(listed, found.rejects)
     rejects.tell(found.rejects, listed)
