@@ -25,8 +25,7 @@ import jax
 import numpy as np
 from rich import console, table
 
-from raft_jax.config import cli, schema
-from raft_jax.config import load as config_load
+from raft_jax.config import cli, run_lock, schema
 from raft_jax.curation import refinement
 from raft_jax.data import rouge
 from raft_jax.evaluation import (
@@ -368,7 +367,7 @@ def main(config: schema.Config) -> None:
   # token by token.
   params, step = trained_model_lib.load(config, decoder)
   interrupts.check()
-  config_load.lock_config(config, "evaluate", ())
+  run_lock.lock_config(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
   aside = [*domain.rejects, *(validation.rejects if validation else ())]

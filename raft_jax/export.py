@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from raft_jax import errors
-from raft_jax.config import cli, schema
-from raft_jax.config import load as config_load
+from raft_jax.config import cli, run_lock, schema
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
@@ -264,7 +263,7 @@ def export(config: schema.Config) -> Exported:
   An export of an earlier checkpoint there is replaced.
   """
   # The card states this config: it must be the one that was trained.
-  config_load.check_lock(config, "train", setup.IDENTITY_KEYS)
+  run_lock.check_lock(config, "train", setup.IDENTITY_KEYS)
   output, source = pathlib.Path(config.output), config.model.source
   decoder = hf_load.load_config(source)
   interrupts.check()

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from rich import box, console, table
 
 from raft_jax import errors
-from raft_jax.config import cli, schema
+from raft_jax.config import cli, run_lock, schema
 from raft_jax.config import load as config_load
 from raft_jax.curation import refined_folder
 from raft_jax.data import training_set
@@ -136,7 +136,7 @@ def _override(
   base: schema.Config, name: str, overrides: Mapping[str, Any]
 ) -> schema.Config:
   # Its own values only: those of its method must not outlive a change of the method.
-  tree = config_load.own(base)
+  tree = config_load.non_defaults(base)
   del tree["sweep"]
   output = pathlib.Path(base.output)
   tree["output"] = str(output / name)
@@ -278,7 +278,7 @@ def _refine_once(base: schema.Config, run: Planned) -> None:
   shutil.copytree(
     shared / "refined", temporary, ignore=shutil.ignore_patterns("journal*")
   )
-  config_load.lock_config(run.config, "refine", refined_folder.IDENTITY_KEYS)
+  run_lock.lock_config(run.config, "refine", refined_folder.IDENTITY_KEYS)
   temporary.rename(folder / "refined")
 
 

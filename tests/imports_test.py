@@ -58,6 +58,7 @@ LIGHT = {
   "config.cli",
   "config.load",
   "config.methods",
+  "config.run_lock",
   "config.schema",
   "config.strict_yaml",
   "config.validate",
@@ -246,6 +247,23 @@ def test_no_module_has_the_name_of_a_standard_one_or_of_a_library_it_uses():
     item.library for source in modules().values() for item in imports(source)
   }
   assert not set(names) & (sys.stdlib_module_names | libraries)
+
+
+def test_no_test_imports_another_test():
+  folder = pathlib.Path(__file__).parent
+  tests = [*folder.rglob("*_test.py"), *folder.rglob("conftest.py")]
+  names = {path.stem for path in tests}
+  assert len(names) > 60
+  for path in folder.rglob("*.py"):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    imported = {
+      part
+      for node in nodes
+      if isinstance(node, (ast.Import, ast.ImportFrom))
+      for name in (getattr(node, "module", None), *(item.name for item in node.names))
+      for part in (name or "").split(".")
+    }
+    assert not imported & names, f"{path} imports {sorted(imported & names)}"
 
 
 @pytest.mark.parametrize(

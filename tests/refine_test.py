@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from raft_jax import errors, refine
-from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.curation import refined_folder, refinement, refinement_run
 from raft_jax.data import training_set
 from raft_jax.generation import (
@@ -515,7 +514,7 @@ def test_second_process_on_one_folder_is_told_who_works_there(scripted):
     "with journal.open_journal(sys.argv[1]):\n  print('held', flush=True)\n"
     "  time.sleep(60)"
   )
-  config_load.lock_config(run, "refine", refined_folder.IDENTITY_KEYS)
+  run_lock.lock_config(run, "refine", refined_folder.IDENTITY_KEYS)
   with subprocess.Popen(
     [sys.executable, "-c", hold, str(book)], stdout=subprocess.PIPE, text=True
   ) as holder:

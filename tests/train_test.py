@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from raft_jax import errors, train
-from raft_jax.config import load as config_load
+from raft_jax.config import run_lock
 from raft_jax.curation import refined_folder
 from raft_jax.generation import engines
 from raft_jax.hf import load as hf_load
@@ -276,7 +276,7 @@ def test_records_refined_by_another_config_are_refused(tmp_path, source, law):
   output = tmp_path / "elsewhere"
   short_run.write_refined(output, law)
   _, settings = short_run.make_config(output, source, law)
-  config_load.lock_config(settings, "refine", refined_folder.IDENTITY_KEYS)
+  run_lock.lock_config(settings, "refine", refined_folder.IDENTITY_KEYS)
   train.fit(short_run.make_config(output, source, law, "train.max_steps=1")[1])
   other = str(law.parent / "web/train.jsonl")
   _, changed = short_run.make_config(output, source, law, f"data.questions={other}")

@@ -1,7 +1,6 @@
-"""The user's one YAML file, checked whole before anything heavy is imported.
+"""The config of a run: read from YAML with overrides, checked, written, compared.
 
-Reading with dotted overrides, every fault in one message; writing, comparing and
-claiming an output folder.
+All faults of a file are reported in one message, before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -20,40 +19,8 @@ from typing import Any
 import pydantic
 
 from raft_jax import errors
-from raft_jax.config import (
-  methods,
-  strict_yaml,
-  validate,
-)
-from raft_jax.config import (
-  reference as config_reference,
-)
-from raft_jax.config.schema import Adaptive as Adaptive
-from raft_jax.config.schema import Anchor as Anchor
-from raft_jax.config.schema import Balance as Balance
-from raft_jax.config.schema import Config as Config
-from raft_jax.config.schema import Drift as Drift
-from raft_jax.config.schema import Engine as Engine
-from raft_jax.config.schema import Evaluate as Evaluate
-from raft_jax.config.schema import Export as Export
-from raft_jax.config.schema import Extract as Extract
-from raft_jax.config.schema import Freeze as Freeze
-from raft_jax.config.schema import Fusion as Fusion
-from raft_jax.config.schema import Ifeval as Ifeval
-from raft_jax.config.schema import Judge as Judge
-from raft_jax.config.schema import Lora as Lora
-from raft_jax.config.schema import Mmlu as Mmlu
-from raft_jax.config.schema import Model as Model
-from raft_jax.config.schema import Prune as Prune
-from raft_jax.config.schema import Recadam as Recadam
-from raft_jax.config.schema import Section
-from raft_jax.config.schema import Servers as Servers
-from raft_jax.config.schema import Tasks as Tasks
-from raft_jax.config.schema import Train as Train
-from raft_jax.config.schema import Validation as Validation
-from raft_jax.config.schema import VerdictJudge as VerdictJudge
-from raft_jax.config.schema import Writer as Writer
-from raft_jax.storage import atomic
+from raft_jax.config import methods, schema, strict_yaml, validate
+from raft_jax.config import reference as config_reference
 
 
 def load(
@@ -61,20 +28,20 @@ def load(
   overrides: Sequence[str] = (),
   *,
   without_data: bool = False,
-) -> Config:
+) -> schema.Config:
   """Reads and checks a run's YAML file.
 
   Args:
     path: the file.
-    overrides: `train.batch_size=8`, or `--train.batch_size 8` as two items; values
-      follow the rules of the file, and a later one wins.
-    without_data: the files of questions may be absent.
+    overrides: `train.batch_size=8`, or `--train.batch_size 8` as two items. Values are
+      written as in the file; of several for one key, the last one counts.
+    without_data: whether the files of questions may be absent.
 
   Raises:
-    errors.UserError: names every fault at once, each with file:line, key and remedy.
+    errors.UserError: lists all faults, each with file:line, key and remedy.
   """
   draft = strict_yaml.Draft()
-  tree = draft.read(_read_text(path), "", lambda line: f"{path}:{line}")
+  tree = draft.read(read_text(path), "", lambda line: f"{path}:{line}")
   if isinstance(tree, dict):
     draft.tree = tree
   elif not draft.problems:
@@ -83,8 +50,8 @@ def load(
   return _checked(draft, str(path), overrides, without_data)
 
 
-def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-  """Checks a config that `Config.model_dump(mode="json")` gave, with overrides.
+def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> schema.Config:
+  """Checks a tree in the form of `Config.model_dump(mode="json")`, with overrides.
 
   Raises:
     errors.UserError: as `load`.
@@ -99,7 +66,7 @@ def _checked(
   path: str,
   overrides: Sequence[str],
   without_data: bool = False,
-) -> Config:
+) -> schema.Config:
   for key, text in _pairs(overrides):
     draft.override(key, text)
   config = None
@@ -111,7 +78,12 @@ def _checked(
   return config
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
+  """The text of a config file.
+
+  Raises:
+    errors.UserError: the file cannot be read or is not UTF-8.
+  """
   try:
     return pathlib.Path(path).read_bytes().decode("utf-8-sig")
   except OSError as e:
@@ -141,8 +113,10 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     yield key.removeprefix("--"), text
 
 
-def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config | None:
-  """The checked config; faults go to `draft.problems`."""
+def _validate(
+  draft: strict_yaml.Draft, path: str, without_data: bool
+) -> schema.Config | None:
+  """The config, or None; adds the faults to `draft.problems`."""
 
   def note(key: str, what: str) -> None:
     where = draft.place(key.split("."), path)
@@ -151,7 +125,7 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
   for key, what in () if without_data else validate.missing_files(draft.tree):
     note(key, what)
   tree, method = draft.tree, None
-  name = tree.get("method", Config.model_fields["method"].default)
+  name = tree.get("method", schema.Config.model_fields["method"].default)
   try:
     method = methods.get(name) if isinstance(name, str) else None
   except errors.UserError as e:
@@ -159,34 +133,38 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
   if method is not None:
     tree = methods.under(method.settings, tree)
   try:
-    # JSON's strict mode takes a list for a tuple and 1 for 1.0, but no "8" for 8.
-    config = Config.model_validate_json(json.dumps(tree), strict=True)
+    # JSON's strict mode accepts a list for a tuple and 1 for 1.0, but not "8" for 8.
+    config = schema.Config.model_validate_json(json.dumps(tree), strict=True)
   except pydantic.ValidationError as e:
     faults = e.errors(include_url=False)
     for fault in faults:
       key = ".".join(map(str, fault["loc"]))
-      # A list with a bad item is also reported as too short.
-      parent = any(
+      # pydantic reports a list with a bad item also as too short.
+      has_inner_fault = any(
         f["loc"][:-1][: len(fault["loc"])] == fault["loc"]
         for f in faults
         if f is not fault
       )
-      if not parent and key not in draft.unread:
+      if not has_inner_fault and key not in draft.unread:
         where = draft.place(fault["loc"], path)
         draft.problems.append(strict_yaml.Problem(where, key, _explain(fault)))
     return None
   needs = method.needs if method else {}
-  for key, what in itertools.chain(_missing(config, needs), validate.find(config)):
+  for key, what in itertools.chain(
+    _missing(flat(_tree(config)), needs), validate.conflicts(config)
+  ):
     note(key, what)
   return config
 
 
-def _missing(config: Config, needs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-  """Keys without which the method is not what its name says."""
-  values = _flat(_tree(config))
+def _missing(
+  set_values: Mapping[str, Any], needs: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+  """The keys that the method needs and that are not set."""
   for key, meaning in needs.items():
-    if values.get(key) is None:
-      yield key, f"method {config.method!r} needs it: {meaning}; set it"
+    if set_values.get(key) is None:
+      method = set_values["method"]
+      yield key, f"method {method!r} needs it: {meaning}; set it"
 
 
 def _message(problems: list[strict_yaml.Problem]) -> str:
@@ -209,7 +187,7 @@ _MUST = {
 
 def _explain(fault: Any) -> str:
   """What is wrong with one value, and what would be right."""
-  if not fault["loc"]:  # of the whole file: it is no JSON, as half a surrogate pair
+  if not fault["loc"]:  # the file is not JSON, e.g. half a surrogate pair
     return str(fault["msg"])
   section = _section(fault["loc"][:-1])
   name = str(fault["loc"][-1])
@@ -219,7 +197,7 @@ def _explain(fault: Any) -> str:
     field = section.model_fields[name]
     meaning = (field.description or str(field.annotation.__doc__)).rstrip(".")
     return f"is required: {meaning}; add it"
-  if name == "api_key_env":  # what stands there may be the key
+  if name == "api_key_env":  # the value may be the key itself: do not print it
     return "must be the name of an environment variable, which holds the key"
   must = _MUST.get(fault["type"], fault["msg"].replace("Input should be", "must be"))
   if fault["input"] == "encoder" and name == "engine":
@@ -227,8 +205,8 @@ def _explain(fault: Any) -> str:
   return f"{must}, got {json.dumps(fault['input'], ensure_ascii=False)[:60]}"
 
 
-def _section(loc: Sequence[str | int]) -> type[Section]:
-  section: type[Section] = Config
+def _section(loc: Sequence[str | int]) -> type[schema.Section]:
+  section: type[schema.Section] = schema.Config
   for part in loc:
     if isinstance(part, str):
       annotation: Any = section.model_fields[part].annotation
@@ -240,16 +218,18 @@ RENAMED = {
   "train.measure_every": "train.gradient_stats_every",
   "watch": "validation",
 }
-"""Old name of a key or section -> the name that it has now."""
+"""Old name of a key or section -> its present name."""
 
 
-def _suggest(name: str, parents: Sequence[str | int], section: type[Section]) -> str:
+def _suggest(
+  name: str, parents: Sequence[str | int], section: type[schema.Section]
+) -> str:
   prefix = "".join(f"{part}." for part in parents)
   if f"{prefix}{name}" in RENAMED:
     return f"it is now called `{RENAMED[f'{prefix}{name}']}`"
-  near = difflib.get_close_matches(name, section.model_fields, n=1)
-  if near:
-    return f"did you mean `{prefix}{near[0]}`?"
+  similar = difflib.get_close_matches(name, section.model_fields, n=1)
+  if similar:
+    return f"did you mean `{prefix}{similar[0]}`?"
   last = {key.name.rsplit(".", 1)[-1] for key in config_reference.every_key()}
   word = next(iter(difflib.get_close_matches(name, last, n=1, cutoff=0.8)), None)
   elsewhere = [
@@ -263,200 +243,80 @@ def _suggest(name: str, parents: Sequence[str | int], section: type[Section]) ->
   return f"{here} {', '.join(section.model_fields)}"
 
 
-def own(config: Config) -> dict[str, Any]:
-  """The values that are not the method's or the defaults: the least file for a config.
+def non_defaults(config: schema.Config) -> dict[str, Any]:
+  """The values that differ from those of the method and the schema, and the method.
 
-  With another `method` in it, `load` gives that method with the same values of the
-  user's own.
+  `from_tree` makes the same config of them. With another `method`, it makes that
+  method's config with the user's own values.
   """
-  return _own(config, methods.get(config.method).settings) | {"method": config.method}
+  settings = methods.get(config.method).settings
+  return _non_defaults(config, settings) | {"method": config.method}
 
 
-def _own(section: Section, preset: Mapping[str, Any]) -> dict[str, Any]:
+def _non_defaults(section: schema.Section, preset: Mapping[str, Any]) -> dict[str, Any]:
   tree = {}
   dumped = section.model_dump(mode="json")
   for name, field in type(section).model_fields.items():
     value = getattr(section, name)
-    given = preset.get(name, field.default)
-    if isinstance(value, Section):
-      below = _own(value, given if isinstance(given, dict) else {})
-      if below or given is None:  # a section that the user opened may be empty
+    default = preset.get(name, field.default)
+    if isinstance(value, schema.Section):
+      below = _non_defaults(value, default if isinstance(default, dict) else {})
+      if below or default is None:  # a section that the user opened may be empty
         tree[name] = below
-    elif value != given:
+    elif value != default:
       tree[name] = dumped[name]
   return tree
 
 
-# Writing, comparing, claiming
+# --- Writing and comparing ------------------------------------------------------------
 
 
-def dump(config: Config) -> str:
-  """YAML of every key, defaults included; `load` reads the same config from it."""
+def dump(config: schema.Config) -> str:
+  """YAML of all keys, defaults included; `load` reads the same config from it."""
   return strict_yaml.dump(config.model_dump(mode="json"))
 
 
-def _tree(config: Config | dict[str, Any]) -> dict[str, Any]:
-  return config.model_dump(mode="json") if isinstance(config, Config) else config
+def _tree(config: schema.Config | dict[str, Any]) -> dict[str, Any]:
+  return config.model_dump(mode="json") if isinstance(config, schema.Config) else config
 
 
-def digest(config: Config | dict[str, Any]) -> str:
-  """sha256 (hex) of the values, whatever the order of the keys."""
+def digest(config: schema.Config | dict[str, Any]) -> str:
+  """sha256 (hex) of the values; the order of the keys does not matter."""
   text = json.dumps(_tree(config), sort_keys=True, allow_nan=False)
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def values(config: Config, keys: Sequence[str]) -> dict[str, Any]:
-  """Dotted key -> value of these keys and of all keys in these sections."""
-  return {k: v for k, v in _flat(_tree(config)).items() if _under(k, keys)}
+def values(config: schema.Config, keys: Sequence[str]) -> dict[str, Any]:
+  """Dotted key -> value, for these keys and all keys of these sections."""
+  return {k: v for k, v in flat(_tree(config)).items() if matches(k, keys)}
 
 
 ABSENT = "(absent)"
 
 
 def diff(
-  old: Config | dict[str, Any], new: Config | dict[str, Any]
+  old: schema.Config | dict[str, Any], new: schema.Config | dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-  """Dotted key -> (old value, new value) where they differ; ABSENT for no such key."""
-  a, b = _flat(_tree(old)), _flat(_tree(new))
+  """Dotted key -> (old value, new value) where they differ; ABSENT: no such key."""
+  a, b = flat(_tree(old)), flat(_tree(new))
   pairs = {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in a | b}
   return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Dotted key -> value of every leaf of a tree."""
   if isinstance(tree, (dict, list)) and tree:
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     parts = [
-      _flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items
+      flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in items
     ]
     return {key: value for part in parts for key, value in part.items()}
   return {prefix: tree}
 
 
-def check_lock(config: Config, stage: str, keys: Sequence[str]) -> None:
-  """Refuses a folder that holds something else than this run; writes nothing.
-
-  Args:
-    config: the run's.
-    stage: "refine", "train", ...
-    keys: dotted keys or sections that decide the stage's result; between two runs into
-      the same folder they may not change. All other keys may.
-
-  Raises:
-    errors.UserError: the folder is not ours, or was made with other values of `keys`.
-  """
-  names = _flat(_tree(config))
-  for key in keys:
-    # The keys of a section that is null here are none of its own.
-    if not any(_under(name, [key]) or _under(key, [name]) for name in names):
-      raise ValueError(f"no config key {key!r}")
-  output = pathlib.Path(config.output)
-  try:
-    _check_claim(output, _claim_path(config, stage), config, stage, keys)
-  except OSError as e:
-    raise errors.UserError(
-      f"output: cannot use {output}: {e.strerror}; choose another output"
-    ) from e
-
-
-def lock_config(config: Config, stage: str, keys: Sequence[str]) -> None:
-  """Records the config in output/config/<stage>.yaml, after `check_lock`.
-
-  Call it in one process only, holding the folder's lock if there is one, and when the
-  stage is about to write: a run that never began should not bind the next one.
-
-  Raises:
-    errors.UserError: as `check_lock`, or the folder cannot be written.
-  """
-  check_lock(config, stage, keys)
-  path = _claim_path(config, stage)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(path) as temporary:
-      temporary.write_text(dump(config), encoding="utf-8")
-  except OSError as e:
-    raise errors.UserError(
-      f"output: cannot write {path}: {e.strerror}; choose another output"
-    ) from e
-
-
-def _claim_path(config: Config, stage: str) -> pathlib.Path:
-  return pathlib.Path(config.output) / "config" / f"{stage}.yaml"
-
-
-MADE = {
-  "train": ("checkpoints and best in it", ("checkpoints/[0-9]*", "best/[0-9]*")),
-  "refine": ("refined in it", ("refined/*",)),
-}
-"""What binds a folder to a stage's config, in words and as patterns; without it the
-stage begins anew. The other stages have one config for the whole folder."""
-
-
-def _check_claim(
-  output: pathlib.Path,
-  path: pathlib.Path,
-  config: Config,
-  stage: str,
-  keys: Sequence[str],
-) -> None:
-  if not output.exists():
-    return
-  present = [item for item in output.iterdir() if not item.name.startswith(".")]
-  if present and not path.parent.is_dir():
-    raise errors.UserError(
-      f"output: {output} is not empty (e.g. {present[0].name}) and no run of raft_jax "
-      f"made it; choose another output or empty the folder"
-    )
-  # Where nothing but claims was left, no run came further than its first checks; nor
-  # where a stage has left nothing of what it makes.
-  if not path.exists() or [item.name for item in present] == ["config"]:
-    return
-  words, patterns = MADE.get(stage, ("the folder", ("config",)))
-  if not any(found for pattern in patterns for found in output.glob(pattern)):
-    return
-  draft = strict_yaml.Draft()
-  old = draft.read(_read_text(path), "", lambda line: f"{path}:{line}")
-  if draft.problems or not isinstance(old, dict):
-    raise errors.UserError(
-      f"{path}: damaged; delete it if {output} was made with this config, else choose "
-      "another output"
-    )
-  if old.get("watch"):
-    raise errors.UserError(
-      f"output: {output} was validated by an earlier version of raft_jax, which logged "
-      "other names; choose another output, or go on with that version"
-    )
-  for name, today in RENAMED.items():
-    _rename(old, name.split("."), today.rsplit(".", 1)[-1])
-  # A key that is younger than the folder had there what is now its default.
-  given = _flat(own(config))
-  changes = {
-    k: (a, b)
-    for k, (a, b) in diff(old, config).items()
-    if _under(k, keys) and not (a == ABSENT and k not in given)
-  }
-  if changes:
-    shown = "; ".join(f"{key}: {a} -> {b}" for key, (a, b) in changes.items())
-    raise errors.UserError(
-      f"output: {output} holds a {stage} run of another config ({shown}); choose "
-      f"another output, put the old values back, or delete {words}"
-    )
-
-
-def _rename(tree: dict[str, Any], path: Sequence[str], today: str) -> None:
-  """Gives a key of a folder made by an earlier version its present name."""
-  *parents, last = path
-  for part in parents:
-    tree = tree.get(part) or {}
-  if last in tree:
-    tree[today] = tree.pop(last)
-
-
-def _under(name: str, keys: Sequence[str]) -> bool:
-  """Whether a dotted name is one of `keys` or inside one; `*` stands for any index."""
+def matches(name: str, keys: Sequence[str]) -> bool:
+  """Whether a dotted name is one of `keys` or below one; `*` stands for any index."""
   return any(
     fnmatch.fnmatchcase(name, key) or fnmatch.fnmatchcase(name, f"{key}.*")
     for key in keys
   )
-
-
-# The command line of every stage

@@ -7,8 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.generation import calls as calls_lib
 from raft_jax.storage import journal
 
@@ -37,7 +36,7 @@ def begin(
   Raises:
     UserError: the folder was made with other values of `identity_keys`.
   """
-  config_load.check_lock(config, stage, identity_keys)
+  run_lock.check_lock(config, stage, identity_keys)
   folder = pathlib.Path(config.output) / folder_name
   return StageRun(stage, config, identity_keys, folder)
 
@@ -50,7 +49,7 @@ def make_folder(run: StageRun) -> None:
 
 def lock(run: StageRun) -> None:
   """Records the config, so that no later run fills this folder with other settings."""
-  config_load.lock_config(run.config, run.stage, run.identity_keys)
+  run_lock.lock_config(run.config, run.stage, run.identity_keys)
 
 
 def is_complete(run: StageRun, inputs: str, sealed_inputs: str | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import raft_jax
 from raft_jax import errors
 from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.curation import stage_run, synthesis
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles, sentence_encoder
@@ -104,7 +104,7 @@ def questions(config: schema.Config) -> str:
       f"{folder}: no finished questions, which replay.questions=null learns from; run "
       "`python -m raft_jax.synthesise` with this config first, or name a file there"
     )
-  config_load.check_lock(config, "synthesise", CONTENT_KEYS)
+  run_lock.check_lock(config, "synthesise", CONTENT_KEYS)
   return str(folder / f"{QUESTIONS}.jsonl")
 
 

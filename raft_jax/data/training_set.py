@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax import errors
-from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.curation import refined_folder, refinement, synthesis_run
 from raft_jax.data import batching
 from raft_jax.hf import chat
@@ -123,7 +122,7 @@ def _domain_examples(
       "run `python -m raft_jax.refine` with this config first (or set "
       "data.answers=original)"
     )
-  config_load.check_lock(config, "refine", REFINED_KEYS)
+  run_lock.check_lock(config, "refine", REFINED_KEYS)
   meta = shards.read_manifest(folder).meta
   places = _check_questions(data, folder, meta.get("questions"))
   if meta.get("tokenizer") not in (None, tokenizer.digest):

@@ -19,17 +19,9 @@ from flax import traverse_util
 
 import raft_jax
 from raft_jax import errors
-from raft_jax.hf import (
-  decoder_config,
-  families,
-)
-from raft_jax.hf import (
-  load as hf_load,
-)
-from raft_jax.hf import (
-  tokenizer as hf_tokenizer,
-)
-from raft_jax.models import lora
+from raft_jax.hf import decoder_config, families, peft_adapter
+from raft_jax.hf import load as hf_load
+from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -144,13 +136,13 @@ def save_adapter(
   for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items():
     _check_finite(f"lora/{path}", np.asarray(leaf))
   family = hf_load.family(source)
-  tensors = dict(lora.peft_tensors(family, config, adapters))
-  described = lora.peft_config(family, tuple(adapters), rank=rank, alpha=alpha)
-  described["base_model_name_or_path"] = base_name
+  tensors = dict(peft_adapter.tensors(family, config, adapters))
+  adapter_config = peft_adapter.config(family, tuple(adapters), rank=rank, alpha=alpha)
+  adapter_config["base_model_name_or_path"] = base_name
   need = sum(tensor.nbytes for tensor in tensors.values())
   with _replacing(target, need) as temporary:
     _write_tensors(temporary / ADAPTER_FILE, tensors)
-    _write_json(temporary / "adapter_config.json", described)
+    _write_json(temporary / "adapter_config.json", adapter_config)
     if template is not None:
       (temporary / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")

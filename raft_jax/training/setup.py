@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from raft_jax import errors
 from raft_jax.baselines import mssr
 from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.data import batching, training_set
 from raft_jax.distillation import objective, step
 from raft_jax.generation import engines
-from raft_jax.hf import chat
+from raft_jax.hf import chat, peft_adapter
 from raft_jax.hf import load as hf_load
 from raft_jax.models import lora, partition, sharding, transformer
 from raft_jax.runtime import distributed
@@ -198,7 +198,9 @@ def make_split(
     return partition.everything(decoder)
   # Beside the keys of the rollouts, which fold a step into the seed.
   key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
-  kernels = lora.targets(hf_load.family(config.model.source), config.lora.targets)
+  kernels = peft_adapter.targets(
+    hf_load.family(config.model.source), config.lora.targets
+  )
   return lora.split(
     decoder, kernels, rank=config.lora.rank, alpha=config.lora.alpha, key=key
   )
@@ -303,7 +305,7 @@ def prepare(config: schema.Config) -> Prepared:
     copies=group(config),
   )
   if distributed.is_primary():
-    config_load.lock_config(config, "train", IDENTITY_KEYS)
+    run_lock.lock_config(config, "train", IDENTITY_KEYS)
     listed = pathlib.Path(config.output) / "rejects.jsonl"
     rejects.write(listed, found.rejects)
     rejects.tell(found.rejects, listed)

@@ -294,7 +294,7 @@ def test_print_config_shows_every_value_and_stops(tmp_path):
 
 def test_help_and_reference_list_every_key(tmp_path):
   """Each key of a whole config once: in full, or as one that roles share."""
-  leaves = set(config_load._flat(least_config.least(tmp_path).model_dump(mode="json")))
+  leaves = set(config_load.flat(least_config.least(tmp_path).model_dump(mode="json")))
   leaves = {leaf.replace("judges.0", "judges[]") for leaf in leaves}
   leaves = {re.sub(r"\.\d+$", "", leaf) for leaf in leaves}  # items of plain lists
   help_text = stage("--help").stdout

@@ -97,11 +97,11 @@ def test_the_users_own_values_win(load):
     ("opd_recover", ["distill.source=null"], "distill.source: method 'opd_recover'"),
     ("opd_pure", ["distill.teacher=none"], "no loss is left"),
     ("opd_pure", ["balance.mode=ema"], "balance.mode: ema weighs"),
-    ("l2sp", ["recadam={}"], "anchor: recadam has a pull of its own"),
+    ("l2sp", ["recadam={}"], "anchor: recadam has its own pull"),
     ("opd", ["distill.teacher=live"], "its loss is 0"),
     ("sdft_cl", ["distill.source=a/b"], "distill.source: is read with"),
-    ("freeze", ["freeze.mode=names"], "freeze.names: goes with"),
-    ("freeze", ["freeze.names=[embed]"], "freeze.names: goes with"),
+    ("freeze", ["freeze.mode=names"], "freeze.names: freeze.mode=names needs"),
+    ("freeze", ["freeze.names=[embed]"], "freeze.names: freeze.mode=names needs"),
     ("sdpo", ["rollout.group=1"], "rollout.group: distill.teacher_context=sibling"),
     ("sdpo", ["distill.trajectory=mixed"], "distill.teacher_context: needs rollouts"),
     ("gkd", ["rollout.group=2"], "rollout.group: needs rollouts at every step"),
@@ -109,8 +109,8 @@ def test_the_users_own_values_win(load):
     ("sdpo", ["distill.temperature=1.5"], "distill.max_importance: compares"),
     ("opd", ["distill.success=0.7"], "distill.success: is read with"),
     ("sft", ["replay.questions=/no"], "replay.questions: '/no' is not a file"),
-    ("lora", ["interpolate={}", "export.adapter=true"], "not written of interpolated"),
-    ("lora", ["prune={}", "export.adapter=true"], "not written of pruned weights"),
+    ("lora", ["interpolate={}", "export.adapter=true"], "interpolated weights cannot"),
+    ("lora", ["prune={}", "export.adapter=true"], "pruned weights cannot"),
     ("lora", ["anchor={}"], "anchor: pulls to the base model's parameters, and `lora`"),
     ("lora", ["recadam={}"], "recadam: pulls"),
     ("lora", ["soft_mask={}"], "soft_mask: masks the base model's"),
@@ -142,7 +142,7 @@ def test_it_runs_on_the_quickstart_with_the_keys_that_it_needs(name, monkeypatch
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_own_values_are_the_least_file(name, load):
   loaded = load(name, "train.batch_size=8", "prune={}")
-  least = config_load.own(loaded)
+  least = config_load.non_defaults(loaded)
   assert config_load.from_tree(least, []) == loaded
   expected = {
     "model": {"source": "some/model"},
@@ -162,7 +162,7 @@ def test_own_values_are_the_least_file(name, load):
 
 def test_another_method_brings_its_own_settings(load):
   """As a sweep exchanges it: what the first method set does not stay."""
-  tree = config_load.own(load("raft", "train.epochs=1"))
+  tree = config_load.non_defaults(load("raft", "train.epochs=1"))
   assert config_load.from_tree(tree, ["method=sft"]) == load("sft", "train.epochs=1")
 
 

@@ -19,8 +19,8 @@ import transformers
 from raft_jax import balance, errors, export, train
 from raft_jax.config import schema
 from raft_jax.distillation import objective, step
-from raft_jax.hf import families
 from raft_jax.hf import load as hf_load
+from raft_jax.hf import peft_adapter
 from raft_jax.hf import save as hf_save
 from raft_jax.models import lora, partition
 from raft_jax.training import checkpoint, initial_state, optim, setup, trained_model
@@ -194,20 +194,6 @@ def test_a_step_has_no_gradient_and_no_copy_of_a_kernel():
   assert kernel_sized_results(split_of(), base) == 0
 
 
-def test_targets_are_named_as_the_files_name_them():
-  llama, phi = families.FAMILIES["llama"], families.FAMILIES["phi3"]
-  assert lora.targets(llama, ["v_proj", "q_proj"]) == ("q", "v")
-  assert lora.targets(phi, ["qkv_proj", "down_proj"]) == ("q", "k", "v", "down")
-  for family in families.FAMILIES.values():
-    assert lora.targets(family, schema.Lora().targets) == lora.KERNELS
-  with pytest.raises(errors.UserError) as caught:
-    lora.targets(llama, ["q_proj", "qkv_proj"])
-  assert str(caught.value) == (
-    "lora.targets: no projection 'qkv_proj' in this model; it has q_proj, k_proj, "
-    "v_proj, o_proj, gate_proj, up_proj, down_proj"
-  )
-
-
 def test_two_trees_with_one_leaf_are_refused():
   whole = partition.combine({"a": {"x": 1}}, {"a": {"y": 2}, "b": 3})
   assert whole == {"a": {"x": 1, "y": 2}, "b": 3}
@@ -261,7 +247,7 @@ def test_peft_computes_our_logits_from_the_adapter(tmp_path, family, names):
   source = str(tmp_path / "base")
   decoder = hf_load.load_config(source)
   base = hf_load.load_params(source, decoder)
-  kernels = lora.targets(hf_load.family(source), names)
+  kernels = peft_adapter.targets(hf_load.family(source), names)
   split = lora.split(decoder, kernels, rank=4, alpha=6.0, key=jax.random.key(0))
   adapters = random_adapters(split.shapes)
   params = partition.combine(split.freeze(base), adapters)

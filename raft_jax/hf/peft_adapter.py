@@ -1,0 +1,115 @@
+"""LoRA adapters as PEFT names and stores them: target modules, config, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from raft_jax import errors
+from raft_jax.hf import families
+from raft_jax.models import lora, transformer
+
+
+def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
+  """Kernels of the parameter tree for the names of Hugging Face modules.
+
+  Every family knows `q_proj` to `down_proj`. A family that fuses some of them (Phi's
+  `qkv_proj`) also knows the fused name, which stands for all of its parts.
+
+  Raises:
+    errors.UserError: the model has no module of a name.
+  """
+  kernels_by_name = {f"{kernel}_proj": {kernel} for kernel in lora.KERNELS}
+  for module, kernels in _modules(family).items():
+    kernels_by_name[_last_part(module)] = set(kernels)
+  unknown = [name for name in names if name not in kernels_by_name]
+  if unknown:
+    raise errors.UserError(
+      f"lora.targets: no projection {unknown[0]!r} in this model; it has "
+      f"{', '.join(kernels_by_name)}"
+    )
+  targeted = set().union(*(kernels_by_name[name] for name in names))
+  return tuple(kernel for kernel in lora.KERNELS if kernel in targeted)
+
+
+def _modules(family: families.Family) -> dict[str, tuple[str, ...]]:
+  """Module `model.layers.{}.self_attn.q_proj` -> its kernels, in order of its rows."""
+  modules: dict[str, tuple[str, ...]] = {}
+  for path, name in family.names.items():
+    kernel = path.removeprefix("layers/")
+    if kernel in lora.KERNELS:
+      module = name.hf.removesuffix(".weight")
+      modules[module] = (*modules.get(module, ()), kernel)
+  return modules
+
+
+def _last_part(module: str) -> str:
+  return module.rsplit(".", 1)[-1]
+
+
+def config(
+  family: families.Family, kernels: Sequence[str], *, rank: int, alpha: float
+) -> dict[str, Any]:
+  """The content of `adapter_config.json`, without the base model's name."""
+  adapted = {
+    _last_part(module): tuple(part for part in parts if part in kernels)
+    for module, parts in _modules(family).items()
+  }
+  adapted = {name: parts for name, parts in adapted.items() if parts}
+  # Adapters of kernels that are fused into one module are stacked, and so are their
+  # ranks; alpha grows with the rank, so that alpha / rank stays the same.
+  stacked = {name: len(parts) for name, parts in adapted.items() if len(parts) > 1}
+  json_alpha = int(alpha) if float(alpha).is_integer() else alpha
+  return {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": rank,
+    "lora_alpha": json_alpha,
+    "target_modules": list(adapted),
+    "rank_pattern": {name: rank * count for name, count in stacked.items()},
+    "alpha_pattern": {name: json_alpha * count for name, count in stacked.items()},
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+  }
+
+
+def tensors(
+  family: families.Family,
+  decoder: transformer.DecoderConfig,
+  adapters: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Name and float32 value of every tensor of `adapter_model.safetensors`.
+
+  In a module that fuses kernels, the A matrices are stacked by rows. The B matrices are
+  blocks: each covers the rows of its kernel and the columns of its A.
+  """
+  rows = {
+    name: leaf.shape[1]
+    for name, leaf in transformer.shapes(decoder)["layers"].items()
+    if name in lora.KERNELS
+  }
+  for module, parts in _modules(family).items():
+    on_host = {
+      name: {half: np.asarray(leaf) for half, leaf in adapters[name].items()}
+      for name in parts
+      if name in adapters
+    }
+    if not on_host:
+      continue
+    for layer in range(decoder.n_layers):
+      prefix = f"base_model.model.{module.format(layer)}"
+      a_RI = np.concatenate([adapter["a"][layer] for adapter in on_host.values()])
+      b_OR = np.zeros((sum(rows[name] for name in parts), len(a_RI)), np.float32)
+      row = column = 0
+      for name in parts:
+        if name in on_host:
+          block = on_host[name]["b"][layer]
+          b_OR[row : row + rows[name], column : column + block.shape[1]] = block
+          column += block.shape[1]
+        row += rows[name]
+      yield f"{prefix}.lora_A.weight", a_RI
+      yield f"{prefix}.lora_B.weight", b_OR

@@ -1,0 +1,25 @@
+"""Which kernels the names of a model's modules stand for.
+
+Whether PEFT reads the written adapters is tested in `tests/models/lora_test.py`.
+"""
+
+import pytest
+
+from raft_jax import errors
+from raft_jax.config import schema
+from raft_jax.hf import families, peft_adapter
+from raft_jax.models import lora
+
+
+def test_targets_are_named_as_the_files_name_them():
+  llama, phi = families.FAMILIES["llama"], families.FAMILIES["phi3"]
+  assert peft_adapter.targets(llama, ["v_proj", "q_proj"]) == ("q", "v")
+  assert peft_adapter.targets(phi, ["qkv_proj", "down_proj"]) == ("q", "k", "v", "down")
+  for family in families.FAMILIES.values():
+    assert peft_adapter.targets(family, schema.Lora().targets) == lora.KERNELS
+  with pytest.raises(errors.UserError) as caught:
+    peft_adapter.targets(llama, ["q_proj", "qkv_proj"])
+  assert str(caught.value) == (
+    "lora.targets: no projection 'qkv_proj' in this model; it has q_proj, k_proj, "
+    "v_proj, o_proj, gate_proj, up_proj, down_proj"
+  )
