@@ -18,7 +18,7 @@ def interrupted(number: int, frame: object) -> None:
   os._exit(130)
 
 
-# `python -m raft_jax.STAGE` imports for seconds before `command_line.run` listens. A
+# `python -m raft_jax.STAGE` imports for seconds before `cli.run` listens. A
 # KeyboardInterrupt there ends in a page of traceback, or is lost inside a library.
 # Only for our own commands: another program's Ctrl-C is its own, whatever it imports.
 if (

@@ -25,47 +25,51 @@ import jax
 import numpy as np
 from rich import console, table
 
-from raft_jax import (
-  asking,
+from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
+from raft_jax.curation import refinement
+from raft_jax.data import rouge
+from raft_jax.evaluation import (
   benchmarks,
-  checkpoint,
-  command_line,
-  distance,
-  durable,
-  encode,
-  engines,
-  exam,
-  hf,
-  hosts,
-  journal,
-  measure,
-  openai_engine,
-  outcome,
-  panel,
-  records,
-  refinement,
-  roles,
-  rouge,
-  sample,
-  statistics,
-  text,
+  intervals,
+  judged_accuracy,
+  scoring,
+  test_sets,
 )
-from raft_jax import config as config_lib
+from raft_jax.evaluation import (
+  drift as drift_lib,
+)
+from raft_jax.generation import (
+  calls as calls_lib,
+)
+from raft_jax.generation import (
+  engines,
+  openai_engine,
+  roles,
+  sentence_encoder,
+)
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.models import sampling
+from raft_jax.runtime import distributed
+from raft_jax.storage import atomic, journal, records
+from raft_jax.training import checkpoint
+from raft_jax.training import trained_model as trained_model_lib
 
 if TYPE_CHECKING:
-  from raft_jax import harness
+  from raft_jax.evaluation import lm_eval_tasks
 
 
 def domain_scores(
   losses: Sequence[float],
-  answers: Sequence[measure.Answer],
+  answers: Sequence[scoring.Answer],
   references: Sequence[str],
   embed: Callable[[Sequence[str]], np.ndarray],
-) -> dict[str, statistics.Scores]:
+) -> dict[str, intervals.Scores]:
   """Scores of the domain's questions. An answer without a word scores 0, not NaN."""
   texts = [answer.text for answer in answers]
   said_N = np.array([bool(answer.strip()) for answer in texts])
-  cosine_N = np.nan_to_num(encode.cosine(embed(texts), embed(references)))
+  cosine_N = np.nan_to_num(sentence_encoder.cosine(embed(texts), embed(references)))
   rouge_N = np.array(
     [rouge.rouge_l(ref, answer) for ref, answer in zip(references, texts)]
   )
@@ -77,44 +81,48 @@ def domain_scores(
     "ended": np.array([float(answer.ended) for answer in answers]),
   }
   return {
-    name: statistics.Scores(values_N, share=name == "ended")
+    name: intervals.Scores(values_N, share=name == "ended")
     for name, values_N in values.items()
   }
 
 
 def judged(
-  who: measure.Subject,
-  domain: exam.Domain,
-  general: exam.General,
-  answers: Sequence[measure.Answer],
-  judges: Sequence[asking.Role],
-  settings: config_lib.Evaluate,
+  who: scoring.Subject,
+  domain: test_sets.Domain,
+  general: test_sets.General,
+  answers: Sequence[scoring.Answer],
+  judges: Sequence[calls_lib.Role],
+  settings: schema.Evaluate,
   log: journal.Journal,
-) -> dict[str, statistics.Scores]:
+) -> dict[str, intervals.Scores]:
   """What a panel finds of a model's answers: D-Acc, and the open-ended requests."""
   if not judges:
     return {}
-  calls = asking.Calls(log, seed=0, title=f"{who.title}: ")
+  calls = calls_lib.Calls(log, seed=0, title=f"{who.title}: ")
   items = [
-    panel.Item(refinement.question_text(question), question.answer, answer.text)
+    judged_accuracy.Item(
+      refinement.question_text(question), question.answer, answer.text
+    )
     for question, answer in zip(domain.questions, answers, strict=True)
   ]
-  found = panel.scores("d_acc", panel.votes("correct", items, judges, calls))
+  found = judged_accuracy.scores(
+    "d_acc", judged_accuracy.votes("correct", items, judges, calls)
+  )
   if general.requests:
-    replies = measure.answers(
+    replies = scoring.answers(
       who,
-      exam.open_ended_prompts(general, who.codec),
+      test_sets.open_ended_prompts(general, who.codec),
       log,
       max_new_tokens=settings.open_ended.max_new_tokens,
       name="open-ended answers",
       messages=[records.user_turn(request.prompt) for request in general.requests],
     )
     items = [
-      panel.Item(request.prompt, request.reference or "", reply.text)
+      judged_accuracy.Item(request.prompt, request.reference or "", reply.text)
       for request, reply in zip(general.requests, replies, strict=True)
     ]
-    verdicts = panel.votes("open_ended", items, judges, calls)
-    found |= panel.scores("open_ended", verdicts)
+    verdicts = judged_accuracy.votes("open_ended", items, judges, calls)
+    found |= judged_accuracy.scores("open_ended", verdicts)
   return found
 
 
@@ -124,27 +132,27 @@ class Measured(NamedTuple):
   Those of `tasks` are in `general`, too.
   """
 
-  domain: dict[str, statistics.Scores]
-  general: dict[str, statistics.Figure]
-  tasks: harness.Found | None
-  answers: list[measure.Answer]
+  domain: dict[str, intervals.Scores]
+  general: dict[str, intervals.Figure]
+  tasks: lm_eval_tasks.Found | None
+  answers: list[scoring.Answer]
   seconds: float
 
 
 def measure_model(
-  who: measure.Subject,
-  domain: exam.Domain,
-  validation: exam.Domain | None,
-  general: exam.General,
-  tasks: Callable[[measure.Subject, journal.Journal], harness.Found] | None,
-  settings: config_lib.Evaluate,
+  who: scoring.Subject,
+  domain: test_sets.Domain,
+  validation: test_sets.Domain | None,
+  general: test_sets.General,
+  tasks: Callable[[scoring.Subject, journal.Journal], lm_eval_tasks.Found] | None,
+  settings: schema.Evaluate,
   log: journal.Journal,
   embed: Callable[[Sequence[str]], np.ndarray],
 ) -> Measured:
   """All scores of one model; what the journal knows is not computed again."""
   started = time.monotonic()
-  losses = measure.losses(who, domain.rows, log, name="held-out loss")
-  answers = measure.answers(
+  losses = scoring.losses(who, domain.rows, log, name="held-out loss")
+  answers = scoring.answers(
     who,
     [row.prompt for row in domain.rows],
     log,
@@ -153,12 +161,12 @@ def measure_model(
     messages=[question.messages for question in domain.questions],
   )
   references = [question.answer for question in domain.questions]
-  found: dict[str, statistics.Figure] = {}
+  found: dict[str, intervals.Figure] = {}
   if general.ifeval is not None:
     new = settings.ifeval.max_new_tokens
-    found |= exam.take_ifeval(who, general.ifeval, log, max_new_tokens=new)
+    found |= test_sets.take_ifeval(who, general.ifeval, log, max_new_tokens=new)
   if general.mmlu is not None:
-    logits = measure.choices(
+    logits = scoring.choices(
       who, general.mmlu.prompts, general.mmlu.letters, log, name="MMLU"
     )
     found |= benchmarks.mmlu_scores(general.mmlu.items, logits)
@@ -167,27 +175,27 @@ def measure_model(
     found |= asked.scores
   scores = domain_scores(losses, answers, references, embed)
   if validation is not None:
-    values = measure.losses(who, validation.rows, log, name="validation loss")
-    scores["validation_loss"] = statistics.Scores(np.array(values))
+    values = scoring.losses(who, validation.rows, log, name="validation loss")
+    scores["validation_loss"] = intervals.Scores(np.array(values))
   return Measured(scores, found, asked, answers, time.monotonic() - started)
 
 
 def summarise(
-  base: Mapping[str, statistics.Figure], trained: Mapping[str, statistics.Figure]
+  base: Mapping[str, intervals.Figure], trained: Mapping[str, intervals.Figure]
 ) -> dict[str, Any]:
   """Means with intervals for both models, and of trained minus base item by item."""
   described = {
-    who: {name: statistics.describe(score) for name, score in scores.items()}
+    who: {name: intervals.describe(score) for name, score in scores.items()}
     for who, scores in (("base", base), ("trained", trained))
   }
-  paired = {name: statistics.compare(base[name], trained[name]) for name in base}
+  paired = {name: intervals.compare(base[name], trained[name]) for name in base}
   return {"scores": described, "paired": paired}
 
 
 def item_lists(
-  domain: exam.Domain,
-  validation: exam.Domain | None,
-  general: exam.General,
+  domain: test_sets.Domain,
+  validation: test_sets.Domain | None,
+  general: test_sets.General,
 ) -> dict[str, str]:
   """Digests of what was asked, by how scores' names begin; "" is the rest."""
   asked: dict[str, Any] = {"": [(row.prompt, row.answer) for row in domain.rows]}
@@ -205,8 +213,8 @@ def item_lists(
 
 
 def per_item(
-  base: Mapping[str, statistics.Figure],
-  trained: Mapping[str, statistics.Figure],
+  base: Mapping[str, intervals.Figure],
+  trained: Mapping[str, intervals.Figure],
   asked: Mapping[str, str],
 ) -> dict[str, Any]:
   """Every item's scores, by which two runs are compared that were asked the same."""
@@ -230,8 +238,8 @@ def per_item(
 
 def side_by_side(
   questions: Sequence[records.Question],
-  base: Sequence[measure.Answer],
-  trained: Sequence[measure.Answer],
+  base: Sequence[scoring.Answer],
+  trained: Sequence[scoring.Answer],
 ) -> list[dict[str, str]]:
   """Questions with their reference and both models' answers, for a reader."""
   return [
@@ -253,11 +261,11 @@ def write(
   samples: Sequence[Mapping[str, str]],
 ) -> None:
   """The files of an evaluation; `scores.json` last, by which others know it is done."""
-  with durable.replacing(folder / "items.json") as path:
+  with atomic.replacing(folder / "items.json") as path:
     path.write_text(json.dumps(items, allow_nan=False) + "\n")
-  with durable.replacing(folder / "samples.jsonl") as path:
+  with atomic.replacing(folder / "samples.jsonl") as path:
     path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-  with durable.replacing(folder / "scores.json") as path:
+  with atomic.replacing(folder / "scores.json") as path:
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
@@ -310,7 +318,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def connect(
-  servers: config_lib.Servers | None,
+  servers: schema.Servers | None,
 ) -> tuple[engines.Generator | None, engines.Generator | None]:
   """The servers of the trained and of the base model; None for the built-in sampler.
 
@@ -331,34 +339,34 @@ def connect(
   return trained, base
 
 
-def main(config: config_lib.Config) -> None:
+def main(config: schema.Config) -> None:
   """Scores base and trained parameters and writes `output/evaluation`."""
-  hosts.refuse("evaluate")
-  codec = text.load(config.model.source)
-  decoder = hf.load_config(config.model.source)
-  domain, validation, general, tasks = exam.read(config, codec, decoder)
+  distributed.refuse("evaluate")
+  codec = chat.load(config.model.source)
+  decoder = hf_load.load_config(config.model.source)
+  domain, validation, general, tasks = test_sets.read(config, codec, decoder)
   judges = [
-    roles.judge("vote", stage, config.model, panel.REPLY_SCHEMA)
+    roles.judge("vote", stage, config.model, judged_accuracy.REPLY_SCHEMA)
     for stage in config.evaluate.judges
   ]
   # Before an encoder is loaded.
-  checkpoint.require(config.output, outcome.folder(config))
+  checkpoint.require(config.output, trained_model_lib.folder(config))
   trained_server, base_server = connect(config.evaluate.servers)
-  embed = encode.load(config.refine.encoder)
+  embed = sentence_encoder.load(config.refine.encoder)
   unroll = config.model.unroll
-  settings = measure.Settings(
+  settings = scoring.Settings(
     *(config.evaluate.batch_size, config.model.dtype, unroll),
-    sample.unrolled(config.rollout.unroll, unroll, jax.default_backend()),
+    sampling.unrolled(config.rollout.unroll, unroll, jax.default_backend()),
   )
   # Both models are in memory at once, less than training needs: the drift compares them
   # token by token.
-  params, step = outcome.load(config, decoder)
-  config_lib.claim_output(config, "evaluate", ())
+  params, step = trained_model_lib.load(config, decoder)
+  config_load.claim_output(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
-  base_params = hf.load_params(config.model.source, decoder)
+  base_params = hf_load.load_params(config.model.source, decoder)
   subject = functools.partial(
-    measure.subject, config=decoder, codec=codec, settings=settings
+    scoring.subject, config=decoder, codec=codec, settings=settings
   )
   trained_model = subject(params, title=f"step {step}", server=trained_server)
   base_model = subject(base_params, title="base model", server=base_server)
@@ -377,27 +385,27 @@ def main(config: config_lib.Config) -> None:
       )
     engines.release()
     drift: dict[str, Any] = {}
-    base_scores, scored = statistics.alike(
+    base_scores, scored = intervals.alike(
       base.domain | base.general, trained.domain | trained.general
     )
     compared = summarise(base_scores, scored)
     if general.drift is not None:
       new = config.evaluate.drift.max_new_tokens
-      values = distance.from_base(base_model, trained_model, general.drift, new, log)
-      drift = statistics.describe(values)
+      values = drift_lib.from_base(base_model, trained_model, general.drift, new, log)
+      drift = intervals.describe(values)
       scored["drift"] = values
   tasks_found = trained.tasks
   directions = {} if tasks_found is None else tasks_found.directions
   asked = {} if tasks_found is None else tasks_found.asked
-  moved = distance.weight_distances(base_params, params)
+  moved = drift_lib.weight_distances(base_params, params)
   result = {
     "model": config.model.source,
     "checkpoint_step": step,
-    "edits": outcome.edits(config),
+    "edits": trained_model_lib.edits(config),
     "items": len(domain.rows),
     **compared,
     "retention": {
-      name: statistics.retention(base_scores[name], scored[name])
+      name: intervals.retention(base_scores[name], scored[name])
       for name in base_scores
       if name in RETAINED or directions.get(name) == 1
     },
@@ -413,4 +421,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run("evaluate", main, "Score the trained model beside the base model.")
+  cli.run("evaluate", main, "Score the trained model beside the base model.")

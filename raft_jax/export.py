@@ -16,18 +16,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from raft_jax import (
-  command_line,
-  errors,
-  hf,
-  hf_export,
-  hosts,
-  outcome,
-  schema,
-  shards,
-  wiring,
-)
-from raft_jax import config as config_lib
+from raft_jax import errors
+from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
+from raft_jax.hf import load as hf_load
+from raft_jax.hf import save as hf_save
+from raft_jax.runtime import distributed
+from raft_jax.storage import shards
+from raft_jax.training import setup, trained_model
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """`organisation/model`, the only form that a card may give as its base model."""
@@ -146,7 +142,7 @@ def hub_name(source: str) -> str | None:
 
 def read_license(source: str) -> str | None:
   """The licence that the source folder's own model card states, if it has one."""
-  path = hf.resolve(source) / "README.md"
+  path = hf_load.resolve(source) / "README.md"
   if not path.is_file():
     return None
   parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -199,7 +195,7 @@ def describe_scores(
   """The score table of this very model, or a sentence that says there is none.
 
   Args:
-    edits: what was done to the checkpoint, as `outcome.edits`.
+    edits: what was done to the checkpoint, as `trained_model.edits`.
   """
   if scores.get("checkpoint_step") != step or scores.get("edits", {}) != edits:
     return "This checkpoint was not evaluated."
@@ -226,7 +222,7 @@ def describe_scores(
   return "\n".join(lines)
 
 
-def card(config: config_lib.Config, step: int) -> str:
+def card(config: schema.Config, step: int) -> str:
   """README.md of the exported folder, with the hub's front matter."""
   source, output = config.model.source, pathlib.Path(config.output)
   adapter = config.export.adapter
@@ -254,24 +250,24 @@ def card(config: config_lib.Config, step: int) -> str:
     use=USE_ADAPTER if adapter else USE_MODEL,
     data=describe_data(output, config.data.answers),
     hyperparameters=yaml.safe_dump(shown, sort_keys=False),
-    evaluation=describe_scores(scores, step, outcome.edits(config)),
+    evaluation=describe_scores(scores, step, trained_model.edits(config)),
   )
 
 
-def export(config: config_lib.Config) -> Exported:
+def export(config: schema.Config) -> Exported:
   """Writes `output/export`, or the adapter alone to `output/adapter`.
 
   An export of an earlier checkpoint there is replaced.
   """
   # The card states this config: it must be the one that was trained.
-  config_lib.check_output(config, "train", wiring.CLAIMED)
+  config_load.check_output(config, "train", setup.CLAIMED)
   output, source = pathlib.Path(config.output), config.model.source
-  decoder = hf.load_config(source)
+  decoder = hf_load.load_config(source)
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
-    shapes = wiring.make_split(config, decoder).shapes
-    params, step = outcome.restored(config, shapes)
-    hf_export.save_adapter(
+    shapes = setup.make_split(config, decoder).shapes
+    params, step = trained_model.restored(config, shapes)
+    hf_save.save_adapter(
       folder,
       params["lora"],
       decoder,
@@ -284,17 +280,17 @@ def export(config: config_lib.Config) -> Exported:
     )
   else:
     folder = output / "export"
-    params, step = outcome.load(config, decoder)
-    hf_export.save(
+    params, step = trained_model.load(config, decoder)
+    hf_save.save(
       folder, params, decoder, source, card=card(config, step), overwrite=True
     )
   size = sum(path.stat().st_size for path in folder.iterdir())
-  return Exported(folder, size, hf_export.count_tensors(folder))
+  return Exported(folder, size, hf_save.count_tensors(folder))
 
 
-def main(config: config_lib.Config) -> None:
+def main(config: schema.Config) -> None:
   """Exports and says what was written."""
-  hosts.refuse("export")
+  distributed.refuse("export")
   exported = export(config)
   print(
     f"exported {exported.folder}: {exported.size / 1e6:,.1f} MB,"
@@ -303,4 +299,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run("export", main, "Write the trained model as a Hugging Face folder.")
+  cli.run("export", main, "Write the trained model as a Hugging Face folder.")

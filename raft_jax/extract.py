@@ -2,7 +2,7 @@
 
 `extract` below is the whole method: documents are cut at sentence ends, a language
 model writes pairs about each part, several judge them, what repeats is dropped, and the
-rest is split by document. Calls go through `asking.Calls`, so a stopped run continues
+rest is split by document. Calls go through `calls.Calls`, so a stopped run continues
 where it was, and the files are a pure function of the documents and the journal.
 
 Run it as `python -m raft_jax.extract --config FILE`.
@@ -20,34 +20,27 @@ import rich.console
 import rich.table
 
 import raft_jax
-from raft_jax import (
-  asking,
-  command_line,
-  config,
-  documents,
-  engines,
-  errors,
-  journal,
-  judge,
-  pairs,
-  progress,
-  roles,
-  schema,
-  sealed,
-  text,
-)
+from raft_jax import errors
+from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
+from raft_jax.curation import documents, qa_pairs
+from raft_jax.generation import calls as calls_lib
+from raft_jax.generation import engines, judging, roles
+from raft_jax.hf import chat
+from raft_jax.runtime import progress
+from raft_jax.storage import journal, sealed_folder
 
 CLAIMED = (
   "model.source",
   "model.dtype",
   *(
     f"extract.{key}"
-    for key in config.Extract.model_fields
+    for key in schema.Extract.model_fields
     if key not in ("writer", "judges")
   ),
   *(
     f"extract.{part}.{key}"
-    for part, section in (("writer", config.Writer), ("judges.*", config.VerdictJudge))
+    for part, section in (("writer", schema.Writer), ("judges.*", schema.VerdictJudge))
     for key in section.model_fields
     if key not in schema.PLACEMENT
   ),
@@ -60,8 +53,8 @@ SPLITS = ("train", "validation", "test")
 class Extracted(NamedTuple):
   """Pairs by split, and everything that was dropped on the way to them."""
 
-  splits: dict[str, list[pairs.Pair]]
-  dropped: list[pairs.Dropped]
+  splits: dict[str, list[qa_pairs.Pair]]
+  dropped: list[qa_pairs.Dropped]
   made: dict[str, int]  # chunks and pairs there were, dropped or not
   votes: list[dict[str, int]]  # of each judge
 
@@ -72,24 +65,24 @@ class Extracted(NamedTuple):
 def extract(
   found: Sequence[documents.Document],
   *,
-  writer: asking.Role,
-  judges: Sequence[asking.Role],
+  writer: calls_lib.Role,
+  judges: Sequence[calls_lib.Role],
   count_tokens: Callable[[str], int],
   settings: schema.Extract,
-  calls: asking.Calls,
+  calls: calls_lib.Calls,
 ) -> Extracted:
   """Pairs from documents; each document, chunk and pair is kept or dropped."""
   threshold = settings.near_duplicate
-  kept, dropped = pairs.unlike(found, lambda document: document.text, threshold)
+  kept, dropped = qa_pairs.unlike(found, lambda document: document.text, threshold)
   chunks, short = cut(kept, count_tokens, settings)
-  asked, alike = pairs.unlike(chunks, lambda chunk: chunk.text, threshold)
-  written, unwritten = pairs.write(asked, settings.pairs_per_chunk, writer, calls)
-  usable, flawed = pairs.sound(written)
-  approved, disapproved, votes = pairs.verify(usable, judges, calls)
-  fresh, again = pairs.unlike(
+  asked, alike = qa_pairs.unlike(chunks, lambda chunk: chunk.text, threshold)
+  written, unwritten = qa_pairs.write(asked, settings.pairs_per_chunk, writer, calls)
+  usable, flawed = qa_pairs.sound(written)
+  approved, disapproved, votes = qa_pairs.verify(usable, judges, calls)
+  fresh, again = qa_pairs.unlike(
     approved, _both, threshold, key=lambda pair: pair.question
   )
-  splits: dict[str, list[pairs.Pair]] = {name: [] for name in SPLITS}
+  splits: dict[str, list[qa_pairs.Pair]] = {name: [] for name in SPLITS}
   shares = settings.shares.model_dump()
   for pair in fresh:
     splits[split_of(pair.chunk.document.id, shares, settings.seed)].append(pair)
@@ -121,30 +114,30 @@ def cut(
   found: Sequence[documents.Document],
   count_tokens: Callable[[str], int],
   settings: schema.Extract,
-) -> tuple[list[documents.Chunk], list[pairs.Dropped]]:
+) -> tuple[list[documents.Chunk], list[qa_pairs.Dropped]]:
   """Every document in chunks; those that are too short to ask about are dropped."""
   kept, dropped = [], []
   for document in progress.watched(found, "cut", unit="document"):
     for chunk in documents.cut(document, settings.chunk_tokens, count_tokens):
       tokens = count_tokens(chunk.text.strip())
       if tokens < settings.min_chunk_tokens:
-        dropped.append(pairs.drop(chunk, "too_short", tokens=tokens))
+        dropped.append(qa_pairs.drop(chunk, "too_short", tokens=tokens))
       else:
         kept.append(chunk)
   return kept, dropped
 
 
-def _both(pair: pairs.Pair) -> str:
+def _both(pair: qa_pairs.Pair) -> str:
   return f"{pair.question}\n{pair.answer}"
 
 
 # The run
 
 
-def fit(run: config.Config) -> None:
+def fit(run: schema.Config) -> None:
   """Extracts `extract.documents` into `output/extracted`: splits, reasons, summary."""
   settings = check(run)
-  config.check_output(run, "extract", CLAIMED)
+  config_load.check_output(run, "extract", CLAIMED)
   folder = pathlib.Path(run.output) / "extracted"
   found, unusable = documents.read(
     settings.documents, text_field=settings.text_field, domain=settings.domain
@@ -155,24 +148,24 @@ def fit(run: config.Config) -> None:
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   with journal.open_journal(folder / "journal.jsonl") as book:
-    if sealed.inputs(folder) == inputs:
-      config.claim_output(run, "extract", CLAIMED)
+    if sealed_folder.inputs(folder) == inputs:
+      config_load.claim_output(run, "extract", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
     writer = _writer(run, settings)
     judges = [
-      roles.judge("verify", stage, run.model, pairs.VERDICT_SCHEMA)
+      roles.judge("verify", stage, run.model, qa_pairs.VERDICT_SCHEMA)
       for stage in settings.judges
     ]
     # Not before: what was wrong with the input so far binds no later run.
-    config.claim_output(run, "extract", CLAIMED)
-    calls = asking.Calls(book, settings.seed)
-    with asking.at_work(calls):
+    config_load.claim_output(run, "extract", CLAIMED)
+    calls = calls_lib.Calls(book, settings.seed)
+    with calls_lib.at_work(calls):
       extracted = extract(
         found,
         writer=writer,
         judges=judges,
-        count_tokens=lambda said: len(text.encode(codec, said)),
+        count_tokens=lambda said: len(chat.encode(codec, said)),
         settings=settings,
         calls=calls,
       )
@@ -183,7 +176,7 @@ def fit(run: config.Config) -> None:
   _refuse_nothing(summary, folder)
 
 
-def check(run: config.Config) -> schema.Extract:
+def check(run: schema.Config) -> schema.Extract:
   """The section `extract`, without which there is nothing to do."""
   if run.extract is None:
     raise errors.UserError(
@@ -192,7 +185,7 @@ def check(run: config.Config) -> schema.Extract:
   return run.extract
 
 
-def _writer(run: config.Config, settings: schema.Extract) -> asking.Role:
+def _writer(run: schema.Config, settings: schema.Extract) -> calls_lib.Role:
   stage = settings.writer
   writer = roles.role(
     "write",
@@ -200,7 +193,7 @@ def _writer(run: config.Config, settings: schema.Extract) -> asking.Role:
     run.model,
     temperature=stage.temperature,
     top_p=stage.top_p,
-    reply_schema=roles.form(stage, pairs.reply_schema(settings.pairs_per_chunk)),
+    reply_schema=roles.form(stage, qa_pairs.reply_schema(settings.pairs_per_chunk)),
   )
   limit = writer.generator.prompt_limit
   if limit is not None and settings.chunk_tokens + stage.max_new_tokens >= limit:
@@ -213,10 +206,10 @@ def _writer(run: config.Config, settings: schema.Extract) -> asking.Role:
 
 
 def _inputs(
-  run: config.Config,
+  run: schema.Config,
   settings: schema.Extract,
   found: Sequence[documents.Document],
-  unusable: Sequence[pairs.Dropped],
+  unusable: Sequence[qa_pairs.Dropped],
 ) -> str:
   """Digest of all that the files depend on."""
   stages: list[schema.Asked] = [settings.writer, *settings.judges]
@@ -228,7 +221,7 @@ def _inputs(
     unusable=unusable,
     settings=settings.model_dump(mode="json"),
     dtype=run.model.dtype,
-    prompts=[judge.template(name).template for name in ("write", "verify")],
+    prompts=[judging.template(name).template for name in ("write", "verify")],
     models=sorted(engines.identity(source) for source in models),
   )
 
@@ -239,8 +232,8 @@ def _inputs(
 def summarise(
   read: int,
   extracted: Extracted,
-  dropped: Iterable[pairs.Dropped],
-  calls: asking.Calls,
+  dropped: Iterable[qa_pairs.Dropped],
+  calls: calls_lib.Calls,
 ) -> dict[str, Any]:
   """The content of summary.json: what there was, what was kept, why not the rest."""
   reasons: dict[str, collections.Counter[str]] = collections.defaultdict(
@@ -271,7 +264,7 @@ def summarise(
   }
 
 
-def row_of(pair: pairs.Pair) -> dict[str, Any]:
+def row_of(pair: qa_pairs.Pair) -> dict[str, Any]:
   """A pair as `records.read_questions` takes it, with where it came from."""
   said = {"question": pair.question, "answer": pair.answer}
   start, length = pair.chunk.start, len(pair.chunk.text)
@@ -287,7 +280,7 @@ def row_of(pair: pairs.Pair) -> dict[str, Any]:
 def _write(
   folder: pathlib.Path,
   extracted: Extracted,
-  dropped: Sequence[pairs.Dropped],
+  dropped: Sequence[qa_pairs.Dropped],
   summary: Mapping[str, Any],
   inputs: str,
 ) -> None:
@@ -296,7 +289,7 @@ def _write(
     name: [row_of(pair) for pair in kept] for name, kept in extracted.splits.items()
   }
   seal = {"inputs": inputs, "kept": summary["splits"]} if summary["kept"] else None
-  sealed.write(folder, {**rows, "dropped": dropped}, summary, seal)
+  sealed_folder.write(folder, {**rows, "dropped": dropped}, summary, seal)
 
 
 def show(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
@@ -339,7 +332,7 @@ def _refuse_nothing(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-  command_line.run(
+  cli.run(
     "extract",
     fit,
     "Write, judge and split question/answer pairs from documents.",

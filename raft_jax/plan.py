@@ -21,8 +21,11 @@ from typing import Any, NamedTuple
 import rich.console
 import rich.table
 
-from raft_jax import command_line, errors, machines, progress, records
-from raft_jax import config as config_lib
+from raft_jax import errors
+from raft_jax.config import cli, schema
+from raft_jax.planning import machines
+from raft_jax.runtime import progress
+from raft_jax.storage import records
 
 GIB = 2.0**30
 INSTALL = "pip install --constraint constraints.txt --editable '.[plan]'"
@@ -47,7 +50,7 @@ def check_installed(machine: machines.Machine) -> None:
       )
 
 
-def ask(config: config_lib.Config, machine: machines.Machine) -> dict[str, Any]:
+def ask(config: schema.Config, machine: machines.Machine) -> dict[str, Any]:
   """What `dry_run.measure` says of a machine, from a process of its own.
 
   Raises:
@@ -55,7 +58,7 @@ def ask(config: config_lib.Config, machine: machines.Machine) -> dict[str, Any]:
   """
   asked = {"config": config.model_dump(mode="json"), "topology": machine.topology}
   done = subprocess.run(
-    [sys.executable, "-m", "raft_jax.dry_run"],
+    [sys.executable, "-m", "raft_jax.planning.dry_run"],
     input=json.dumps(asked),
     env={**os.environ, **machines.environment(machine)},
     capture_output=True,
@@ -130,7 +133,7 @@ def phase(
   )
 
 
-def model_flops(config: config_lib.Config, parameters: int) -> dict[str, float]:
+def model_flops(config: schema.Config, parameters: int) -> dict[str, float]:
   """FLOPs by the usual rule: 2 a parameter and token forward, 6 with backward
   (4 where the weights themselves get no gradient: LoRA).
 
@@ -148,7 +151,7 @@ def model_flops(config: config_lib.Config, parameters: int) -> dict[str, float]:
   }
 
 
-def steps(config: config_lib.Config, questions: int | None) -> int | None:
+def steps(config: schema.Config, questions: int | None) -> int | None:
   """Optimizer steps; None where nothing says how many questions there are."""
   if questions is None and pathlib.Path(config.data.questions).is_file():
     questions = len(
@@ -251,7 +254,7 @@ def suggestion(
 
 
 def show(
-  config: config_lib.Config,
+  config: schema.Config,
   machine: machines.Machine,
   answer: Mapping[str, Any],
   verdict: Verdict,
@@ -292,7 +295,7 @@ def details(found: Mapping[str, Any]) -> str:
 
 
 def phase_table(
-  config: config_lib.Config, machine: machines.Machine, answer: Mapping[str, Any]
+  config: schema.Config, machine: machines.Machine, answer: Mapping[str, Any]
 ) -> rich.table.Table:
   """One row a phase, of one device; `x model` compares with `model_flops`."""
   table = rich.table.Table()
@@ -345,7 +348,7 @@ def gib(size: float) -> str:
 
 
 def plan(
-  config: config_lib.Config,
+  config: schema.Config,
   topology: Sequence[str],
   questions: int | None = None,
 ) -> None:
@@ -389,7 +392,7 @@ def memory_share() -> float:
   return share
 
 
-def header(config: config_lib.Config, answer: Mapping[str, Any]) -> str:
+def header(config: schema.Config, answer: Mapping[str, Any]) -> str:
   lengths, new = config.data, config.rollout.max_new_tokens
   remat = ", remat" if config.model.remat else ""
   return (
@@ -403,7 +406,7 @@ def header(config: config_lib.Config, answer: Mapping[str, Any]) -> str:
 
 def main() -> None:
   """Command line."""
-  command_line.run(
+  cli.run(
     "plan",
     plan,
     __doc__,

@@ -19,22 +19,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import raft_jax
-from raft_jax import (
-  asking,
-  command_line,
-  config,
-  encode,
-  engines,
-  errors,
-  journal,
-  judge,
-  records,
-  refined_folder,
-  refinement,
-  roles,
-  schema,
-  shards,
+from raft_jax import errors
+from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
+from raft_jax.curation import refined_folder, refinement
+from raft_jax.generation import (
+  calls as calls_lib,
 )
+from raft_jax.generation import (
+  engines,
+  judging,
+  roles,
+  sentence_encoder,
+)
+from raft_jax.storage import journal, records, shards
 
 WINDOW = 4096
 """Rows in memory at a time."""
@@ -42,9 +40,9 @@ WINDOW = 4096
 ENGINES = tuple(
   f"refine.{part}.{key}"
   for part, section in (
-    ("rewriter", config.Engine),
-    ("fusion", config.Fusion),
-    ("judges.*", config.Judge),
+    ("rewriter", schema.Engine),
+    ("fusion", schema.Fusion),
+    ("judges.*", schema.Judge),
   )
   for key in section.model_fields
   if key not in schema.PLACEMENT
@@ -81,7 +79,7 @@ WHOLE = Share(0, 1)
 
 
 def fit(
-  run: config.Config,
+  run: schema.Config,
   num_workers: int | None = None,
   worker: int | None = None,
   select_only: str | None = None,
@@ -94,7 +92,7 @@ def fit(
   """
   share = _share(num_workers, worker, select_only)
   check(run)
-  config.check_output(run, "refine", CLAIMED)
+  config_load.check_output(run, "refine", CLAIMED)
   folder = pathlib.Path(run.output) / "refined"
   # The mark of a run's folder; rejects are the first that is written there.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
@@ -113,11 +111,11 @@ def fit(
     rejects_path=folder / "rejects.jsonl",
     keep=see,
   )
-  encoder = encode.load(run.refine.encoder)
+  encoder = sentence_encoder.load(run.refine.encoder)
   inputs = _inputs(run, questions.hexdigest(), encoder)
   with _journal(run, folder, share) as book:
     if _complete(folder, inputs):
-      config.claim_output(run, "refine", CLAIMED)
+      config_load.claim_output(run, "refine", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
     rewriter = _role("rewrite", run.refine.rewriter, run)
@@ -125,9 +123,9 @@ def fit(
     if count > WINDOW:
       _check_lengths(run, rewriter)
     # Not before: what was wrong with the input so far binds no later run.
-    config.claim_output(run, "refine", CLAIMED)
-    calls = asking.Calls(book, run.refine.seed)
-    with asking.at_work(calls):
+    config_load.claim_output(run, "refine", CLAIMED)
+    calls = calls_lib.Calls(book, run.refine.seed)
+    with calls_lib.at_work(calls):
       refined = _refine_all(run, share, count, folder, calls, method)
     if share != WHOLE:
       print(
@@ -174,7 +172,7 @@ def _share(
 
 
 @contextlib.contextmanager
-def _journal(run: config.Config, folder: pathlib.Path, share: Share) -> Any:
+def _journal(run: schema.Config, folder: pathlib.Path, share: Share) -> Any:
   """The journal of a worker, or of all, with what is finished in the others beside it.
 
   Who merges holds the lock of each worker's journal: none is still at work.
@@ -192,10 +190,12 @@ def _journal(run: config.Config, folder: pathlib.Path, share: Share) -> Any:
       yield book
 
 
-Method = Callable[[Sequence[records.Question], asking.Calls], Sequence[records.Refined]]
+Method = Callable[
+  [Sequence[records.Question], calls_lib.Calls], Sequence[records.Refined]
+]
 
 
-def _check_lengths(run: config.Config, rewriter: asking.Role) -> None:
+def _check_lengths(run: schema.Config, rewriter: calls_lib.Role) -> None:
   """Refuses a row that is too long now, not when its window's turn comes."""
   limit = rewriter.generator.prompt_limit
   if limit is None or run.data.too_long == "skip":
@@ -204,18 +204,18 @@ def _check_lengths(run: config.Config, rewriter: asking.Role) -> None:
     prompt = refinement.rewrite_prompt(question, run.refine.prompt)
     count = rewriter.generator.count_tokens(records.user_turn(prompt))
     if count + rewriter.max_new_tokens > limit:
-      raise asking.too_long(rewriter, question.id, count)
+      raise calls_lib.too_long(rewriter, question.id, count)
 
 
 def _method(
-  run: config.Config, encoder: encode.Encoder, rewriter: asking.Role
+  run: schema.Config, encoder: sentence_encoder.Encoder, rewriter: calls_lib.Role
 ) -> Method:
   """`refinement.refine` with the engines and settings of the config."""
   fusion = _role("fuse", run.refine.fusion, run)
   judges = [_judge(each, run, encoder) for each in run.refine.judges]
 
   def method(
-    questions: Sequence[records.Question], calls: asking.Calls
+    questions: Sequence[records.Question], calls: calls_lib.Calls
   ) -> Sequence[records.Refined]:
     return refinement.refine(
       questions,
@@ -235,11 +235,11 @@ def _method(
 
 
 def _refine_all(
-  run: config.Config,
+  run: schema.Config,
   share: Share,
   count: int,
   folder: pathlib.Path,
-  calls: asking.Calls,
+  calls: calls_lib.Calls,
   method: Method,
 ) -> shards.Spool:
   """The records of a worker's share of `count` rows, window by window.
@@ -260,12 +260,12 @@ def _refine_all(
         if calls.one_model:
           last = first + len(window)
           calls.title = f"rows {first + 1:,}-{last:,} of {len(spool):,}: "
-        with contextlib.suppress(asking.OtherModel):
+        with contextlib.suppress(calls_lib.OtherModel):
           spool.put(first, map(records.to_json, method(window, calls)))
   return spool
 
 
-def check(run: config.Config) -> None:
+def check(run: schema.Config) -> None:
   """What can be wrong about a refinement before any file is read.
 
   Raises:
@@ -280,23 +280,25 @@ def check(run: config.Config) -> None:
     )
 
 
-def _role(name: str, stage: config.Engine, run: config.Config) -> asking.Role:
+def _role(name: str, stage: schema.Engine, run: schema.Config) -> calls_lib.Role:
   return roles.role(
     name, stage, run.model, temperature=stage.temperature, top_p=stage.top_p
   )
 
 
 def _judge(
-  stage: config.Judge, run: config.Config, encoder: encode.Encoder
+  stage: schema.Judge, run: schema.Config, encoder: sentence_encoder.Encoder
 ) -> refinement.Judge:
   if stage.engine == "encoder":
     return refinement.encoder_judge(encoder)
   return refinement.language_judge(
-    roles.judge("judge", stage, run.model, judge.REPLY_SCHEMA)
+    roles.judge("judge", stage, run.model, judging.REPLY_SCHEMA)
   )
 
 
-def _inputs(run: config.Config, questions: str, encoder: encode.Encoder) -> str:
+def _inputs(
+  run: schema.Config, questions: str, encoder: sentence_encoder.Encoder
+) -> str:
   """Digest of all that the shards depend on."""
   stages: list[schema.Asked] = [run.refine.fusion, *run.refine.judges]
   local = [stage for stage in stages if stage.engine != "openai"]
@@ -304,10 +306,12 @@ def _inputs(run: config.Config, questions: str, encoder: encode.Encoder) -> str:
   return journal.content_key(
     version=raft_jax.__version__,
     questions=questions,
-    settings=config.values(run, (*CLAIMED, "refine.*.context_tokens")),
+    settings=config_load.values(run, (*CLAIMED, "refine.*.context_tokens")),
     records_per_shard=run.refine.records_per_shard,
     too_long=run.data.too_long,
-    prompts=[judge.template(n).template for n in (run.refine.prompt, "fuse", "judge")],
+    prompts=[
+      judging.template(n).template for n in (run.refine.prompt, "fuse", "judge")
+    ],
     models=sorted(engines.identity(source) for source in models),
     encoder=encoder.identity,
   )
@@ -330,7 +334,7 @@ KEPT = ("tokenizer", "model", "encoder", "questions")
 """What a new choice among the answers of a run has of its manifest."""
 
 
-def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> None:
+def _select(run: schema.Config, folder: pathlib.Path, source: pathlib.Path) -> None:
   """The records of a finished run, selected by this config's rules instead."""
   if source.resolve() == folder.parent.resolve():
     raise errors.UserError(
@@ -342,11 +346,13 @@ def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> N
       f"--select-only {source}: holds no finished refinement (config/refine.yaml);"
       " name the `output` of one"
     )
-  old = config.load(source / "config" / "refine.yaml", without_data=True)
+  old = config_load.load(source / "config" / "refine.yaml", without_data=True)
   manifest = shards.read_manifest(source / "refined")
   judges = _judges_of(run, old, source)
   fixed = [key for key in CLAIMED if not key.startswith(SELECTING)]
-  changes = config.diff(config.values(old, fixed), config.values(run, fixed))
+  changes = config_load.diff(
+    config_load.values(old, fixed), config_load.values(run, fixed)
+  )
   if changes:
     shown = "; ".join(f"{key}: {a} -> {b}" for key, (a, b) in changes.items())
     raise errors.UserError(
@@ -374,20 +380,20 @@ def _select(run: config.Config, folder: pathlib.Path, source: pathlib.Path) -> N
         f"and set refine.journal={source / 'refined' / 'journal.jsonl'}, then only "
         "those are asked for"
       )
-    config.claim_output(run, "refine", CLAIMED)
+    config_load.claim_output(run, "refine", CLAIMED)
     kept = {k: manifest.meta.get(k) for k in KEPT}
     inputs = journal.content_key(
-      source=manifest.meta.get("inputs"), settings=config.values(run, SELECTING)
+      source=manifest.meta.get("inputs"), settings=config_load.values(run, SELECTING)
     )
     refined_folder.seal(run, folder, spool, {}, {"inputs": inputs, **kept})
 
 
 def _judges_of(
-  run: config.Config, old: config.Config, source: pathlib.Path
+  run: schema.Config, old: schema.Config, source: pathlib.Path
 ) -> list[int]:
   """Where this config's judges stand among those that scored the old run."""
 
-  def known(each: config.Judge) -> dict[str, Any]:
+  def known(each: schema.Judge) -> dict[str, Any]:
     return each.model_dump(exclude=set(schema.PLACEMENT))
 
   panel = [known(each) for each in old.refine.judges]
@@ -403,7 +409,7 @@ def _judges_of(
 
 
 def main() -> None:
-  command_line.run(
+  cli.run(
     "refine",
     fit,
     "Rewrite, filter, fuse and judge the training answers.",

@@ -13,16 +13,15 @@ import pathlib
 import statistics
 from typing import Any
 
-from raft_jax import (
-  collected,
-  command_line,
-  comparison,
-  errors,
-  figures,
-  pages,
+from raft_jax import errors
+from raft_jax.config import cli, schema
+from raft_jax.reporting import (
+  html_page,
   run_folder,
+  run_plots,
+  sweep_page,
+  sweep_results,
 )
-from raft_jax import config as config_lib
 
 SCORES = {
   "held_out_loss": ("Held-out loss, nats per token", -1),
@@ -105,21 +104,21 @@ def warnings(run: run_folder.Run) -> list[str]:
   start, end = mean("rollout_length", slice(0, 3)), mean("rollout_length")
   if start and end is not None and end < start / 2:
     found.append(
-      f"Rollouts shrank from {pages.number(start, 1)} to {pages.number(end, 1)} tokens;"
-      " read the sample answers."
+      f"Rollouts shrank from {html_page.number(start, 1)} to "
+      f"{html_page.number(end, 1)} tokens; read the sample answers."
     )
   first, overall = mean("kd_at_0"), mean("loss_kd")
   if first and overall and first > 3 * overall:
     found.append(
-      f"Rollout position 0 carries {pages.number(first, 2)} nats, the mean position"
-      f" {pages.number(overall, 2)}: teacher and student disagree on how an answer"
+      f"Rollout position 0 carries {html_page.number(first, 2)} nats, the mean position"
+      f" {html_page.number(overall, 2)}: teacher and student disagree on how an answer"
       " starts (distill.teacher_context)."
     )
   ratio = mean("kd_ratio")
   ema = run_folder.setting(run, "balance", "mode") in (None, "ema")
   if ratio is not None and ema and not 0.5 <= ratio <= 2:
     found.append(
-      f"λ·L_KD / L_SFT is {pages.number(ratio, 2)} at the end; it should be near 1."
+      f"λ·L_KD / L_SFT is {html_page.number(ratio, 2)} at the end; it should be near 1."
     )
   for name, limit, words in (
     ("rollout_leaked", 0.05, "of the last rollouts quote the teacher's prompt."),
@@ -128,7 +127,7 @@ def warnings(run: run_folder.Run) -> list[str]:
   ):
     share = mean(name)
     if share is not None and share > limit:
-      found.append(f"{pages.percent(share)} {words}")
+      found.append(f"{html_page.percent(share)} {words}")
   lost = len(run.metrics) - len(run_folder.series(run, "loss_sft")[0])
   if lost and run_folder.setting(run, "train", "cross_entropy") is not False:
     found.append(f"{lost} step(s) have no finite SFT loss.")
@@ -140,16 +139,16 @@ def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
   rows: list[tuple[str, Any, str]] = []
   tokens = run.summary.get("tokens") or {}
   for role, seconds in (run.summary.get("seconds") or {}).items():
-    remark = f"{pages.number(tokens[role])} tokens" if role in tokens else ""
+    remark = f"{html_page.number(tokens[role])} tokens" if role in tokens else ""
     rows.append((f"refine: {role}", seconds, remark))
   seconds_N = run_folder.series(run, "step_seconds")[1]
   if seconds_N:
-    median = pages.duration(statistics.median(seconds_N))
+    median = html_page.duration(statistics.median(seconds_N))
     rows.append(("train", sum(seconds_N), f"{len(seconds_N)} steps, median {median}"))
   for phase in ("rollout", "teacher", "update"):
     rate_N = run_folder.series(run, f"{phase}_tokens_per_s")[1]
     if rate_N:
-      median = pages.number(statistics.median(rate_N), 0)
+      median = html_page.number(statistics.median(rate_N), 0)
       rows.append((f"train: {phase}", None, f"median {median} tokens/s"))
   looks_N = run_folder.series(run, "watch_seconds")[1]
   if looks_N:
@@ -165,17 +164,18 @@ def render(run: run_folder.Run, title: str) -> str:
   for stage, text in run.configs.items():
     configs.setdefault(text, []).append(stage)
   source = str(run_folder.setting(run, "model", "source") or "")
-  return pages.template("report.html").render(
+  return html_page.template("report.html").render(
     title=title,
     run=run,
     model=source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") or "The model",
     method=run_folder.setting(run, "method") or "unknown",
     encoder=run_folder.setting(run, "refine", "encoder") or "the sentence encoder",
     warnings=warnings(run),
-    figures=figures.figures(run),
+    figures=run_plots.figures(run),
     scores=score_rows(run),
     counts={
-      key: pages.bars(run.summary.get(key)) for key in ("rounds", "reasons", "chosen")
+      key: html_page.bars(run.summary.get(key))
+      for key in ("rounds", "reasons", "chosen")
     },
     phases=_phases(run),
     configs=[(", ".join(stages), text) for text, stages in configs.items()],
@@ -185,15 +185,15 @@ def render(run: run_folder.Run, title: str) -> str:
 def write(output: pathlib.Path) -> pathlib.Path:
   """Writes `report.html` into a run's output folder and returns its path."""
   path = output / "report.html"
-  pages.write(path, render(run_folder.read(output), title=output.name))
+  html_page.write(path, render(run_folder.read(output), title=output.name))
   return path
 
 
-def main(config: config_lib.Config) -> None:
+def main(config: schema.Config) -> None:
   """Writes the report of the run, or of the sweep, whose folder the config names."""
   output = pathlib.Path(config.output)
-  if collected.exist(output):
-    print(f"comparison: {comparison.write(output)}")
+  if sweep_results.exist(output):
+    print(f"comparison: {sweep_page.write(output)}")
     return
   if not (output / "config").is_dir():
     raise errors.UserError(
@@ -204,4 +204,4 @@ def main(config: config_lib.Config) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run("report", main, "Draw a run as one self-contained HTML page.")
+  cli.run("report", main, "Draw a run as one self-contained HTML page.")

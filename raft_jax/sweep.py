@@ -26,21 +26,16 @@ from typing import Any, NamedTuple
 
 from rich import box, console, table
 
-from raft_jax import (
-  collected,
-  command_line,
-  config,
-  durable,
-  encode,
-  errors,
-  exam,
-  examples,
-  hf,
-  journal,
-  refine,
-  run_folder,
-  text,
-)
+from raft_jax import errors, refine
+from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
+from raft_jax.data import training_set
+from raft_jax.evaluation import test_sets
+from raft_jax.generation import sentence_encoder
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.reporting import run_folder, sweep_results
+from raft_jax.storage import atomic, journal
 
 MEASURED = {
   *("limit", "max_new_tokens", "judges", "open_ended", "ifeval", "mmlu", "drift"),
@@ -66,10 +61,10 @@ class Planned(NamedTuple):
   name: str
   group: str
   overrides: dict[str, Any]
-  config: config.Config
+  config: schema.Config
 
 
-def expand(base: config.Config) -> list[Planned]:
+def expand(base: schema.Config) -> list[Planned]:
   """All runs of a sweep, checked.
 
   Raises:
@@ -105,15 +100,15 @@ def expand(base: config.Config) -> list[Planned]:
   return planned
 
 
-def check_exam(run: config.Config) -> None:
+def check_exam(run: schema.Config) -> None:
   """Reads what all runs are scored on: not first after hours of training.
 
   Raises:
     errors.UserError: what `evaluate` would say of it, or of the encoder.
   """
   source = run.model.source
-  exam.read(run, text.load(source), hf.load_config(source))
-  encode.find(run.refine.encoder)
+  test_sets.read(run, chat.load(source), hf_load.load_config(source))
+  sentence_encoder.find(run.refine.encoder)
 
 
 def _measures(key: str) -> bool:
@@ -135,10 +130,10 @@ def _word(key: str, value: Any) -> str:
 
 
 def _override(
-  base: config.Config, name: str, overrides: Mapping[str, Any]
-) -> config.Config:
+  base: schema.Config, name: str, overrides: Mapping[str, Any]
+) -> schema.Config:
   # Its own values only: those of its method must not outlive a change of the method.
-  tree = config.own(base)
+  tree = config_load.own(base)
   del tree["sweep"]
   output = pathlib.Path(base.output)
   tree["output"] = str(output / name)
@@ -147,7 +142,7 @@ def _override(
     shared["journal"] = shared.get("journal") or str(output / f"{file}.jsonl")
   items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
   try:
-    return config.from_tree(tree, items)
+    return config_load.from_tree(tree, items)
   except errors.UserError as error:
     raise errors.UserError(f"sweep run {name!r}: {error}") from error
 
@@ -155,7 +150,7 @@ def _override(
 # Running
 
 
-def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
+def run_all(base: schema.Config, runs: Sequence[Planned]) -> list[str]:
   """Runs what is not finished; returns the names of the runs that failed."""
   stages, failed = base.sweep.stages, []
   for number, run in enumerate(runs, start=1):
@@ -181,13 +176,13 @@ def run_all(base: config.Config, runs: Sequence[Planned]) -> list[str]:
       print(f"error: {error}", file=sys.stderr, flush=True)
       failed.append(run.name)
     else:
-      with durable.replacing(folder / "finished.json") as path:
+      with atomic.replacing(folder / "finished.json") as path:
         path.write_text(json.dumps(_mark(run, stages)))
   return failed
 
 
 def _mark(run: Planned, stages: Sequence[str]) -> dict[str, Any]:
-  return {"config": config.digest(run.config), "stages": list(stages)}
+  return {"config": config_load.digest(run.config), "stages": list(stages)}
 
 
 def _finished(run: Planned, stages: Sequence[str]) -> bool:
@@ -195,15 +190,15 @@ def _finished(run: Planned, stages: Sequence[str]) -> bool:
   return path.exists() and json.loads(path.read_text()) == _mark(run, stages)
 
 
-def _stage(stage: str, settings: config.Config, file: pathlib.Path) -> int:
+def _stage(stage: str, settings: schema.Config, file: pathlib.Path) -> int:
   """One stage in a process of its own, so that no run sees another's memory.
 
   Returns:
     The most bytes of host memory that it held.
   """
   file.parent.mkdir(parents=True, exist_ok=True)
-  with durable.replacing(file) as path:
-    path.write_text(config.dump(settings), encoding="utf-8")
+  with atomic.replacing(file) as path:
+    path.write_text(config_load.dump(settings), encoding="utf-8")
   command = [sys.executable, "-m", f"raft_jax.{stage}", "--config", str(file)]
   process = subprocess.Popen(command)
   _, status, usage = os.wait4(process.pid, 0)
@@ -226,7 +221,7 @@ def _note_cost(folder: pathlib.Path, peak: int) -> None:
   path = folder / "cost.json"
   if path.exists():
     peak = max(peak, json.loads(path.read_text())["host_peak_bytes"])
-  with durable.replacing(path) as temporary:
+  with atomic.replacing(path) as temporary:
     temporary.write_text(json.dumps({"host_peak_bytes": peak}))
 
 
@@ -259,15 +254,15 @@ def _training(folder: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _refine_once(base: config.Config, run: Planned) -> None:
+def _refine_once(base: schema.Config, run: Planned) -> None:
   """The refined records of a run, made for the first of those that can share them."""
   if run.config.data.answers == "original":
     return
   folder = pathlib.Path(run.config.output)
   if (folder / "refined").exists():
     return
-  values = config.values(run.config, examples.REFINED)
-  name = f"refined-{config.digest(values)[:12]}"
+  values = config_load.values(run.config, training_set.REFINED)
+  name = f"refined-{config_load.digest(values)[:12]}"
   shared = pathlib.Path(base.output) / name
   settings = run.config.model_copy(update={"output": str(shared)})
   with journal.locked(shared.parent / ".refine", waits=True):
@@ -278,7 +273,7 @@ def _refine_once(base: config.Config, run: Planned) -> None:
   shutil.copytree(
     shared / "refined", temporary, ignore=shutil.ignore_patterns("journal*")
   )
-  config.claim_output(run.config, "refine", refine.CLAIMED)
+  config_load.claim_output(run.config, "refine", refine.CLAIMED)
   temporary.rename(folder / "refined")
 
 
@@ -299,11 +294,11 @@ def collect(runs: Sequence[Planned], stages: Sequence[str]) -> list[dict[str, An
           "group": run.group,
           "method": run.config.method,
           "set": run.overrides,
-          "config_digest": config.digest(run.config),
+          "config_digest": config_load.digest(run.config),
           **_training(pathlib.Path(run.config.output)),
           "scores": scores,
-          "items": collected.items_of(path.parent),
-          "weight_distances": collected.short(list(tensors.values())),
+          "items": sweep_results.items_of(path.parent),
+          "weight_distances": sweep_results.short(list(tensors.values())),
         }
       )
   return rows
@@ -342,7 +337,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
   console.Console().print(shown)
 
 
-def main(base: config.Config) -> None:
+def main(base: schema.Config) -> None:
   """Runs, resumes and collects a sweep."""
   runs, only = expand(base), base.sweep.only
   if only is not None and only > len(runs):
@@ -354,10 +349,10 @@ def main(base: config.Config) -> None:
   rows = collect(runs, base.sweep.stages)
   output = pathlib.Path(base.output)
   if rows:
-    with durable.replacing(output / collected.FILE) as path:
+    with atomic.replacing(output / sweep_results.FILE) as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
     show(rows)
-  print(f"{len(rows)} of {len(runs)} runs have scores: {output / collected.FILE}")
+  print(f"{len(rows)} of {len(runs)} runs have scores: {output / sweep_results.FILE}")
   missing = {run.name for run in runs} - {row["name"] for row in rows}
   if rows and missing:
     print(f"not finished with these settings: {', '.join(sorted(missing))}")
@@ -369,4 +364,4 @@ def main(base: config.Config) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run("sweep", main, "Run, resume and collect many runs of one config.")
+  cli.run("sweep", main, "Run, resume and collect many runs of one config.")

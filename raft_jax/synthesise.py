@@ -9,7 +9,7 @@ of examples and their answers. Ours is a chat, for models that are tuned to one:
 user asks for a question three times, and the seeds are the assistant's first two
 replies. No answers are shown, as they are written anew in any case.
 
-Calls go through `asking.Calls`, so a stopped run continues where it was, and the files
+Calls go through `calls.Calls`, so a stopped run continues where it was, and the files
 are a pure function of the seeds and the journal; only embeddings are computed again.
 
 Run it as `python -m raft_jax.synthesise --config FILE`.
@@ -29,24 +29,21 @@ import rich.console
 import rich.table
 
 import raft_jax
-from raft_jax import (
-  asking,
-  clusters,
-  command_line,
-  config,
-  duplicates,
-  encode,
-  engines,
-  errors,
-  journal,
-  judge,
-  pairs,
-  records,
-  roles,
-  schema,
-  sealed,
-  text,
+from raft_jax import errors
+from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
+from raft_jax.curation import clusters, near_duplicates, qa_pairs
+from raft_jax.generation import (
+  calls as calls_lib,
 )
+from raft_jax.generation import (
+  engines,
+  judging,
+  roles,
+  sentence_encoder,
+)
+from raft_jax.hf import chat
+from raft_jax.storage import journal, records, sealed_folder
 
 DECIDING = (
   "model.source",
@@ -82,7 +79,7 @@ class Synthesised(NamedTuple):
   """What is rehearsed, and everything that was dropped on the way to it."""
 
   rows: list[dict[str, Any]]
-  dropped: list[pairs.Dropped]
+  dropped: list[qa_pairs.Dropped]
   sizes: list[int]  # drafts of each cluster
 
 
@@ -92,13 +89,13 @@ class Synthesised(NamedTuple):
 def synthesise(
   seeds: Sequence[str],
   *,
-  writer: asking.Role,
-  answerer: asking.Role,
-  encoder: encode.Encoder,
+  writer: calls_lib.Role,
+  answerer: calls_lib.Role,
+  encoder: sentence_encoder.Encoder,
   fits_prompt: Callable[[str], bool],
   fits_answer: Callable[[str], bool],
   settings: schema.Synthesise,
-  calls: asking.Calls,
+  calls: calls_lib.Calls,
 ) -> Synthesised:
   """Questions and answers after the seeds; each draft is kept or dropped.
 
@@ -107,7 +104,7 @@ def synthesise(
   """
   written, unwritten = write(seeds, settings, writer, calls, fits_prompt)
   given = [Draft(seed) for seed in seeds]
-  unlike, again = pairs.unlike(
+  unlike, again = qa_pairs.unlike(
     [*given, *written], lambda draft: draft.text, settings.near_duplicate
   )
   fresh = [draft for draft in unlike if draft.seeds]
@@ -119,7 +116,7 @@ def synthesise(
   for draft, number, reply in zip(chosen, cluster, replies, strict=True):
     reason = answer_fault(draft.text, reply, settings.near_duplicate, fits_answer)
     if reason is not None or reply is None:
-      unanswered.append(pairs.drop(draft, f"answer_{reason}", cluster=number))
+      unanswered.append(qa_pairs.drop(draft, f"answer_{reason}", cluster=number))
     else:
       rows.append(row_of(draft, reply.text.strip(), number))
   return Synthesised(rows, [*unwritten, *repeats, *others, *unanswered], sizes)
@@ -135,10 +132,10 @@ def order(seeds: int, seed: int) -> list[tuple[int, int]]:
 def write(
   seeds: Sequence[str],
   settings: schema.Synthesise,
-  writer: asking.Role,
-  calls: asking.Calls,
+  writer: calls_lib.Role,
+  calls: calls_lib.Calls,
   fits: Callable[[str], bool],
-) -> tuple[list[Draft], list[pairs.Dropped]]:
+) -> tuple[list[Draft], list[qa_pairs.Dropped]]:
   """What the model writes after pairs of seeds, pair after pair, round after round."""
   drafts, dropped = [], []
   shown = order(len(seeds), settings.seed)
@@ -154,13 +151,13 @@ def write(
       if reason is None:
         drafts.append(draft)
       else:
-        dropped.append(pairs.drop(draft, reason))
+        dropped.append(qa_pairs.drop(draft, reason))
   return drafts, dropped
 
 
 def request(first: str, second: str) -> tuple[records.Message, ...]:
   """What asks for one more question: a chat in which two were asked for and given."""
-  asked = records.Message("user", judge.template("synthesise").substitute())
+  asked = records.Message("user", judging.template("synthesise").substitute())
   given = [records.Message("assistant", seed) for seed in (first, second)]
   return (asked, given[0], asked, given[1], asked)
 
@@ -180,7 +177,7 @@ def read_draft(reply: engines.Completion | None, given: str) -> tuple[str, str |
   Read strictly: but for one label in front of it, the whole reply is the question. One
   that speaks about its task, or goes on to an answer or to a second question, is none.
   """
-  reason = judge.no_answer(reply, given)
+  reason = judging.no_answer(reply, given)
   said = reply.text.strip() if reply is not None else ""
   label = _LABEL.match(said)
   if label:
@@ -195,8 +192,10 @@ def read_draft(reply: engines.Completion | None, given: str) -> tuple[str, str |
 
 
 def choose(
-  drafts: Sequence[Draft], encoder: encode.Encoder, settings: schema.Synthesise
-) -> tuple[list[Draft], list[int], list[pairs.Dropped], list[int]]:
+  drafts: Sequence[Draft],
+  encoder: sentence_encoder.Encoder,
+  settings: schema.Synthesise,
+) -> tuple[list[Draft], list[int], list[qa_pairs.Dropped], list[int]]:
   """Those that stand for all, their clusters, the others, and each cluster's size."""
   if not drafts:
     return [], [], [], []
@@ -204,7 +203,7 @@ def choose(
   lengths_N = np.linalg.norm(vectors_NE, axis=1)
   sound = [i for i, length in enumerate(lengths_N) if 0 < length < np.inf]
   dropped = [
-    pairs.drop(draft, "no_embedding")
+    qa_pairs.drop(draft, "no_embedding")
     for i, draft in enumerate(drafts)
     if i not in set(sound)
   ]
@@ -219,7 +218,7 @@ def choose(
   here = set(found.chosen)
   for i, number in enumerate(found.cluster_N):
     if i not in here:
-      dropped.append(pairs.drop(drafts[sound[i]], "not_nearest", cluster=number))
+      dropped.append(qa_pairs.drop(drafts[sound[i]], "not_nearest", cluster=number))
   return (
     [drafts[sound[i]] for i in found.chosen],
     [found.cluster_N[i] for i in found.chosen],
@@ -235,13 +234,13 @@ def answer_fault(
   fits: Callable[[str], bool],
 ) -> str | None:
   """Why a reply is no answer to learn, or None; `near` duplicates echo the question."""
-  reason = judge.no_answer(reply, question)
+  reason = judging.no_answer(reply, question)
   if reason is not None or reply is None:
     return reason
   answer = reply.text.strip()
   if records.text_fault("answer", answer) is not None:
     return "empty"
-  if duplicates.find([question, answer], near)[1] is not None:
+  if near_duplicates.find([question, answer], near)[1] is not None:
     return "echo"
   return None if fits(answer) else "too_long"
 
@@ -259,38 +258,38 @@ def row_of(draft: Draft, answer: str, cluster: int) -> dict[str, Any]:
 # The run
 
 
-def fit(run: config.Config) -> None:
+def fit(run: schema.Config) -> None:
   """Writes `output/synthesised`: questions.jsonl, dropped.jsonl, summary."""
   settings = check(run)
-  config.check_output(run, "synthesise", CLAIMED)
+  config_load.check_output(run, "synthesise", CLAIMED)
   folder = pathlib.Path(run.output) / "synthesised"
   seeds = read_seeds(settings.seeds)
   codec = engines.codec(run.model.source)
-  encoder = encode.load(run.refine.encoder)
+  encoder = sentence_encoder.load(run.refine.encoder)
   inputs = _inputs(run, settings, seeds, encoder)
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   with journal.open_journal(folder / "journal.jsonl") as book:
-    if sealed.inputs(folder) == inputs:
-      config.claim_output(run, "synthesise", CLAIMED)
+    if sealed_folder.inputs(folder) == inputs:
+      config_load.claim_output(run, "synthesise", CLAIMED)
       print(f"{folder}: already complete, nothing to do")
       return
     writer, answerer = _roles(run, settings)
     # Not before: what was wrong with the input so far binds no later run.
-    config.claim_output(run, "synthesise", CLAIMED)
-    calls = asking.Calls(book, settings.seed)
-    with asking.at_work(calls):
+    config_load.claim_output(run, "synthesise", CLAIMED)
+    calls = calls_lib.Calls(book, settings.seed)
+    with calls_lib.at_work(calls):
       made = synthesise(
         seeds,
         writer=writer,
         answerer=answerer,
         encoder=encoder,
         fits_prompt=lambda said: (
-          len(text.prompt_ids(codec, records.user_turn(said)))
+          len(chat.prompt_ids(codec, records.user_turn(said)))
           <= run.data.max_prompt_tokens
         ),
         fits_answer=lambda said: (
-          len(text.answer_ids(codec, said)) <= run.data.max_answer_tokens
+          len(chat.answer_ids(codec, said)) <= run.data.max_answer_tokens
         ),
         settings=settings,
         calls=calls,
@@ -298,12 +297,12 @@ def fit(run: config.Config) -> None:
     summary = summarise(len(seeds), made, calls)
     seal = {"inputs": inputs, "kept": summary["kept"]} if made.rows else None
     files = {QUESTIONS: made.rows, "dropped": made.dropped}
-    sealed.write(folder, files, summary, seal)
+    sealed_folder.write(folder, files, summary, seal)
   show(summary, folder)
   _refuse_nothing(summary, folder)
 
 
-def questions(run: config.Config) -> str:
+def questions(run: schema.Config) -> str:
   """The file that this stage wrote for a config, finished and with these settings.
 
   Raises:
@@ -311,16 +310,16 @@ def questions(run: config.Config) -> str:
   """
   folder = pathlib.Path(run.output) / "synthesised"
   check(run)
-  if sealed.inputs(folder) is None:
+  if sealed_folder.inputs(folder) is None:
     raise errors.UserError(
       f"{folder}: no finished questions, which replay.questions=null learns from; run "
       "`python -m raft_jax.synthesise` with this config first, or name a file there"
     )
-  config.check_output(run, "synthesise", DECIDING)
+  config_load.check_output(run, "synthesise", DECIDING)
   return str(folder / f"{QUESTIONS}.jsonl")
 
 
-def check(run: config.Config) -> schema.Synthesise:
+def check(run: schema.Config) -> schema.Synthesise:
   """The section `synthesise`, whose writer must be the model to be trained."""
   settings = run.synthesise
   if settings is None:
@@ -360,8 +359,8 @@ def read_seeds(path: str) -> list[str]:
 
 
 def _roles(
-  run: config.Config, settings: schema.Synthesise
-) -> tuple[asking.Role, asking.Role]:
+  run: schema.Config, settings: schema.Synthesise
+) -> tuple[calls_lib.Role, calls_lib.Role]:
   stage = settings.writer
   answering = stage.model_copy(update={"max_new_tokens": run.data.max_answer_tokens})
   return (
@@ -373,23 +372,23 @@ def _roles(
 
 
 def _inputs(
-  run: config.Config,
+  run: schema.Config,
   settings: schema.Synthesise,
   seeds: Sequence[str],
-  encoder: encode.Encoder,
+  encoder: sentence_encoder.Encoder,
 ) -> str:
   """Digest of all that the files depend on."""
   return journal.content_key(
     version=raft_jax.__version__,
     seeds=seeds,
-    settings=config.values(run, (*CLAIMED, "synthesise.*.context_tokens")),
-    prompt=judge.template("synthesise").template,
+    settings=config_load.values(run, (*CLAIMED, "synthesise.*.context_tokens")),
+    prompt=judging.template("synthesise").template,
     model=engines.identity(run.model.source),
     encoder=encoder.identity,
   )
 
 
-def summarise(seeds: int, made: Synthesised, calls: asking.Calls) -> dict[str, Any]:
+def summarise(seeds: int, made: Synthesised, calls: calls_lib.Calls) -> dict[str, Any]:
   """The content of summary.json: what there was, what was kept, why not the rest."""
   reasons = collections.Counter(row["reason"] for row in made.dropped)
   totals = calls.totals("seconds", "completion_tokens", "thinking_tokens")
@@ -432,7 +431,7 @@ def _refuse_nothing(summary: Mapping[str, Any], folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-  command_line.run(
+  cli.run(
     "synthesise",
     fit,
     "Have the model write and answer questions of general kind, for replay.",

@@ -20,28 +20,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from raft_jax import (
-  checkpoint,
-  command_line,
-  data,
-  errors,
-  footprint,
-  hosts,
-  journal,
-  metrics,
-  model,
-  objective,
-  progress,
-  replay,
-  sharding,
-  starting,
-  text,
-  watch,
-  wiring,
-)
-from raft_jax import config as config_lib
-from raft_jax import programs as programs_lib
-from raft_jax import step as step_lib
+from raft_jax import errors
+from raft_jax.baselines import mssr
+from raft_jax.config import cli, schema
+from raft_jax.data import batching
+from raft_jax.distillation import objective
+from raft_jax.distillation import step as step_lib
+from raft_jax.evaluation import validation
+from raft_jax.hf import chat
+from raft_jax.models import sharding, transformer
+from raft_jax.runtime import distributed, progress
+from raft_jax.storage import journal
+from raft_jax.training import checkpoint, initial_state, metrics_log, setup, step_memory
+from raft_jax.training import programs as programs_lib
 
 SEEN_WITHIN_S = 10.0
 """A file system may show one host late what another has just written."""
@@ -66,7 +57,7 @@ class Dispatched(NamedTuple):
 
   step: int
   values: dict[str, Any]
-  batch: data.Batch
+  batch: batching.Batch
   trajectory: objective.Trajectory | None
   ended_B: jax.Array | None
   seconds: dict[str, float]
@@ -75,12 +66,12 @@ class Dispatched(NamedTuple):
 def run_step(
   programs: programs_lib.Programs,
   state: step_lib.TrainState,
-  frozen: model.Params,
-  teacher_params: model.Params | None,
-  batch: data.Batch,
+  frozen: transformer.Params,
+  teacher_params: transformer.Params | None,
+  batch: batching.Batch,
   step: int,
   *,
-  anchor: model.Params | None = None,
+  anchor: transformer.Params | None = None,
   measure: bool,
   timed: bool,
 ) -> tuple[step_lib.TrainState, Dispatched]:
@@ -119,7 +110,7 @@ def run_step(
 
 
 def fetch(
-  dispatched: Dispatched, codec: text.Codec, leaks: tuple[str, ...]
+  dispatched: Dispatched, codec: chat.Codec, leaks: tuple[str, ...]
 ) -> dict[str, float]:
   """Waits for a step and turns what it left into numbers to log.
 
@@ -127,7 +118,7 @@ def fetch(
     errors.UserError: when a loss or the gradient is not finite.
   """
   # At once: where several processes train, each fetching is a program of its own.
-  values, batch, trajectory, ended_B = hosts.whole(
+  values, batch, trajectory, ended_B = distributed.whole(
     (
       dispatched.values,
       dispatched.batch,
@@ -149,9 +140,9 @@ def fetch(
   if trajectory is not None:
     tokens_BR, length_B, _ = trajectory
     texts = [
-      text.decode(codec, row[:length]) for row, length in zip(tokens_BR, length_B)
+      chat.decode(codec, row[:length]) for row, length in zip(tokens_BR, length_B)
     ]
-    values |= metrics.rollout_health(tokens_BR, length_B, texts, leaks)
+    values |= metrics_log.rollout_health(tokens_BR, length_B, texts, leaks)
     tokens["rollout"] = length_B.sum()
     tokens["teacher"] = batch.teacher_length_B.sum() + length_B.sum()
     tokens["update"] += length_B.sum()
@@ -179,14 +170,14 @@ def note(values: dict[str, float]) -> str:
 
 
 def reporter(
-  run: wiring.Prepared,
-  built: wiring.Built,
+  run: setup.Prepared,
+  built: setup.Built,
   leaks: tuple[str, ...],
-  log: metrics.Log | None,
+  log: metrics_log.Log | None,
   bar: progress.Progress | None,
-  replayer: replay.Replayer | None,
-  watcher: watch.Watcher | None,
-  faults: hosts.Faults,
+  replayer: mssr.Replayer | None,
+  watcher: validation.Watcher | None,
+  faults: distributed.Faults,
 ) -> Callable[..., None]:
   """A function that waits for a step and, where there are any, moves log and bar.
 
@@ -195,11 +186,11 @@ def reporter(
   """
   last = time.perf_counter()
 
-  def report(dispatched: Dispatched, params: model.Params | None = None) -> None:
+  def report(dispatched: Dispatched, params: transformer.Params | None = None) -> None:
     nonlocal last
     values = fetch(dispatched, run.codec, leaks)
     if replayer is not None:
-      loss_B = hosts.whole(dispatched.values[objective.ROWS])
+      loss_B = distributed.whole(dispatched.values[objective.ROWS])
       values |= replayer.observe(dispatched.step, loss_B)
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now
@@ -230,15 +221,15 @@ def measures(step: int, every: int, *, soon: bool) -> bool:
 
 
 def loop(
-  config: config_lib.Config,
-  run: wiring.Prepared,
-  built: wiring.Built,
+  config: schema.Config,
+  run: setup.Prepared,
+  built: setup.Built,
   state: step_lib.TrainState,
-  beside: starting.Beside,
+  beside: initial_state.Beside,
   start: int,
   *,
-  replayer: replay.Replayer | None,
-  watcher: watch.Watcher | None,
+  replayer: mssr.Replayer | None,
+  watcher: validation.Watcher | None,
   report: Callable[..., None],
   save: Callable[[int, step_lib.TrainState], None],
   stops: Callable[[int], bool],
@@ -250,7 +241,7 @@ def loop(
   warm: set[Any] = set()
   pending: Dispatched | None = None
   done = start
-  for step, batch in enumerate(data.iterate(run.dataset, start_step=start), start):
+  for step, batch in enumerate(batching.iterate(run.dataset, start_step=start), start):
     if replayer is not None:
       batch = replayer.mix(step, batch)
     shape = batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
@@ -290,60 +281,62 @@ def loop(
   return done
 
 
-def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
+def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
   """Trains a model as the config says; continues where an earlier run stopped.
 
   Args:
     on_corrupt: "previous" goes on from the step before a damaged checkpoint.
   """
   cluster, output = config.cluster, pathlib.Path(config.output)
-  hosts.join(
+  distributed.join(
     asked=cluster.join,
     coordinator=cluster.coordinator,
     processes=cluster.processes,
     index=cluster.index,
     heartbeat_s=cluster.heartbeat_s,
   )
-  leads = hosts.leads()
+  leads = distributed.leads()
   with contextlib.ExitStack() as stack:
     if not leads:
       stack.enter_context(contextlib.redirect_stdout(None))
-    run = hosts.together(lambda: wiring.prepare(config))
-    hosts.agree({**wiring.facts(config, run), **hosts.versions()})
-    panel = watch.read(config, run.codec, run.decoder)
-    built = wiring.build(config, run)
+    run = distributed.together(lambda: setup.prepare(config))
+    distributed.agree({**setup.facts(config, run), **distributed.versions()})
+    panel = validation.read(config, run.codec, run.decoder)
+    built = setup.build(config, run)
     print(sharding.describe(run.mesh))
     enter(output, stack, leads=leads)
-    stop = stack.enter_context(hosts.stop_signals())
+    stop = stack.enter_context(distributed.stop_signals())
     stack.enter_context(jax.set_mesh(run.mesh))
     orbax = stack.enter_context(
       checkpoint.manager(output, keep=config.train.keep_checkpoints)
     )
     newest = checkpoint.check_latest(orbax, run.identity, on_corrupt=on_corrupt)
     if newest is not None:
-      known = watch.so_far(config, newest)
+      known = validation.so_far(config, newest)
       if newest == run.total_steps or known.over:
         print(f"already trained: {orbax.directory / str(newest)}")
         if config.watch is not None:
-          print(watch.summary(config, known, newest, run.total_steps))
+          print(validation.summary(config, known, newest, run.total_steps))
         return
-    hosts.together(lambda: footprint.check(config, run, built))
-    state, beside, memory, start = starting.first_state(
+    distributed.together(lambda: step_memory.check(config, run, built))
+    state, beside, memory, start = initial_state.first_state(
       config, run, built, orbax, on_corrupt
     )
     replayer = None
     if run.replay is not None and memory is not None:
-      replayer = replay.Replayer(run.replay, memory)
+      replayer = mssr.Replayer(run.replay, memory)
     began = time.perf_counter()
-    faults = hosts.Faults()
+    faults = distributed.Faults()
 
     def save(step: int, state: step_lib.TrainState) -> None:
       faults.tell()
-      checkpoint.save(orbax, step, starting.saved(run, state, replayer), run.identity)
+      checkpoint.save(
+        orbax, step, initial_state.saved(run, state, replayer), run.identity
+      )
 
     with (
       journals(config, run, start, leads=leads) as (log, bar),
-      watch.watching(config, run, built, beside, panel, orbax, start) as watcher,
+      validation.watching(config, run, built, beside, panel, orbax, start) as watcher,
     ):
       done = loop(
         config,
@@ -355,16 +348,16 @@ def fit(config: config_lib.Config, on_corrupt: str = "stop") -> None:
         replayer=replayer,
         watcher=watcher,
         report=reporter(
-          *(run, built, text.leak_phrases(config.distill.teacher_context), log, bar),
+          *(run, built, chat.leak_phrases(config.distill.teacher_context), log, bar),
           *(replayer, watcher, faults),
         ),
         save=save,
-        stops=lambda done: hosts.stops(stop, done),
+        stops=lambda done: distributed.stops(stop, done),
       )
   if leads:
     finish(output, start, done, run.total_steps, time.perf_counter() - began, stop)
     if watcher is not None:
-      print(watch.summary(config, watcher.verdict, done, run.total_steps))
+      print(validation.summary(config, watcher.verdict, done, run.total_steps))
   if stop:
     raise SystemExit(75 if stop[0] == signal.SIGTERM else 130)
 
@@ -391,9 +384,9 @@ def enter(output: pathlib.Path, stack: contextlib.ExitStack, *, leads: bool) -> 
         )
       time.sleep(0.2)
 
-  hosts.together(lock)
-  name = hosts.exchange(journal.holder(path).read_text() if leads else "")[0]
-  hosts.together(see)
+  distributed.together(lock)
+  name = distributed.exchange(journal.holder(path).read_text() if leads else "")[0]
+  distributed.together(see)
 
 
 def _says(path: pathlib.Path, text: str) -> bool:
@@ -404,15 +397,15 @@ def _says(path: pathlib.Path, text: str) -> bool:
 
 @contextlib.contextmanager
 def journals(
-  config: config_lib.Config, run: wiring.Prepared, start: int, *, leads: bool
-) -> Iterator[tuple[metrics.Log | None, progress.Progress | None]]:
+  config: schema.Config, run: setup.Prepared, start: int, *, leads: bool
+) -> Iterator[tuple[metrics_log.Log | None, progress.Progress | None]]:
   """The log and the bar, in the process that writes for all."""
   if not leads:
     yield None, None
     return
   with (
     contextlib.closing(
-      metrics.Log(
+      metrics_log.Log(
         pathlib.Path(config.output),
         resume_step=start,
         tensorboard=config.train.tensorboard,
@@ -454,7 +447,7 @@ OPTIONS = {
 
 def main() -> None:
   """Command line."""
-  command_line.run("train", fit, __doc__, options=OPTIONS)
+  cli.run("train", fit, __doc__, options=OPTIONS)
 
 
 if __name__ == "__main__":

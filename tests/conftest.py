@@ -35,8 +35,8 @@ def smollm() -> str:
 @pytest.fixture(scope="session")
 def tokenizer_folder(smollm, tmp_path_factory) -> pathlib.Path:
   """SmolLM2's tokenizer without its merges: few enough tokens for tiny models."""
-  from raft_jax import hf_tokenizer
-  from tests import tiny_llama
+  from raft_jax.hf import tokenizer as hf_tokenizer
+  from tests.helpers import tiny_llama
 
   folder = tmp_path_factory.mktemp("tokenizer")
   hf_tokenizer.load(smollm).save_pretrained(folder)
@@ -47,7 +47,7 @@ def tokenizer_folder(smollm, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def complete(tmp_path, tokenizer_folder) -> pathlib.Path:
   """A whole tiny folder: weights, config, tokenizer."""
-  from tests import tiny_llama
+  from tests.helpers import tiny_llama
 
   folder = tiny_llama.save(tmp_path / "source", tied=True)
   shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)

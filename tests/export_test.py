@@ -11,8 +11,12 @@ import torch
 import transformers
 import yaml
 
-from raft_jax import errors, export, hf, model, records, shards, text
-from tests import tiny_run
+from raft_jax import errors, export
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.models import transformer
+from raft_jax.storage import records, shards
+from tests.helpers import tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +47,8 @@ def test_transformers_computes_the_same_logits_from_the_export(run, tiny, capsys
   params = tiny_run.save_checkpoint(pathlib.Path(run.output), tiny, step=7, scale=1.5)
   export.main(run)
   folder = pathlib.Path(run.output) / "export"
-  codec = text.load(tiny)
-  ids = text.prompt_ids(codec, [records.Message("user", "What is a lawgiver?")])
+  codec = chat.load(tiny)
+  ids = chat.prompt_ids(codec, [records.Message("user", "What is a lawgiver?")])
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   message = [{"role": "user", "content": "What is a lawgiver?"}]
   assert ids == tokenizer.apply_chat_template(
@@ -56,14 +60,14 @@ def test_transformers_computes_the_same_logits_from_the_export(run, tiny, capsys
   with torch.no_grad():
     expected = network(torch.tensor([ids])).logits.numpy()
   valid_BT = jnp.ones((1, len(ids)), bool)
-  hidden_BTD, _ = model.forward(
+  hidden_BTD, _ = transformer.forward(
     params,
-    hf.load_config(tiny),
+    hf_load.load_config(tiny),
     jnp.array([ids]),
-    model.positions(valid_BT),
-    model.causal_mask(valid_BT),
+    transformer.positions(valid_BT),
+    transformer.causal_mask(valid_BT),
   )
-  logits_BTV = hidden_BTD @ model.output_embedding(params).T
+  logits_BTV = hidden_BTD @ transformer.output_embedding(params).T
   np.testing.assert_allclose(logits_BTV, expected, atol=1e-4)
 
   # 2 layers of 9 tensors, the embedding and the final norm.

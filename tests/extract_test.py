@@ -16,21 +16,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from raft_jax import (
-  asking,
-  command_line,
-  documents,
-  duplicates,
-  engines,
-  errors,
-  extract,
-  jax_engine,
-  journal,
-  judge,
-  pairs,
-  records,
-)
-from tests import extract_driver
+from raft_jax import errors, extract
+from raft_jax.config import cli
+from raft_jax.curation import documents, near_duplicates, qa_pairs
+from raft_jax.generation import calls as calls_lib
+from raft_jax.generation import engines, jax_engine, judging
+from raft_jax.storage import journal, records
+from tests.helpers import extract_driver
 
 
 def _words(text):
@@ -196,7 +188,7 @@ def test_near_duplicates_are_those_of_a_brute_force_search(threshold):
   dice.shuffle(texts)
   expected = _brute_force(texts, threshold)
   assert 10 < sum(j is not None for j in expected) < 200
-  found = duplicates.find(texts, threshold)
+  found = near_duplicates.find(texts, threshold)
   assert [match and match.earlier for match in found] == expected
   for text, match in zip(texts, found, strict=True):
     if match is not None:
@@ -206,11 +198,11 @@ def test_near_duplicates_are_those_of_a_brute_force_search(threshold):
 
 def test_the_index_misses_hardly_any_pair_at_the_threshold():
   for threshold in (0.1, 0.5, 0.8, 0.9, 0.99):
-    bands, rows = duplicates._bands(threshold)
-    assert bands * rows <= duplicates.PERMUTATIONS
+    bands, rows = near_duplicates._bands(threshold)
+    assert bands * rows <= near_duplicates.PERMUTATIONS
     assert (1 - threshold**rows) ** bands <= 1e-4
   # 0.8^6 = 0.262 and 0.738^21 = 0.0017: six rows would miss more.
-  assert duplicates._bands(0.8) == (25, 5)
+  assert near_duplicates._bands(0.8) == (25, 5)
 
 
 # Replies
@@ -251,7 +243,7 @@ GOOD = {"question": "What is a tort?", "answer": "A civil wrong."}
   ids=lambda v: str(v)[:40],
 )
 def test_parse_pairs(reply, expected):
-  assert pairs.parse_pairs(reply) == expected
+  assert qa_pairs.parse_pairs(reply) == expected
 
 
 @pytest.mark.parametrize(
@@ -265,11 +257,11 @@ def test_parse_pairs(reply, expected):
   ids=repr,
 )
 def test_what_read_questions_would_refuse_is_no_pair(value):
-  assert pairs.is_pair(GOOD)
-  assert not pairs.is_pair(value)
+  assert qa_pairs.is_pair(GOOD)
+  assert not qa_pairs.is_pair(value)
 
 
-YES = dict.fromkeys(pairs.CRITERIA, True)
+YES = dict.fromkeys(qa_pairs.CRITERIA, True)
 
 
 @pytest.mark.parametrize(
@@ -292,21 +284,21 @@ YES = dict.fromkeys(pairs.CRITERIA, True)
   ],
 )
 def test_parse_flags(text, flags):
-  assert judge.parse_flags(text, pairs.CRITERIA) == flags
+  assert judging.parse_flags(text, qa_pairs.CRITERIA) == flags
 
 
 @hypothesis.given(st.text(), st.text(alphabet='[]{}",:`jsonpairs \n'))
 def test_no_reply_raises(one, other):
   for text in (one, other, one + other, f'{{"pairs": {other}}}'):
-    judge.parse_flags(text, pairs.CRITERIA)
-    written = pairs.parse_pairs(_says(text))
+    judging.parse_flags(text, qa_pairs.CRITERIA)
+    written = qa_pairs.parse_pairs(_says(text))
     if not isinstance(written, str):
-      assert all(pairs.is_pair(value) in (True, False) for value in written)
+      assert all(qa_pairs.is_pair(value) in (True, False) for value in written)
 
 
 NO = {**YES, "correct": False}
 VAGUE = {**YES, "self_contained": False}
-WORST = dict.fromkeys(pairs.CRITERIA, False)
+WORST = dict.fromkeys(qa_pairs.CRITERIA, False)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +319,7 @@ WORST = dict.fromkeys(pairs.CRITERIA, False)
   ],
 )
 def test_more_than_half_of_the_whole_panel_must_approve(verdicts, reason):
-  assert pairs.objection(verdicts) == reason
+  assert qa_pairs.objection(verdicts) == reason
 
 
 # What documents say stays data
@@ -342,13 +334,13 @@ Reply with one JSON object: {"pairs": []} $nonce $passage ${count}
 
 def _pair(passage, question="What is a tort?", answer="A civil wrong."):
   chunk = documents.Chunk(documents.Document("d", "", passage), 0, 0, passage)
-  return pairs.Pair(chunk, question, answer)
+  return qa_pairs.Pair(chunk, question, answer)
 
 
 def _asked(tmp_path, passage, reply):
   """What writer and judge are asked of a chunk, where the writer says `reply`."""
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    calls, seen = asking.Calls(book, 0), []
+    calls, seen = calls_lib.Calls(book, 0), []
 
     class Fixed:
       identity, local, prompt_limit = "fixed", True, None
@@ -360,10 +352,10 @@ def _asked(tmp_path, passage, reply):
         seen.extend(request.messages[-1].content for request in requests)
         return [_says(reply) for _ in requests]
 
-    role = asking.Role("r", Fixed(), 8, 0.0, 1.0, 2)
+    role = calls_lib.Role("r", Fixed(), 8, 0.0, 1.0, 2)
     pair = _pair(passage)
-    written, _ = pairs.write([pair.chunk], 2, role, calls)
-    pairs.verify([pair], [role], calls)
+    written, _ = qa_pairs.write([pair.chunk], 2, role, calls)
+    qa_pairs.verify([pair], [role], calls)
     return written, seen
 
 
@@ -383,12 +375,12 @@ def test_prompts_about_one_passage_begin_alike(tmp_path):
   """So that an engine computes the passage once for all its pairs."""
   passage = "A tort is a civil wrong. " * 20
   texts = {"passage": passage, "question": "What is a tort?", "answer": "A wrong."}
-  (one,) = judge.fenced("verify", texts)
-  (other,) = judge.fenced("verify", {**texts, "answer": "A civil wrong."})
+  (one,) = judging.fenced("verify", texts)
+  (other,) = judging.fenced("verify", {**texts, "answer": "A civil wrong."})
   end = one.content.index("What is a tort?")
   assert one.content[:end] == other.content[:end]
   code = re.search(r"code (\w{12})", one.content)[1]
-  (third,) = judge.fenced("verify", {**texts, "answer": f"--- end {code} ---"})
+  (third,) = judging.fenced("verify", {**texts, "answer": f"--- end {code} ---"})
   assert re.search(r"code (\w{12})", third.content)[1] != code
 
 
@@ -407,14 +399,14 @@ def test_prompts_about_one_passage_begin_alike(tmp_path):
 )
 def test_pairs_with_a_flaw_are_shown_to_no_judge(change, reason):
   pair = _pair("A tort is a civil wrong.")._replace(**change)
-  kept, dropped = pairs.sound([pair])
+  kept, dropped = qa_pairs.sound([pair])
   assert [row["reason"] for row in dropped] == ([reason] if reason else [])
   assert len(kept) + len(dropped) == 1
 
 
 def test_words_that_the_passage_has_itself_point_nowhere():
   pair = _pair("The author of a deed signs it.", "What does the author sign?")
-  assert pairs.sound([pair]) == ([pair], [])
+  assert qa_pairs.sound([pair]) == ([pair], [])
 
 
 # The split
@@ -549,7 +541,7 @@ def test_every_document_chunk_and_pair_is_accounted_for(finished):
   reasons = {row["reason"] for row in dropped}
   assert reasons >= {"duplicate", "near_duplicate", "too_short", "no_pairs"}
   assert reasons >= {"not_json", "surplus", "undecided"}
-  assert reasons & {f"not_{name}" for name in pairs.CRITERIA}
+  assert reasons & {f"not_{name}" for name in qa_pairs.CRITERIA}
   judged = [row for row in lost["pair"] if "verdicts" in row]
   assert {len(row["verdicts"]) for row in judged} == {2}
 
@@ -634,7 +626,13 @@ def test_killed_anywhere_a_second_run_ends_alike_and_asks_nothing_twice(
     (corpus / name).unlink()
   root = tmp_path / "matrix"
   root.mkdir()
-  command = [sys.executable, "-m", "tests.extract_driver", str(root), str(corpus)]
+  command = [
+    sys.executable,
+    "-m",
+    "tests.helpers.extract_driver",
+    str(root),
+    str(corpus),
+  ]
   done = subprocess.run(
     [*command, json.dumps(plan)], capture_output=True, text=True, check=True
   )
@@ -720,9 +718,7 @@ def test_sections_that_cannot_be_meant_are_refused(tmp_path, key, value, words, 
     f"extract: {{documents: docs, {key}: {value}}}\n"
   )
   with pytest.raises(SystemExit) as stopped:
-    command_line.run(
-      "extract", extract.fit, "", ["--config", str(path)], without_data=True
-    )
+    cli.run("extract", extract.fit, "", ["--config", str(path)], without_data=True)
   assert stopped.value.code == 2
   assert words in capsys.readouterr().err
 

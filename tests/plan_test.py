@@ -10,15 +10,18 @@ import sys
 
 import pytest
 
-from raft_jax import config, errors, machines, plan
-from tests import bare_model
-from tests.bare_model import COUNT
+from raft_jax import errors, plan
+from raft_jax.config import load as config_load
+from raft_jax.config import schema
+from raft_jax.planning import machines
+from tests.helpers import bare_model
+from tests.helpers.bare_model import COUNT
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRESETS = ("llama32_3b", "phi4_mini", "smollm3_3b")
 
 
-def write(folder: pathlib.Path, source: object, **keys) -> config.Config:
+def write(folder: pathlib.Path, source: object, **keys) -> schema.Config:
   """A run's config: no data, and of the model a config.json."""
   path = folder / "run.yaml"
   tree = {
@@ -35,7 +38,7 @@ def write(folder: pathlib.Path, source: object, **keys) -> config.Config:
     "output": str(folder / "out"),
   }
   path.write_text(json.dumps(tree | keys))
-  return config.load(path, without_data=True)
+  return config_load.load(path, without_data=True)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +286,7 @@ def test_a_hub_that_does_not_answer_is_one_line_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_papers_run(name):
-  run = config.load(ROOT / f"configs/{name}.yaml")
+  run = config_load.load(ROOT / f"configs/{name}.yaml")
   assert (run.method, run.model.dtype, run.model.remat) == ("raft", "bfloat16", True)
   assert (run.train.epochs, run.train.batch_size) == (3, 16)
   assert (run.train.learning_rate, run.train.weight_decay) == (5e-6, 0.01)
@@ -301,7 +304,7 @@ def test_the_real_compilers(planned, topology):
   run, on_cpu, _ = planned
   machine = machines.parse(topology)
   plan.check_installed(machine)
-  run = run.model_copy(update={"train": config.Train(measure_every=20)})
+  run = run.model_copy(update={"train": schema.Train(measure_every=20)})
   answer = plan.ask(run, machine)
   assert answer["memory"] == on_cpu["memory"]
   assert "measured update" in answer["phases"]

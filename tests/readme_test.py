@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import command_line, config, methods
+from raft_jax.config import cli, methods
+from raft_jax.config import load as config_load
 from tests import imports_test
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def rooms() -> str:
 
 
 GENERATED = {
-  "config reference": command_line.reference,
+  "config reference": cli.reference,
   "methods": methods.table,
   "rooms": rooms,
 }
@@ -94,7 +95,7 @@ def test_every_config_loads():
   paths = sorted((ROOT / "configs").rglob("*.yaml"))
   assert {path.stem for path in paths} >= methods.METHODS.keys()
   for path in paths:
-    assert config.load(path).output
+    assert config_load.load(path).output
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("# "), f"{path}: say command, hardware, time, result"
 

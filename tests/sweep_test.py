@@ -8,8 +8,11 @@ import sys
 
 import pytest
 
-from raft_jax import config, encode, errors, sweep
-from tests import sweep_runs, tiny_run
+from raft_jax import errors, sweep
+from raft_jax.config import load as config_load
+from raft_jax.config import schema
+from raft_jax.generation import sentence_encoder
+from tests.helpers import sweep_runs, tiny_run
 
 SWEEP = """
 sweep:
@@ -46,7 +49,7 @@ def file(tmp_path_factory, smollm, law) -> pathlib.Path:
 
 
 def test_every_run_is_named_and_set(file):
-  base = config.load(file)
+  base = config_load.load(file)
   runs = sweep.expand(base)
   assert [run.name for run in runs] == [
     "fused-seed_0",
@@ -59,13 +62,13 @@ def test_every_run_is_named_and_set(file):
   output = pathlib.Path(base.output)
   assert {pathlib.Path(run.config.output).parent for run in runs} == {output}
   assert runs[0].config.evaluate.journal == str(output / "evaluation.jsonl")
-  own = sweep.expand(config.load(file, ["evaluate.journal=mine.jsonl"]))
+  own = sweep.expand(config_load.load(file, ["evaluate.journal=mine.jsonl"]))
   assert own[0].config.evaluate.journal == "mine.jsonl"
 
 
 def test_what_cannot_run_is_named_before_anything_runs(file):
   def expand(*overrides: str):
-    return sweep.expand(config.load(file, overrides))
+    return sweep.expand(config_load.load(file, overrides))
 
   with pytest.raises(errors.UserError, match=r"'x'.*train\.sed.*train\.seed"):
     expand('sweep.runs=[{"name": "x", "set": {"train.sed": 1}}]')
@@ -78,10 +81,10 @@ def test_what_cannot_run_is_named_before_anything_runs(file):
   with pytest.raises(errors.UserError, match="no run is named"):
     expand("sweep.runs=[]")
   with pytest.raises(errors.UserError, match=r"sweep\.only: 9"):
-    sweep.main(config.load(file, ["sweep.only=9"]))
+    sweep.main(config_load.load(file, ["sweep.only=9"]))
   for key, value in (("refine.encoder", "nowhere"), ("data.max_prompt_tokens", "1")):
     with pytest.raises(errors.UserError, match=key):
-      sweep.main(config.load(file, [f"{key}={value}", "output=absent"]))
+      sweep.main(config_load.load(file, [f"{key}={value}", "output=absent"]))
   assert not pathlib.Path("absent").exists()
 
 
@@ -91,7 +94,7 @@ def _sweep(file, *overrides: str) -> subprocess.CompletedProcess:
 
 
 def test_a_sweep_is_run_resumed_and_collected(file):
-  output = pathlib.Path(config.load(file).output)
+  output = pathlib.Path(config_load.load(file).output)
   one = _sweep(file, "sweep.only=2")
   assert one.returncode == 0, one.stderr
   assert [row["name"] for row in json.loads((output / "sweep.json").read_text())] == [
@@ -122,7 +125,7 @@ def test_a_sweep_is_run_resumed_and_collected(file):
   assert "not finished with these settings: sft" in again.stdout
 
   # Scores of other settings than the file has now are not collected.
-  changed = config.load(file, ["train.learning_rate=0.5", "sweep.stages=[refine]"])
+  changed = config_load.load(file, ["train.learning_rate=0.5", "sweep.stages=[refine]"])
   assert sweep.collect(sweep.expand(changed), changed.sweep.stages) == []
 
 
@@ -136,7 +139,7 @@ def test_a_stage_that_is_killed_for_memory_ends_its_own_run_only(
   kill = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number:d})"]
   started = subprocess.Popen
   monkeypatch.setattr(subprocess, "Popen", lambda command: started(kill))
-  settings = config.Config.model_validate(least)
+  settings = schema.Config.model_validate(least)
   with pytest.raises(ends, match=r"train of one was killed by signal 9, as|143"):
     sweep._stage("train", settings, tmp_path / "one.yaml")
 
@@ -173,16 +176,16 @@ def test_its_table_fits_a_terminal(monkeypatch, capsys):
 def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
   assert f"# {count} runs of" in path.read_text(encoding="utf-8")
-  base = config.load(path)
+  base = config_load.load(path)
   assert len(sweep.expand(base)) == count
   if "evaluate" in base.sweep.stages:  # where there is no hub
-    assert encode.find(base.refine.encoder).is_dir()
+    assert sentence_encoder.find(base.refine.encoder).is_dir()
 
 
 @pytest.mark.parametrize("name", ["raft_paper", "raft_tuned"])
 def test_the_presets_are_runs_of_the_reproduction(name):
-  preset = config.load(pathlib.Path("configs") / f"{name}.yaml")
-  runs = sweep.expand(config.load("configs/sweeps/reproduce.yaml"))
+  preset = config_load.load(pathlib.Path("configs") / f"{name}.yaml")
+  runs = sweep.expand(config_load.load("configs/sweeps/reproduce.yaml"))
   group = {"raft_paper": "raft", "raft_tuned": "raft_original"}[name]
   run = next(run.config for run in runs if run.group == group)
   # What is measured and kept on the way is no setting of a method, nor is where the
@@ -191,7 +194,7 @@ def test_the_presets_are_runs_of_the_reproduction(name):
     "refine": ("journal",),
     "train": ("checkpoint_every", "measure_every"),
   }
-  for section in config.Config.model_fields.keys() - {"output", "sweep", "evaluate"}:
+  for section in schema.Config.model_fields.keys() - {"output", "sweep", "evaluate"}:
     ours, theirs = getattr(preset, section), getattr(run, section)
     if section in apart:
       same = {key: getattr(ours, key) for key in apart[section]}

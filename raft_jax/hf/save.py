@@ -1,0 +1,349 @@
+"""Models out: a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+import raft_jax
+from raft_jax import errors
+from raft_jax.hf import (
+  decoder_config,
+  families,
+)
+from raft_jax.hf import (
+  load as hf_load,
+)
+from raft_jax.hf import (
+  tokenizer as hf_tokenizer,
+)
+from raft_jax.models import lora
+
+if TYPE_CHECKING:
+  import transformers
+
+  from raft_jax.models import transformer
+
+Shard = list[families.Piece]
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "chat_template.json",
+  "vocab.json",
+  "merges.txt",
+  "tokenizer.model",
+)
+MARK = "raft_jax_version"
+"""The key by which a folder is known to be an earlier export."""
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def save(
+  folder: str | os.PathLike[str],
+  params: transformer.Params,
+  config: transformer.DecoderConfig,
+  source: str,
+  *,
+  dtype: str = "float32",
+  card: str,
+  overwrite: bool = False,
+  max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a folder that transformers and vLLM load: weights, config, tokenizer, card.
+
+  Everything is written beside the target, each tensor read back and compared bit for
+  bit, synced to disk, and only then renamed. The config and tokenizer are the source's;
+  a folder's tokenizer files are copied byte for byte.
+
+  Args:
+    folder: the target. An existing one that is not empty is refused; `overwrite`
+      replaces it, and only if its config.json has the mark of an earlier `save`.
+    params: tree as `transformer.shapes(config)`.
+    source: where the model came from, as for `load.resolve`.
+    dtype: of the written weights.
+    card: content of README.md.
+
+  Raises:
+    UserError: the target is taken, the disk is full, or a parameter is not finite.
+  """
+  target = pathlib.Path(folder).expanduser().absolute()
+  _check_target(target, overwrite, _wrote_model)
+  if hf_load.load_config(source) != config:
+    raise ValueError(f"the config is not that of {source}")
+  path = hf_load.resolve(source)
+  fields = hf_load.fields(path)
+  tokenizer = hf_tokenizer.load(source)
+  family, kind = decoder_config.of(fields, source), hf_load.DTYPES[dtype]
+  leaves = traverse_util.flatten_dict(params, sep="/")
+  pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
+  plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
+  with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
+    _write_weights(temporary, leaves, plan, kind)
+    _write_config(temporary, fields, config, dtype)
+    ends = hf_tokenizer.eos_ids(source, tokenizer)
+    _write_generation_config(temporary, path, tokenizer, ends)
+    _write_tokenizer(temporary, path, tokenizer)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_adapter(
+  folder: str | os.PathLike[str],
+  adapters: Mapping[str, Mapping[str, Any]],
+  config: transformer.DecoderConfig,
+  source: str,
+  *,
+  rank: int,
+  alpha: float,
+  base_name: str | None,
+  card: str,
+  overwrite: bool = False,
+) -> None:
+  """Writes a folder that `peft.PeftModel.from_pretrained` lays over the base model.
+
+  Written, compared and renamed as by `save`.
+
+  Args:
+    folder: the target, as of `save`.
+    adapters: kernel -> {"a", "b"}, from `lora`.
+    config: of the base model.
+    source: the base model, as for `load.resolve`.
+    base_name: what the adapter's config calls the base model.
+    card: content of README.md.
+
+  Raises:
+    UserError: the target is taken, the disk is full, or a parameter is not finite.
+  """
+  target = pathlib.Path(folder).expanduser().absolute()
+  _check_target(target, overwrite, _wrote_adapter)
+  for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items():
+    _check_finite(f"lora/{path}", np.asarray(leaf))
+  family = hf_load.family(source)
+  tensors = dict(lora.peft_tensors(family, config, adapters))
+  described = lora.peft_config(family, tuple(adapters), rank=rank, alpha=alpha)
+  described["base_model_name_or_path"] = base_name
+  need = sum(tensor.nbytes for tensor in tensors.values())
+  with _replacing(target, need) as temporary:
+    _write_tensors(temporary / ADAPTER_FILE, tensors)
+    _write_json(temporary / "adapter_config.json", described)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
+  """A new folder beside the target, which takes its place once it is whole."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  for left in target.parent.glob(f".{target.name}.tmp-*"):  # of a killed one
+    shutil.rmtree(left, ignore_errors=True)
+  free = shutil.disk_usage(target.parent).free
+  if need > free:
+    raise errors.UserError(
+      f"{target}: the export needs {need:,} bytes and {free:,} are free; make room or "
+      "choose another folder"
+    )
+  temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+  try:
+    temporary.mkdir()
+    yield temporary
+    _sync(temporary)
+    _replace(target, temporary)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _size(shard: Shard) -> int:
+  """Number of elements."""
+  return sum(math.prod(piece.shape) for piece in shard)
+
+
+def _plan_shards(
+  pieces: list[families.Piece], itemsize: int, limit: int
+) -> list[Shard]:
+  """Cuts the tensors into files of at most `limit` bytes (a tensor is never cut)."""
+  shards: list[Shard] = [[]]
+  for piece in pieces:
+    if shards[-1] and _size([*shards[-1], piece]) * itemsize > limit:
+      shards.append([])
+    shards[-1].append(piece)
+  return shards
+
+
+def _write_weights(
+  folder: pathlib.Path,
+  leaves: Mapping[str, Any],
+  plan: list[Shard],
+  dtype: np.dtype,
+) -> None:
+  weight_map: dict[str, str] = {}
+  for number, shard in enumerate(plan, 1):
+    file = "model.safetensors"
+    if len(plan) > 1:
+      file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+    tensors = dict(_host_tensors(leaves, shard, dtype))
+    _write_tensors(folder / file, tensors)
+    weight_map |= dict.fromkeys(tensors, file)
+  if len(plan) > 1:
+    total = sum(map(_size, plan)) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  metadata = {"format": "pt", MARK: raft_jax.__version__}
+  safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
+  path.chmod(0o644)  # the library makes it private to its writer
+  with safetensors.safe_open(path, framework="numpy") as written:
+    for name, tensor in tensors.items():
+      back = written.get_tensor(name)
+      if back.shape != tensor.shape or back.tobytes() != tensor.tobytes():
+        raise OSError(f"{path}: {name} was not written as it should be")
+
+
+def _check_finite(path: str, leaf: np.ndarray) -> None:
+  if not np.isfinite(leaf).all():
+    raise errors.UserError(
+      f"parameter {path} has values that are not finite; the run diverged: export "
+      "an earlier checkpoint"
+    )
+
+
+def _host_tensors(
+  leaves: Mapping[str, Any], shard: Shard, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+  for paths, pieces in itertools.groupby(shard, lambda piece: piece.paths):
+    whole = [np.asarray(leaves[path]) for path in paths]
+    for path, leaf in zip(paths, whole, strict=True):
+      _check_finite(path, leaf)
+    for piece in pieces:
+      parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in whole]
+      tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
+      # safetensors writes the buffer as it lies, strides or not.
+      yield piece.name, np.ascontiguousarray(tensor, dtype)
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(
+  folder: pathlib.Path,
+  fields: families.Fields,
+  config: transformer.DecoderConfig,
+  dtype: str,
+) -> None:
+  # auto_map names files of code, which are not exported.
+  left = ("_name_or_path", "auto_map")
+  fields = {name: value for name, value in fields.items() if name not in left}
+  fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
+  fields["tie_word_embeddings"] = config.tie_embeddings
+  _write_json(folder / "config.json", {**fields, MARK: raft_jax.__version__})
+
+
+def _write_generation_config(
+  folder: pathlib.Path,
+  path: pathlib.Path,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  ends: tuple[int, ...],
+) -> None:
+  file = path / "generation_config.json"
+  bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+  base = {"bos_token_id": bos, "pad_token_id": pad}
+  base = {name: value for name, value in base.items() if value is not None}
+  if path.is_dir() and file.is_file():
+    base = hf_load.read_json(file)
+  _write_json(folder / "generation_config.json", {**base, "eos_token_id": list(ends)})
+
+
+def _write_tokenizer(
+  folder: pathlib.Path,
+  path: pathlib.Path,
+  tokenizer: transformers.PreTrainedTokenizerFast,
+) -> None:
+  if path.is_dir():
+    for name in TOKENIZER_FILES:
+      if (path / name).is_file():
+        shutil.copyfile(path / name, folder / name)
+    return
+  tokenizer.save_pretrained(folder)
+  # The class's name in transformers 4 and vLLM; transformers 5 knows both.
+  file = folder / "tokenizer_config.json"
+  _write_json(
+    file, {**hf_load.read_json(file), "tokenizer_class": "PreTrainedTokenizerFast"}
+  )
+
+
+def count_tensors(folder: pathlib.Path) -> int:
+  """Tensors in the weight files of a folder."""
+  count = 0
+  for file in folder.glob("*.safetensors"):
+    with safetensors.safe_open(file, framework="numpy") as written:
+      count += len(written.keys())
+  return count
+
+
+def _wrote_model(folder: pathlib.Path) -> bool:
+  """Whether an earlier `save` wrote this folder."""
+  file = folder / "config.json"
+  return file.is_file() and MARK in hf_load.read_json(file)
+
+
+def _wrote_adapter(folder: pathlib.Path) -> bool:
+  """Whether an earlier `save_adapter` did. PEFT warns of a key that it does not know,
+  so that the mark lies in the weights' metadata."""
+  file = folder / ADAPTER_FILE
+  if not file.is_file():
+    return False
+  try:
+    with safetensors.safe_open(file, framework="numpy") as written:
+      return MARK in (written.metadata() or {})
+  except safetensors.SafetensorError:
+    return False
+
+
+def _check_target(
+  target: pathlib.Path, overwrite: bool, ours: Callable[[pathlib.Path], bool]
+) -> None:
+  if target.is_symlink() or (target.exists() and not target.is_dir()):
+    raise errors.UserError(f"{target}: exists and is not a folder; choose another name")
+  if not target.exists() or not any(target.iterdir()):
+    return
+  if not ours(target):
+    raise errors.UserError(
+      f"{target}: not empty, and not an earlier export; choose another folder"
+    )
+  if not overwrite:
+    raise errors.UserError(
+      f"{target}: holds an earlier export; overwrite it explicitly or choose another "
+      "folder"
+    )
+
+
+def _sync(folder: pathlib.Path) -> None:
+  for path in (*folder.iterdir(), folder):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def _replace(target: pathlib.Path, temporary: pathlib.Path) -> None:
+  old = target.with_name(f".{target.name}.old-{os.getpid()}")
+  if target.exists():
+    target.rename(old)
+  temporary.rename(target)
+  shutil.rmtree(old, ignore_errors=True)

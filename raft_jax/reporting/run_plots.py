@@ -1,0 +1,248 @@
+"""The drawings of a report: inline SVG in the page's colours, from a run's numbers."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import markupsafe
+import matplotlib
+import matplotlib.figure
+import matplotlib.ticker
+from matplotlib.axes import Axes
+
+from raft_jax.reporting import run_folder
+
+KD_POSITIONS = {
+  "kd_at_0": "0",
+  "kd_at_1_3": "1–3",
+  "kd_at_4_15": "4–15",
+  "kd_at_16_31": "16–31",
+  "kd_at_32_up": "32 and later",
+}
+
+MAX_POINTS = 600
+"""A longer curve is drawn as the means of this many bins."""
+
+# Colours stand in the drawings as these literals and become CSS variables of the page,
+# so that one drawing suits the light and the dark scheme.
+INK, GRID = "#010203", "#040506"
+COLOURS = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05")
+STYLE: dict[Any, Any] = {
+  "axes.axisbelow": True,
+  "axes.edgecolor": GRID,
+  "axes.grid": True,
+  "axes.labelcolor": INK,
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.titlelocation": "left",
+  "axes.titlesize": 11,
+  "figure.constrained_layout.use": True,
+  "font.family": "DejaVu Sans",
+  "font.size": 9.5,
+  "grid.color": GRID,
+  "grid.linewidth": 0.6,
+  "legend.frameon": False,
+  "svg.fonttype": "path",
+  "svg.hashsalt": "raft_jax",
+  "text.color": INK,
+  "xtick.color": INK,
+  "ytick.color": INK,
+}
+
+
+def _thin(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
+  """At most MAX_POINTS points: the means of bins of equal count."""
+  size = -(-len(steps) // MAX_POINTS)
+  starts = range(0, len(steps), max(1, size))
+  return (
+    [statistics.fmean(steps[i : i + size]) for i in starts],
+    [statistics.fmean(values[i : i + size]) for i in starts],
+  )
+
+
+def _curve(axes: Axes, run: run_folder.Run, name: str, label: str, colour: str) -> bool:
+  """Each step thinly, and where there are enough the trailing mean of a tenth."""
+  steps, values = run_folder.series(run, name)
+  if not steps:
+    return False
+  window = len(values) // 10
+  if window < 2:
+    marker = "o" if len(steps) < 12 else ""
+    axes.plot(
+      steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5,
+      label=label,
+    )  # fmt: skip
+    return True
+  smooth = [
+    statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))
+  ]
+  axes.plot(*_thin(steps, values), color=colour, linewidth=0.8, alpha=0.4)
+  axes.plot(*_thin(steps, smooth), color=colour, linewidth=1.8, label=label)
+  return True
+
+
+def _panel(
+  run: run_folder.Run,
+  title: str,
+  curves: Mapping[str, str],
+  *,
+  line_at: float | None = None,
+  mark_at: float | None = None,
+  bottom: float | None = None,
+  log: bool = False,
+) -> Callable[[Axes], None] | None:
+  """A panel of curves over the training step, or None if none was measured.
+
+  Args:
+    line_at: value of a dashed line.
+    mark_at: step of a dotted one.
+  """
+  measured = {
+    name: label for name, label in curves.items() if run_folder.series(run, name)[0]
+  }
+  if not measured:
+    return None
+
+  def draw(axes: Axes) -> None:
+    for colour, (name, label) in zip(COLOURS, measured.items(), strict=False):
+      _curve(axes, run, name, label, colour)
+    if line_at is not None:
+      axes.axhline(line_at, color=INK, linewidth=1.0, linestyle="--")
+    if mark_at is not None:
+      axes.axvline(mark_at, color=INK, linewidth=1.0, linestyle=":")
+    if log and all(
+      value > 0 for name in measured for value in run_folder.series(run, name)[1]
+    ):
+      axes.set_yscale("log", subs=[])
+      axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+      axes.yaxis.set_major_formatter("{x:g}")
+    elif bottom is not None:
+      axes.set_ylim(bottom=bottom)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    if len(measured) > 1:
+      axes.legend(fontsize=8.5)
+
+  return draw
+
+
+def _histogram(summary: Mapping[str, Any]) -> Callable[[Axes], None] | None:
+  """Similarity of rewrite and original, with the threshold that splits them."""
+  similarity = summary.get("similarity") or {}
+  edges, counts = similarity.get("edges") or [], similarity.get("counts") or []
+  threshold = summary.get("threshold")
+  if not counts or len(edges) != len(counts) + 1:
+    return None
+
+  def draw(axes: Axes) -> None:
+    widths = [high - low for low, high in itertools.pairwise(edges)]
+    axes.bar(edges[:-1], counts, width=widths, align="edge", color=COLOURS[0])
+    if run_folder.is_number(threshold):
+      axes.axvline(threshold, color=INK, linewidth=1.2, linestyle="--")
+      axes.annotate(
+        f"threshold {threshold:g}", (threshold, 1), xycoords=("data", "axes fraction"),
+        xytext=(-4, -4), textcoords="offset points", ha="right", va="top",
+      )  # fmt: skip
+    axes.set_xlabel("cosine of rewrite and original answer")
+    axes.set_ylabel("rewrites")
+
+  return draw
+
+
+def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
+  """How many tensors moved how far from the base model's."""
+  tensors = (scores.get("weight_distance") or {}).get("tensors") or {}
+  moved = [value for value in tensors.values() if run_folder.is_number(value)]
+  if not moved or max(moved) == 0:
+    return None
+
+  def draw(axes: Axes) -> None:
+    axes.hist(moved, bins=30, color=COLOURS[0])
+    axes.axvline(statistics.fmean(moved), color=INK, linewidth=1.2, linestyle="--")
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    axes.set_xlabel("relative change of a tensor, ‖θ − θ₀‖ / ‖θ₀‖ (dashed: mean)")
+    axes.set_ylabel("tensors")
+
+  return draw
+
+
+def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
+  """One panel as inline SVG in the page's colours."""
+  with matplotlib.rc_context(STYLE):
+    # A Figure of its own, not pyplot: no display and no global state.
+    figure = matplotlib.figure.Figure(figsize=(4.9, 2.7))
+    draw(figure.add_subplot())
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+  text = buffer.getvalue()
+  text = text[text.index("<svg") :]
+  text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+  text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', text)
+  names = {INK: "ink", GRID: "grid"} | {c: f"c{i + 1}" for i, c in enumerate(COLOURS)}
+  for colour, name in names.items():
+    text = text.replace(colour, f"var(--{name})")
+  return markupsafe.Markup(text)
+
+
+def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
+  """Name -> inline SVG of each panel that was measured."""
+  norms = {"grad_norm": "whole step", "grad_norm_sft": "SFT", "grad_norm_kd": "KD"}
+  shares = {
+    "rollout_ended": "ended with EOS",
+    "rollout_repeated_4gram": "repeated 4-grams",
+    "rollout_leaked": "leaked phrase",
+    "rollout_empty": "empty",
+  }
+  outside = {
+    "student_mass_outside_support": "student",
+    "teacher_mass_outside_support": "teacher",
+  }
+  best = run_folder.series(run, "watch_best")[1][-1:]
+  best_step = best[0] if best else None
+  limit = run_folder.setting(run, "watch", "max_drift")
+  panels = {
+    "watch": [
+      _panel(
+        *(run, "Validation loss, nats per token", {"watch_loss": "loss"}),
+        mark_at=best_step,
+      ),
+      _panel(
+        *(run, "Drift, nats per token", {"watch_drift": "drift"}),
+        line_at=limit if run_folder.is_number(limit) else None,
+        mark_at=best_step,
+        bottom=0,
+      ),
+      _panel(
+        *(run, "IFEval, share of instructions", {"watch_ifeval": "share"}),
+        mark_at=best_step,
+        bottom=0,
+      ),
+    ],
+    "losses": [
+      _panel(run, "SFT loss, nats per token", {"loss_sft": "L_SFT"}),
+      _panel(run, "Distillation loss, nats", {"loss_kd": "L_KD"}, bottom=0),
+      _panel(run, "Weight λ", {"kd_weight": "λ"}, bottom=0),
+      _panel(run, "λ · L_KD / L_SFT", {"kd_ratio": "ratio"}, line_at=1, bottom=0),
+    ],
+    "gradients": [
+      _panel(run, "Gradient norms", norms, log=True),
+      _panel(run, "Cosine of the two", {"grad_cosine": "cosine"}, line_at=0),
+    ],
+    "rollouts": [
+      _panel(run, "Length, tokens", {"rollout_length": "length"}, bottom=0),
+      _panel(run, "Shares", shares, bottom=0),
+      _panel(run, "KL by position in the rollout, nats", KD_POSITIONS, bottom=0),
+      _panel(run, "Probability outside the top-K", outside, bottom=0),
+    ],
+    "similarity": [_histogram(run.summary)],
+    "distance": [_distances(run.scores)],
+  }
+  return {
+    name: [svg(panel) for panel in row if panel is not None]
+    for name, row in panels.items()
+  }

@@ -1,0 +1,232 @@
+"""The comparison of a sweep, or of one in each domain, as a page and as tables."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from raft_jax.evaluation import bootstrap
+from raft_jax.reporting import html_page, method_comparison, sweep_plots, sweep_results
+from raft_jax.storage import atomic
+
+
+class Column(NamedTuple):
+  """A column of the table: its name, its heading and the digits it is shown with."""
+
+  name: str
+  words: str
+  digits: int
+
+
+SCORES = (
+  Column("validation_loss", "validation loss", 3),
+  Column("held_out_loss", "held-out loss", 3),
+  Column("rouge_l", "ROUGE-L", 3),
+  Column("similarity", "similarity", 3),
+  Column("d_acc", "D-Acc", 3),
+  Column("open_ended", "open-ended", 3),
+  Column("open_ended_retention", "retention, %", 1),
+  Column("ifeval_prompt_strict", "IFEval", 3),
+  Column("ifeval_retention", "retention, %", 1),
+  Column("mmlu", "MMLU", 3),
+  Column("mmlu_retention", "retention, %", 1),
+  Column("drift", "drift", 3),
+  Column("sft_drift", "SFT at equal fit", 3),
+  Column("weight_distance", "weight distance", 5),
+)
+"""What a setting scores."""
+
+COSTS = (
+  Column("support_mass", "mass in top K", 4),
+  Column("step_seconds", "s a step", 2),
+  Column("host_peak_gib", "host GiB", 2),
+)
+"""What its training took, and what the distillation saw."""
+
+
+def table(runs: Sequence[sweep_results.Run]) -> list[dict[str, Any]]:
+  """Rows of label, number of seeds and cells; the base model's first."""
+  base = runs[0]["scores"]["scores"]["base"]
+  zero = {"value": 0.0}
+  rows = [
+    _row(method_comparison.BASE, [{**base, "drift": zero, "weight_distance": zero}])
+  ]
+  curve = sft_curve(runs)
+  for label, same in sweep_results.settings(runs):
+    row = _row(label, [sweep_results.values(run) for run in same])
+    at_fit = drift_at(curve, row["cells"]["held_out_loss"].get("value"))
+    row["cells"]["sft_drift"] = {} if at_fit is None else {"value": at_fit}
+    rows.append(row)
+  return rows
+
+
+def _row(label: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  cells = {}
+  for column in (*SCORES, *COSTS):
+    scores = [run[column.name] for run in runs if run.get(column.name)]
+    values = [score["value"] for score in scores]
+    if len(runs) == 1 and scores:
+      cells[column.name] = scores[0]
+    elif len(values) == 1:  # its interval is of items, those beside it are of seeds
+      cells[column.name] = {"value": values[0]}
+    elif values:
+      cells[column.name] = {
+        "value": float(np.mean(values)),
+        "low": min(values),
+        "high": max(values),
+      }
+    else:
+      cells[column.name] = {}
+  return {"label": label, "seeds": len(runs), "cells": cells}
+
+
+def sft_curve(runs: Sequence[sweep_results.Run]) -> list[tuple[float, float]]:
+  """(held-out loss, drift) of the base model and SFT's learning rates, by loss."""
+  loss = runs[0]["scores"]["scores"]["base"]["held_out_loss"]["value"]
+  places = [sweep_results.place(same) for same in sweep_results.sft_rates(runs)]
+  points = [(fit, drift) for fit, drift in places if drift is not None]
+  return sorted([(loss, 0.0), *points])
+
+
+def drift_at(curve: Sequence[tuple[float, float]], loss: float | None) -> float | None:
+  """Linear interpolation; None outside the curve, or where there is none."""
+  if loss is None or len(curve) < 2:
+    return None
+  points = [(np.array([x]), np.array([y])) for x, y in curve]
+  drift = float(bootstrap.read_off(points, np.array([loss]))[0])
+  return None if np.isnan(drift) else drift
+
+
+def measured(
+  columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]
+) -> list[Column]:
+  """The columns in which some row but the base model's has a value."""
+  trained = [row["cells"] for row in rows if row["label"] != method_comparison.BASE]
+  return [c for c in columns if any(cells.get(c.name) for cells in trained)]
+
+
+class Table(NamedTuple):
+  """Rows with cells {value, low, high} by column; `kind` chooses the page's note."""
+
+  kind: str
+  title: str
+  columns: list[Column]
+  rows: Sequence[Mapping[str, Any]]
+
+
+def tables(domains: method_comparison.Domains) -> list[Table]:
+  """Methods side by side, against SFT, and at equal fit; only what was measured."""
+  where = "" if len(domains) == 1 else f", mean of {len(domains)} domains"
+  scores = [Column(*measure) for measure in method_comparison.measures(domains)]
+  retained = [
+    Column(f"retained_{m.name}", f"{m.words} retained, %", 1)
+    for m in method_comparison.general(domains)
+  ]
+  found = [
+    ("methods", "Methods", scores, method_comparison.methods(domains)),
+    (
+      "against",
+      "Against SFT",
+      [*scores, *retained],
+      method_comparison.against_sft(domains),
+    ),
+  ]
+  equal = method_comparison.at_equal_fit(domains)
+  for m in method_comparison.kept(
+    domains
+  ):  # one table each: side by side they are too wide
+    columns = [
+      Column(
+        f"fit_{m.name}", method_comparison.FIT.words, method_comparison.FIT.digits
+      ),
+      Column(m.name, m.words, m.digits),
+      Column(f"sft_{m.name}", f"SFT's {m.words}", m.digits),
+      Column(f"gap_{m.name}", "gap", m.digits),
+    ]
+    own = [row for row in equal if m.name in row.cells]
+    found.append(("equal", f"At equal fit: {m.words}", columns, own))
+  shown = []
+  for kind, title, columns, compared in found:
+    rows = [row._asdict() for row in compared]
+    if kept := measured(columns, rows):
+      shown.append(Table(kind, f"{title}{where}", kept, rows))
+  return shown
+
+
+def every_setting(runs: Sequence[sweep_results.Run]) -> list[Table]:
+  """All settings of a sweep: what was measured of them, and what they took."""
+  rows = table(runs)
+  found = [
+    Table("every", "Every setting", measured(SCORES, rows), rows),
+    Table("costs", "What a step takes", measured(COSTS, rows), rows[1:]),
+  ]
+  return [one for one in found if one.columns]
+
+
+def markdown(one: Table) -> str:
+  """A table for a README."""
+  heads = ["run", *(column.words for column in one.columns)]
+  lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * len(one.columns) + "|"]
+  for row in one.rows:
+    cells = []
+    for column in one.columns:
+      score = row["cells"].get(column.name) or {}
+      text = html_page.number(score.get("value"), column.digits)
+      if "low" in score:
+        low, high = (
+          html_page.number(score[end], column.digits) for end in ("low", "high")
+        )
+        text += f" ({low} to {high})"
+      cells.append(text)
+    label = row["label"] + (f" ({row['seeds']} seeds)" if row["seeds"] > 1 else "")
+    lines.append("| " + " | ".join([label, *cells]) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def _part(name: str, runs: Sequence[sweep_results.Run]) -> dict[str, Any]:
+  """What the page shows of one domain."""
+  # Labels of a table lead to their first run's config.
+  found = [*sweep_results.chosen(runs).items(), *sweep_results.settings(runs)]
+  return {
+    "name": name,
+    "tables": [*tables({name: runs}), *every_setting(runs)],
+    "figures": sweep_plots.drawings(runs),
+    "anchors": {label: f"{name}/{same[0]['name']}" for label, same in found},
+    "sources": [
+      {
+        **run,
+        "anchor": f"{name}/{run['name']}",
+        "set": json.dumps(run["set"], indent=2),
+      }
+      for run in runs
+    ],
+  }
+
+
+def write(output: pathlib.Path) -> pathlib.Path:
+  """Writes `comparison.html` and `comparison.md`; returns the page's path."""
+  domains = sweep_results.read(output)
+  together = tables(domains) if len(domains) > 1 else []
+  parts = [_part(name, runs) for name, runs in domains.items()]
+  page = html_page.template("comparison.html").render(
+    title=output.name,
+    together=together,
+    parts=parts,
+    runs=sum(map(len, domains.values())),
+    most_curves=sweep_plots.MOST_CURVES,
+  )
+  path = output / "comparison.html"
+  html_page.write(path, page)
+  sections = [("", together), *((part["name"], part["tables"]) for part in parts)]
+  lines = [
+    "\n".join([f"### {name + ': ' if name else ''}{one.title}", "", markdown(one)])
+    for name, shown in sections
+    for one in shown
+  ]
+  with atomic.replacing(output / "comparison.md") as temporary:
+    temporary.write_text("\n".join(lines), encoding="utf-8")
+  return path

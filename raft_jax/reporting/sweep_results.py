@@ -1,0 +1,246 @@
+"""What sweeps have collected: runs by domain, their settings, and scores of both.
+
+`raft_jax.sweep` leaves `sweep.json` in its folder; a folder of such folders is one
+comparison over several domains.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from raft_jax import errors
+from raft_jax.evaluation import bootstrap
+
+Run = Mapping[str, Any]
+"""One run of a sweep, as `sweep.json` has it."""
+
+FILE = "sweep.json"
+
+SEED, RATE = "train.seed", "train.learning_rate"
+"""Runs that differ in the first alone are one setting; of settings that differ in the
+second alone one is chosen."""
+
+SFT = "sft"
+"""A run's method."""
+
+ITEM_SCORES = (
+  "validation_loss",
+  "held_out_loss",
+  "rouge_l",
+  "similarity",
+  "d_acc",
+  "open_ended",
+  "ifeval_prompt_strict",
+  "ifeval_instruction_strict_but_no_comma",
+  "mmlu",
+  "drift",
+)
+"""Scores that are compared item by item, beside those of tasks."""
+
+TASK = "task_"
+"""How the names of lm-evaluation-harness' scores begin."""
+
+
+def items_of(evaluation: pathlib.Path) -> dict[str, Any]:
+  """The scores to compare of an evaluation's `items.json`, with five digits each."""
+  path = evaluation / "items.json"
+  if not path.exists():  # evaluated by an earlier version
+    return {}
+  found = json.loads(path.read_text(encoding="utf-8"))
+  kept = {}
+  for name, score in found.items():
+    if name in ITEM_SCORES or name.startswith(TASK):
+      kept[name] = {
+        "items": score["items"][:16],
+        **{
+          who: None if score[who] is None else short(score[who])
+          for who in ("base", "trained", "weights")
+        },
+      }
+  return kept
+
+
+def short(numbers: Sequence[float]) -> list[float]:
+  """Five digits of each."""
+  return [float(f"{number:.5g}") for number in numbers]
+
+
+def read(output: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  """Domain -> the runs of its sweep; of one sweep, its folder's name -> its runs.
+
+  Raises:
+    errors.UserError: no sweep, a damaged file, one without a run, or with a score that
+      two runs measured on different items.
+  """
+  files = [output / FILE] if (output / FILE).exists() else _below(output)
+  if not files:
+    raise errors.UserError(
+      f"{output}: holds no {FILE}; run `python -m raft_jax.sweep` with this config"
+    )
+  return {path.parent.name: _runs(path) for path in files}
+
+
+def exist(output: pathlib.Path) -> bool:
+  """Whether a folder holds a sweep, or folders of sweeps."""
+  return (output / FILE).exists() or bool(_below(output))
+
+
+def _below(output: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(output.glob(f"*/{FILE}"))
+
+
+def _runs(path: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    if not runs:
+      raise ValueError("no run")
+    for run in runs:
+      values(run)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise errors.UserError(
+      f"{path}: cannot be read ({error}); run `python -m raft_jax.sweep` again"
+    ) from error
+  first: dict[str, Run] = {}
+  for run in runs:
+    for name, score in (run.get("items") or {}).items():
+      other = first.setdefault(name, run)
+      if score["items"] != other["items"][name]["items"]:
+        raise errors.UserError(
+          f"{path}: {name} of {other['name']} and of {run['name']} are of different"
+          " items, which cannot be compared; evaluate both on the same, then run"
+          " `python -m raft_jax.sweep` again"
+        )
+  return runs
+
+
+def values(run: Run) -> dict[str, Mapping[str, Any]]:
+  """Column -> {value, low, high} of one run; {} where it was not measured."""
+  result = run["scores"]
+  retention = result.get("retention") or {}
+  distance = (result.get("weight_distance") or {}).get("mean")
+  cost = run.get("cost") or {}
+  peak = cost.get("host_peak_bytes")
+  return {
+    **result["scores"]["trained"],
+    "open_ended_retention": retention.get("open_ended") or {},
+    "ifeval_retention": retention.get("ifeval_prompt_strict") or {},
+    "mmlu_retention": retention.get("mmlu") or {},
+    "drift": result.get("drift") or {},
+    "weight_distance": {} if distance is None else {"value": distance},
+    "support_mass": {"value": run["support_mass"]} if "support_mass" in run else {},
+    "step_seconds": {"value": cost["step_seconds"]} if "step_seconds" in cost else {},
+    "host_peak_gib": {} if peak is None else {"value": peak / 2**30},
+  }
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+  """Label and runs of each setting; its runs differ in their seed only."""
+  labelled = []
+  for same in _alike(runs, {SEED}):
+    words = same[0]["name"].split("-")
+    word = f"seed_{same[0]['set'].get(SEED)}"
+    if word in words:  # another key's seeds are settings
+      words.remove(word)
+    labelled.append(("-".join(words), same))
+  return labelled
+
+
+def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
+  """Of each setting in all but the learning rate: the runs at the best one, by label.
+
+  The best has the lowest mean loss on the validation questions; without those, or
+  where none was measured, the first.
+  """
+  found = [
+    min(_alike(alike, {SEED}), key=_validation_loss)
+    for alike in _alike(runs, {SEED, RATE})
+  ]
+  # Of a group that repeats over other keys each setting has a name of its own.
+  groups = [best[0]["group"] for best in found]
+  return {
+    group if groups.count(group) == 1 else settings(best)[0][0]: best
+    for group, best in zip(groups, found)
+  }
+
+
+def sft_rates(runs: Sequence[Run]) -> list[list[Run]]:
+  """SFT's learning rates, by held-out loss: the runs of each, plain as the first is.
+
+  Left out is what also differs in another key, and a rate that fits worse and drifts
+  more than another or the base model, which is no way to keep abilities.
+  """
+  first = next((run for run in runs if run["method"] == SFT), None)
+  if first is None:
+    return []
+  plain = _fixed(first, {SEED, RATE})
+  found = [
+    same
+    for same in _alike(runs, {SEED})
+    if same[0]["method"] == SFT and _fixed(same[0], {SEED, RATE}) == plain
+  ]
+  places = [place(same) for same in found]
+  base = runs[0]["scores"]["scores"]["base"]["held_out_loss"]["value"]
+  better = [*places, (base, 0.0)]
+  kept = [
+    (loss, same)
+    for same, (loss, drift) in zip(found, places)
+    if drift is None
+    or not any(x < loss and y is not None and y <= drift for x, y in better)
+  ]
+  return [same for _, same in sorted(kept, key=lambda pair: pair[0])]
+
+
+def place(runs: Sequence[Run]) -> tuple[float, float | None]:
+  """Means of held-out loss and drift over a setting's runs; None: not measured."""
+  scores = [values(run) for run in runs]
+  drifts = [score["drift"]["value"] for score in scores if score["drift"]]
+  loss = float(np.mean([score["held_out_loss"]["value"] for score in scores]))
+  return loss, float(np.mean(drifts)) if drifts else None
+
+
+def _validation_loss(runs: Sequence[Run]) -> float:
+  scores = [values(run).get("validation_loss") or {} for run in runs]
+  return float(np.mean([score.get("value", np.inf) for score in scores]))
+
+
+def _alike(runs: Sequence[Run], apart_from: set[str]) -> list[list[Run]]:
+  """Runs that agree in their name and in all keys but some."""
+  found: dict[str, list[Run]] = {}
+  for run in runs:
+    fixed = json.dumps(_fixed(run, apart_from))
+    found.setdefault(f"{run['group']} {fixed}", []).append(run)
+  return list(found.values())
+
+
+def _fixed(run: Run, apart_from: set[str]) -> dict[str, Any]:
+  return {key: value for key, value in run["set"].items() if key not in apart_from}
+
+
+def having(runs: Sequence[Run], name: str) -> list[Run]:
+  """The runs that measured a score item by item."""
+  return [run for run in runs if (run.get("items") or {}).get(name)]
+
+
+def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray | None:
+  """A score of a setting, each item's mean over the runs that have it: [S] of
+  `bootstrap.means`.
+
+  None where no run has measured it.
+
+  Args:
+    who: "trained", or "base" for the model before training.
+  """
+  scores = [run["items"][name] for run in having(runs, name)]
+  if not scores:
+    return None
+  first = scores[0]
+  # The base model has no drift from itself.
+  count = len(first["trained"])
+  values_M = np.mean([score[who] or [0.0] * count for score in scores], axis=0)
+  weights_M = None if first["weights"] is None else np.array(first["weights"])
+  return bootstrap.means(values_M, first["items"], weights_M)

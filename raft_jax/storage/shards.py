@@ -1,0 +1,224 @@
+"""Records at rest: ArrayRecord shards, sealed by a MANIFEST.json.
+
+The bare ArrayRecord reader cannot be trusted: a truncated file may read as "0 records,
+no error". The manifest's counts and sha256 are therefore always checked.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+from array_record.python import array_record_module
+
+from raft_jax import errors
+from raft_jax.storage import atomic
+
+MANIFEST = "MANIFEST.json"
+MANIFEST_VERSION = 1
+
+
+class Spool(Sequence[bytes]):
+  """As many records as one likes, on the disk until the process ends; put in any order.
+
+  Memory holds 16 bytes of each.
+  """
+
+  def __init__(self, folder: str | os.PathLike[str], count: int):
+    # It has no name, so that a kill leaves nothing behind.
+    self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    self._start = array.array("q", [0]) * count
+    self._length = array.array("q", [-1]) * count
+
+  def put(self, first: int, data: Iterable[bytes]) -> None:
+    """Records `first`, `first` + 1, ...; each may be put once."""
+    self._file.seek(0, os.SEEK_END)
+    for i, record in enumerate(data, start=first):
+      self._start[i], self._length[i] = self._file.tell(), len(record)
+      self._file.write(record)
+
+  def missing(self, i: int) -> bool:
+    """Whether record i has not been put."""
+    return self._length[i] < 0
+
+  def __len__(self) -> int:
+    return len(self._start)
+
+  @overload
+  def __getitem__(self, i: int) -> bytes: ...
+  @overload
+  def __getitem__(self, i: slice) -> list[bytes]: ...
+  def __getitem__(self, i: int | slice) -> bytes | list[bytes]:
+    if isinstance(i, slice):
+      return [self[j] for j in range(*i.indices(len(self)))]
+    self._file.seek(self._start[i])
+    return self._file.read(self._length[i])
+
+
+class ShardFile(NamedTuple):
+  name: str
+  records: int
+  sha256: str
+  bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a sealed folder of shards holds; `meta` is the writer's own."""
+
+  version: int
+  records: int
+  files: tuple[ShardFile, ...]
+  meta: dict[str, Any]
+
+
+def write_shards(
+  folder: str | os.PathLike[str],
+  data: Sequence[bytes],
+  *,
+  records_per_shard: int,
+  meta: Mapping[str, Any],
+) -> Manifest:
+  """Writes records as ArrayRecord shards, sealed by a manifest written last.
+
+  The bytes on disk are a pure function of the arguments. A kill at any instant leaves
+  either no manifest or a whole folder; leftovers are removed by the next call.
+
+  Raises:
+    ValueError: there is nothing to write, or `meta` is not JSON.
+    errors.UserError: the disk is full or unwritable (names the file and free space).
+  """
+  if not data or records_per_shard < 1:
+    raise ValueError("write_shards needs records and a positive records_per_shard")
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  # Without its manifest a folder is unfinished: readers refuse it until the new one.
+  (folder / MANIFEST).unlink(missing_ok=True)
+  for stale in [
+    *folder.glob(f"{atomic.TEMPORARY}*"),
+    *folder.glob("shard-*.array_record"),
+  ]:
+    stale.unlink()
+  starts = range(0, len(data), records_per_shard)
+  files = tuple(
+    _write_shard(
+      folder / f"shard-{i:05d}-of-{len(starts):05d}.array_record",
+      data[start : start + records_per_shard],
+    )
+    for i, start in enumerate(starts)
+  )
+  manifest = Manifest(MANIFEST_VERSION, len(data), files, dict(meta))
+  tree = dataclasses.asdict(manifest) | {"files": [file._asdict() for file in files]}
+  text = json.dumps(tree, sort_keys=True, indent=2, allow_nan=False) + "\n"
+  with atomic.replacing(folder / MANIFEST) as temporary:
+    temporary.write_bytes(text.encode())
+  return manifest
+
+
+def _write_shard(path: pathlib.Path, chunk: Sequence[bytes]) -> ShardFile:
+  with atomic.replacing(path) as temporary:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in chunk:
+      writer.write(record)
+    writer.close()  # the first call that reports a full disk
+    if _read_records(temporary) != list(chunk):
+      raise RuntimeError("reads back differently from what was written")
+  return ShardFile(path.name, len(chunk), _sha256(path), path.stat().st_size)
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+  """The manifest of a folder of shards, after checking every shard against it.
+
+  Raises:
+    errors.UserError: no manifest (the stage has not finished), a damaged one, or a
+      shard whose presence, size, sha256 or record count differs from it.
+  """
+  path = pathlib.Path(folder) / MANIFEST
+  if not path.is_file():
+    raise errors.UserError(
+      f"{path}: not there, so the refined data are not complete; run "
+      f"`python -m raft_jax.refine` with this config (it continues where it stopped)"
+    )
+  manifest = _parse_manifest(path)
+  for file in manifest.files:
+    _check_shard(path.parent / file.name, file)
+  return manifest
+
+
+def _parse_manifest(path: pathlib.Path) -> Manifest:
+  try:
+    tree = json.loads(path.read_bytes())
+    files = tuple(ShardFile(**file) for file in tree.pop("files"))
+    manifest = Manifest(files=files, **tree)
+    if manifest.version != MANIFEST_VERSION:
+      raise ValueError(f"version {manifest.version}, expected {MANIFEST_VERSION}")
+    if manifest.records != sum(file.records for file in files):
+      raise ValueError("its record counts do not add up")
+    if any(pathlib.PurePath(file.name).name != file.name for file in files):
+      raise ValueError("a shard's name is a path")
+  except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
+  return manifest
+
+
+_REDO = "run the refine stage again (it rewrites the shards without new model calls)"
+
+
+def _check_shard(path: pathlib.Path, file: ShardFile) -> None:
+  if not path.is_file():
+    raise errors.UserError(f"{path}: missing, named by {MANIFEST}; {_REDO}")
+  found: tuple[tuple[str, Any, Any], ...] = (
+    ("bytes", file.bytes, path.stat().st_size),
+    ("sha256", file.sha256, _sha256(path)),
+  )
+  for what, expected, got in found:
+    if expected != got:
+      raise errors.UserError(
+        f"{path}: damaged: expected {what} {expected}, got {got}; {_REDO}"
+      )
+  _checked_records(path, file)
+
+
+def _checked_records(path: pathlib.Path, file: ShardFile) -> list[bytes]:
+  try:
+    found = _read_records(path)
+  except RuntimeError as e:
+    raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
+  if len(found) != file.records:
+    raise errors.UserError(
+      f"{path}: damaged: expected {file.records} records, got {len(found)}; {_REDO}"
+    )
+  return found
+
+
+def read_shards(folder: str | os.PathLike[str]) -> list[bytes]:
+  """All records of a sealed folder, in order. Raises as `read_manifest` does."""
+  return list(iterate_shards(folder))
+
+
+def iterate_shards(folder: str | os.PathLike[str]) -> Iterator[bytes]:
+  """The same with one shard in memory at a time."""
+  folder = pathlib.Path(folder)
+  for file in read_manifest(folder).files:
+    yield from _checked_records(folder / file.name, file)
+
+
+def _read_records(path: pathlib.Path) -> list[bytes]:
+  reader = array_record_module.ArrayRecordReader(str(path))
+  try:
+    count = reader.num_records()
+    return list(reader.read_all()) if count else []
+  finally:
+    reader.close()
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

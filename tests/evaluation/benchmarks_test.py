@@ -1,0 +1,254 @@
+"""IFEval and MMLU as lm-evaluation-harness runs them, on items written for this."""
+
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from raft_jax import errors
+from raft_jax.config import schema
+from raft_jax.evaluation import benchmarks, intervals, scoring, test_sets
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.storage import journal
+from tests.helpers import lm_eval_requests, tiny_run
+
+ORDERS = [
+  {
+    "key": 1,
+    "prompt": "Describe a river. Do not use commas.",
+    "instruction_id_list": ["punctuation:no_comma"],
+    "kwargs": [{}],
+  },
+  {
+    "key": 2,
+    "prompt": "Write at least 3 sentences about rain, wrapped in double quotes.",
+    "instruction_id_list": [
+      "length_constraints:number_sentences",
+      "startend:quotation",
+    ],
+    "kwargs": [{"num_sentences": 3, "relation": "at least"}, {}],
+  },
+  {
+    "key": 3,
+    "prompt": "Answer in English and lowercase letters, without commas.",
+    "instruction_id_list": ["change_case:english_lowercase", "punctuation:no_comma"],
+    "kwargs": [{}, {}],
+  },
+]
+ANSWERS = [
+  "It winds, slowly, to the sea.",  # a comma
+  '* "Rain fell. It was loud! Dr. Lee slept."',  # quoted only once the star is gone
+  "",  # an empty answer follows nothing
+]
+
+
+@pytest.fixture(scope="module")
+def checkers():
+  return benchmarks.load_checkers(lm_eval_requests.PUNKT)
+
+
+def _orders(tmp_path, rows=ORDERS, limit=None):
+  path = tmp_path / "ifeval.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return benchmarks.read(
+    benchmarks.Instructions, str(path), key="evaluate.ifeval.items", limit=limit
+  )
+
+
+def test_ifeval_by_hand(tmp_path, checkers):
+  scores = benchmarks.ifeval_scores(_orders(tmp_path), ANSWERS, checkers)
+  # Sentences of the second: "Dr." ends none, so three; strict fails the quotes only.
+  assert scores["ifeval_prompt_strict"].values_N.tolist() == [0, 0, 0]
+  assert scores["ifeval_prompt_loose"].values_N.tolist() == [0, 1, 0]
+  strict, loose = (scores[f"ifeval_instruction_{way}"] for way in ("strict", "loose"))
+  assert intervals.mean(strict) == pytest.approx(1 / 5)
+  assert intervals.mean(loose) == pytest.approx(2 / 5)
+  # Three instructions are left without the two on commas.
+  without = scores["ifeval_instruction_strict_but_no_comma"]
+  assert without.weights_N.tolist() == [0, 2, 1]
+  assert intervals.mean(without) == pytest.approx(1 / 3)
+
+
+def test_ifeval_aggregates_as_the_harness(tmp_path, checkers):
+  from lm_eval.tasks.ifeval import utils
+
+  items = _orders(tmp_path)
+  answers = ["no comma here", '"One. Two. Three."', "all lower case, one comma"]
+  scores = benchmarks.ifeval_scores(items, answers, checkers)
+  rows = [utils.process_results(row, [a]) for row, a in zip(ORDERS, answers)]
+  for way in ("strict", "loose"):
+    by_instruction = utils.agg_inst_level_acc(
+      [r[f"inst_level_{way}_acc"] for r in rows]
+    )
+    by_prompt = np.mean([r[f"prompt_level_{way}_acc"] for r in rows])
+    found = scores[f"ifeval_instruction_{way}"]
+    assert intervals.mean(found) == pytest.approx(by_instruction)
+    assert intervals.mean(scores[f"ifeval_prompt_{way}"]) == pytest.approx(by_prompt)
+    assert 0 < by_instruction < 1
+
+
+def test_language_is_detected_the_same_each_time(tmp_path, checkers):
+  row = {
+    "key": 4,
+    "prompt": "Answer in Italian.",
+    "instruction_id_list": ["language:response_language"],
+    "kwargs": [{"language": "it"}],
+  }
+  items = _orders(tmp_path, [row] * 20)
+  scores = benchmarks.ifeval_scores(items, ["ciao no si"] * 20, checkers)
+  assert len(set(scores["ifeval_prompt_strict"].values_N)) == 1
+
+
+def test_what_a_checker_draws_is_the_same_each_time(tmp_path, checkers):
+  row = {
+    "key": 5,
+    "prompt": "Shout.",
+    "instruction_id_list": ["keywords:letter_frequency"],
+    # No letter: the checker draws one.
+    "kwargs": [{"letter": "!", "let_frequency": 2, "let_relation": "at least"}],
+  }
+  answers = ["aabbccddeeffgg"] * 40  # half of the alphabet
+  before = random.getstate()
+  scores = benchmarks.ifeval_scores(_orders(tmp_path, [row] * 40), answers, checkers)
+  assert random.getstate() == before
+  random.random()
+  again = benchmarks.ifeval_scores(_orders(tmp_path, [row]), answers[:1], checkers)
+  found = [*scores["ifeval_prompt_strict"].values_N]
+  assert set(found) == set(again["ifeval_prompt_strict"].values_N)
+
+
+def test_missing_sentence_model_is_named(tmp_path):
+  with pytest.raises(errors.UserError, match=r"nltk_data: NLTK's sentence model"):
+    _without_punkt(tmp_path)
+
+
+def _without_punkt(tmp_path):
+  import nltk
+
+  before = list(nltk.data.path)
+  nltk.data.path[:] = []
+  try:
+    benchmarks.load_checkers(str(tmp_path))
+  finally:
+    nltk.data.path[:] = before
+
+
+@pytest.mark.parametrize(
+  "broken",
+  [
+    {"instruction_id_list": ["punctuation:no_coma"]},
+    {"kwargs": []},
+    {"kwargs": [{"num_sentence": 3}, {}]},
+    {"kwargs": [{"num_sentences": 3, "relation": "at most"}, {}]},
+  ],
+  ids=str,
+)
+def test_instructions_that_cannot_be_checked_are_named(tmp_path, checkers, broken):
+  items = _orders(tmp_path, [ORDERS[0], ORDERS[1] | broken])
+  with pytest.raises(errors.UserError, match=r"k: item 2: its instructions cannot be"):
+    benchmarks.check_instructions(items, checkers, key="k")
+  benchmarks.check_instructions(_orders(tmp_path), checkers, key="k")
+
+
+def test_only_a_line_feed_ends_a_row(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  text = "one\u2028line"
+  row = json.dumps({"prompt": text}, ensure_ascii=False)
+  path.write_text(f"{row}\r\n\n{row}\n{{", encoding="utf-8")
+  found = benchmarks.read(benchmarks.Prompt, str(path), key="k", limit=2)
+  assert [item.prompt for item in found] == [text, text]
+  with pytest.raises(errors.UserError, match=r"prompts\.jsonl:4: is not valid JSON"):
+    benchmarks.read(benchmarks.Prompt, str(path), key="k")
+
+
+def test_bad_items_are_named_with_their_line(tmp_path):
+  with pytest.raises(errors.UserError, match=r"ifeval\.jsonl:2: instruction_id_list"):
+    _orders(tmp_path, [ORDERS[0], {"key": 2, "prompt": "?", "kwargs": []}])
+  assert len(_orders(tmp_path, [ORDERS[0], {}], limit=1)) == 1
+  with pytest.raises(errors.UserError, match="holds no item"):
+    _orders(tmp_path, [])
+  path = tmp_path / "broken.jsonl"
+  path.write_text('{"prompt": "x"}\n{"prompt": \n')
+  with pytest.raises(errors.UserError, match=r"broken\.jsonl:2: is not valid JSON"):
+    benchmarks.read(benchmarks.Prompt, str(path), key="evaluate.drift.prompts")
+  with pytest.raises(errors.UserError, match=r"evaluate\.drift\.prompts: cannot read"):
+    benchmarks.read(benchmarks.Prompt, "no/such.jsonl", key="evaluate.drift.prompts")
+  with pytest.raises(errors.UserError, match=r"evaluate\.drift\.prompts: cannot load"):
+    benchmarks.read(benchmarks.Prompt, "no/such_set", key="evaluate.drift.prompts")
+
+
+def _choice(subject: str, i: int) -> dict:
+  choices = [f"{subject[:3]} {word} {i}" for word in ("red", "old", "far", "low")]
+  return {
+    "subject": subject,
+    "question": f" Which of these is number {i} of {subject}? ",
+    "choices": choices,
+    "answer": "ABCD"[i % 4],
+  }
+
+
+SUBJECTS = ("moral_disputes", "anatomy")
+
+
+@pytest.fixture
+def quiz(tmp_path) -> dict[str, pathlib.Path]:
+  """Three test questions and two solved ones of two subjects."""
+  files = {}
+  for name, numbers in (("test", range(3)), ("dev", range(7, 9))):
+    files[name] = tmp_path / f"{name}.jsonl"
+    rows = [_choice(subject, i) for subject in SUBJECTS for i in numbers]
+    files[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return files
+
+
+def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
+  """Prompts and log-probabilities of lm-eval's own Hugging Face model."""
+  folder = str(tiny_run.save_model(tmp_path / "model", smollm))
+  samples = lm_eval_requests.asked_by_the_harness(
+    folder, tmp_path / "tasks", quiz, shots=2
+  )
+  prompts = [row["arguments"][0][0] for row in samples]
+  expected = [[response[0][0] for response in row["resps"]] for row in samples]
+
+  codec, decoder = chat.load(folder), hf_load.load_config(folder)
+  settings = schema.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=2)
+  mmlu = test_sets.read_mmlu(settings, codec)
+  assert mmlu.prompts == [chat.document_ids(codec, prompt) for prompt in prompts]
+  who = scoring.subject(
+    hf_load.load_params(folder, decoder),
+    decoder,
+    codec,
+    scoring.Settings(batch_size=4, dtype="float32", unroll=1),
+    "tiny",
+  )
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    logits = scoring.choices(who, mmlu.prompts, mmlu.letters, log, name="MMLU")
+  found, wanted = np.array(logits), np.array(expected)
+  # The harness has log-probabilities: the same but for one constant a prompt.
+  np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], atol=1e-5)
+  right = benchmarks.mmlu_scores(mmlu.items, logits)["mmlu"].values_N
+  assert right.tolist() == [row["acc"] for row in samples]
+
+
+def test_mmlu_needs_its_examples(quiz, smollm):
+  codec = chat.load(smollm)
+  with pytest.raises(errors.UserError, match=r"evaluate\.mmlu\.examples: not set"):
+    test_sets.read_mmlu(schema.Mmlu(items=str(quiz["test"])), codec)
+  too_many = schema.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=3)
+  with pytest.raises(errors.UserError, match="2 examples of subject 'moral_disputes'"):
+    test_sets.read_mmlu(too_many, codec)
+  none = test_sets.read_mmlu(schema.Mmlu(items=str(quiz["test"]), shots=0), codec)
+  assert "(with answers) about moral disputes.\n\nWhich" in chat.decode(
+    codec, none.prompts[0]
+  )
+
+
+def test_numbered_answers_of_the_hub_are_read_as_letters():
+  row = _choice("anatomy", 0)
+  assert benchmarks.Choice.model_validate(row | {"answer": 3}).answer == "D"
+  for wrong in (4, -1, True, "E", None):
+    with pytest.raises(ValueError, match=r"answer"):
+      benchmarks.Choice.model_validate(row | {"answer": wrong})

@@ -1,0 +1,168 @@
+"""Values of single items against transformers, and what is kept of a killed run."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from raft_jax import errors
+from raft_jax.data import batching
+from raft_jax.evaluation import scoring
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.models import transformer
+from raft_jax.storage import journal, records
+
+TINY = transformer.DecoderConfig(
+  vocab_size=97,
+  d_model=16,
+  n_layers=2,
+  n_heads=4,
+  n_kv_heads=2,
+  head_dim=4,
+  d_ff=24,
+  rms_eps=1e-5,
+  rope_theta=10000.0,
+  max_positions=256,
+  tie_embeddings=True,
+)
+SETTINGS = scoring.Settings(batch_size=3, dtype="float32", unroll=1)
+
+
+def _rows(count: int, seed: int = 0) -> list[batching.Row]:
+  rng = np.random.default_rng(seed)
+
+  def ids(low: int, high: int) -> tuple[int, ...]:
+    return tuple(map(int, rng.integers(1, TINY.vocab_size, rng.integers(low, high))))
+
+  return [batching.Row(ids(3, 30), ids(1, 40), (), i) for i in range(count)]
+
+
+def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_path):
+  codec = chat.load(smollm)
+  questions = records.read_questions(law / "test.jsonl", limit=8)
+  rows = [
+    batching.Row(
+      tuple(chat.prompt_ids(codec, q.messages)),
+      tuple(chat.answer_ids(codec, q.answer)),
+      (),
+      i,
+    )
+    for i, q in enumerate(questions)
+  ]
+  assert all(row.answer[-1] == codec.eos_ids[0] for row in rows)
+  path = hf_load.resolve(smollm)
+  network = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32
+  )
+  joined = [torch.tensor([*row.prompt, *row.answer]) for row in rows]
+  ids = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=0)
+  seen = torch.zeros_like(ids)
+  for i, row in enumerate(joined):
+    seen[i, : len(row)] = 1
+  with torch.no_grad():
+    log_p = network(ids, attention_mask=seen).logits.log_softmax(-1)
+  expected = [
+    -float(
+      torch.stack(
+        [log_p[i, len(row.prompt) + t - 1, token] for t, token in enumerate(row.answer)]
+      ).mean()
+    )
+    for i, row in enumerate(rows)
+  ]
+  decoder = hf_load.load_config(smollm)
+  who = scoring.subject(
+    hf_load.load_params(smollm, decoder),
+    decoder,
+    codec,
+    SETTINGS._replace(batch_size=5),  # the second batch is filled up
+    "real",
+  )
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    actual = scoring.losses(who, rows, log, name="loss")
+  np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def _subject(params: transformer.Params, batch_size: int = 3, pad_id: int = 0):
+  codec = types.SimpleNamespace(pad_id=pad_id, eos_ids=(3,), digest="tiny")
+  settings = SETTINGS._replace(batch_size=batch_size)
+  return scoring.subject(params, TINY, codec, settings, "tiny")  # type: ignore[arg-type]
+
+
+def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
+  params, rows = transformer.init(jax.random.key(0), TINY), _rows(4)
+  found = []
+  for batch_size, pad_id in ((4, 0), (1, 5)):
+    with journal.open_journal(tmp_path / f"{batch_size}.jsonl") as log:
+      who = _subject(params, batch_size, pad_id)
+      found.append(scoring.losses(who, rows, log, name="loss"))
+  np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path):
+  params = transformer.init(jax.random.key(0), TINY)
+  params["final_norm"] = params["final_norm"] * np.nan
+  with (
+    journal.open_journal(tmp_path / "journal.jsonl") as log,
+    pytest.raises(errors.UserError, match=r"train\.learning_rate"),
+  ):
+    scoring.losses(_subject(params), _rows(2), log, name="loss")
+
+
+def test_choices_are_the_logits_after_each_prompt(tmp_path):
+  """Against a forward pass of each prompt alone, without padding."""
+  params, rows = transformer.init(jax.random.key(0), TINY), _rows(5)
+  prompts, letters = [row.prompt for row in rows], [7, 90, 0]
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    found = scoring.choices(_subject(params), prompts, letters, log, name="choices")
+  for prompt, logits in zip(prompts, found):
+    valid = jnp.ones((1, len(prompt)), bool)
+    hidden, _ = transformer.forward(
+      params,
+      TINY,
+      jnp.array([prompt]),
+      transformer.positions(valid),
+      transformer.causal_mask(valid),
+    )
+    expected = transformer.output_embedding(params)[jnp.array(letters)] @ hidden[0, -1]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pad_fills_batch_and_width():
+  tokens, lengths = scoring.pad([(1, 2, 3), (4,)], count=3, multiple=4, pad_id=9)
+  assert tokens.tolist() == [[1, 2, 3, 9], [4, 9, 9, 9], [4, 9, 9, 9]]
+  assert lengths.tolist() == [3, 1, 1]
+
+
+def test_batches_are_longest_first_and_complete():
+  lengths = [5, 9, 1, 9, 3]
+  assert list(scoring.by_length([0, 1, 3, 4], lengths, 3)) == [[1, 3, 0], [4]]
+  assert list(scoring.by_length([], lengths, 3)) == []
+
+
+def test_finished_batches_survive_an_interruption(tmp_path):
+  keys = [journal.content_key(i=i) for i in range(7)]
+  lengths = [1, 2, 3, 4, 5, 6, 7]
+  asked: list[int] = []
+
+  def compute(batch: list[int]) -> list[int]:
+    if len(asked) >= 4:
+      raise KeyboardInterrupt
+    asked.extend(batch)
+    return [10 * i for i in batch]
+
+  def run(compute):
+    with journal.open_journal(tmp_path / "journal.jsonl") as log:
+      return scoring.finish(log, keys, lengths, compute, batch_size=2, title="test")
+
+  with pytest.raises(KeyboardInterrupt):
+    run(compute)
+  assert asked == [6, 5, 4, 3]
+  later: list[int] = []
+  values = run(lambda batch: later.extend(batch) or [10 * i for i in batch])
+  assert later == [2, 1, 0]
+  assert values == [0, 10, 20, 30, 40, 50, 60]

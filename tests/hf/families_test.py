@@ -1,0 +1,387 @@
+"""Every family against transformers: logits, cached decoding, export, gradients.
+
+Each model is tiny and random, made so that every feature of its family acts.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from raft_jax.hf import load as hf_load
+from raft_jax.hf import save as hf_save
+from raft_jax.models import sampling, sharding, transformer
+from tests.helpers import tiny_families
+
+VOCAB = tiny_families.TINY["vocab_size"]
+LENGTHS = (40, 23, 7)
+TINY = {
+  **tiny_families.TINY,
+  "initializer_range": 0.2,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+  "pad_token_id": 0,
+}
+
+
+class Case(NamedTuple):
+  """A tiny model of a family.
+
+  Attributes:
+    fields: of the config, beside `TINY`.
+    matters: fields of our config that must change the logits when set to Llama's.
+  """
+
+  fields: dict[str, Any]
+  matters: tuple[str, ...] = ()
+
+
+GEMMA_MATTERS = (
+  "ropes",
+  "windows",
+  "norm_offset",
+  "activation",
+  "embed_scale",
+  "query_scale",
+)
+CASES = {
+  "llama": Case(
+    # Periods of 6 ... 7e5 positions, of which 32 were trained: kept, blended, slowed.
+    {
+      "head_dim": 16,
+      "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+      },
+    },
+    ("ropes",),
+  ),
+  "qwen2": Case(
+    {
+      "tie_word_embeddings": True,
+      "use_sliding_window": True,
+      "sliding_window": 5,
+      "max_window_layers": 1,
+    },
+    ("windows",),
+  ),
+  "qwen3": Case({"head_dim": 16}),
+  "mistral": Case({"head_dim": 16, "sliding_window": 6}, ("windows",)),
+  "smollm3": Case({"num_hidden_layers": 5}, ("layer_ropes",)),
+  "olmo2": Case({}),
+  "phi3": Case({"sliding_window": 7}, ("windows",)),
+  # The longest row is past the switch at 26 positions, the others end before it.
+  "phi-4-mini": Case(
+    {
+      "model_type": "phi3",
+      "tie_word_embeddings": True,
+      "original_max_position_embeddings": 26,
+      "partial_rotary_factor": 0.5,
+      "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+      "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [1.5, 3.0, 9.0],
+        "original_max_position_embeddings": 26,
+      },
+    },
+    ("ropes",),
+  ),
+  "gemma2": Case(
+    {
+      "head_dim": 16,
+      "sliding_window": 6,
+      "query_pre_attn_scalar": 20,
+      "attn_logit_softcapping": 2.0,
+      "final_logit_softcapping": 3.0,
+      "hidden_activation": "gelu_pytorch_tanh",
+      "tie_word_embeddings": True,
+    },
+    ("attention_softcap", "logit_softcap", "windows"),
+  ),
+  "gemma3_text": Case(
+    {
+      "num_hidden_layers": 4,
+      "layer_types": ["sliding_attention", "full_attention"] * 2,
+      "head_dim": 16,
+      "sliding_window": 6,
+      "query_pre_attn_scalar": 20,
+      "hidden_activation": "gelu_pytorch_tanh",
+      "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      },
+      "tie_word_embeddings": True,
+    },
+    GEMMA_MATTERS,
+  ),
+}
+
+
+# Most of the time here is the compiler's.
+FAST = {"xla_backend_optimization_level": 0}
+forward = jax.jit(transformer.forward, static_argnums=1, compiler_options=FAST)
+
+
+class Made(NamedTuple):
+  """The same weights on both sides."""
+
+  folder: pathlib.Path
+  reference: transformers.PreTrainedModel
+  config: transformer.DecoderConfig
+  params: transformer.Params
+  rows: list[np.ndarray]
+  matters: tuple[str, ...]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request, tokenizer_folder, tmp_path_factory) -> Made:
+  case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
+  fields = {**TINY, "model_type": request.param, **case.fields}
+  torch.manual_seed(0)
+  reference = transformers.AutoModelForCausalLM.from_config(
+    transformers.AutoConfig.for_model(**fields), attn_implementation="eager"
+  ).eval()
+  with torch.no_grad():  # norms are born the same and biases 0: either hides a mistake
+    for name, parameter in reference.named_parameters():
+      if "norm" in name:
+        parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+      if name.endswith("bias"):
+        parameter.normal_()
+  reference.save_pretrained(folder)
+  shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+  config = hf_load.load_config(str(folder))
+  rng = np.random.default_rng(0)
+  rows = [rng.integers(3, VOCAB, length).astype(np.int32) for length in LENGTHS]
+  params = hf_load.load_params(str(folder), config)
+  return Made(folder, reference, config, params, rows, case.matters)
+
+
+def padded(rows: list[np.ndarray], *, left: bool) -> tuple[np.ndarray, np.ndarray]:
+  width = max(map(len, rows)) + 3
+  ids_BT = np.full((len(rows), width), VOCAB - 1, np.int32)
+  valid_BT = np.zeros((len(rows), width), bool)
+  for i, row in enumerate(rows):
+    place = slice(width - len(row), width) if left else slice(0, len(row))
+    ids_BT[i, place], valid_BT[i, place] = row, True
+  return ids_BT, valid_BT
+
+
+def head(
+  params: transformer.Params, config: transformer.DecoderConfig, hidden
+) -> np.ndarray:
+  logits = np.asarray(hidden) @ np.asarray(transformer.output_embedding(params)).T
+  cap = config.logit_softcap
+  return cap * np.tanh(logits / cap) if cap else logits
+
+
+def our_logits(
+  params, config, rows: list[np.ndarray], *, left: bool = False
+) -> list[np.ndarray]:
+  ids_BT, valid_BT = padded(rows, left=left)
+  hidden_BTD, _ = forward(
+    params,
+    config,
+    ids_BT,
+    transformer.positions(jnp.asarray(valid_BT)),
+    transformer.causal_mask(jnp.asarray(valid_BT)),
+  )
+  logits_BTV = head(params, config, hidden_BTD)
+  return [logits_BTV[i, valid] for i, valid in enumerate(valid_BT)]
+
+
+@torch.no_grad()
+def their_logits(reference, rows: list[np.ndarray]) -> list[np.ndarray]:
+  return [reference(torch.tensor(row[None])).logits[0].numpy() for row in rows]
+
+
+def gap(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+  """Largest difference, relative to the largest logit."""
+  scale = max(np.abs(x).max() for x in theirs)
+  return max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) / scale
+
+
+def test_logits_equal_transformers(made):
+  theirs = their_logits(made.reference, made.rows)
+  gaps = [
+    gap(our_logits(made.params, made.config, made.rows, left=left), theirs)
+    for left in (False, True)
+  ]
+  print(f"{made.folder.name}: {max(gaps):.1e}")
+  assert max(gaps) <= 2e-5
+  assert max(np.abs(x).max() for x in theirs) > 1
+
+
+def test_every_feature_acts(made):
+  """The logits above would not have been equal without it."""
+  theirs = their_logits(made.reference, made.rows)
+  defaults = {f.name: f.default for f in dataclasses.fields(transformer.DecoderConfig)}
+  for name in made.matters:
+    plain = dataclasses.replace(made.config, **{name: defaults[name]})
+    assert plain != made.config, name
+    assert gap(our_logits(made.params, plain, made.rows), theirs) > 1e-3, name
+
+
+def greedy(made: Made, rows: list[np.ndarray], *, new: int) -> np.ndarray:
+  ids_BP, valid_BP = padded(rows, left=False)
+  arrays = (
+    ids_BP,
+    valid_BP.sum(axis=1, dtype=np.int32),
+    np.arange(len(ids_BP), dtype=np.int32),
+  )
+  program = sampling.generate.lower(
+    made.params,
+    made.config,
+    *arrays,
+    seed=0,
+    step=0,
+    max_new_tokens=new,
+    temperature=0.0,
+    eos_ids=(VOCAB,),  # none: every row runs on
+    pad_id=0,
+  ).compile(FAST)
+  return np.asarray(program(made.params, *arrays, seed=0, step=0).tokens_BR)
+
+
+def test_greedy_answers_equal_transformers(made):
+  """Prefill and cached decoding of right-padded prompts, against no cache at all."""
+  for row, answer in zip(made.rows, greedy(made, made.rows, new=14), strict=True):
+    whole = np.concatenate([row, answer])
+    (logits_TV,) = their_logits(made.reference, [whole])
+    want = logits_TV[len(row) - 1 : -1].argmax(axis=-1)
+    np.testing.assert_array_equal(answer, want)
+
+
+def test_cached_decoding_equals_one_forward(made):
+  """In two pieces, the second of which begins inside every window."""
+  row = made.rows[0][None]
+  column = jnp.arange(row.shape[1])
+  want = our_logits(made.params, made.config, made.rows)[0]
+  cache, parts = transformer.init_cache(made.config, 1, row.shape[1]), []
+  for start, stop in ((0, 9), (9, 40)):
+    part, cache = forward(
+      made.params,
+      made.config,
+      row[:, start:stop],
+      column[None, start:stop],
+      (column[None, :] <= column[start:stop, None])[None],
+      cache=cache,
+      cache_index=start,
+      reach_B=jnp.array([row.shape[1]]),
+    )
+    parts.append(head(made.params, made.config, part[0]))
+  assert gap([np.concatenate(parts)], [want]) <= 2e-5
+
+
+@pytest.mark.parametrize("made", ["phi-4-mini"], indirect=True)
+@pytest.mark.parametrize("reach", [26, 27])
+def test_a_row_is_turned_by_the_length_it_may_come_to(made, reach):
+  """20 tokens of a row of 26, which is short, or of 27, which is long."""
+  start, row = 20, made.rows[0][:reach]
+  (whole,) = their_logits(made.reference, [row])
+  (alone,) = their_logits(made.reference, [row[:start]])
+  column, valid = jnp.arange(start)[None], jnp.ones((1, start), bool)
+  hidden, _ = forward(
+    made.params,
+    made.config,
+    row[None, :start],
+    column,
+    transformer.causal_mask(valid),
+    reach_B=jnp.array([reach]),
+  )
+  ours = head(made.params, made.config, hidden[0])
+  assert gap([ours], [whole[:start]]) <= 2e-5
+  assert (gap([ours], [alone]) <= 2e-5) == (reach == 26)
+
+
+def test_norm_rounds_as_in_transformers(made):
+  """In bfloat16 the order of scaling and rounding shows."""
+  norm = copy.deepcopy(made.reference.model.norm).to(torch.bfloat16)
+  x = torch.randn(200, norm.weight.shape[0]).to(torch.bfloat16)
+  want = norm(x).float().detach().numpy()
+
+  def share_that_differs(config: transformer.DecoderConfig) -> float:
+    scale = made.params["final_norm"].astype(jnp.bfloat16)
+    ours = transformer.rms_norm(jnp.array(x.float().numpy(), "bfloat16"), scale, config)
+    return float(np.mean(np.asarray(ours, np.float32) != want))
+
+  other = not made.config.norm_rounds_last
+  wrong = dataclasses.replace(made.config, norm_rounds_last=other)
+  print(share_that_differs(made.config), share_that_differs(wrong))
+  assert share_that_differs(made.config) < 1e-3 < 0.1 < share_that_differs(wrong)
+
+
+def test_export_and_second_load(made, tmp_path):
+  out = tmp_path / "out"
+  hf_save.save(out, made.params, made.config, str(made.folder), card="")
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+    out, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  for ours, want in zip(
+    their_logits(again, made.rows),
+    their_logits(made.reference, made.rows),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(ours, want)
+  assert hf_load.load_config(str(out)) == made.config
+  second = hf_load.load_params(str(out), made.config)
+  assert jax.tree.structure(second) == jax.tree.structure(made.params)
+  jax.tree.map(np.testing.assert_array_equal, second, made.params)
+  before, after = (
+    json.loads((folder / "config.json").read_text()) for folder in (made.folder, out)
+  )
+  assert after.pop(hf_save.MARK)
+  assert after.pop("tie_word_embeddings") == made.config.tie_embeddings
+  for name in ("tie_word_embeddings", "auto_map"):
+    before.pop(name, None)
+  assert before == after
+
+
+def test_tree_is_shardable_and_trainable(made):
+  """Every parameter has axes that the table knows, and a gradient that is not 0."""
+  shapes = transformer.shapes(made.config)
+  assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(
+    lambda x: x.shape, made.params
+  )
+  mesh = sharding.make_mesh(1, -1, 1)
+  places = sharding.tree(mesh, transformer.axes(made.config), shapes)
+  loaded = hf_load.load_params(str(made.folder), made.config, shardings=places)
+  jax.tree.map(np.testing.assert_array_equal, loaded, made.params)
+  row = jnp.asarray(made.rows[1][None])
+  valid = jnp.ones(row.shape, bool)
+
+  @functools.partial(jax.jit, compiler_options=FAST)
+  @jax.grad
+  def gradient(params):
+    hidden, _ = transformer.forward(
+      params,
+      made.config,
+      row,
+      transformer.positions(valid),
+      transformer.causal_mask(valid),
+    )
+    logits = jnp.einsum("btd,vd->btv", hidden, transformer.output_embedding(params))
+    return -jnp.mean(jax.nn.log_softmax(logits)[..., 5])
+
+  for path, leaf in jax.tree.leaves_with_path(gradient(made.params)):
+    largest = jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim)))
+    if "layers" in str(path):
+      assert (largest > 0).all(), path
+    assert jnp.isfinite(leaf).all(), path
+    assert largest.max() > 0, path

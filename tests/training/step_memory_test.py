@@ -1,0 +1,87 @@
+"""Whether there is room for a step: by a rough count, the compiler and the limits."""
+
+import json
+import os
+
+import jax
+import pytest
+
+from raft_jax.config import load as config_load
+from raft_jax.planning import dry_run, machines
+from raft_jax.training import setup, step_memory
+from tests.helpers import bare_model
+
+
+def prepared(folder, fields=None, **sections):
+  """A run's config and what is known of it, from a model's config.json alone."""
+  long = {"max_position_embeddings": 1024}
+  model = bare_model.save(folder / "model", **long, **(fields or {}))
+  path = folder / "run.yaml"
+  tree = {
+    "model": {"source": str(model)},
+    "data": {"questions": "absent.jsonl", "max_teacher_tokens": 256},
+    "distill": {"top_k": 32},
+    "output": str(folder / "out"),
+  }
+  for name, keys in sections.items():
+    tree[name] = tree.get(name, {}) | keys if isinstance(keys, dict) else keys
+  path.write_text(json.dumps(tree))
+  settings = config_load.load(path, without_data=True)
+  run = dry_run.prepare(settings, machines.parse("cpu:1"))
+  return settings, run
+
+
+def step_bytes(settings, run):
+  with jax.set_mesh(run.mesh):
+    return step_memory.step_bytes(settings, run, setup.build(settings, run))
+
+
+@pytest.mark.parametrize(
+  ("fields", "sections"),
+  [
+    ({"vocab_size": 32_768}, {}),
+    ({"num_attention_heads": 16}, {"data": {"max_answer_tokens": 512}}),
+    ({"intermediate_size": 1024}, {"rollout": {"max_new_tokens": 16}}),
+    ({}, {"method": "sft"}),
+    ({}, {"lora": {"rank": 8}}),
+    ({}, {"method": "sdpo"}),
+  ],
+)
+def test_what_the_rough_count_lets_pass_the_compiler_would_let_pass(
+  tmp_path, fields, sections
+):
+  """`check` asks only the count where a third of memory would do by it."""
+  settings, run = prepared(tmp_path, fields, **sections)
+  assert step_bytes(settings, run) < 3 * step_memory.rough_bytes(settings, run)
+
+
+def test_a_step_takes_its_state_and_less_in_parts_or_recomputed(tmp_path):
+  sizes = {}
+  for name, sections in {
+    "whole": {},
+    "parts": {"train": {"micro_batches": 8}},
+    "recomputed": {"model": {"remat": True}},
+  }.items():
+    folder = tmp_path / name
+    folder.mkdir()
+    settings, run = prepared(folder, **sections)
+    sizes[name] = step_bytes(settings, run)
+  # What each layer keeps of 16 rows of 768 tokens for the backward pass, at least: its
+  # attention, the feed-forward's two branches, its input.
+  kept = 4 * 3 * 16 * 768 * (4 * 768 + 2 * 128 + 64)
+  # Weights, two moments and the teacher's weights are there all the time.
+  assert sizes["whole"] > kept + 4 * 4 * bare_model.COUNT
+  assert sizes["parts"] < sizes["whole"] / 4
+  assert sizes["recomputed"] < sizes["whole"] / 2
+
+
+def test_a_containers_limit_counts_where_it_is_less(tmp_path, monkeypatch):
+  machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  files = [tmp_path / name for name in ("memory.max", "limit_in_bytes")]
+  monkeypatch.setattr(step_memory, "LIMITS", [str(file) for file in files])
+  assert step_memory.host_bytes() == machine
+  files[0].write_text("max\n")
+  files[1].write_text("9223372036854771712\n")  # no limit, in version 1
+  assert step_memory.host_bytes() == machine
+  files[0].write_text("1048576\n")
+  assert step_memory.host_bytes() == 1 << 20
