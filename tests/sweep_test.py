@@ -192,7 +192,7 @@ def test_the_presets_are_runs_of_the_reproduction(name):
   # calls are kept, and IFEval's items come from outside.
   apart = {
     "refine": ("journal",),
-    "train": ("checkpoint_every", "measure_every"),
+    "train": ("checkpoint_every", "gradient_stats_every"),
   }
   for section in schema.Config.model_fields.keys() - {"output", "sweep", "evaluate"}:
     ours, theirs = getattr(preset, section), getattr(run, section)

@@ -56,6 +56,11 @@ from raft_jax.config.schema import Writer as Writer
 from raft_jax.storage import atomic
 
 
+RENAMED = {"train.measure_every": "train.gradient_stats_every"}
+"""Keys and sections that have a new name, by the old one. `load` refuses the old names;
+the config of an output folder is read with the new ones."""
+
+
 def load(
   path: str | os.PathLike[str],
   overrides: Sequence[str] = (),
@@ -150,6 +155,11 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
 
   for key, what in () if without_data else validate.missing_files(draft.tree):
     note(key, what)
+  for old, new in RENAMED.items():
+    if _has(draft.tree, old):
+      where = draft.place(old.split("."), path)
+      what = f"{old} is now {new}; rename it"
+      draft.problems.append(strict_yaml.Problem(where, "", what))
   tree, method = draft.tree, None
   name = tree.get("method", Config.model_fields["method"].default)
   try:
@@ -171,7 +181,7 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
         for f in faults
         if f is not fault
       )
-      if not parent and key not in draft.unread:
+      if not parent and key not in draft.unread and key not in RENAMED:
         where = draft.place(fault["loc"], path)
         draft.problems.append(strict_yaml.Problem(where, key, _explain(fault)))
     return None
@@ -179,6 +189,26 @@ def _validate(draft: strict_yaml.Draft, path: str, without_data: bool) -> Config
   for key, what in itertools.chain(_missing(config, needs), validate.find(config)):
     note(key, what)
   return config
+
+
+def _has(tree: Any, key: str) -> bool:
+  """Whether a tree holds a dotted key."""
+  for part in key.split("."):
+    if not isinstance(tree, dict) or part not in tree:
+      return False
+    tree = tree[part]
+  return True
+
+
+def _with_new_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Dotted keys and their values, with the names of `RENAMED` replaced."""
+  renamed = {}
+  for key, value in flat.items():
+    for old, new in RENAMED.items():
+      if _under(key, [old]):
+        key = new + key.removeprefix(old)
+    renamed[key] = value
+  return renamed
 
 
 def _missing(config: Config, needs: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -308,7 +338,7 @@ def diff(
   old: Config | dict[str, Any], new: Config | dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
   """Dotted key -> (old value, new value) where they differ; ABSENT for no such key."""
-  a, b = _flat(_tree(old)), _flat(_tree(new))
+  a, b = (_with_new_names(_flat(_tree(tree))) for tree in (old, new))
   pairs = {key: (a.get(key, ABSENT), b.get(key, ABSENT)) for key in a | b}
   return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 

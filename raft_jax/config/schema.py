@@ -284,7 +284,7 @@ class Train(Section):
   """Steps between checkpoints."""
   keep_checkpoints: Positive = 2
   """Older checkpoints are deleted."""
-  measure_every: Annotated[int, pydantic.Field(ge=0)] = 20
+  gradient_stats_every: Annotated[int, pydantic.Field(ge=0)] = 20
   """Every N steps: each loss's gradient norm, their cosine, and the time of each phase;
   costs one more backward pass. 0 turns it off."""
   tensorboard: bool = False

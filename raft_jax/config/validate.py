@@ -71,8 +71,8 @@ def find(config: schema.Config) -> Iterator[tuple[str, str]]:
       yield "model.attention", "cudnn computes in bfloat16; set model.dtype=bfloat16"
     if config.rollout.max_new_tokens % 2:
       yield "rollout.max_new_tokens", "must be even for model.attention=cudnn"
-  if config.balance.mode == "gradient_norm" and not config.train.measure_every:
-    yield "train.measure_every", "must be above 0 for balance.mode=gradient_norm"
+  if config.balance.mode == "gradient_norm" and not config.train.gradient_stats_every:
+    yield "train.gradient_stats_every", "must be above 0 for balance.mode=gradient_norm"
   if config.balance.mode == "gradient_norm" and not config.balance.weight:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
   yield from _losses(config)

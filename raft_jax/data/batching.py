@@ -7,7 +7,7 @@ The whole set is tokenised once (a few thousand rows). A batch is a pure functio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -136,6 +136,28 @@ def _over_budget(
     f"are over a budget); set {remedy} to fit all, or data.too_long=skip to leave them "
     f"out"
   )
+
+
+def check_positions(
+  longest: Mapping[str, int], source: str, max_positions: int
+) -> None:
+  """Checks that the longest rows fit into the positions of a model.
+
+  Args:
+    longest: tokens of the longest row, with its answer, by the config keys that set it.
+    source: the model's name.
+    max_positions: of the model.
+
+  Raises:
+    errors.UserError: a row is too long.
+  """
+  for keys, tokens in longest.items():
+    if tokens > max_positions:
+      raise errors.UserError(
+        f"{keys}: the longest row has {tokens} tokens with its answer, but {source} "
+        f"was made for {max_positions}; lower these keys (questions that then exceed "
+        "data.max_*_tokens need data.too_long=skip)"
+      )
 
 
 def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[Widths]:

@@ -49,7 +49,7 @@ def main() -> None:
         | {f"max_{name}_tokens": length for name, length in lengths.items()},
         "rollout": {"max_new_tokens": 12},
         "distill": {"top_k": 32},
-        "train": {"measure_every": 0},
+        "train": {"gradient_stats_every": 0},
         "mesh": {"fsdp": 1, "tensor": 8},
         "output": str(folder / "out"),
       }

