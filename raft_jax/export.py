@@ -268,7 +268,10 @@ def export(config: schema.Config) -> Exported:
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
     split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
-    params, step = trained_model.load_trained_tree(config, split.shapes)
+    identity = run_inputs.model_identity(source, config.lora)
+    params, step = trained_model.load_trained_tree(
+      config.output, config.watch, identity, split.shapes
+    )
     hf_save.save_adapter(
       folder,
       params["lora"],

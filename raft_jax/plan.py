@@ -42,7 +42,7 @@ def plan(
     estimate.check_installed(machine)
   share = memory_share()
   steps = total_steps(config.data, config.train, questions)
-  tokens = step_tokens(config)
+  tokens = step_tokens(config.train, config.rollout, config.data, config.lora)
   for index, machine in enumerate(chosen):
     print(f"compiling for {machine.topology} ...", file=sys.stderr, flush=True)
     costs = estimate.measure(config.model_dump(mode="json"), machine)
@@ -74,16 +74,21 @@ def total_steps(
   return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
-def step_tokens(config: schema.Config) -> estimate.StepTokens:
+def step_tokens(
+  train: schema.Train,
+  rollout: schema.Rollout,
+  data: schema.Data,
+  lora: schema.Lora | None,
+) -> estimate.StepTokens:
   """The size of a step whose rows are as long as the budgets allow."""
   return estimate.StepTokens(
-    batch_size=config.train.batch_size,
-    rows=config.train.batch_size * config.rollout.group,
-    prompt=config.data.max_prompt_tokens,
-    answer=config.data.max_answer_tokens,
-    teacher=config.data.max_teacher_tokens,
-    rollout=config.rollout.max_new_tokens,
-    trains_weights=config.lora is None,
+    batch_size=train.batch_size,
+    rows=train.batch_size * rollout.group,
+    prompt=data.max_prompt_tokens,
+    answer=data.max_answer_tokens,
+    teacher=data.max_teacher_tokens,
+    rollout=rollout.max_new_tokens,
+    trains_weights=lora is None,
   )
 
 

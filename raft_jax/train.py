@@ -35,14 +35,8 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
   Args:
     on_corrupt: "previous" continues from the step before a damaged checkpoint.
   """
-  cluster, output = config.cluster, pathlib.Path(config.output)
-  distributed.join(
-    asked=cluster.join,
-    coordinator=cluster.coordinator,
-    processes=cluster.processes,
-    index=cluster.index,
-    heartbeat_s=cluster.heartbeat_s,
-  )
+  output = pathlib.Path(config.output)
+  join(config.cluster)
   is_primary = distributed.leads()
   with contextlib.ExitStack() as stack:
     if not is_primary:
@@ -56,10 +50,8 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     output_lock.lock(output, stack, is_primary=is_primary)
     stop = stack.enter_context(distributed.stop_signals())
     stack.enter_context(jax.set_mesh(plan.mesh))
-    checkpoints = stack.enter_context(
-      checkpoint.manager(output, keep=config.train.keep_checkpoints)
-    )
-    total = plan.schedule.total_steps
+    total, keep = plan.schedule.total_steps, config.train.keep_checkpoints
+    checkpoints = stack.enter_context(checkpoint.manager(output, keep=keep))
     newest = checkpoint.check_latest(
       checkpoints, inputs.identity, on_corrupt=on_corrupt
     )
@@ -71,36 +63,44 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
           print(validation.summary(config, verdict, newest, total))
         return
     distributed.together(lambda: step_memory.check(plan))
+
     start = initial_state.start(
       config, plan, inputs, checkpoints, on_corrupt=on_corrupt
     )
     began = time.perf_counter()
-    with (
-      metrics_log.run_log(
-        output,
-        start=start.step,
-        total_steps=total,
-        tensorboard=config.train.tensorboard,
-      ) as log,
+    board = config.train.tensorboard
+    log = stack.enter_context(metrics_log.run_log(output, start.step, total, board))
+    watcher = stack.enter_context(
       validation.watching(
         config, plan, inputs, start.reference, panel, checkpoints, start.step
-      ) as watcher,
-    ):
-      done = loop.train(
-        plan,
-        inputs,
-        start,
-        checkpoints=checkpoints,
-        log=log,
-        validate=None if watcher is None else watcher.look,
-        stop=stop,
       )
+    )
+    done = loop.train(
+      plan,
+      inputs,
+      start,
+      checkpoints=checkpoints,
+      log=log,
+      validate=None if watcher is None else watcher.look,
+      stop=stop,
+    )
   if is_primary:
     print_end(output, start.step, done, total, time.perf_counter() - began, stop)
     if watcher is not None:
       print(validation.summary(config, watcher.verdict, done, total))
   if stop:
     raise SystemExit(75 if stop[0] == signal.SIGTERM else 130)
+
+
+def join(cluster: schema.Cluster) -> None:
+  """Joins the other processes of the run, if there are any."""
+  distributed.join(
+    asked=cluster.join,
+    coordinator=cluster.coordinator,
+    processes=cluster.processes,
+    index=cluster.index,
+    heartbeat_s=cluster.heartbeat_s,
+  )
 
 
 def print_end(

@@ -96,8 +96,7 @@ def build_teacher_context(
   reward_B = np.array(
     [rouge.rouge_l(answer, text) for (_, answer), text in zip(questions, texts)]
   )
-  has_text_B = np.array([bool(text) for text in texts])
-  success_B = (reward_B >= siblings.success) & has_text_B
+  success_B = (reward_B >= siblings.success) & np.array([bool(text) for text in texts])
   width = batching.rounded(siblings.max_tokens)
   context_BC = np.full((len(texts), width), codec.pad_id, np.int32)
   # The context of a row without one is a single pad token.

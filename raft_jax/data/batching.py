@@ -15,6 +15,7 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.hf import chat
+from raft_jax.models import transformer
 from raft_jax.storage import records
 
 # Numpy's or a device's: the same for all who read a batch.
@@ -139,24 +140,24 @@ def _over_budget(
 
 
 def check_positions(
-  longest: Mapping[str, int], source: str, max_positions: int
+  longest: Mapping[str, int], source: str, decoder: transformer.DecoderConfig
 ) -> None:
   """Checks that the longest rows fit into the positions of a model.
 
   Args:
     longest: tokens of the longest row, with its answer, by the config keys that set it.
     source: the model's name.
-    max_positions: of the model.
+    decoder: the model's network.
 
   Raises:
     errors.UserError: a row is too long.
   """
   for keys, tokens in longest.items():
-    if tokens > max_positions:
+    if tokens > decoder.max_positions:
       raise errors.UserError(
         f"{keys}: the longest row has {tokens} tokens with its answer, but {source} "
-        f"was made for {max_positions}; lower these keys (questions that then exceed "
-        "data.max_*_tokens need data.too_long=skip)"
+        f"was made for {decoder.max_positions}; lower these keys (with "
+        "data.too_long=skip if questions then exceed data.max_*_tokens)"
       )
 
 

@@ -11,7 +11,6 @@ width, K support size, D model width.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -354,29 +353,10 @@ def distillation_loss(
     support: from `score_teacher`.
     weight_BR: from `token_weights`.
     settings: of the run.
-
-  Raises:
-    ValueError: If tokens have importance weights and `mass_temperature` is not 1. Their
-      probabilities must be those that the sampler had.
   """
-  weighted = settings.max_importance is not None
-  if weighted and settings.mass_temperature != 1:
-    raise ValueError(
-      f"max_importance needs temperature 1, got {settings.mass_temperature}"
-    )
-  ids_BRK = support.ids_BRK
-  if weighted:  # also gather the logit of the sampled token
-    ids_BRK = jnp.concatenate([ids_BRK, trajectory.tokens_BR[..., None]], axis=-1)
-  logits_BRK, logsumexp_BR = vocab_head.gather_with_logsumexp(
-    hidden_BRD,
-    embedding_VD,
-    ids_BRK,
-    temperature=settings.mass_temperature,
-    softcap=settings.decoder.logit_softcap,
+  logits_BRK, logsumexp_BR, log_prob_BR = student_logits(
+    hidden_BRD, embedding_VD, support.ids_BRK, trajectory.tokens_BR, settings=settings
   )
-  if weighted:
-    log_prob_BR = logits_BRK[..., -1] - logsumexp_BR
-    logits_BRK = logits_BRK[..., :-1]
   bucket = settings.tail == "bucket"
   if not bucket:
     logsumexp_BR = jax.lax.stop_gradient(logsumexp_BR)
@@ -390,7 +370,7 @@ def distillation_loss(
     student_logsumexp=logsumexp_BR if bucket else None,
     teacher_logsumexp=support.logsumexp_BR if bucket else None,
   )
-  if weighted:
+  if log_prob_BR is not None:
     assert trajectory.sampler_stats is not None
     assert settings.max_importance is not None
     divergence_BR *= losses.truncated_importance_weights(
@@ -398,18 +378,53 @@ def distillation_loss(
       trajectory.sampler_stats.log_prob_BR,
       max_weight=settings.max_importance,
     )
-  mass = functools.partial(
-    losses.mass_on_support, temperature=settings.mass_temperature
-  )
-  student_mass_BR = mass(logits_BRK, logsumexp_BR)
-  teacher_mass_BR = mass(support.logits_BRK, support.logsumexp_BR)
-  aux = {
-    "teacher_mass_in_support": losses.weighted_sum(teacher_mass_BR, weight_BR),
-    "student_mass_in_support": losses.weighted_sum(student_mass_BR, weight_BR),
-    **by_position(divergence_BR, weight_BR > 0),
-  }
+  student = support._replace(logits_BRK=logits_BRK, logsumexp_BR=logsumexp_BR)
+  aux = by_position(divergence_BR, weight_BR > 0)
+  for name, side in (("teacher", support), ("student", student)):
+    mass_BR = losses.mass_on_support(
+      side.logits_BRK, side.logsumexp_BR, temperature=settings.mass_temperature
+    )
+    aux[f"{name}_mass_in_support"] = losses.weighted_sum(mass_BR, weight_BR)
   loss = losses.weighted_sum(divergence_BR, weight_BR)
   return loss, jax.lax.stop_gradient(aux)
+
+
+def student_logits(
+  hidden_BRD: Array,
+  embedding_VD: Array,
+  ids_BRK: Array,
+  tokens_BR: Array,
+  *,
+  settings: Settings,
+) -> tuple[Array, Array, Array | None]:
+  """The student's logits on the support, and what normalises and weighs them.
+
+  Returns:
+    Logits at `ids_BRK`, the log-sum-exp over the vocabulary, and the log-probability of
+    each sampled token (None without `settings.max_importance`).
+
+  Raises:
+    ValueError: If tokens have importance weights and `mass_temperature` is not 1. Their
+      probabilities must be those that the sampler had.
+  """
+  weighted = settings.max_importance is not None
+  if weighted and settings.mass_temperature != 1:
+    raise ValueError(
+      f"max_importance needs temperature 1, got {settings.mass_temperature}"
+    )
+  if weighted:  # also gather the logit of the sampled token
+    ids_BRK = jnp.concatenate([ids_BRK, tokens_BR[..., None]], axis=-1)
+  logits_BRK, logsumexp_BR = vocab_head.gather_with_logsumexp(
+    hidden_BRD,
+    embedding_VD,
+    ids_BRK,
+    temperature=settings.mass_temperature,
+    softcap=settings.decoder.logit_softcap,
+  )
+  if not weighted:
+    return logits_BRK, logsumexp_BR, None
+  log_prob_BR = logits_BRK[..., -1] - logsumexp_BR
+  return logits_BRK[..., :-1], logsumexp_BR, log_prob_BR
 
 
 POSITION_BINS = {"0": 1, "1_3": 4, "4_15": 16, "16_31": 32, "32_up": 1 << 30}

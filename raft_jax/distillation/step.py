@@ -5,6 +5,7 @@ The names of shapes are those of `objective`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,12 +91,11 @@ def update(
   Args:
     frozen: the frozen tree beside the trained one; see `models.partition`.
     support: the teacher's; None trains on the answers alone.
-    optimizer: from `optim.chain`, with `balancer` under the name `balance`.
+    optimizer: a chain with `balancer` under the name `balance`.
     anchor: the base model's parameters, for optimizers that stay near them.
     gradient_stats: take each loss's own gradient, to log both norms and their cosine.
 
-  Returns:
-    The next state and float32 scalars to log.
+  Returns the next state and scalars to log.
   """
   weights = objective.token_weights(batch, trajectory, settings)
   inputs = LossInputs(batch, trajectory, support, weights)
@@ -110,17 +110,14 @@ def update(
     _, advanced = balancer.update({}, state.opt_state["balance"], **observed)
     return balance.loss_weights(advanced)
 
+  take: Callable[..., StepGradient] = balanced_gradient
   if gradient_stats or settings.micro_batches > 1:
-    gradient = separate_gradients(
-      both_losses,
-      state.params,
-      inputs,
-      loss_weights,
+    take = functools.partial(
+      separate_gradients,
       micro_batches=settings.micro_batches,
       with_stats=gradient_stats,
     )
-  else:
-    gradient = balanced_gradient(both_losses, state.params, inputs, loss_weights)
+  gradient = take(both_losses, state.params, inputs, loss_weights)
   updates, opt_state = optimizer.update(
     gradient.balanced,
     state.opt_state,
@@ -133,14 +130,22 @@ def update(
   params = optax.apply_updates(state.params, updates)
   metrics = step_metrics(gradient, opt_state["balance"], trajectory)
   if not settings.cross_entropy:
-    # A batch without a rollout token changes nothing, not even by weight decay or
-    # momentum; `optim.skip_empty` does the same for the optimizer's state.
-    has_tokens = gradient.valid["kd"]
-    params = jax.tree.map(
-      lambda new, old: jnp.where(has_tokens, new, old), params, state.params
-    )
+    params = unless_empty(gradient.valid["kd"], params, state.params)
     metrics = {k: value for k, value in metrics.items() if k not in NEED_BOTH_LOSSES}
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def unless_empty(
+  has_tokens: Array, params: transformer.Params, old_params: transformer.Params
+) -> transformer.Params:
+  """Keeps the old parameters if distillation, the only loss, had no token.
+
+  So neither weight decay nor momentum moves them; `optim.skip_empty` does the same for
+  the optimizer's state.
+  """
+  return jax.tree.map(
+    lambda new, old: jnp.where(has_tokens, new, old), params, old_params
+  )
 
 
 def balanced_gradient(

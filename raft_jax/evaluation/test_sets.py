@@ -269,7 +269,7 @@ def check_lengths(
     new = settings.open_ended.max_new_tokens
     key = f"evaluate.open_ended.max_new_tokens={new}"
     need[key] = max(map(len, requests)) + new
-  batching.check_positions(need, config.model.source, decoder.max_positions)
+  batching.check_positions(need, config.model.source, decoder)
 
 
 def open_ended_prompts(general: General, codec: chat.Codec) -> list[list[int]]:

@@ -150,7 +150,7 @@ def read(
     new = settings.ifeval.max_new_tokens
     longest = max(map(len, panel.ifeval.prompts))
     need[f"watch.ifeval.max_new_tokens={new}"] = longest + new
-  batching.check_positions(need, config.model.source, decoder.max_positions)
+  batching.check_positions(need, config.model.source, decoder)
   return panel
 
 

@@ -59,7 +59,15 @@ def start(
     print(f"resuming after step {step} of {plan.schedule.total_steps}")
   else:
     assert base is not None
-    state, step = new_state(config, plan, inputs, base), 0
+    state = new_state(
+      plan,
+      inputs,
+      base,
+      anchor=config.anchor,
+      soft_mask=config.soft_mask,
+      seed=config.train.seed,
+    )
+    step = 0
     memory = first_memory(plan, inputs.replay, base, config.train.batch_size)
   source_teacher = None
   if plan.frozen_teacher and plan.teacher_decoder is not None:
@@ -159,10 +167,13 @@ def _frozen(plan: run_plan.RunPlan, base: transformer.Params) -> transformer.Par
 
 
 def new_state(
-  config: schema.Config,
   plan: run_plan.RunPlan,
   inputs: run_inputs.RunInputs,
   base: transformer.Params,
+  *,
+  anchor: schema.Anchor | None,
+  soft_mask: schema.SoftMask | None,
+  seed: int,
 ) -> step_lib.TrainState:
   """The state before the first step."""
 
@@ -173,18 +184,18 @@ def new_state(
 
   state = init(base)
   importance: dict[str, Any] = {}
-  if inputs.anchor_batches is not None and config.anchor is not None:
+  if inputs.anchor_batches is not None and anchor is not None:
     importance[optim.ANCHOR] = anchors.with_importance(
       state.opt_state[optim.ANCHOR],
-      parameter_importance(config.anchor, config.train.seed, plan, inputs, base),
+      parameter_importance(anchor, seed, plan, inputs, base),
     )
-  if inputs.soft_mask_batches is not None and config.soft_mask is not None:
+  if inputs.soft_mask_batches is not None and soft_mask is not None:
     importance[optim.SOFT_MASK] = das.importance(
       base,
       placed(plan.mesh, inputs.soft_mask_batches, "importance of units"),
       settings=plan.settings,
-      rate=config.soft_mask.drop,
-      seed=config.train.seed,
+      rate=soft_mask.drop,
+      seed=seed,
     )
   # A copy of the same type: with another, the second step would compile again.
   opt_state = state.opt_state.copy()

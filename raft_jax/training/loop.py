@@ -44,41 +44,24 @@ def train(
   validate: Validate | None,
   stop: list[int],
 ) -> int:
-  """Trains to the last step, or until a signal or the validation stops it.
+  """Trains to the last step, or until a signal (in `stop`) or the validation ends it.
 
-  Args:
-    checkpoints: Orbax's manager of the run's checkpoints.
-    stop: the signals that were received, as `distributed.stops` reads them.
-
-  Returns:
-    The number of steps done; a checkpoint of the last one has been saved.
+  Returns the number of steps done, the last of which has been saved in `checkpoints`.
   """
-  schedule, replayer = plan.schedule, start.replayer
-  state, done = start.state, start.step
-  build_teacher_context = None
-  if plan.siblings is not None:
-    build_teacher_context = functools.partial(
-      sdpo.build_teacher_context,
-      codec=inputs.codec,
-      questions_by_row=inputs.questions_by_row,
-      siblings=plan.siblings,
-    )
+  schedule, state, done = plan.schedule, start.state, start.step
+  replayer, build_teacher_context = start.replayer, context_builder(plan, inputs)
   stopwatch = programs_lib.Stopwatch()
   read = functools.partial(
     read_metrics, plan=plan, inputs=inputs, replayer=replayer, stopwatch=stopwatch
   )
-  compiled: set[Any] = set()
+  compiled: set[tuple[int, ...]] = set()
   pending: programs_lib.Dispatched | None = None  # dispatched, but not read yet
   for step, batch in enumerate(batching.iterate(inputs.dataset, start_step=done), done):
-    if replayer is not None:
-      batch = replayer.mix(step, batch)
+    batch = batch if replayer is None else replayer.mix(step, batch)
     gradient_stats = run_plan.takes_gradient_stats(schedule, step)
-    program = (*padded_widths(batch), gradient_stats)
-    # The times of a step that compiles say nothing about its speed.
-    timed = run_plan.times_phases(schedule, step) and program in compiled
-    compiled.add(program)
-    if timed and pending is not None:
-      # Or the wait for the step before would count as a part of this step's phases.
+    compiles = is_new((*padded_widths(batch), gradient_stats), compiled)
+    timed = run_plan.times_phases(schedule, step) and not compiles
+    if timed and pending is not None:  # or its wait would count as this step's
       log.write(done, read(pending))
       pending = None
 
@@ -97,13 +80,12 @@ def train(
       log.write(done, read(pending))
     pending, done = dispatched, step + 1
 
-    stopping = distributed.stops(stop, done)  # once per step: a signal may come anytime
+    stopping = distributed.stops(stop, done)  # the only check: once per step
     validating = validate is not None and run_plan.validates(schedule, done)
     saving = stopping or run_plan.saves(schedule, done)
     if validating or saving:
-      # Read before anything is measured or saved: a step that is not finite ends here.
-      metrics = read(pending)
-      pending = None
+      # Read first: a step that is not finite must end here, before it is saved.
+      metrics, pending = read(pending), None
       if validate is not None and validating:
         # Before the next step, which takes the buffers of these parameters.
         validation, is_over = validate(done, state.params)
@@ -117,6 +99,27 @@ def train(
     if stopping:
       break
   return done
+
+
+def context_builder(
+  plan: run_plan.RunPlan, inputs: run_inputs.RunInputs
+) -> programs_lib.TeacherContextBuilder | None:
+  """What makes the teacher's contexts from the rollouts, if they depend on these."""
+  if plan.siblings is None:
+    return None
+  return functools.partial(
+    sdpo.build_teacher_context,
+    codec=inputs.codec,
+    questions_by_row=inputs.questions_by_row,
+    siblings=plan.siblings,
+  )
+
+
+def is_new(program: tuple[int, ...], compiled: set[tuple[int, ...]]) -> bool:
+  """Whether a step compiles, after which its time would say nothing about its speed."""
+  new = program not in compiled
+  compiled.add(program)
+  return new
 
 
 def padded_widths(batch: batching.Batch) -> tuple[int, ...]:

@@ -167,7 +167,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def run_log(
-  output: pathlib.Path, *, start: int, total_steps: int, tensorboard: bool
+  output: pathlib.Path, start: int, total_steps: int, tensorboard: bool
 ) -> Iterator[RunLog]:
   """The log of a run that continues after `start` steps."""
   if not distributed.leads():

@@ -95,21 +95,19 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
   decoder, teacher_decoder, codec, mesh = read_networks(config, distils=distils)
   examples = training_set.read(config, codec, distil=distils)
   rows = [*examples.rows, *examples.replayed]
-  check_lengths(config, rows, decoder, teacher_decoder, distils=distils)
+  longest = longest_row(
+    rows,
+    distill if distils else None,
+    new_tokens=config.rollout.max_new_tokens,
+    context=config.data.max_teacher_tokens,
+  )
+  batching.check_positions(longest, config.model.source, decoder)
+  if teacher_decoder is not None:
+    batching.check_positions(longest, str(distill.source), teacher_decoder)
   widths = batching.widths(rows, config.data.buckets, batch_size=train.batch_size)
   layout = run_plan.batch_layout(config)
-  dataset = batching.dataset(
-    examples.rows,
-    batch_size=layout.questions,
-    epochs=train.epochs,
-    steps=train.max_steps,
-    seed=train.seed,
-    pad_id=codec.pad_id,
-    widths=widths,
-    replayed=examples.replayed,
-    replays=layout.replayed,
-    group=layout.group,
-  )
+  seed, pad_id = train.seed, codec.pad_id
+  dataset = make_dataset(train, examples, layout, widths, pad_id)
   plan = run_plan.make_plan(
     config,
     decoder,
@@ -118,38 +116,66 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     widest=widths[-1],
     total_steps=len(dataset),
     eos_ids=codec.eos_ids,
-    pad_id=codec.pad_id,
+    pad_id=pad_id,
   )
   inputs = RunInputs(
     codec=codec,
     dataset=dataset,
-    anchor_batches=anchor_batches(
-      config.anchor, examples.general, seed=train.seed, pad_id=codec.pad_id
-    ),
-    soft_mask_batches=soft_mask_batches(
-      config.soft_mask, examples.rows, seed=train.seed, pad_id=codec.pad_id
-    ),
+    anchor_batches=anchor_batches(config.anchor, examples.general, seed, pad_id),
+    soft_mask_batches=soft_mask_batches(config.soft_mask, examples.rows, seed, pad_id),
     replay=mssr.make_plan(
       config.replay,
       examples.replayed,
       batch_size=train.batch_size,
-      seed=train.seed,
-      pad_id=codec.pad_id,
+      seed=seed,
+      pad_id=pad_id,
       widths=widths,
     ),
     questions_by_row=examples.asked,
-    identity=run_identity(config, data=examples.digest, tokenizer=codec.digest),
+    identity={
+      **model_identity(config.model.source, config.lora),
+      "data": examples.digest,
+      "tokenizer": codec.digest,
+      **teacher_identity(distill.source),
+    },
   )
   if distributed.leads():
     config_load.claim_output(config, "train", IDENTITY_KEYS)
-  if examples.skipped:
-    print(f"{examples.skipped} rows are over a length budget and were skipped")
-  if distils and distill.teacher_context == "paper":
+  print_notes(examples.skipped, distill if distils else None)
+  return plan, inputs
+
+
+def print_notes(skipped: int, distill: schema.Distill | None) -> None:
+  """Prints what the user should know about rows and teacher before a run."""
+  if skipped:
+    print(f"{skipped} rows are over a length budget and were skipped")
+  if distill is not None and distill.teacher_context == "paper":
     print(
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "
       "that uses a chat template it was seen to pull answers towards degenerate text"
     )
-  return plan, inputs
+
+
+def make_dataset(
+  train: schema.Train,
+  examples: training_set.Examples,
+  layout: run_plan.BatchLayout,
+  widths: Sequence[batching.Widths],
+  pad_id: int,
+) -> Any:
+  """All batches of a run; element n is the batch of step n."""
+  return batching.dataset(
+    examples.rows,
+    batch_size=layout.questions,
+    epochs=train.epochs,
+    steps=train.max_steps,
+    seed=train.seed,
+    pad_id=pad_id,
+    widths=widths,
+    replayed=examples.replayed,
+    replays=layout.replayed,
+    group=layout.group,
+  )
 
 
 # --- Networks and lengths -------------------------------------------------------------
@@ -207,38 +233,32 @@ def read_teacher(
   return network
 
 
-def check_lengths(
-  config: schema.Config,
+def longest_row(
   rows: Sequence[batching.Row],
-  decoder: transformer.DecoderConfig,
-  teacher_decoder: transformer.DecoderConfig | None,
+  distill: schema.Distill | None,
   *,
-  distils: bool,
-) -> None:
-  """Checks that every row, with its rollout, fits into the positions of the models.
+  new_tokens: int,
+  context: int,
+) -> dict[str, int]:
+  """Tokens of the longest row that a model reads, by the config keys that set it.
 
-  Raises:
-    errors.UserError: a row does not.
+  Args:
+    distill: None if nothing is distilled.
+    new_tokens: longest rollout.
+    context: longest teacher context, if it depends on the rollouts.
   """
-  distill, new_tokens = config.distill, config.rollout.max_new_tokens
   longest = max(len(row.prompt) + len(row.answer) for row in rows)
-  if distils:
-    context = 0
-    if distill.teacher_context == "sibling":
-      context = config.data.max_teacher_tokens
+  if distill is not None:
+    sibling = context if distill.teacher_context == "sibling" else 0
     for row in rows:
       compared = {
         "answer": len(row.answer),
         "rollout": new_tokens,
         "mixed": max(len(row.answer), new_tokens),
       }
-      before = max(len(row.prompt), len(row.teacher), context)
+      before = max(len(row.prompt), len(row.teacher), sibling)
       longest = max(longest, before + compared[distill.trajectory])
-  lengths = {f"rollout.max_new_tokens={new_tokens}, data.max_*_tokens": longest}
-  batching.check_positions(lengths, config.model.source, decoder.max_positions)
-  if teacher_decoder is not None:
-    positions = teacher_decoder.max_positions
-    batching.check_positions(lengths, str(distill.source), positions)
+  return {f"rollout.max_new_tokens={new_tokens}, data.max_*_tokens": longest}
 
 
 # --- Identity -------------------------------------------------------------------------
@@ -252,18 +272,9 @@ def model_identity(source: str, lora: schema.Lora | None) -> dict[str, Any]:
   }
 
 
-def run_identity(config: schema.Config, *, data: str, tokenizer: str) -> dict[str, Any]:
-  """What a run is, as checkpoints store it: a resumed run must be the same.
-
-  Args:
-    data: digest of all rows.
-    tokenizer: digest of the tokenizer and its chat template.
-  """
-  own = model_identity(config.model.source, config.lora)
-  own |= {"data": data, "tokenizer": tokenizer}
-  if config.distill.source is not None:
-    own["teacher"] = engines.identity(config.distill.source)
-  return own
+def teacher_identity(source: str | None) -> dict[str, Any]:
+  """The part of a run's identity that names the model of `distill.source`."""
+  return {} if source is None else {"teacher": engines.identity(source)}
 
 
 def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +290,6 @@ def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, A
 def anchor_batches(
   settings: schema.Anchor | None,
   rows: Sequence[batching.Row],
-  *,
   seed: int,
   pad_id: int,
 ) -> Any:
@@ -300,7 +310,6 @@ def anchor_batches(
 def soft_mask_batches(
   settings: schema.SoftMask | None,
   rows: Sequence[batching.Row],
-  *,
   seed: int,
   pad_id: int,
 ) -> Any:

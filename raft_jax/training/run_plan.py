@@ -73,13 +73,11 @@ class RunPlan(NamedTuple):
   """What a run computes with.
 
   Attributes:
-    teacher_decoder: the network of `distill.source`; None if the teacher is the model.
     split: which parameters are trained.
     optimizer: the whole chain.
     rates: float32 [steps], the learning rate of every step, on the host.
     abstract_state: shapes and shardings of the train state, to restore into.
     state_shardings: of the train state.
-    base_shardings: of the base model's parameters.
     batch_rows: rows of every batch, with replayed ones and one for each rollout.
     widest: padded widths of the widest batch.
     siblings: if the teacher reads other rollouts of the same question; else None.
@@ -91,8 +89,6 @@ class RunPlan(NamedTuple):
       `evaluate` does, and so needs them in float32.
   """
 
-  decoder: transformer.DecoderConfig
-  teacher_decoder: transformer.DecoderConfig | None
   mesh: Mesh
   split: partition.Split
   settings: objective.Settings
@@ -102,7 +98,6 @@ class RunPlan(NamedTuple):
   rates: np.ndarray
   abstract_state: step.TrainState
   state_shardings: step.TrainState
-  base_shardings: transformer.Params
   programs: programs_lib.Programs
   batch_rows: int
   widest: batching.Widths
@@ -112,6 +107,21 @@ class RunPlan(NamedTuple):
   anchored: bool
   compares_base: bool
   edits_base: bool
+
+  @property
+  def decoder(self) -> transformer.DecoderConfig:
+    """The model's network."""
+    return self.settings.decoder
+
+  @property
+  def teacher_decoder(self) -> transformer.DecoderConfig | None:
+    """The network of `distill.source`; None if the teacher is the model itself."""
+    return self.settings.teacher_decoder
+
+  @property
+  def base_shardings(self) -> transformer.Params:
+    """Shardings of the base model's parameters."""
+    return param_shardings(self.mesh, self.decoder)
 
   @property
   def base_dtype(self) -> str:
@@ -134,9 +144,7 @@ def make_plan(
   """Plans a run that `check` has accepted.
 
   Args:
-    decoder: the model's network.
-    teacher_decoder: that of `distill.source`, if it is set.
-    widest: padded widths of the widest batch.
+    teacher_decoder: the network of `distill.source`, if it is set.
     eos_ids: ids that end an answer; with `pad_id`, all that is needed of a tokenizer.
 
   Raises:
@@ -153,16 +161,17 @@ def make_plan(
   abstract_state, shardings = state_shardings(mesh, split, optimizer)
   platform = mesh.devices.flat[0].platform
   settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform)
-  rollouts = programs_lib.Rollouts(
-    share=programs_lib.rollout_share(distill),
-    seed=train.seed,
-    **config.rollout.model_dump(include={"max_new_tokens", "temperature", "top_p"}),
-    pad_id=pad_id,
+  rollouts = make_rollouts(config.rollout, distill, train.seed, pad_id)
+  programs = programs_lib.compile_programs(
+    settings,
+    rollouts,
+    optimizer=optimizer,
+    balancer=balancer,
+    state_shardings=shardings,
+    teacher=distill.teacher if distils else None,
   )
   edits = config.prune is not None or config.interpolate is not None
   return RunPlan(
-    decoder=decoder,
-    teacher_decoder=teacher_decoder,
     mesh=mesh,
     split=split,
     settings=settings,
@@ -172,15 +181,7 @@ def make_plan(
     rates=np.asarray(jax.vmap(rate)(jnp.arange(total_steps))),
     abstract_state=abstract_state,
     state_shardings=shardings,
-    base_shardings=param_shardings(mesh, decoder),
-    programs=programs_lib.compile_programs(
-      settings,
-      rollouts,
-      optimizer=optimizer,
-      balancer=balancer,
-      state_shardings=shardings,
-      teacher=distill.teacher if distils else None,
-    ),
+    programs=programs,
     batch_rows=batch_layout(config).rows,
     widest=widest,
     siblings=make_siblings(distill, config.rollout, config.data) if distils else None,
@@ -205,6 +206,20 @@ def make_schedule(
     gradient_stats_every=train.gradient_stats_every,
     gradient_stats_early=balance.mode == "gradient_norm",
     validate_every=None if watch is None else watch.every,
+  )
+
+
+def make_rollouts(
+  rollout: schema.Rollout, distill: schema.Distill, seed: int, pad_id: int
+) -> programs_lib.Rollouts:
+  """How trajectories are made."""
+  return programs_lib.Rollouts(
+    share=programs_lib.rollout_share(distill),
+    seed=seed,
+    max_new_tokens=rollout.max_new_tokens,
+    temperature=rollout.temperature,
+    top_p=rollout.top_p,
+    pad_id=pad_id,
   )
 
 

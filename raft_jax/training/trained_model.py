@@ -24,7 +24,8 @@ def load(
   """
   source = config.model.source
   split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
-  params, step = load_trained_tree(config, split.shapes)
+  identity = run_inputs.model_identity(source, config.lora)
+  params, step = load_trained_tree(config.output, config.watch, identity, split.shapes)
   if split.freeze is None and config.prune is None and config.interpolate is None:
     return params, step
   base = hf_load.load_params(source, decoder)
@@ -46,22 +47,25 @@ def _wants_best(watch: schema.Watch | None) -> bool:
 
 
 def load_trained_tree(
-  config: schema.Config, shapes: transformer.Params
+  output: str,
+  watch: schema.Watch | None,
+  identity: dict[str, Any],
+  shapes: transformer.Params,
 ) -> tuple[transformer.Params, int]:
   """The trained parameters of the best step or the last one, and that step.
 
   Args:
+    identity: from `run_inputs.model_identity`.
     shapes: of the trained tree.
 
   Raises:
     errors.UserError: there is no checkpoint, or it belongs to another run.
   """
-  name = checkpoint_folder(config.output, config.watch)
-  identity = run_inputs.model_identity(config.model.source, config.lora)
-  params, step = checkpoint.restore_params(config.output, shapes, identity, name)
+  name = checkpoint_folder(output, watch)
+  params, step = checkpoint.restore_params(output, shapes, identity, name)
   if name == checkpoint.BEST:
     print(f"reading step {step}, the best by `watch`")
-  elif _wants_best(config.watch):
+  elif _wants_best(watch):
     print(f"no step is kept as the best by `watch`; reading step {step}, the last")
   return params, step
 

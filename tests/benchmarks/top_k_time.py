@@ -46,7 +46,9 @@ def main(folder: str) -> None:
     params = initial_state.load_params(
       base.model.source, first.decoder, "float32", shardings
     )
-    state = initial_state.new_state(runs[0], first, inputs, params)
+    state = initial_state.new_state(
+      first, inputs, params, anchor=None, soft_mask=None, seed=base.train.seed
+    )
     batch = sharding.spread(sharding.batch(first.mesh), inputs.dataset[0])
     rollout, _ = first.programs.roll_out(state.params, {}, batch, 0)
     spent: dict[int, list[tuple[float, float]]] = {k: [] for k in plans}
