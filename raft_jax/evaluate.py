@@ -354,7 +354,9 @@ def main(config: schema.Config) -> None:
     for stage in config.evaluate.judges
   ]
   # Before an encoder is loaded.
-  checkpoint.require(config.output, trained_model_lib.folder(config))
+  checkpoint.require(
+    config.output, trained_model_lib.checkpoint_folder(config.output, config.validation)
+  )
   trained_server, base_server = connect(config.evaluate.servers)
   embed = sentence_encoder.load(config.refine.encoder)
   interrupts.check()
@@ -410,7 +412,7 @@ def main(config: schema.Config) -> None:
   result = {
     "model": config.model.source,
     "checkpoint_step": step,
-    "edits": trained_model_lib.edits(config),
+    "edits": trained_model_lib.edits(config.prune, config.interpolate),
     "items": len(domain.rows),
     **compared,
     "retention": {

@@ -23,7 +23,7 @@ from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.runtime import distributed, interrupts
 from raft_jax.storage import sealed_folder, shards
-from raft_jax.training import setup, trained_model
+from raft_jax.training import run_inputs, run_plan, trained_model
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """`organisation/model`, the only form that a card may give as its base model."""
@@ -253,7 +253,9 @@ def card(config: schema.Config, step: int) -> str:
     use=USE_ADAPTER if adapter else USE_MODEL,
     data=describe_data(output, config.data.answers),
     hyperparameters=yaml.safe_dump(shown, sort_keys=False),
-    evaluation=describe_scores(scores, step, trained_model.edits(config)),
+    evaluation=describe_scores(
+      scores, step, trained_model.edits(config.prune, config.interpolate)
+    ),
   )
 
 
@@ -263,14 +265,17 @@ def export(config: schema.Config) -> Exported:
   An export of an earlier checkpoint there is replaced.
   """
   # The card states this config: it must be the one that was trained.
-  run_lock.check_lock(config, "train", setup.IDENTITY_KEYS)
+  run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
   output, source = pathlib.Path(config.output), config.model.source
   decoder = hf_load.load_config(source)
   interrupts.check()
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
-    shapes = setup.make_split(config, decoder).shapes
-    params, step = trained_model.restored(config, shapes)
+    split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
+    identity = run_inputs.model_identity(source, config.lora)
+    params, step = trained_model.load_trained_tree(
+      config.output, config.validation, identity, split.shapes
+    )
     interrupts.check()
     hf_save.save_adapter(
       folder,

@@ -230,26 +230,27 @@ def topk_distillation(
   )
 
 
-def importance(
-  log_prob: jax.Array, sampled_log_prob: jax.Array, *, most: float
+def truncated_importance_weights(
+  log_prob: jax.Array, sampled_log_prob: jax.Array, *, max_weight: float
 ) -> jax.Array:
-  """Weight of a token that was sampled from a distribution a little out of date.
+  """Importance weights of tokens that an older policy sampled, with an upper bound.
 
   .. math:: w_t = \\min(\\exp(\\log p_t - \\log \\mu_t), w_{max})
 
-  with p the model and μ what the token was sampled from: the truncated importance
-  weight of SDPO, Hübotter et al., arXiv 2601.20802. No gradient passes.
+  with p the current model and μ the distribution that the token was sampled from: the
+  truncated importance weight of SDPO, Hübotter et al., arXiv 2601.20802. No gradient
+  passes.
 
   Args:
-    log_prob: log-probability of each token in the model now, `[...]`.
-    sampled_log_prob: log-probability when it was sampled, `[...]`.
-    most: Upper bound of the weight, > 0.
+    log_prob: Log-probability of each token under the current model, `[...]`.
+    sampled_log_prob: Log-probability at the time of sampling, `[...]`.
+    max_weight: Upper bound of the weight, > 0.
 
   Returns:
     Weights, `[...]`, float32.
   """
   gap = jax.lax.stop_gradient(_at_least_float32(log_prob) - sampled_log_prob)
-  return jnp.minimum(jnp.exp(jnp.clip(gap, -20, 20)), most)
+  return jnp.minimum(jnp.exp(jnp.clip(gap, -20, 20)), max_weight)
 
 
 def mass_on_support(

@@ -1,29 +1,30 @@
 """The output head without a [tokens, vocabulary] array.
 
-`cross_entropy`, `topk` and `gather` take the last hidden states and the output
-embedding and compute what they need of logits = hidden · embeddingᵀ in tiles of about
-`chunk_size * V` logits, in float32 whatever the inputs are. `gather` is the one
-differentiable core (custom derivatives, reverse mode only); `cross_entropy` is the
-log-sum-exp minus a gather of one id, and `topk` is the teacher's side: no gradient.
+`cross_entropy`, `gather` and `topk` take the last hidden states and the output
+embedding, and compute what they need of logits = hidden · embeddingᵀ in tiles of about
+`chunk_size * V` logits, in float32 whatever the type of the inputs. `gather` and
+`gather_with_logsumexp` share one differentiable core (custom derivatives, reverse mode
+only); `cross_entropy` is the log-sum-exp minus a gather of one id; `topk` is the
+teacher's side and has no gradient.
 
 Cost, for N tokens, vocabulary V, width D:
   forward   2·N·V·D FLOPs, chunks of tokens under `lax.scan`.
-  backward  6·N·V·D FLOPs: logits again, then both gradients. 4·N·V·D if nothing
-            differentiates the log-sum-exp (as under `stop_gradient`): no logits needed
-            (but for a soft-cap, whose slope is theirs).
-            It goes over blocks of the vocabulary with all tokens, so that each row of
+  backward  6·N·V·D FLOPs: the logits again, then both gradients. Only 4·N·V·D if
+            nothing differentiates the log-sum-exp (as under `stop_gradient`): then the
+            logits are not needed, except for a soft-cap, whose slope depends on them.
+            The pass goes over blocks of the vocabulary with all tokens, so each row of
             the embedding's gradient is summed in one float32 product and written once;
             over chunks of tokens it would be read, added to and written per chunk.
-  memory    two or three tiles of logits beside inputs and outputs; between forward and
+  memory    two or three tiles of logits besides inputs and outputs; between forward and
             backward only the [N] log-sum-exp.
 
-Tokens are dealt to the chunks like cards, chunk i taking i, i + n, i + 2n, ...: hidden
-states sharded over a batch axis stay sharded inside every chunk. All inner functions
-see one [V, D] array and plain ids. Under plain `jax.jit` call them with `jax.set_mesh`:
-without a mesh the chunks are not fitted to the devices, and where they then do not
-divide, each device computes more than its share. Inside `jax.shard_map` they see their
-own tokens only; a replicated embedding's gradient is summed over the devices. A mesh of
-Explicit axes is not supported.
+Tokens are dealt to the chunks like cards: chunk i takes tokens i, i + n, i + 2n, ... so
+hidden states sharded over a batch axis stay sharded inside every chunk. All inner
+functions see one [V, D] array and plain ids. Under plain `jax.jit` call them with
+`jax.set_mesh`: without a mesh the chunks are not fitted to the devices, and where they
+do not divide evenly, each device computes more than its share. Inside `jax.shard_map`
+they see their own tokens only; a replicated embedding's gradient is summed over the
+devices. A mesh of Explicit axes is not supported.
 
 Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D width.
 """
@@ -31,7 +32,7 @@ Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,34 +40,25 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 # Logits in one device's tile: 32 MiB in float32. Larger tiles gain nothing on a CPU,
-# where they leave the cache; smaller ones read the embedding more often per token.
+# because they leave the cache; smaller ones read the embedding more often per token.
 _TILE = 2**23
 
 
-@overload
-def cross_entropy(
-  hidden: jax.Array,
-  embedding: jax.Array,
-  targets: jax.Array,
-  *,
-  chunk_size: int | None = ...,
-  temperature: float = ...,
-  softcap: float | None = ...,
-  return_logsumexp: Literal[False] = ...,
-) -> jax.Array: ...
+def head_logits(
+  hidden_ND: jax.Array, embedding_VD: jax.Array, softcap: float | None = None
+) -> jax.Array:
+  """Every logit of a few tokens, `[N, V]`, float32 or better.
 
-
-@overload
-def cross_entropy(
-  hidden: jax.Array,
-  embedding: jax.Array,
-  targets: jax.Array,
-  *,
-  chunk_size: int | None = ...,
-  temperature: float = ...,
-  softcap: float | None = ...,
-  return_logsumexp: Literal[True],
-) -> tuple[jax.Array, jax.Array]: ...
+  Args:
+    hidden_ND: Final hidden states, such as those of the tokens to sample next.
+    embedding_VD: Output embedding.
+    softcap: c of logits c · tanh(E h / c), or None; static.
+  """
+  dtype = jnp.promote_types(jnp.result_type(hidden_ND, embedding_VD), jnp.float32)
+  logits_NV = jnp.einsum(
+    "nd,vd->nv", hidden_ND, embedding_VD, preferred_element_type=dtype
+  )
+  return _capped(logits_NV, softcap)
 
 
 def cross_entropy(
@@ -77,8 +69,7 @@ def cross_entropy(
   chunk_size: int | None = None,
   temperature: float = 1.0,
   softcap: float | None = None,
-  return_logsumexp: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> jax.Array:
   """`losses.cross_entropy` of the head's logits.
 
   .. math:: L_t = -\\log \\mathrm{softmax}(E h_t / T)_{y_t}
@@ -87,53 +78,25 @@ def cross_entropy(
     hidden: Final hidden states h, `[..., D]`.
     embedding: Output embedding E, `[V, D]`.
     targets: Token ids in [0, V), `[...]`. There is no "ignore" id: where a mask drops
-      the token any valid id will do.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
+      the token, use any valid id.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits per device and chunk.
     temperature: Softmax temperature T > 0, static.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
       > 0, static.
-    return_logsumexp: Also return the log-sum-exp.
 
   Returns:
-    Loss in nats per token, `[...]`, float32; minus it is the token's log-probability.
-    With `return_logsumexp` a pair of it and log Σ exp(logits / T), `[...]`, float32.
+    Loss in nats per token, `[...]`, float32; its negative is the token's
+    log-probability.
 
   Raises:
     ValueError: If shapes disagree or a number is out of range.
   """
   _check(hidden, embedding, chunk_size, temperature, softcap)
   _check_leading("targets", jnp.shape(targets), hidden)
-  logits, logsumexp = _gather(
+  logits_at_target, logsumexp = _gather(
     hidden, embedding, targets[..., None], chunk_size, temperature, softcap
   )
-  loss = logsumexp - logits[..., 0] / temperature
-  return (loss, logsumexp) if return_logsumexp else loss
-
-
-@overload
-def gather(
-  hidden: jax.Array,
-  embedding: jax.Array,
-  ids: jax.Array,
-  *,
-  chunk_size: int | None = ...,
-  temperature: float = ...,
-  softcap: float | None = ...,
-  return_logsumexp: Literal[False] = ...,
-) -> jax.Array: ...
-
-
-@overload
-def gather(
-  hidden: jax.Array,
-  embedding: jax.Array,
-  ids: jax.Array,
-  *,
-  chunk_size: int | None = ...,
-  temperature: float = ...,
-  softcap: float | None = ...,
-  return_logsumexp: Literal[True],
-) -> tuple[jax.Array, jax.Array]: ...
+  return logsumexp - logits_at_target[..., 0] / temperature
 
 
 def gather(
@@ -142,35 +105,61 @@ def gather(
   ids: jax.Array,
   *,
   chunk_size: int | None = None,
-  temperature: float = 1.0,
   softcap: float | None = None,
-  return_logsumexp: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """The head's logits at given ids, as of the student at the teacher's top-K.
+) -> jax.Array:
+  """The head's logits at given ids, such as the student's at the teacher's top K.
 
   Args:
     hidden: Final hidden states, `[..., D]`.
     embedding: Output embedding, `[V, D]`.
     ids: Token ids in [0, V), `[..., K]`; an id may occur twice.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
-    temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits per device and chunk.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
       > 0, static.
-    return_logsumexp: Also return the log-sum-exp. It is differentiable; under
-      `stop_gradient` the backward pass needs no logits.
 
   Returns:
-    Logits (not divided by `temperature`), `[..., K]`, float32. With
-    `return_logsumexp` a pair of them and log Σ exp(logits / temperature) over the
-    vocabulary, `[...]`, float32.
+    Logits, `[..., K]`, float32.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  return gather_with_logsumexp(
+    hidden, embedding, ids, chunk_size=chunk_size, softcap=softcap
+  )[0]
+
+
+def gather_with_logsumexp(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  ids: jax.Array,
+  *,
+  chunk_size: int | None = None,
+  temperature: float = 1.0,
+  softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`gather`, and the log-sum-exp over the whole vocabulary.
+
+  The log-sum-exp is differentiable; under `stop_gradient` the backward pass needs no
+  logits.
+
+  Args:
+    hidden: As in `gather`.
+    embedding: As in `gather`.
+    ids: As in `gather`.
+    chunk_size: As in `gather`.
+    temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    softcap: As in `gather`.
+
+  Returns:
+    Logits (not divided by `temperature`), `[..., K]`, and log Σ exp(logits /
+    temperature), `[...]`, both float32.
 
   Raises:
     ValueError: If shapes disagree or a number is out of range.
   """
   _check(hidden, embedding, chunk_size, temperature, softcap)
   _check_leading("ids", jnp.shape(ids)[:-1], hidden)
-  logits, logsumexp = _gather(hidden, embedding, ids, chunk_size, temperature, softcap)
-  return (logits, logsumexp) if return_logsumexp else logits
+  return _gather(hidden, embedding, ids, chunk_size, temperature, softcap)
 
 
 def topk(
@@ -178,32 +167,64 @@ def topk(
   embedding: jax.Array,
   k: int,
   *,
-  spread: jax.P | None = None,
+  partition: jax.P | None = None,
   chunk_size: int | None = None,
-  temperature: float = 1.0,
   softcap: float | None = None,
-  return_logsumexp: bool = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array]:
   """The k largest of the head's logits and their ids: the teacher's side.
 
-  No gradient passes (`stop_gradient`); for the student's own top-K call `gather` at
-  the ids found here.
+  No gradient passes (`stop_gradient`). For a differentiable top K of the student call
+  `gather` with the ids that this returns.
 
   Args:
     hidden: Final hidden states, `[..., D]`.
     embedding: Output embedding, `[V, D]`.
-    k: How many, 1..V.
-    spread: The mesh axes of tokens and vocabulary; see `largest`.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits a device in a chunk.
-    temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    k: Number of logits to keep, 1..V.
+    partition: The mesh axes of tokens and vocabulary; see `sharded_top_k`.
+    chunk_size: Tokens per chunk, or None for about 2²³ logits per device and chunk.
     softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
       > 0, static.
-    return_logsumexp: Also return the log-sum-exp.
 
   Returns:
-    Logits in descending order, `[..., k]`, float32, and ids, `[..., k]`, int32; equal
-    logits in ascending order of ids. With `return_logsumexp` also
-    log Σ exp(logits / temperature) over the vocabulary, `[...]`, float32.
+    Logits in descending order, `[..., k]`, float32, and ids, `[..., k]`, int32. Equal
+    logits are in ascending order of their ids.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  return topk_with_logsumexp(
+    hidden,
+    embedding,
+    k,
+    partition=partition,
+    chunk_size=chunk_size,
+    softcap=softcap,
+  )[:2]
+
+
+def topk_with_logsumexp(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  k: int,
+  *,
+  partition: jax.P | None = None,
+  chunk_size: int | None = None,
+  temperature: float = 1.0,
+  softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`topk`, and the log-sum-exp over the whole vocabulary.
+
+  Args:
+    hidden: As in `topk`.
+    embedding: As in `topk`.
+    k: As in `topk`.
+    partition: As in `topk`.
+    chunk_size: As in `topk`.
+    temperature: Divides the logits inside the log-sum-exp only; > 0, static.
+    softcap: As in `topk`.
+
+  Returns:
+    The logits and ids of `topk`, and log Σ exp(logits / temperature), `[...]`, float32.
 
   Raises:
     ValueError: If shapes disagree or a number is out of range.
@@ -215,8 +236,8 @@ def topk(
   embedding = jax.lax.stop_gradient(embedding)
 
   def of_chunk(hidden_CD):
-    logits_CV = _capped(_logits(hidden_CD, embedding), softcap)
-    values_CK, ids_CK = largest(logits_CV, k, spread)
+    logits_CV = head_logits(hidden_CD, embedding, softcap)
+    values_CK, ids_CK = sharded_top_k(logits_CV, k, partition)
     return values_CK, ids_CK, _logsumexp(logits_CV, temperature)
 
   hidden_ND = _flat(jax.lax.stop_gradient(hidden), 1)
@@ -224,53 +245,54 @@ def topk(
     x.reshape(jnp.shape(hidden)[:-1] + x.shape[1:])
     for x in _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), hidden_ND)
   )
-  return (values, ids, logsumexp) if return_logsumexp else (values, ids)
+  return values, ids, logsumexp
 
 
-def largest(
-  logits: jax.Array, k: int, spread: jax.P | None = None
+def sharded_top_k(
+  logits: jax.Array, k: int, partition: jax.P | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """`jax.lax.top_k`, each device looking at its own share of the logits.
+  """`jax.lax.top_k` in which each device searches its own shard of the logits.
 
-  Left to itself XLA gathers the axis that is looked through, and on CPUs the rows. Here
-  each device finds k candidates in its part of the vocabulary, and these are gathered.
+  By default XLA gathers the axis that is searched, and on CPUs the rows too. Here each
+  device finds k candidates in its part of the vocabulary, and only these are gathered.
 
   Args:
     logits: `[N, V]`.
-    k: How many, 1..V.
-    spread: The mesh axes of rows and vocabulary under `jax.set_mesh`, or None. An axis
-      that its devices do not divide is taken as whole.
+    k: Number of values to keep, 1..V.
+    partition: The mesh axes of rows and vocabulary under `jax.set_mesh`, or None. An
+      axis whose size the devices do not divide is treated as unsharded.
 
   Returns:
-    Values in descending order and their places, `[N, k]`; of equal values the first.
+    Values in descending order and their indices, both `[N, k]`. Of equal values the
+    first comes first.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if spread is None or mesh.empty:
+  if partition is None or mesh.empty:
     return jax.lax.top_k(logits, k)
   rows, vocabulary = (
     axes if size % _shares(mesh, axes) == 0 else None
-    for axes, size in zip(spread, logits.shape, strict=True)
+    for axes, size in zip(partition, logits.shape, strict=True)
   )
 
-  def own(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def of_shard(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     length = logits.shape[-1]
-    values, places = jax.lax.top_k(logits, min(k, length))
+    values, indices = jax.lax.top_k(logits, min(k, length))
     if vocabulary is None:
-      return values, places
-    places += length * jax.lax.axis_index(vocabulary)
-    # In the order of the parts, so that of equal values the first stays the first.
-    values, places = (
-      jax.lax.all_gather(x, vocabulary, axis=1, tiled=True) for x in (values, places)
+      return values, indices
+    indices += length * jax.lax.axis_index(vocabulary)
+    # In the order of the shards, so that the first of equal values stays first.
+    values, indices = (
+      jax.lax.all_gather(x, vocabulary, axis=1, tiled=True) for x in (values, indices)
     )
     values, chosen = jax.lax.top_k(values, k)
-    return values, jnp.take_along_axis(places, chosen, axis=1)
+    return values, jnp.take_along_axis(indices, chosen, axis=1)
 
-  found = jax.P(rows, None)
+  by_row = jax.P(rows, None)
   return jax.shard_map(
-    own,
+    of_shard,
     in_specs=jax.P(rows, vocabulary),
-    out_specs=(found, found),
-    check_vma=False,  # it takes what was gathered for different on each device
+    out_specs=(by_row, by_row),
+    check_vma=False,  # the check cannot see that gathered values are equal everywhere
   )(logits)
 
 
@@ -288,11 +310,11 @@ def kl_divergence(
   chunk_size: int | None = None,
   softcap: float | None = None,
 ) -> jax.Array:
-  """How far one head's distribution is from a reference's, over the whole vocabulary.
+  """KL divergence of a head from a reference head, over the whole vocabulary.
 
   .. math:: D_t = \\sum_v p^0_{tv} (\\log p^0_{tv} - \\log p_{tv})
 
-  A measure, not a loss: no gradient passes (`stop_gradient`).
+  This is a metric, not a loss: no gradient passes (`stop_gradient`).
 
   Args:
     hidden: Final hidden states of the model, `[..., D]`.
@@ -320,7 +342,7 @@ def kl_divergence(
 
   def of_chunk(hidden_CD, reference_CD):
     log_p, log_p0 = (
-      jax.nn.log_softmax(_capped(_logits(x, head), softcap))
+      jax.nn.log_softmax(head_logits(x, head, softcap))
       for x, head in ((hidden_CD, embedding), (reference_CD, reference_embedding))
     )
     return jnp.sum(jnp.exp(log_p0) * (log_p0 - log_p), axis=-1)
@@ -328,9 +350,9 @@ def kl_divergence(
   flat = (_flat(jax.lax.stop_gradient(x), 1) for x in (hidden, reference_hidden))
   embedding = jax.lax.stop_gradient(embedding)
   reference_embedding = jax.lax.stop_gradient(reference_embedding)
-  found_N = _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), *flat)
-  # Rounding may leave a distribution and itself a little below 0.
-  return jnp.maximum(found_N, 0.0).reshape(jnp.shape(hidden)[:-1])
+  kl_N = _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), *flat)
+  # Rounding may put the divergence of equal distributions a little below 0.
+  return jnp.maximum(kl_N, 0.0).reshape(jnp.shape(hidden)[:-1])
 
 
 def _gather(
@@ -355,7 +377,7 @@ def _logits_at(chunk, temperature, softcap, hidden_ND, embedding_VD, ids_NK):
   """Logits at ids `[N, K]` and log Σ exp(logits / temperature) `[N]`."""
 
   def of_chunk(hidden_CD, ids_CK):
-    logits_CV = _capped(_logits(hidden_CD, embedding_VD), softcap)
+    logits_CV = head_logits(hidden_CD, embedding_VD, softcap)
     at_ids_CK = jnp.take_along_axis(logits_CV, ids_CK, axis=1)
     return at_ids_CK, _logsumexp(logits_CV, temperature)
 
@@ -369,12 +391,12 @@ def _logits_at_forward(chunk, temperature, softcap, hidden_ND, embedding_VD, ids
 
 
 def _logits_at_backward(chunk, temperature, softcap, residuals, cotangents):
-  """Both gradients, block by block of the vocabulary (see the module's text)."""
+  """Both gradients, block by block of the vocabulary; see the module docstring."""
   hidden_ND, embedding_VD, ids_NK, logsumexp_N = residuals
   d_at_ids_NK, d_logsumexp_N = cotangents
   n_tokens, (vocabulary, width) = hidden_ND.shape[0], embedding_VD.shape
-  # A block takes some rows of every part, so that a vocabulary spread over devices, in
-  # as many parts or fewer, stays where it is.
+  # A block takes some rows of every part, so a vocabulary that is sharded over the
+  # devices, in as many parts or fewer, stays in place.
   parts = _devices() if vocabulary % _devices() == 0 else 1
   length = vocabulary // parts
   tile = chunk * length
@@ -387,22 +409,22 @@ def _logits_at_backward(chunk, temperature, softcap, residuals, cotangents):
 
   def of_block(carry, index):
     d_hidden_ND, d_embedding = carry
-    # The last block is moved back to end with the vocabulary: it writes some rows of
-    # the embedding's gradient a second time, the same, but must add to the hidden
-    # states' only what is new.
+    # The last block is moved back to end with the vocabulary. It writes some rows of
+    # the embedding's gradient twice, with equal values, but may add only its new rows
+    # to the gradient of the hidden states.
     start = jnp.minimum(index * block, length - block)
     rows = jax.lax.dynamic_slice_in_dim(embedding, start, block, axis=1)
     d_logits = jnp.zeros((n_tokens, parts, block), logsumexp_N.dtype)
     no_logsumexp = isinstance(d_logsumexp_N, SymbolicZero)
     if softcap or not no_logsumexp:
-      logits = _capped(dot("nd,pvd->npv", hidden_ND, rows), softcap)
+      logits_NPV = _capped(dot("nd,pvd->npv", hidden_ND, rows), softcap)
     if not no_logsumexp:
-      probs = jnp.exp(logits / temperature - logsumexp_N[:, None, None])
+      probs = jnp.exp(logits_NPV / temperature - logsumexp_N[:, None, None])
       d_logits = probs * (d_logsumexp_N / temperature)[:, None, None]
     if not isinstance(d_at_ids_NK, SymbolicZero):
       d_logits = _add_at(d_logits, ids_part_NK, ids_NK - start, d_at_ids_NK)
     if softcap:
-      d_logits *= 1.0 - jnp.square(logits / softcap)
+      d_logits *= 1.0 - jnp.square(logits_NPV / softcap)
     d_logits = d_logits.astype(jnp.result_type(hidden_ND, embedding_VD))
     is_new = start + jnp.arange(block) >= index * block
     new_rows = jnp.where(is_new[:, None], rows, 0)
@@ -428,7 +450,7 @@ _logits_at.defvjp(_logits_at_forward, _logits_at_backward, symbolic_zeros=True)
 def _add_at(
   d_logits: jax.Array, parts_NK: jax.Array, columns_NK: jax.Array, values_NK: jax.Array
 ):
-  """Adds values at columns of parts; those outside the block are dropped."""
+  """Adds values at the given columns and parts; drops those outside the block."""
   # A negative index would count from the end.
   columns_NK = jnp.where(columns_NK < 0, d_logits.shape[2], columns_NK)
   # Under vmap the token is a batch axis of the scatter, which stays sharded.
@@ -437,11 +459,6 @@ def _add_at(
       values, mode="drop"
     )
   )(d_logits, parts_NK, columns_NK, values_NK)
-
-
-def _logits(hidden_ND: jax.Array, embedding_VD: jax.Array) -> jax.Array:
-  dtype = jnp.promote_types(jnp.result_type(hidden_ND, embedding_VD), jnp.float32)
-  return jnp.einsum("nd,vd->nv", hidden_ND, embedding_VD, preferred_element_type=dtype)
 
 
 def _capped(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -459,24 +476,26 @@ def _chunk(chunk_size: int | None, vocabulary: int) -> int:
 
 
 def _devices() -> int:
-  """Devices among which the compiler shares out what is seen here: inside
-  `jax.shard_map` those of its axes have their share already."""
+  """Number of devices over which the compiler shards the arrays seen here.
+
+  Inside `jax.shard_map` its own axes do not count: they are sharded already.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   axes = zip(mesh.axis_sizes, mesh.axis_types)
   return math.prod(size for size, kind in axes if kind != AxisType.Manual)
 
 
 def _alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Arrays of which none is known to be the same on more devices than the others.
+  """Gives all arrays the varying axes of `jax.shard_map` that any of them has.
 
-  `jax.shard_map` checks that of a loop's carry, and of a gradient; to undo it there is
-  the sum over these devices. Elsewhere nothing happens.
+  `shard_map` requires this of a loop's carry and of a gradient; the transpose sums over
+  the added axes. Outside `shard_map` the arrays are returned unchanged.
   """
   varying = [_varying(x) for x in arrays]
-  every = frozenset[str]().union(*varying)
+  union = frozenset[str]().union(*varying)
   return tuple(
-    jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
-    for x, own in zip(arrays, varying)
+    jax.lax.pcast(x, tuple(union - axes), to="varying") if union - axes else x
+    for x, axes in zip(arrays, varying)
   )
 
 
@@ -487,14 +506,14 @@ def _varying(x: jax.Array) -> frozenset[str]:
 
 
 def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):
-  """Applies `f` to chunks of the leading axis, one after the other."""
+  """Applies `f` to chunks of the leading axis, one at a time."""
   n_tokens = arrays[0].shape[0]
   n_chunks = max(1, -(-n_tokens // chunk))
-  # A chunk that does not divide among the devices is computed whole by each of them.
-  spread = (
+  # Every device computes all of a chunk that does not divide among the devices.
+  divisible = (
     n for n in range(n_chunks, 2 * n_chunks) if n_tokens % (n * _devices()) == 0
   )
-  n_chunks = next(spread, n_chunks) if _devices() > 1 else n_chunks
+  n_chunks = next(divisible, n_chunks) if _devices() > 1 else n_chunks
   size = -(-n_tokens // n_chunks)
   padding = n_chunks * size - n_tokens
 
@@ -524,7 +543,7 @@ def _check(hidden, embedding, chunk_size, temperature, softcap) -> None:
   if jnp.ndim(embedding) != 2 or jnp.shape(hidden)[-1:] != jnp.shape(embedding)[1:]:
     raise ValueError(
       f"embedding has shape {jnp.shape(embedding)}, but hidden {jnp.shape(hidden)} "
-      "asks for [vocabulary, hidden's last size]"
+      "needs [vocabulary, last size of hidden]"
     )
   if chunk_size is not None and chunk_size < 1:
     raise ValueError(f"chunk_size={chunk_size} must be >= 1")
@@ -538,5 +557,5 @@ def _check_leading(name: str, leading: tuple[int, ...], hidden: jax.Array) -> No
   if leading != jnp.shape(hidden)[:-1]:
     raise ValueError(
       f"{name} has leading shape {leading}, but hidden {jnp.shape(hidden)} "
-      f"asks for {jnp.shape(hidden)[:-1]}"
+      f"needs {jnp.shape(hidden)[:-1]}"
     )

@@ -21,7 +21,13 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
 from raft_jax.storage import journal, records
-from raft_jax.training import checkpoint, setup, step_memory
+from raft_jax.training import (
+  checkpoint,
+  output_lock,
+  run_inputs,
+  run_plan,
+  step_memory,
+)
 from tests.helpers import short_run, tiny_run
 
 
@@ -33,19 +39,32 @@ def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     train.fit(settings)
   found = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-  counts = {name: found.count(name) for name in ("generate", "teach", "update")}
+  counts = {name: found.count(name) for name in ("generate", "score_teacher", "update")}
   # The update also with its gradients taken apart.
-  assert counts == {"generate": 1, "teach": 1, "update": 2}, found
+  assert counts == {"generate": 1, "score_teacher": 1, "update": 2}, found
 
 
 def test_when_the_gradients_are_taken_apart():
-  def steps(every, **when):
-    return [step for step in range(50) if train.measures(step, every, **when)]
+  def steps(every, *, early):
+    schedule = run_plan.StepSchedule(50, 10, every, early, None)
+    return [n for n in range(50) if run_plan.takes_gradient_stats(schedule, n)]
 
-  assert steps(20, soon=False) == [0, 20, 40]
-  assert steps(20, soon=True) == [0, 1, 2, 4, 8, 16, 20, 40]
-  assert steps(1, soon=True) == [*range(50)]
-  assert steps(0, soon=True) == []
+  assert steps(20, early=False) == [0, 20, 40]
+  assert steps(20, early=True) == [0, 1, 2, 4, 8, 16, 20, 40]
+  assert steps(1, early=True) == [*range(50)]
+  assert steps(0, early=True) == []
+
+
+def test_when_phases_are_timed_and_when_a_run_validates_and_saves():
+  schedule = run_plan.StepSchedule(
+    12, 5, 4, gradient_stats_early=False, validate_every=3
+  )
+  assert [n for n in range(12) if run_plan.times_phases(schedule, n)] == [2, 6, 10]
+  assert [n for n in range(1, 13) if run_plan.validates(schedule, n)] == [3, 6, 9, 12]
+  assert [n for n in range(1, 13) if run_plan.saves(schedule, n)] == [5, 10, 12]
+  never = schedule._replace(gradient_stats_every=0, validate_every=None)
+  assert not any(run_plan.times_phases(never, n) for n in range(12))
+  assert not any(run_plan.validates(never, n) for n in range(1, 13))
 
 
 def no_weights(*args, **kwargs):
@@ -302,17 +321,17 @@ def test_a_process_sees_whether_the_folder_is_the_first_ones(tmp_path, monkeypat
   monkeypatch.setattr(
     distributed, "exchange", lambda text: [text] if text.startswith("[") else said
   )
-  monkeypatch.setattr(train, "SEEN_WITHIN_S", 0.5)
+  monkeypatch.setattr(output_lock, "VISIBLE_WITHIN_S", 0.5)
   (tmp_path / "config").mkdir()
   (tmp_path / "config" / "train.yaml").touch()  # of an earlier try, alone
   with contextlib.ExitStack() as stack:
     with pytest.raises(errors.UserError, match="holds nothing of what process 0 wrote"):
-      train.enter(tmp_path, stack, leads=False)
+      output_lock.lock(tmp_path, stack, is_primary=False)
     written = threading.Timer(
       0.1, (tmp_path / ".train.holder").write_text, ["pid 5 on n0"]
     )
     written.start()
-    train.enter(tmp_path, stack, leads=False)
+    output_lock.lock(tmp_path, stack, is_primary=False)
 
 
 def test_micro_batches_work_without_distillation(tmp_path, source, law):
@@ -371,10 +390,11 @@ def test_answers_to_other_questions_than_the_file_has_now_are_refused(
     digest.update(refined_folder.question_bytes(question))
   short_run.write_refined(output, law, questions=digest.hexdigest())
   _, settings = short_run.make_config(output, source, law, f"data.questions={asked}")
-  assert setup.prepare(settings).total_steps == short_run.STEPS
+  plan, _ = run_inputs.prepare(settings)
+  assert plan.schedule.total_steps == short_run.STEPS
   asked.write_text(asked.read_text().replace("court", "tribunal"))
   with pytest.raises(errors.UserError, match=r"other questions than .* has now; run"):
-    setup.prepare(settings)
+    run_inputs.prepare(settings)
 
 
 def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, law):

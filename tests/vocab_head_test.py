@@ -102,8 +102,8 @@ def test_gather_equals_naive(use, chunk_size):
     return jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, embedding)
 
   got = run(
-    lambda h, e: vocab_head.gather(
-      h, e, ids, chunk_size=chunk_size, temperature=1.5, return_logsumexp=True
+    lambda h, e: vocab_head.gather_with_logsumexp(
+      h, e, ids, chunk_size=chunk_size, temperature=1.5
     )
   )
   expected = run(lambda h, e: _naive_gather(h, e, ids, 1.5))
@@ -124,14 +124,8 @@ def test_softcap_equals_naive(use):
     return jnp.take_along_axis(logits, ids, -1), logsumexp
 
   def ours(hidden, embedding):
-    return vocab_head.gather(
-      hidden,
-      embedding,
-      ids,
-      temperature=1.5,
-      softcap=2.0,
-      return_logsumexp=True,
-      chunk_size=4,
+    return vocab_head.gather_with_logsumexp(
+      hidden, embedding, ids, temperature=1.5, softcap=2.0, chunk_size=4
     )
 
   def run(f):
@@ -170,8 +164,8 @@ def test_repeated_ids_add_up():
 @LEADING
 def test_topk_equals_naive(leading, chunk_size):
   hidden, embedding, _, _ = _inputs(*leading)
-  values, ids, logsumexp = vocab_head.topk(
-    hidden, embedding, K, chunk_size=chunk_size, temperature=1.5, return_logsumexp=True
+  values, ids, logsumexp = vocab_head.topk_with_logsumexp(
+    hidden, embedding, K, chunk_size=chunk_size, temperature=1.5
   )
   logits = _naive_logits(hidden, embedding)
   expected_values, expected_ids = jax.lax.top_k(logits, K)
@@ -184,7 +178,7 @@ def test_topk_stops_gradients():
   hidden, embedding, _, _ = _inputs(6)
   gradients = jax.grad(
     lambda h, e: (
-      vocab_head.topk(h, e, 3, return_logsumexp=True)[2].sum()
+      vocab_head.topk_with_logsumexp(h, e, 3)[2].sum()
       + vocab_head.topk(h, e, 3)[0].sum()
     ),
     (0, 1),
@@ -194,8 +188,9 @@ def test_topk_stops_gradients():
 
 def test_temperature_of_cross_entropy():
   hidden, embedding, targets, _ = _inputs(6)
-  loss, logsumexp = vocab_head.cross_entropy(
-    hidden, embedding, targets, temperature=0.7, return_logsumexp=True
+  loss = vocab_head.cross_entropy(hidden, embedding, targets, temperature=0.7)
+  _, logsumexp = vocab_head.gather_with_logsumexp(
+    hidden, embedding, targets[..., None], temperature=0.7
   )
   logits = _naive_logits(hidden, embedding) / 0.7
   _assert_close(loss, losses.cross_entropy(logits, targets))
@@ -280,8 +275,8 @@ def test_vmap_and_jit_equal_plain():
   hidden, embedding, targets, ids = _inputs(4, 6)
 
   def total(hidden, embedding, targets, ids):
-    logits, logsumexp = vocab_head.gather(
-      hidden, embedding, ids, chunk_size=4, return_logsumexp=True
+    logits, logsumexp = vocab_head.gather_with_logsumexp(
+      hidden, embedding, ids, chunk_size=4
     )
     loss = vocab_head.cross_entropy(hidden, embedding, targets, chunk_size=4)
     return jnp.sum(logits**2) + jnp.sum(logsumexp) + jnp.sum(loss)
@@ -315,8 +310,8 @@ HIDDEN, EMBEDDING = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((N, D), (V, 
 TARGETS, IDS = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((N,), (N, 512)))
 PROGRAMS = {
   "cross_entropy": (vocab_head.cross_entropy, TARGETS),
-  "gather": (functools.partial(vocab_head.gather, return_logsumexp=True), IDS),
-  "topk": (lambda h, e, _: vocab_head.topk(h, e, 512, return_logsumexp=True), TARGETS),
+  "gather": (vocab_head.gather_with_logsumexp, IDS),
+  "topk": (lambda h, e, _: vocab_head.topk_with_logsumexp(h, e, 512), TARGETS),
   "cross_entropy_gradient": (
     jax.value_and_grad(
       lambda h, e, t: vocab_head.cross_entropy(h, e, t).mean(), (0, 1)
@@ -331,9 +326,7 @@ PROGRAMS = {
   ),
   "gather_and_logsumexp_gradient": (
     jax.value_and_grad(
-      lambda h, e, i: sum(
-        x.mean() for x in vocab_head.gather(h, e, i, return_logsumexp=True)
-      ),
+      lambda h, e, i: sum(x.mean() for x in vocab_head.gather_with_logsumexp(h, e, i)),
       (0, 1),
     ),
     IDS,
@@ -354,8 +347,8 @@ def test_stopped_logsumexp_skips_the_logits_of_the_backward_pass():
 
   def matmuls(stop):
     def total(hidden, embedding):
-      logits, logsumexp = vocab_head.gather(
-        hidden, embedding, ids, chunk_size=16, return_logsumexp=True
+      logits, logsumexp = vocab_head.gather_with_logsumexp(
+        hidden, embedding, ids, chunk_size=16
       )
       logsumexp = jax.lax.stop_gradient(logsumexp) if stop else logsumexp
       return logits.sum() + logsumexp.sum()
@@ -382,9 +375,7 @@ hidden = array((16, 64, 8), jnp.float32, "data")
 embedding = array((4096, 8), jnp.float32)
 ids = array((16, 64, 5), jnp.int32, "data")
 def total(hidden, embedding, ids):
-  results = vocab_head.gather(
-    hidden, embedding, ids, chunk_size=256, return_logsumexp=True
-  )
+  results = vocab_head.gather_with_logsumexp(hidden, embedding, ids, chunk_size=256)
   return sum(x.sum() for x in results)
 program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(hidden, embedding, ids)
 text = program.compile().as_text()
@@ -427,24 +418,25 @@ for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
   on_devices(4, code)
 
 
-def test_the_largest_of_spread_logits_are_those_of_the_whole():
+def test_the_top_k_of_sharded_logits_is_that_of_the_whole():
   """With ties across devices; sizes that do not divide stay whole on that axis."""
   code = """
 import jax, jax.numpy as jnp, numpy as np
 from raft_jax import vocab_head
 auto = (jax.sharding.AxisType.Auto,) * 3
 mesh = jax.make_mesh((2, 1, 4), ("data", "fsdp", "tensor"), axis_types=auto)
-spread = jax.P(("data", "fsdp"), "tensor")
+partition = jax.P(("data", "fsdp"), "tensor")
 rng = np.random.default_rng(0)
 whole = [((6, 64), k) for k in (5, 40, 64)]
 for shape, k in [*whole, ((5, 64), 7), ((6, 63), 7)]:
   logits = jnp.asarray(rng.integers(0, 9, shape), jnp.float32)
   expected = jax.lax.top_k(logits, k)
   with jax.set_mesh(mesh):
-    found = jax.jit(vocab_head.largest, static_argnums=(1, 2))(logits, k, spread)
+    top_k = jax.jit(vocab_head.sharded_top_k, static_argnums=(1, 2))
+    found = top_k(logits, k, partition)
   for ours, theirs in zip(found, expected):
     np.testing.assert_array_equal(ours, theirs, err_msg=str(shape))
-  for ours, theirs in zip(vocab_head.largest(logits, k, spread), expected):
+  for ours, theirs in zip(vocab_head.sharded_top_k(logits, k, partition), expected):
     np.testing.assert_array_equal(ours, theirs)
 """
   on_devices(8, code)
@@ -459,9 +451,9 @@ def test_bad_numbers_are_named(options, named):
   with pytest.raises(ValueError, match=named):
     vocab_head.cross_entropy(hidden, embedding, targets, **options)
   with pytest.raises(ValueError, match=named):
-    vocab_head.gather(hidden, embedding, ids, **options)
+    vocab_head.gather_with_logsumexp(hidden, embedding, ids, **options)
   with pytest.raises(ValueError, match=named):
-    vocab_head.topk(hidden, embedding, 2, **options)
+    vocab_head.topk_with_logsumexp(hidden, embedding, 2, **options)
 
 
 def test_bad_shapes_are_named():

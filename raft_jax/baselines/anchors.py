@@ -1,8 +1,8 @@
-"""Updates that stay near the base model, as optax transformations.
+"""Optax transformations that keep the parameters near the base model.
 
-Each takes θ₀ as the keyword `anchor`, so that one copy of it serves as teacher, anchor
-and base of pruning, and none lies in the optimizer's state or in its checkpoints. Where
-a transformation stands in the chain is part of its meaning: its docstring says.
+Each takes θ₀ as the keyword `anchor`, so one copy of it serves as teacher, anchor and
+base of pruning, and neither the optimizer's state nor its checkpoints hold another. The
+place of a transformation in the chain matters; its docstring states it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class PullState(NamedTuple):
   """State of the pulls to the anchor."""
 
   step: jax.Array  # shape=(), int32; updates made
-  importance: Any  # like the parameters, or () where all count alike
+  importance: Any  # like the parameters, or () for equal weights
 
 
 def add_pull(
@@ -33,9 +33,9 @@ def add_pull(
     \\Omega = \\frac\\lambda2 \\sum_j F_j (\\theta_j - \\theta_{0,j})^2
 
   F = 1 is L2-SP: Li, Grandvalet and Davoine, *Explicit Inductive Bias for Transfer
-  Learning*, arXiv 1802.01483. F a Fisher information is EWC: Kirkpatrick et al.,
-  *Overcoming catastrophic forgetting in neural networks*, arXiv 1612.00796. Stands
-  before Adam, which rescales it with the rest of the gradient.
+  Learning*, arXiv 1802.01483. With F a Fisher information it is EWC: Kirkpatrick et
+  al., *Overcoming catastrophic forgetting in neural networks*, arXiv 1612.00796. Stands
+  before Adam, which rescales it together with the gradient.
 
   Args:
     strength: λ >= 0, in units of the loss.
@@ -67,20 +67,20 @@ def add_pull(
 def shrink_to_anchor(
   schedule: optax.Schedule, strength: float, *, weighted: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-  """Draws what the optimizer made back to θ₀: the decoupled form of L2-SP and EWC.
+  """Pulls the updated parameters back to θ₀: the decoupled form of L2-SP and EWC.
 
   .. math::
     \\theta \\leftarrow \\theta' - \\frac{\\eta_t \\lambda F}{1 + \\eta_t \\lambda F}
     \\odot (\\theta' - \\theta_0), \\quad \\theta' = \\theta + u
 
-  with u the optimizer's update. It is the proximal step of the penalty of `add_pull`,
+  with u the optimizer's update. It is the proximal step of the penalty of `add_pull`:
   equal to u - ηλF(θ - θ₀) up to second order, and stable for any λF. Stands last, after
-  the learning rate. A decay of weights to 0 works against it.
+  the learning rate. Weight decay works against it.
 
   Args:
     schedule: Learning rate η by update.
-    strength: λ >= 0. A weight that nothing else moves keeps about exp(-Σ_t η_t λ F) of
-      its distance over a run.
+    strength: λ >= 0. Over a run, a weight that nothing else moves keeps about
+      exp(-Σ_t η_t λ F) of its distance.
     weighted: As in `add_pull`.
 
   Returns:
@@ -97,7 +97,7 @@ def shrink_to_anchor(
 
     def shrink(u, p, a, f):
       share = rate * f / (1 + rate * f)
-      # (p - a) first: next to p itself the update would lose its digits.
+      # (p - a) first: added to p itself, the small update would lose digits.
       return u - (share * ((p - a) + u)).astype(u.dtype)
 
     shrunk = _map(shrink, updates, params, anchor, _importance(state, params))
@@ -107,7 +107,7 @@ def shrink_to_anchor(
 
 
 def with_importance(state: PullState, importance: Any) -> PullState:
-  """The state with its F, stored as it was: float32 or bfloat16, and checkpointed."""
+  """The state with this F, in the dtypes that it had; checkpoints store it."""
   return state._replace(
     importance=jax.tree.map(
       lambda old, new: new.astype(old.dtype), state.importance, importance
@@ -139,7 +139,7 @@ def recadam(
   b2: float = 0.999,
   eps: float = 1e-6,
 ) -> optax.GradientTransformationExtraArgs:
-  """Adam whose objective anneals from staying at θ₀ to the task.
+  """Adam with an objective that anneals from staying at θ₀ to the task.
 
   .. math::
     \\theta' = \\theta - \\eta_t \\frac{\\sqrt{1 - \\beta_2^t}}{1 - \\beta_1^t}
@@ -148,16 +148,16 @@ def recadam(
       \\theta' - \\eta_t (1 - \\lambda(t)) \\gamma (\\theta' - \\theta_0)
 
   Chen et al., *Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less
-  Forgetting*, arXiv 2004.12651, in the form of its published code: λ stays out of the
-  moments and ε is added before the correction of their bias. Owns the learning rate;
-  takes the place of AdamW in the chain.
+  Forgetting*, arXiv 2004.12651, as in its published code: λ does not enter the moments,
+  and ε is added before the bias correction. Applies the learning rate itself and
+  replaces AdamW in the chain.
 
   Args:
     schedule: Learning rate η by update; η (1 - λ) γ must stay below 1, or the pull
       overshoots θ₀.
     annealing: λ by update, in 0..1; see `sigmoid_annealing`. λ = 1 is Adam.
     gamma: γ >= 0, strength of the pull.
-    weight_decay: Decoupled, of the parameters that `mask` marks.
+    weight_decay: Decoupled weight decay of the parameters that `mask` marks.
     mask: Parameters to a tree of bools; None marks all.
     b1: β₁, and `b2`: β₂, of the moments.
     eps: ε.
@@ -218,11 +218,11 @@ class AverageState(NamedTuple):
 
 
 def average_params(rate: float) -> optax.GradientTransformationExtraArgs:
-  """Keeps a moving average of the parameters, such as a teacher; updates pass.
+  """Keeps a moving average of the parameters, as for a teacher; updates pass unchanged.
 
   .. math:: \\phi \\leftarrow (1 - r) \\phi + r \\theta, \\quad \\phi_0 = \\theta_0
 
-  Stands last: θ is what this update makes. In bfloat16 a small r would be rounded away,
+  Stands last, so θ includes this update. In bfloat16 a small r would be rounded away,
   so the average is at least float32.
 
   Args:
@@ -267,7 +267,7 @@ def _importance(state: PullState, params: Any) -> Any:
 
 
 def _map(f: Callable[..., jax.Array], first: Any, *others: Any) -> Any:
-  """`jax.tree.map`; what `optax.masked` took out of the first tree stays out."""
+  """`jax.tree.map` that keeps the leaves which `optax.masked` left out."""
 
   def masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)

@@ -1,11 +1,11 @@
-"""Importance of attention heads and feed-forward units, and masks made of it (DAS).
+"""Importance of attention heads and feed-forward units, and masks made from it (DAS).
 
-Ke et al., *Continual Pre-training of Language Models*, ICLR 2023, arXiv 2302.03241: a
-unit whose gate moves the model's answers much is one that the model needs, and its
-parameters are updated less.
+Ke et al., *Continual Pre-training of Language Models*, ICLR 2023, arXiv 2302.03241: if
+the gate of a unit changes the model's answers much, the model needs the unit, and the
+unit's parameters are updated less.
 
-A gate multiplies what a unit gives to the next projection; as the projection is linear
-that is the same as multiplying its columns, so that no layer knows of gates.
+A gate multiplies the input that a unit gives to the next projection. The projection is
+linear, so multiplying its columns does the same, and no layer has to know about gates.
 
 Shapes: L layers, H query heads, N key/value heads, h head width, F units.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from raft_jax.models import sharding, transformer
 
 
 class Units(NamedTuple):
-  """One number for each unit: a gate, or an importance in 0..1."""
+  """One number per unit: a gate, or an importance in 0..1."""
 
   heads_LH: Array
   units_LF: Array
@@ -43,7 +43,7 @@ def ones(config: transformer.DecoderConfig) -> Units:
 def gated(
   params: transformer.Params, gates: Units, head_dim: int
 ) -> transformer.Params:
-  """The model whose heads and units are multiplied by their gates."""
+  """The model with its heads and units multiplied by their gates."""
   layers = params["layers"]
   columns_LI = jnp.repeat(gates.heads_LH, head_dim, axis=-1)
   return {
@@ -57,7 +57,7 @@ def gated(
 
 
 def dropped(key: Array, gates: Units, rate: float) -> Units:
-  """Gates of which a share `rate` is closed, the others opened to keep the mean."""
+  """Gates of which a share `rate` is closed and the rest scaled to keep the mean."""
 
   def drop(gate: Array, key: Array) -> Array:
     return gate * jax.random.bernoulli(key, 1 - rate, gate.shape) / (1 - rate)
@@ -75,43 +75,42 @@ def disagreement(
   settings: objective.Settings,
   rate: float,
 ) -> Array:
-  """KL of two passes that drop different units, mean over rows of means over tokens.
+  """KL divergence of two passes that drop different units.
 
   .. math:: L = KL(f^1(x) \\| f^2(x))
 
-  at every answer token, over the first pass's top K with the rest as one class. It asks
-  for nothing that the model was trained on: what the passes disagree about is what the
-  model knows.
+  at every answer token, over the top K of the first pass with the rest as one class;
+  the mean over rows of the mean over tokens. It needs none of the data that the model
+  was pretrained on: how much the passes disagree shows what the model knows.
 
   Args:
-    gates: where the gradient is taken; open ones.
+    gates: open gates, with respect to which the gradient is taken.
     params: the base model's.
-    batch: rows; the prompts and answers are read.
+    batch: rows, of which prompts and answers are read.
     key: of the two draws.
     settings: of the run.
     rate: share of units that a pass drops.
   """
-  nothing = objective.Trajectory(
-    jnp.zeros((len(batch.row_id_B), 0), jnp.int32),
-    jnp.zeros(len(batch.row_id_B), jnp.int32),
-  )
+  no_rollout = objective.empty_trajectory(len(batch.row_id_B))
   decoder = settings.decoder
 
-  def read(key: Array) -> tuple[Array, Array]:
-    own = gated(params, dropped(key, gates, rate), decoder.head_dim)
-    hidden_BAD, _ = objective.student_hidden(own, batch, nothing, settings)
-    return hidden_BAD, transformer.output_embedding(own).astype(settings.dtype)
+  def run_pass(key: Array) -> tuple[Array, Array]:
+    model = gated(params, dropped(key, gates, rate), decoder.head_dim)
+    hidden_BAD, _ = objective.student_hidden(model, batch, no_rollout, settings)
+    return hidden_BAD, transformer.output_embedding(model).astype(settings.dtype)
 
-  first, second = (read(own) for own in jax.random.split(key))
-  options: dict[str, Any] = {"softcap": decoder.logit_softcap, "return_logsumexp": True}
+  first, second = (run_pass(pass_key) for pass_key in jax.random.split(key))
+  softcap = decoder.logit_softcap
   top_k = min(settings.top_k, decoder.vocab_size)
-  spread = sharding.spec(("batch", "vocab"))
-  _, ids_BAK, _ = vocab_head.topk(*first, top_k, spread=spread, **options)
+  partition = sharding.spec(("batch", "vocab"))
+  _, ids_BAK = vocab_head.topk(*first, top_k, partition=partition, softcap=softcap)
   (p_BAK, p_sum_BA), (q_BAK, q_sum_BA) = (
-    vocab_head.gather(*one, ids_BAK, **options) for one in (first, second)
+    vocab_head.gather_with_logsumexp(*head, ids_BAK, softcap=softcap)
+    for head in (first, second)
   )
-  # As both sides carry the gradient, and `losses` has none for a teacher: KL(p || q) is
-  # that of p as the student of reverse KL, plus that of q as the student of forward KL.
+  # Both sides need a gradient, and `losses` gives none to a teacher. The gradient of
+  # KL(p || q) is that of reverse KL with p as the student, plus that of forward KL with
+  # q as the student.
   kl = functools.partial(losses.divergence_on_support, temperature=1.0)
   as_first = kl(
     p_BAK, q_BAK, kind="reverse", student_logsumexp=p_sum_BA, teacher_logsumexp=q_sum_BA
@@ -119,7 +118,7 @@ def disagreement(
   as_second = kl(
     q_BAK, p_BAK, kind="forward", student_logsumexp=q_sum_BA, teacher_logsumexp=p_sum_BA
   )
-  answer_BA = objective.columns(batch.answer_length_B, batch.answer_BA.shape[1])
+  answer_BA = objective.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   return losses.masked_mean(
     as_first + as_second - jax.lax.stop_gradient(as_second), answer_BA
   )
@@ -143,7 +142,7 @@ def importance(
 
   Args:
     params: the base model's.
-    batches: rows, each batch one n of the sum.
+    batches: each batch is one n of the sum.
     settings: of the run.
     rate: share of units that a pass drops.
     seed: of the draws.
@@ -165,29 +164,33 @@ def importance(
 
 
 def squashed(values_LU: Array) -> Array:
-  """|tanh| of the values, standardised in each layer; 0 where all are the same."""
+  """|tanh| of the values standardised within each layer; 0 if all values are equal."""
   gap_LU = values_LU - jnp.mean(values_LU, axis=-1, keepdims=True)
   spread_L1 = jnp.std(values_LU, axis=-1, keepdims=True)
   safe_L1 = jnp.where(spread_L1 > 0, spread_L1, 1.0)
   return jnp.abs(jnp.tanh(jnp.where(spread_L1 > 0, gap_LU / safe_L1, 0.0)))
 
 
-def masks(found: Units, config: transformer.DecoderConfig) -> dict[str, Array]:
-  """Kernel -> 1 - I, in the shape that multiplies its update.
+def masks(importance: Units, config: transformer.DecoderConfig) -> dict[str, Array]:
+  """Kernel -> 1 - I, in the shape that multiplies the kernel's update.
 
-  Rows of q by head, rows of k and v by the most important of the heads that they serve,
-  columns of o by head; rows of gate and up and columns of down by unit; biases as their
-  kernels. The rest of the model is left as it is.
+  Heads scale the rows of q and the columns of o; the most important of the heads that a
+  key/value head serves scales the rows of k and v. Units scale the rows of gate and up
+  and the columns of down. Biases go with their kernels. Other parameters have no mask.
   """
-  free = jax.tree.map(lambda values: 1 - values, found)
+  free = jax.tree.map(lambda values: 1 - values, importance)
   shared_LN = jnp.min(
     free.heads_LH.reshape(config.n_layers, config.n_kv_heads, -1), axis=-1
   )
   heads_LI = jnp.repeat(free.heads_LH, config.head_dim, axis=-1)
   keys_LI = jnp.repeat(shared_LN, config.head_dim, axis=-1)
   return {
-    **{"q": heads_LI[..., None], "k": keys_LI[..., None], "v": keys_LI[..., None]},
-    **{"q_bias": heads_LI, "k_bias": keys_LI, "v_bias": keys_LI},
+    "q": heads_LI[..., None],
+    "k": keys_LI[..., None],
+    "v": keys_LI[..., None],
+    "q_bias": heads_LI,
+    "k_bias": keys_LI,
+    "v_bias": keys_LI,
     "o": heads_LI[:, None, :],
     "gate": free.units_LF[..., None],
     "up": free.units_LF[..., None],
@@ -196,7 +199,7 @@ def masks(found: Units, config: transformer.DecoderConfig) -> dict[str, Array]:
 
 
 def soften(config: transformer.DecoderConfig) -> optax.GradientTransformationExtraArgs:
-  """Multiplies updates by 1 - I; its state is I, zeros until it is set.
+  """Multiplies updates by 1 - I. The state is I, which is 0 until it is set.
 
   Stands after Adam, which would undo a factor on the gradient.
   """

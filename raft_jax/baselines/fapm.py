@@ -1,4 +1,4 @@
-"""FAPM: after training, keep the tenth of the change that costs the base least.
+"""FAPM: after training, keeps the tenth of the change that hurts the base model least.
 
 Huang et al., *FAPM*, EMNLP 2025, arXiv 2509.08255.
 """
@@ -15,13 +15,13 @@ from raft_jax.models import transformer
 
 
 def scores(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
-  """How much a weight's change matters, less what it does to the base model.
+  """How much a weight's change matters, minus how much it harms the base model.
 
   .. math::
     S = |\\Delta| \\left(1 - \\frac{\\overline{|W_0|}}{|W_0|}\\right), \\quad
     \\Delta = W - W_0
 
-  with the mean over the tensor. A weight that was 0 scores minus infinity.
+  with the mean over the tensor. The score of a weight that was 0 is minus infinity.
 
   Args:
     base: W₀, float32.
@@ -39,12 +39,12 @@ def scores(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
 
 
 def prune_tensor(base: np.ndarray, tuned: np.ndarray, keep: float) -> np.ndarray:
-  """Takes the ⌊keep · n⌋ best scored entries from `tuned` and the others from `base`.
+  """Takes the ⌊keep · n⌋ best scored entries from `tuned`, the rest from `base`.
 
-  Equal scores go by their place, the first first.
+  Of equal scores the first entries are taken.
   """
   base, tuned = np.asarray(base), np.asarray(tuned)
-  # As printed: 0.29 of 100 entries are 29, though 0.29 * 100 is below it.
+  # Exact in decimal: 0.29 of 100 entries is 29, though 0.29 * 100 is less in floats.
   count = math.floor(fractions.Fraction(str(keep)) * base.size)
   if count == base.size:
     return tuned
@@ -61,16 +61,16 @@ def prune_tensor(base: np.ndarray, tuned: np.ndarray, keep: float) -> np.ndarray
 def prune(
   base: transformer.Params, tuned: transformer.Params, keep: float
 ) -> transformer.Params:
-  """A tuned model whose every tensor keeps ⌊keep · n⌋ of its changes.
+  """A tuned model in which every tensor keeps ⌊keep · n⌋ of its changes.
 
-  Tensors are those of the checkpoint on the hub, each layer's on its own, and tied
-  embeddings once; but of projections that a family fuses (Phi) each part is a tensor.
+  The tensors are those of the checkpoint on the hub: one per layer, and tied embeddings
+  once. If a family fuses projections (Phi), each part is a tensor of its own.
 
   Args:
     base: the model before training, float32.
     tuned: the model after it.
-    keep: share of each tensor that keeps its change, in 0..1: 1 is `tuned`, 0 `base`,
-      both bit for bit. The paper's is 0.1.
+    keep: share of each tensor that keeps its change, in 0..1. 1 gives `tuned` and 0
+      gives `base`, bit for bit. The paper uses 0.1.
 
   Returns:
     Parameters like `tuned`, on the host.

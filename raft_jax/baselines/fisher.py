@@ -1,10 +1,10 @@
-"""Fisher information of every parameter: how much the model's answers hang on it.
+"""Fisher information of every parameter: how much the model's answers depend on it.
 
 .. math::
   F_j = E_x E_{y \\sim p(\\cdot | x)} [(\\partial_j \\log p(y | x))^2]
 
-Its diagonal, as in Kirkpatrick et al., arXiv 1612.00796. The logarithm is of the whole
-answer: a sum over its tokens.
+This is the diagonal of the Fisher matrix, as in Kirkpatrick et al., arXiv 1612.00796.
+log p(y | x) is that of the whole answer: a sum over its tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from raft_jax.distillation import objective
 from raft_jax.models import sampling, transformer
 
 LARGEST = 1e3
-"""Bound of the normalised information: heavy tails would stop what they sit on."""
+"""Upper bound of the normalised information, whose tail is heavy: larger values would
+stop a parameter altogether."""
 
 
 def diagonal(
@@ -30,17 +31,17 @@ def diagonal(
   batches: Iterable[Any],
   size: int,
 ) -> Any:
-  """Mean over batches of B · ḡ², with ḡ the gradient of the batch's mean.
+  """The mean over batches of B · ḡ², with ḡ the gradient of a batch's mean.
 
-  Where the labels are drawn from the model itself the gradients of two rows are
-  independent and of mean 0, so that their product drops out and the value is unbiased
-  for any B. With given labels it is not: then B must be 1.
+  If the answers are sampled from the model itself, the gradients of two rows are
+  independent with mean 0, so their product vanishes and the estimate is unbiased for
+  any B. With given answers it is biased unless B is 1.
 
   Args:
     log_likelihood: (params, batch) -> mean over the batch's rows of log p(y | x).
-    params: where it is taken.
+    params: where the information is taken.
     batches: of equal size.
-    size: B.
+    size: B, rows of a batch.
 
   Returns:
     A tree like `params`, float32, >= 0.
@@ -61,8 +62,11 @@ def diagonal(
 
 
 def normalised(information: Any) -> Any:
-  """Divided by its mean over all parameters, so that a strength means the same for any
-  model, and bounded by `LARGEST`; all ones where there is no information at all."""
+  """Information divided by its mean over all parameters, at most `LARGEST`.
+
+  So a strength of the pull means the same for any model. All ones if the information is
+  0 everywhere.
+  """
   leaves = jax.tree.leaves(information)
   mean = sum(jnp.sum(leaf) for leaf in leaves) / sum(leaf.size for leaf in leaves)
   return jax.tree.map(
@@ -76,16 +80,14 @@ def normalised(information: Any) -> Any:
 def log_likelihood(
   params: transformer.Params, batch: batching.Batch, settings: objective.Settings
 ) -> jax.Array:
-  """Mean over rows of the log-probability of each whole answer, in nats."""
+  """The mean over rows of the log-probability of the whole answer, in nats."""
   rows = batch.answer_BA.shape[0]
-  nothing = objective.Trajectory(
-    jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32)
-  )
-  answer_BA = objective.columns(batch.answer_length_B, batch.answer_BA.shape[1])
+  no_rollout = objective.empty_trajectory(rows)
+  answer_BA = objective.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   weights = objective.Weights(answer_BA / rows, jnp.zeros((rows, 0)))
   settings = settings._replace(cross_entropy=True)
   terms, _ = objective.loss_terms(
-    params, batch, nothing, None, weights, settings=settings
+    params, batch, no_rollout, None, weights, settings=settings
   )
   return -terms["sft"]
 

@@ -1,7 +1,7 @@
-"""Which parameters a run may move: masks from names, layers or chance, and their use.
+"""Which parameters a run may change: masks by name, by layer or at random.
 
-Layers are stacked on axis 0, so a mask's leaf holds one number a layer, `[L, 1, ...]`,
-or one number for a parameter that is no layer's.
+Layers are stacked on axis 0, so a leaf of a mask holds one number per layer, `[L, 1,
+...]`, or one number for a parameter outside the layers.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ def by_name(shapes: Any, patterns: Sequence[str]) -> Any:
 
   Args:
     shapes: the parameter tree, or its shapes.
-    patterns: as in a shell, on names such as `embed`, `layers.3.q`: `layers.[0-9].*`.
+    patterns: shell patterns such as `layers.[0-9].*`, for names such as `embed` and
+      `layers.3.q`.
 
   Returns:
     A tree of float32 masks: 0 frozen, 1 free.
 
   Raises:
-    errors.UserError: a pattern matches nothing, or nothing is left to train.
+    errors.UserError: a pattern matches nothing, or all parameters are frozen.
   """
   unmatched = set(patterns)
 
   def frozen(name: str) -> bool:
-    found = {p for p in patterns if fnmatch.fnmatchcase(name, p)}
-    unmatched.difference_update(found)
-    return bool(found)
+    matching = {p for p in patterns if fnmatch.fnmatchcase(name, p)}
+    unmatched.difference_update(matching)
+    return bool(matching)
 
   mask = _each(shapes, lambda name, layer: 0.0 if frozen(name) else 1.0)
   if unmatched:
@@ -52,7 +53,7 @@ def by_name(shapes: Any, patterns: Sequence[str]) -> Any:
 
 
 def bottom(shapes: Any, layers: int) -> Any:
-  """Freezes the embedding and the lowest layers; a tied head is frozen with it."""
+  """Freezes the embedding (with a tied head) and the lowest layers."""
   return _each(
     shapes,
     lambda name, layer: float(name != "embed" if layer is None else layer >= layers),
@@ -60,12 +61,12 @@ def bottom(shapes: Any, layers: int) -> Any:
 
 
 def half(shapes: Any, seed: int) -> Any:
-  """Half fine-tuning: about half of every layer's parameters, drawn once a run.
+  """Half fine-tuning: trains about half of every layer, drawn once per run.
 
-  Free are 2 of the 4 attention projections of a layer; of the 3 feed-forward ones 2 in
-  a random half of the layers and 1 in the others; half of the norms; embedding and head
-  always. Hui et al., *HFT: Half Fine-Tuning for Large Language Models*,
-  arXiv 2404.18466. A projection's bias goes with it.
+  Trained are 2 of the 4 attention projections of each layer; 2 of its 3 feed-forward
+  projections in a random half of the layers, and 1 in the others; half of the norms;
+  and always the embedding and the head. The bias of a projection goes with it. Hui et
+  al., *HFT: Half Fine-Tuning for Large Language Models*, arXiv 2404.18466.
 
   Args:
     shapes: the parameter tree, or its shapes.
@@ -91,11 +92,11 @@ def half(shapes: Any, seed: int) -> Any:
 
 
 def scale(mask: Any) -> optax.GradientTransformationExtraArgs:
-  """Multiplies what passes by a mask.
+  """Multiplies the updates that pass by a mask.
 
-  Adam undoes a constant factor on a gradient, so that only a mask on the *updates*,
-  after Adam and decay, slows a parameter down; one of zeros keeps its bits. On the
-  gradients a mask decides what counts for clipping.
+  Adam undoes a constant factor on a gradient, so only a mask on the *updates*, after
+  Adam and decay, slows a parameter down; a mask of 0 keeps it bit for bit. A mask on
+  the gradients decides which of them count for the clipped norm.
 
   Args:
     mask: a tree like the parameters, of arrays that broadcast to them.
@@ -113,19 +114,8 @@ def scale(mask: Any) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def free_share(mask: Any, shapes: Any) -> float:
-  """Share of the parameters that a mask leaves free."""
-  free = jax.tree.map(
-    lambda m, s: np.broadcast_to(m, s.shape[:1] + (1,) * (m.ndim - 1)).mean() * s.size,
-    mask,
-    shapes,
-  )
-  total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-  return float(sum(jax.tree.leaves(free)) / total)
-
-
 def _each(shapes: Any, value: Any) -> Any:
-  """A mask by `value(name, layer)`; layer is None for what is no layer's."""
+  """A mask by `value(name, layer)`; layer is None outside the layers."""
 
   def leaf(path, shape):
     name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,30 +1,30 @@
-"""Adaptive replay: which general questions come back to a run, and when (MSSR).
+"""Adaptive replay: which general questions a run replays, and when (MSSR).
 
 OUR RECONSTRUCTION of memory-aware adaptive replay (MSSR, arXiv 2603.09892), whose
-equations were not to be had. Its abstract names the parts: a memory strength of each
-example that fades with time and grows with replay, growing intervals, a preference for
-what is remembered least, and losses and elapsed steps in the place of evaluations. The
-formulas are ours, after Ebbinghaus' curve of forgetting:
+equations were not available to us. Its abstract names the parts: each example has a
+memory strength that fades with time and grows with replay; intervals grow; what is
+remembered least is preferred; losses and elapsed steps replace evaluations. The
+formulas are ours, after Ebbinghaus' forgetting curve:
 
 .. math::
   R_i(t) = \\exp(-(t - t_i) / S_i), \\quad
   P_i \\propto (1 - R_i)^a (\\epsilon + \\max(0, l_i / l^0_i - 1))^b
 
-An example i has a strength S_i in steps, was last replayed at step t_i, and had the
-loss l^0_i under the base model; l_i is a moving average of its losses since. Once
-replayed at step t with a loss l,
+Example i has a strength S_i in steps, was last replayed at step t_i, and had the loss
+l^0_i under the base model; l_i is a moving average of its losses since then. After a
+replay at step t with a loss l,
 
 .. math::
   S_i \\leftarrow S_i (1 + g \\min(1, l^0_i / l)), \\quad t_i \\leftarrow t
 
-and the interval to the next event grows by a factor, or shrinks by it where the event's
+and the interval to the next event grows by a factor, or shrinks by it if the event's
 mean l / l^0 is above 1 + tolerance. With a = b = 0 and a factor of 1 this is uniform
 replay at a fixed interval.
 
-Memory is a value on the host. A step's losses are read after the next one was
-dispatched, so that devices never wait; intervals of 2 steps or more make sure that an
-event's losses are in before the next is drawn. What is replayed at step n is thus a
-function of the seed, n, and the losses of steps before n.
+The memory is a value on the host. The losses of a step are read after the next step was
+dispatched, so devices never wait; intervals of at least 2 steps ensure that an event's
+losses have been read before the next event is drawn. So what step n replays is a
+function of the seed, n, and the losses of the steps before n.
 
 Shapes: N examples that can be replayed, B rows of a batch.
 """
@@ -44,15 +44,15 @@ from raft_jax.data import batching
 Array = np.ndarray
 
 STRONGEST = 1e6
-"""Steps; a strength that went on doubling would overflow float32."""
+"""Upper bound of a strength in steps; without one, doubling would overflow float32."""
 LEAST_LOSS = 1e-6
-"""Nats; losses are divided by one another."""
+"""Nats; keeps the ratio of two losses finite."""
 _STREAM = 1
-"""Sets the draws apart from others of the same seed and step."""
+"""Separates these draws from others of the same seed and step."""
 
 
 class Memory(NamedTuple):
-  """What is known of the examples; a step's number counts from 1."""
+  """What is known about the examples; steps count from 1."""
 
   strength_N: Array  # float32, steps
   replayed_N: Array  # int32, the step of the last replay; 0: never
@@ -63,7 +63,7 @@ class Memory(NamedTuple):
 
 
 def fresh(first_N: Array, *, strength: float, interval: float) -> Memory:
-  """Before the first step, from the losses under the base model."""
+  """The memory before the first step, from the losses under the base model."""
   first_N = np.asarray(first_N, np.float32)
   return Memory(
     np.full(first_N.shape, strength, np.float32),
@@ -83,13 +83,13 @@ def probabilities(
   loss_exponent: float,
   floor: float,
 ) -> Array:
-  """P_i of the module's docstring, float64 [N], > 0 and of sum 1.
+  """P_i of the module docstring, float64 [N], > 0, with sum 1.
 
   Args:
-    now: the step's number, above that of every replay so far.
+    now: number of the step, greater than that of every replay so far.
     age_exponent: a.
     loss_exponent: b.
-    floor: epsilon, > 0: the weight of what was not forgotten at all.
+    floor: epsilon, > 0: the weight of an example that was not forgotten at all.
   """
   age_N = now - memory.replayed_N.astype(np.float64)
   forgotten_N = -np.expm1(-age_N / memory.strength_N)
@@ -99,7 +99,7 @@ def probabilities(
 
 
 def draw(probability_N: Array, count: int, *, seed: int, now: int) -> Array:
-  """Draws `count` different examples, one after another, by seed and step."""
+  """Draws `count` different examples without replacement, by seed and step."""
   rng = np.random.default_rng((seed, now, _STREAM))
   return rng.choice(len(probability_N), count, replace=False, p=probability_N)
 
@@ -117,17 +117,17 @@ def after(
   factor: float,
   longest: float,
 ) -> Memory:
-  """The memory once some examples were replayed.
+  """The memory after some examples were replayed.
 
   Args:
-    rows: their numbers, all different.
-    losses: theirs in this step, nats per token.
+    rows: numbers of the replayed examples, all different.
+    losses: their losses in this step, nats per token.
     growth: g.
     decay: of the moving averages of the losses.
     tolerance: the share by which the mean loss may rise before the interval shrinks.
-    interval: the shortest, also the first.
-    factor: by which it grows and shrinks, >= 1.
-    longest: its upper bound.
+    interval: the first interval, and the shortest.
+    factor: by which the interval grows and shrinks, >= 1.
+    longest: upper bound of the interval.
   """
   risen = ratios(losses, memory.first_N[rows])
   strength_N, replayed_N = memory.strength_N.copy(), memory.replayed_N.copy()
@@ -157,10 +157,10 @@ def ratios(losses: Array, first: Array) -> Array:
 
 
 def count(batch_size: int, share: float) -> int:
-  """How many rows of a batch make up `share` of it.
+  """How many rows make up `share` of a batch.
 
   Raises:
-    errors.UserError: that is no whole number; names the nearest shares that are.
+    errors.UserError: the number is not whole; names the nearest shares that are.
   """
   exact = share * batch_size
   if abs(exact - round(exact)) < 1e-6 * batch_size:
@@ -176,7 +176,7 @@ class Plan(NamedTuple):
   """What a run can replay, and how.
 
   Attributes:
-    rows: all of them; a row's number is its place here.
+    rows: all candidates; a row's number is its index here.
     size: rows of one event.
     widths: padded widths of the run's batches.
   """
@@ -189,52 +189,51 @@ class Plan(NamedTuple):
   widths: Sequence[tuple[int, int, int]]
 
 
-def plan(
-  config: schema.Config,
+def make_plan(
+  replay: schema.Replay | None,
   rows: Sequence[batching.Row],
   *,
+  batch_size: int,
+  seed: int,
   pad_id: int,
   widths: Sequence[tuple[int, int, int]],
 ) -> Plan | None:
-  """The adaptive replay that the config asks for, if any.
+  """The adaptive replay of the `replay` section, or None.
 
   Raises:
     errors.UserError: there are fewer rows than one event takes.
   """
-  if not adaptive(config):
+  if replay is None or not is_adaptive(replay):
     return None
-  assert config.replay is not None
-  assert config.replay.adaptive is not None
-  wanted = count(config.train.batch_size, config.replay.share)
-  if len(rows) < wanted:
+  assert replay.adaptive is not None
+  size = count(batch_size, replay.share)
+  if len(rows) < size:
     raise errors.UserError(
-      f"replay.questions: {len(rows)} rows are fewer than the {wanted} of one event; "
+      f"replay.questions: {len(rows)} rows are fewer than the {size} of one event; "
       "give more of them, or lower replay.share"
     )
-  settings = config.replay.adaptive
-  return Plan(rows, wanted, settings, config.train.seed, pad_id, widths)
+  return Plan(rows, size, replay.adaptive, seed, pad_id, widths)
 
 
-def adaptive(config: schema.Config) -> bool:
-  """Whether a run replays by what it forgets; a share of 0 replays nothing at all."""
-  replay = config.replay
+def is_adaptive(replay: schema.Replay | None) -> bool:
+  """Whether a run replays adaptively; with a share of 0 it replays nothing at all."""
   return replay is not None and replay.adaptive is not None and replay.share > 0
 
 
 class Replayer:
-  """Mixes replayed rows into batches, and keeps the memory of them.
+  """Mixes replayed rows into batches, and updates the memory of them.
 
   Attributes:
-    memory: as of the last step that was observed.
+    memory: after the last step that was observed.
   """
 
   def __init__(self, plan: Plan, memory: Memory):
     self.memory = memory
     self._plan = plan
-    self._drawn: tuple[int, Array] | None = None  # not observed yet
+    self._drawn: tuple[int, Array] | None = None  # drawn, but not observed yet
 
   def mix(self, step: int, batch: batching.Batch) -> batching.Batch:
-    """The batch of a step, counted from 0: in an event its last rows are replayed."""
+    """The batch of a step, counted from 0; an event replaces its last rows."""
     settings = self._plan.settings
     if step + 1 != self.memory.due:
       return batch
@@ -253,7 +252,7 @@ class Replayer:
     )
 
   def observe(self, step: int, loss_B: Array) -> dict[str, float]:
-    """Takes in a step's losses by row; gives what is worth logging of an event."""
+    """Updates the memory with a step's losses by row; returns an event's metrics."""
     if self._drawn is None or self._drawn[0] != step:
       return {}
     chosen, settings = self._drawn[1], self._plan.settings

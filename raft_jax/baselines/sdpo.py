@@ -1,9 +1,10 @@
-"""Teachers among a question's own rollouts (SDPO): one that succeeded shows the others.
+"""Teacher contexts from a question's own rollouts (SDPO).
 
+The teacher of each rollout reads another rollout of the same question that succeeded.
 Hübotter et al., "Reinforcement Learning via Self-Distillation", arXiv 2601.20802. The
-reward of an open question is ours: ROUGE-L with its answer. Texts are scored on the
-host between rollout and teacher, so that every step waits for its rollouts once; the
-work is a function of tokens and answers alone, and a resumed run repeats it.
+reward of an open question is ours: ROUGE-L against its answer. The host scores the
+texts between rollout and teacher, so every step waits once for its rollouts. The work
+is a function of tokens and answers alone, so a resumed run repeats it.
 """
 
 from __future__ import annotations
@@ -21,29 +22,43 @@ from raft_jax.models import sharding
 from raft_jax.runtime import distributed
 
 
-class Instructed(NamedTuple):
-  """What the teacher reads, what is compared, and what is worth logging.
+class Siblings(NamedTuple):
+  """When a rollout serves as context for the others of its question.
+
+  Attributes:
+    group: rollouts of each question.
+    success: least ROUGE-L F1 with the answer; a text without words never succeeds.
+    max_tokens: longest context; a row whose context would be longer has none.
+  """
+
+  group: int
+  success: float
+  max_tokens: int
+
+
+class TeacherContext(NamedTuple):
+  """A batch and its rollouts, with the contexts that the teacher reads.
 
   Attributes:
     batch: with each row's teacher context.
-    trajectory: of length 0 where no other rollout succeeded.
-    told: scalars to log.
+    trajectory: with length 0 for rows of which no other rollout succeeded.
+    metrics: scalars to log.
   """
 
   batch: batching.Batch
   trajectory: objective.Trajectory
-  told: dict[str, float]
+  metrics: dict[str, float]
 
 
 def first_other_success(success_N: np.ndarray, group: int) -> np.ndarray:
-  """Index of the first rollout of each one's group, itself aside, that succeeded.
+  """For each rollout, the index of the first other one of its group that succeeded.
 
   Args:
-    success_N: bool, groups one after another.
+    success_N: bool, one group after another.
     group: rollouts of each question.
 
   Returns:
-    int [N], -1 where there is none.
+    int [N], -1 if there is none.
   """
   success_QG = success_N.reshape(-1, group)
   other_QGG = success_QG[:, None, :] & ~np.eye(group, dtype=bool)
@@ -51,69 +66,69 @@ def first_other_success(success_N: np.ndarray, group: int) -> np.ndarray:
   return np.where(other_QGG.any(-1), first_QG, -1).reshape(-1)
 
 
-def _said(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
-  """The answer in a rollout, which is empty where its thinking never ended."""
+def _answer(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
+  """The answer in a rollout; empty if its thinking never ended."""
   marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
-  said = thinking.answer(thinking.decode(tokenizer, ids), marks).strip()
-  return "" if thinking.left_in(said) else said
+  text = thinking.answer(thinking.decode(tokenizer, ids), marks).strip()
+  return "" if thinking.left_in(text) else text
 
 
-def instruct(
+def build_teacher_context(
   batch: batching.Batch,
   trajectory: objective.Trajectory,
   *,
   tokenizer: chat.ChatTokenizer,
-  asked: Mapping[int, batching.Conversation],
-  group: int,
-  success: float,
-  max_tokens: int,
-) -> Instructed:
-  """Gives each rollout a teacher that reads a successful other one of its question.
+  questions_by_row: Mapping[int, batching.Conversation],
+  siblings: Siblings,
+) -> TeacherContext:
+  """Gives the teacher of each rollout a successful sibling to read.
+
+  Contexts are padded to `siblings.max_tokens`, so that every step has one shape.
 
   Args:
-    batch: rows of a question one after another; their contexts are not read.
+    batch: the rows of each question one after another; their contexts are not read.
     trajectory: their rollouts.
-    asked: messages and answer by row id, of the rows before they were copied.
-    group: rollouts of each question.
-    success: least ROUGE-L F1 with the answer; a text without words never succeeds.
-    max_tokens: budget of a context; a longer one counts as none. Contexts are as wide
-      as it, so that nothing compiles anew.
+    tokenizer: tokenizer and chat template.
+    questions_by_row: messages and answer by row id, before rows were copied.
+    siblings: of the run.
   """
   tokens_BR, length_B, row_id_B = distributed.whole(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
-    _said(tokenizer, row[:length].tolist()) for row, length in zip(tokens_BR, length_B)
+    _answer(tokenizer, row[:length].tolist())
+    for row, length in zip(tokens_BR, length_B)
   ]
-  source = [asked[int(row_id) // group] for row_id in row_id_B]
+  questions = [questions_by_row[int(row_id) // siblings.group] for row_id in row_id_B]
   reward_B = np.array(
-    [rouge.rouge_l(answer, found) for (_, answer), found in zip(source, texts)]
+    [rouge.rouge_l(answer, text) for (_, answer), text in zip(questions, texts)]
   )
-  success_B = (reward_B >= success) & np.array([bool(found) for found in texts])
-  width = batching.padded_width(max_tokens)
+  success_B = (reward_B >= siblings.success) & np.array([bool(text) for text in texts])
+  width = batching.padded_width(siblings.max_tokens)
   context_BC = np.full((len(texts), width), tokenizer.pad_id, np.int32)
-  context_length_B = np.ones(len(texts), np.int32)  # a row without context reads a pad
+  # The context of a row without one is a single pad token.
+  context_length_B = np.ones(len(texts), np.int32)
   taught_B = np.zeros(len(texts), bool)
-  for row, sibling in enumerate(first_other_success(success_B, group)):
+  for row, sibling in enumerate(first_other_success(success_B, siblings.group)):
     if sibling < 0:
       continue
-    ids = chat.teacher_ids(tokenizer, source[row][0], texts[sibling], "sibling")
-    if len(ids) <= max_tokens:
+    ids = chat.teacher_ids(tokenizer, questions[row][0], texts[sibling], "sibling")
+    if len(ids) <= siblings.max_tokens:
       context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
       taught_B[row] = True
-  # Every process has scored all rows, and alike; each places its own.
+  # Every process has scored all rows and places those of its own devices.
   context_BC, context_length_B, compared_B = sharding.spread(
     batch.row_id_B.sharding,
     (context_BC, context_length_B, np.where(taught_B, length_B, 0)),
   )
-  return Instructed(
+  return TeacherContext(
     batch._replace(teacher_BC=context_BC, teacher_length_B=context_length_B),
     trajectory._replace(length_B=compared_B),
     {
       "reward": float(reward_B.mean()),
       "rollout_success": float(success_B.mean()),
       "rollout_taught": float(taught_B.mean()),
-      # Of all rollouts, where the update saw those that are compared.
+      # These two replace the update's, which count only the compared rollouts.
       "rollout_length": float(length_B.mean()),
       "rollout_empty": float((length_B == 0).mean()),
     },

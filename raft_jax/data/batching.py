@@ -7,7 +7,7 @@ number, on any number of hosts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -15,6 +15,7 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.hf import chat
+from raft_jax.models import transformer
 from raft_jax.storage import records, rejects
 
 Array = Any
@@ -172,6 +173,28 @@ def _over_budget(
     f"{total} rows are over a budget); set {remedy} to fit all, or data.too_long=skip "
     "to leave them out"
   )
+
+
+def check_positions(
+  longest: Mapping[str, int], source: str, decoder: transformer.DecoderConfig
+) -> None:
+  """Checks that the longest rows fit into the positions of a model.
+
+  Args:
+    longest: tokens of the longest row, with its answer, by the config keys that set it.
+    source: the model's name.
+    decoder: the model's network.
+
+  Raises:
+    errors.UserError: a row is too long.
+  """
+  for keys, tokens in longest.items():
+    if tokens > decoder.max_positions:
+      raise errors.UserError(
+        f"{keys}: the longest row has {tokens} tokens with its answer, but {source} "
+        f"was made for {decoder.max_positions}; lower these keys (with "
+        "data.too_long=skip if questions then exceed data.max_*_tokens)"
+      )
 
 
 def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[Widths]:

@@ -1,9 +1,9 @@
 """The two losses of a step, as functions of the parameters.
 
 The student reads one packed row per example, [prompt | answer | trajectory], in which
-the trajectory cannot see the answer: the prompt is computed once for both losses. The
-teacher reads [its context | trajectory]. Hidden states are taken only where a loss
-reads them, and no [tokens, vocabulary] array exists.
+the trajectory cannot attend to the answer, so the prompt is computed once for both
+losses. The teacher reads [its context | trajectory]. The head is applied only at the
+tokens that a loss reads, and no [tokens, vocabulary] array exists.
 
 Shapes: B rows, P prompt width, A answer width, C teacher context width, R trajectory
 width, K support size, D model width.
@@ -11,11 +11,11 @@ width, K support size, D model width.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from raft_jax import losses, vocab_head
@@ -24,7 +24,14 @@ from raft_jax.models import sampling, sharding, transformer
 
 
 class Settings(NamedTuple):
-  """What is fixed for a run; hashable, so that it can be static under jit."""
+  """The values of a step that are fixed for a run; hashable, hence static under jit.
+
+  Attributes:
+    rollout_unroll: layers per iteration of the sampler's scan over layers.
+    beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
+    teacher_decoder: the teacher's network, if it differs from the student's.
+    row_losses: whether a step also returns the cross-entropy of each row.
+  """
 
   decoder: transformer.DecoderConfig
   eos_ids: tuple[int, ...]
@@ -51,45 +58,60 @@ class Settings(NamedTuple):
 
   @property
   def mass_temperature(self) -> float:
-    """Of the probability mass on the support: the tail bucket needs it at the loss's
-    temperature; otherwise it is only logged, for the distribution that is sampled."""
+    """Temperature of the probability mass on the support.
+
+    The tail bucket needs the temperature of the loss. Otherwise the mass is only
+    logged, for the distribution that the rollouts are sampled from.
+    """
     return self.temperature if self.tail == "bucket" else 1.0
 
   @property
-  def watch(self) -> int:
-    """How many of the sampler's most probable tokens a step reads; 0: nothing."""
+  def sampler_top_k(self) -> int:
+    """How many of the sampler's most probable tokens a step reads; 0 for none."""
     if self.support == "student":
       return self.top_k
     return int(self.max_importance is not None)
 
 
 class Trajectory(NamedTuple):
-  """The tokens on which student and teacher are compared."""
+  """The tokens on which student and teacher are compared.
 
-  tokens_BR: Any  # int32
-  length_B: Any  # int32, 0 where there is nothing to compare
-  seen: sampling.Seen | None = None  # by the sampler, where a step reads it
+  Attributes:
+    tokens_BR: int32.
+    length_B: int32; 0 for a row on which nothing is compared.
+    sampler_stats: the sampler's most probable tokens, if the loss reads them.
+  """
+
+  tokens_BR: Any
+  length_B: Any
+  sampler_stats: sampling.Seen | None = None
+
+
+def empty_trajectory(rows: int) -> Trajectory:
+  """A trajectory without tokens, for losses that only read the answers."""
+  return Trajectory(np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32))
 
 
 class Support(NamedTuple):
-  """The tokens to compare at each position of a trajectory, and how likely they are to
-  the teacher."""
+  """The tokens to compare at each position, and the teacher's logits for them."""
 
   logits_BRK: Array  # float32
   ids_BRK: Array  # int32
   logsumexp_BR: Array  # float32, over the whole vocabulary
 
 
-def columns(length_B: Array, width: int) -> Array:
+def length_mask(length_B: Array, width: int) -> Array:
   """[B, width]: True on the first `length` columns of each row."""
   return jnp.arange(width) < length_B[:, None]
 
 
-def read(hidden_BTD: Array, last_B: Array, start: int, count: int) -> Array:
-  """Hidden states that predict a segment's tokens.
+def predictive_hidden(
+  hidden_BTD: Array, last_B: Array, start: int, count: int
+) -> Array:
+  """Hidden states that predict the `count` tokens of a segment, [B, count, D].
 
-  The first token of the segment is predicted from `last_B`, the last token before it;
-  token i from token i - 1, which sits at column start + i - 1.
+  Column `last_B` of each row, its last token before the segment, predicts the first
+  token. Token i - 1, at column start + i - 1, predicts token i.
   """
   if not count:
     return hidden_BTD[:, :0]
@@ -98,7 +120,7 @@ def read(hidden_BTD: Array, last_B: Array, start: int, count: int) -> Array:
   return jnp.concatenate([first_B1D, rest], axis=1)
 
 
-def teach(
+def score_teacher(
   teacher_params: transformer.Params,
   context_BC: Array,
   context_length_B: Array,
@@ -106,11 +128,12 @@ def teach(
   *,
   settings: Settings,
 ) -> Support:
-  """The teacher reads its context and the trajectory and scores the K tokens there."""
+  """The teacher reads its context and the trajectory, and scores K tokens of each."""
   width, steps = context_BC.shape[1], trajectory.tokens_BR.shape[1]
   tokens_BT = jnp.concatenate([context_BC, trajectory.tokens_BR], axis=1)
   valid_BT = jnp.concatenate(
-    [columns(context_length_B, width), columns(trajectory.length_B, steps)], axis=1
+    [length_mask(context_length_B, width), length_mask(trajectory.length_B, steps)],
+    axis=1,
   )
   decoder = settings.teacher_decoder or settings.decoder
   hidden_BTD, _ = transformer.forward(
@@ -123,8 +146,8 @@ def teach(
     unroll=settings.unroll,
     implementation=settings.attention,
   )
-  return name_support(
-    read(hidden_BTD, context_length_B - 1, width, steps),
+  return teacher_support(
+    predictive_hidden(hidden_BTD, context_length_B - 1, width, steps),
     transformer.gathered_head(teacher_params, settings.dtype),
     trajectory,
     softcap=decoder.logit_softcap,
@@ -132,7 +155,7 @@ def teach(
   )
 
 
-def name_support(
+def teacher_support(
   hidden_BRD: Array,
   embedding_VD: Array,
   trajectory: Trajectory,
@@ -140,27 +163,25 @@ def name_support(
   softcap: float | None,
   settings: Settings,
 ) -> Support:
-  """The top K tokens of the teacher's head, or its logits at those of the student."""
+  """The teacher's logits at its own top K tokens, or at those of the student."""
   if settings.support == "student":
-    assert trajectory.seen is not None
-    ids_BRK = trajectory.seen.ids_BRK
-    logits_BRK, logsumexp_BR = vocab_head.gather(
+    assert trajectory.sampler_stats is not None
+    ids_BRK = trajectory.sampler_stats.ids_BRK
+    logits_BRK, logsumexp_BR = vocab_head.gather_with_logsumexp(
       hidden_BRD,
       embedding_VD,
       ids_BRK,
       temperature=settings.mass_temperature,
       softcap=softcap,
-      return_logsumexp=True,
     )
     return Support(logits_BRK, ids_BRK, logsumexp_BR)
-  logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk(
+  logits_BRK, ids_BRK, logsumexp_BR = vocab_head.topk_with_logsumexp(
     hidden_BRD,
     embedding_VD,
     settings.top_k,
-    spread=sharding.spec(("batch", "vocab")),
+    partition=sharding.spec(("batch", "vocab")),
     temperature=settings.mass_temperature,
     softcap=softcap,
-    return_logsumexp=True,
   )
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
 
@@ -177,9 +198,9 @@ def student_hidden(
   tokens_BT = jnp.concatenate(
     [batch.prompt_BP, batch.answer_BA, trajectory.tokens_BR], axis=1
   )
-  prompt_BP = columns(batch.prompt_length_B, prompt_width)
-  answer_BA = columns(batch.answer_length_B, answer_width)
-  rollout_BR = columns(trajectory.length_B, steps)
+  prompt_BP = length_mask(batch.prompt_length_B, prompt_width)
+  answer_BA = length_mask(batch.answer_length_B, answer_width)
+  rollout_BR = length_mask(trajectory.length_B, steps)
   valid_BT = jnp.concatenate([prompt_BP, answer_BA, rollout_BR], axis=1)
   # Answer and trajectory both continue the prompt, so their positions start alike.
   after_prompt_B1 = batch.prompt_length_B[:, None]
@@ -209,13 +230,15 @@ def student_hidden(
     implementation=settings.attention,
   )
   last_B = batch.prompt_length_B - 1
-  answer_BAD = read(hidden_BTD, last_B, prompt_width, answer_width)
-  rollout_BRD = read(hidden_BTD, last_B, prompt_width + answer_width, steps)
+  answer_BAD = predictive_hidden(hidden_BTD, last_B, prompt_width, answer_width)
+  rollout_BRD = predictive_hidden(
+    hidden_BTD, last_B, prompt_width + answer_width, steps
+  )
   return answer_BAD, rollout_BRD
 
 
 class Weights(NamedTuple):
-  """Weights of every token in the two mean losses; each sums to 1, or to 0."""
+  """The weight of every token in the two mean losses; each array sums to 1 or 0."""
 
   sft_BA: Array
   kd_BR: Array
@@ -224,8 +247,8 @@ class Weights(NamedTuple):
 def token_weights(
   batch: batching.Batch, trajectory: Trajectory, settings: Settings
 ) -> Weights:
-  """Weights over the whole batch, so that a split batch gives the same losses."""
-  answer_BA = columns(batch.answer_length_B, batch.answer_BA.shape[1])
+  """Token weights of the whole batch, so that micro-batches add up to its losses."""
+  answer_BA = length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   answer_BA &= settings.cross_entropy
   return Weights(
     losses.mean_weights(answer_BA, per=settings.loss_mean),
@@ -235,7 +258,7 @@ def token_weights(
 
 def kd_mask(trajectory: Trajectory, settings: Settings) -> Array:
   """[B, R]: True on the tokens that the distillation loss counts."""
-  kd_BR = columns(trajectory.length_B, trajectory.tokens_BR.shape[1])
+  kd_BR = length_mask(trajectory.length_B, trajectory.tokens_BR.shape[1])
   kd_BR &= jnp.arange(kd_BR.shape[1]) >= settings.skip_first
   if settings.mask_eos:
     kd_BR &= ~jnp.isin(trajectory.tokens_BR, jnp.array(settings.eos_ids))
@@ -251,10 +274,18 @@ def loss_terms(
   *,
   settings: Settings,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Both losses (their share of the whole batch's mean) and what is worth logging.
+  """Both losses of a (micro-)batch, as its share of the whole batch's means.
 
-  Without a `support` there is nothing to distil and `kd` is 0; without cross-entropy
-  the answer is not even read.
+  Args:
+    params: the student's, as `transformer.forward` reads them.
+    batch: rows; without `settings.cross_entropy` their answers are not read.
+    trajectory: of the same rows.
+    support: from `score_teacher`; None makes the `kd` loss 0.
+    weights: from `token_weights` of the whole batch.
+    settings: of the run.
+
+  Returns:
+    `{"sft": ..., "kd": ...}`, and auxiliary values to log, without gradient.
   """
   if not settings.cross_entropy:
     batch = batch._replace(answer_BA=batch.answer_BA[:, :0])
@@ -267,34 +298,34 @@ def loss_terms(
       answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
     )
     terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
-  rows = {}
+  row_aux = {}
   if settings.row_losses:
-    rows[ROWS] = jax.lax.stop_gradient(mean_by_row(nll_BA, batch.answer_length_B))
+    row_nll_B = mean_by_row(nll_BA, batch.answer_length_B)
+    row_aux[ROW_LOSSES] = jax.lax.stop_gradient(row_nll_B)
   if support is None:
-    return terms, rows
-  terms["kd"], seen = distillation(
+    return terms, row_aux
+  terms["kd"], aux = distillation_loss(
     rollout_BRD, embedding_VD, trajectory, support, weights.kd_BR, settings=settings
   )
-  return terms, seen | rows
+  return terms, aux | row_aux
 
 
-ROWS = "row_loss_B"
-"""Name of each row's cross-entropy among what a step leaves behind."""
+ROW_LOSSES = "row_loss_B"
+"""Key of the rows' cross-entropies among the auxiliary values."""
 
 
 def mean_by_row(nll_BA: Array, length_B: Array) -> Array:
-  """[B]: mean over the tokens of each answer."""
-  valid_BA = columns(length_B, nll_BA.shape[1])
+  """[B]: the mean over the tokens of each answer."""
+  valid_BA = length_mask(length_B, nll_BA.shape[1])
   return jnp.sum(jnp.where(valid_BA, nll_BA, 0), axis=1) / jnp.maximum(length_B, 1)
 
 
 def row_losses(
   params: transformer.Params, batch: batching.Batch, settings: Settings
 ) -> Array:
-  """[B]: each answer's cross-entropy in nats per token; no gradient is taken."""
-  rows = batch.answer_BA.shape[0]
-  nothing = Trajectory(jnp.zeros((rows, 0), jnp.int32), jnp.zeros(rows, jnp.int32))
-  answer_BAD, _ = student_hidden(params, batch, nothing, settings)
+  """[B]: each answer's cross-entropy in nats per token."""
+  no_rollout = empty_trajectory(batch.answer_BA.shape[0])
+  answer_BAD, _ = student_hidden(params, batch, no_rollout, settings)
   nll_BA = vocab_head.cross_entropy(
     answer_BAD,
     transformer.gathered_head(params, settings.dtype),
@@ -304,7 +335,7 @@ def row_losses(
   return sharding.everywhere(mean_by_row(nll_BA, batch.answer_length_B))
 
 
-def distillation(
+def distillation_loss(
   hidden_BRD: Array,
   embedding_VD: Array,
   trajectory: Trajectory,
@@ -313,31 +344,19 @@ def distillation(
   *,
   settings: Settings,
 ) -> tuple[Array, dict[str, Array]]:
-  """The weighted divergence of the student's head from the teacher's support.
+  """The divergence of student and teacher on the support, and its auxiliary values.
 
-  Raises:
-    ValueError: If it weighs by importance and `mass_temperature` is not 1: rollouts are
-      compared as they were sampled.
+  Args:
+    hidden_BRD: the student's hidden states that predict the trajectory.
+    embedding_VD: the student's output embedding.
+    trajectory: the compared tokens.
+    support: from `score_teacher`.
+    weight_BR: from `token_weights`.
+    settings: of the run.
   """
-  weighs = settings.max_importance is not None
-  if weighs and settings.mass_temperature != 1:
-    raise ValueError(
-      f"max_importance needs temperature 1, got {settings.mass_temperature}"
-    )
-  ids_BRK = support.ids_BRK
-  if weighs:  # the sampled token rides along as one more
-    ids_BRK = jnp.concatenate([ids_BRK, trajectory.tokens_BR[..., None]], axis=-1)
-  logits_BRK, logsumexp_BR = vocab_head.gather(
-    hidden_BRD,
-    embedding_VD,
-    ids_BRK,
-    temperature=settings.mass_temperature,
-    softcap=settings.decoder.logit_softcap,
-    return_logsumexp=True,
+  logits_BRK, logsumexp_BR, log_prob_BR = student_logits(
+    hidden_BRD, embedding_VD, support.ids_BRK, trajectory.tokens_BR, settings=settings
   )
-  if weighs:
-    log_prob_BR = logits_BRK[..., -1] - logsumexp_BR
-    logits_BRK = logits_BRK[..., :-1]
   bucket = settings.tail == "bucket"
   if not bucket:
     logsumexp_BR = jax.lax.stop_gradient(logsumexp_BR)
@@ -351,35 +370,72 @@ def distillation(
     student_logsumexp=logsumexp_BR if bucket else None,
     teacher_logsumexp=support.logsumexp_BR if bucket else None,
   )
-  if weighs:
-    assert trajectory.seen is not None
+  if log_prob_BR is not None:
+    assert trajectory.sampler_stats is not None
     assert settings.max_importance is not None
-    divergence_BR *= losses.importance(
-      log_prob_BR, trajectory.seen.log_prob_BR, most=settings.max_importance
+    divergence_BR *= losses.truncated_importance_weights(
+      log_prob_BR,
+      trajectory.sampler_stats.log_prob_BR,
+      max_weight=settings.max_importance,
     )
-  mass = functools.partial(
-    losses.mass_on_support, temperature=settings.mass_temperature
-  )
-  student_mass_BR = mass(logits_BRK, logsumexp_BR)
-  teacher_mass_BR = mass(support.logits_BRK, support.logsumexp_BR)
-  seen = {
-    "teacher_mass_in_support": losses.weighted_sum(teacher_mass_BR, weight_BR),
-    "student_mass_in_support": losses.weighted_sum(student_mass_BR, weight_BR),
-    **by_position(divergence_BR, weight_BR > 0),
-  }
+  student = support._replace(logits_BRK=logits_BRK, logsumexp_BR=logsumexp_BR)
+  aux = by_position(divergence_BR, weight_BR > 0)
+  for name, side in (("teacher", support), ("student", student)):
+    mass_BR = losses.mass_on_support(
+      side.logits_BRK, side.logsumexp_BR, temperature=settings.mass_temperature
+    )
+    aux[f"{name}_mass_in_support"] = losses.weighted_sum(mass_BR, weight_BR)
   loss = losses.weighted_sum(divergence_BR, weight_BR)
-  return loss, jax.lax.stop_gradient(seen)
+  return loss, jax.lax.stop_gradient(aux)
+
+
+def student_logits(
+  hidden_BRD: Array,
+  embedding_VD: Array,
+  ids_BRK: Array,
+  tokens_BR: Array,
+  *,
+  settings: Settings,
+) -> tuple[Array, Array, Array | None]:
+  """The student's logits on the support, and what normalises and weighs them.
+
+  Returns:
+    Logits at `ids_BRK`, the log-sum-exp over the vocabulary, and the log-probability of
+    each sampled token (None without `settings.max_importance`).
+
+  Raises:
+    ValueError: If tokens have importance weights and `mass_temperature` is not 1. Their
+      probabilities must be those that the sampler had.
+  """
+  weighted = settings.max_importance is not None
+  if weighted and settings.mass_temperature != 1:
+    raise ValueError(
+      f"max_importance needs temperature 1, got {settings.mass_temperature}"
+    )
+  if weighted:  # also gather the logit of the sampled token
+    ids_BRK = jnp.concatenate([ids_BRK, tokens_BR[..., None]], axis=-1)
+  logits_BRK, logsumexp_BR = vocab_head.gather_with_logsumexp(
+    hidden_BRD,
+    embedding_VD,
+    ids_BRK,
+    temperature=settings.mass_temperature,
+    softcap=settings.decoder.logit_softcap,
+  )
+  if not weighted:
+    return logits_BRK, logsumexp_BR, None
+  log_prob_BR = logits_BRK[..., -1] - logsumexp_BR
+  return logits_BRK[..., :-1], logsumexp_BR, log_prob_BR
 
 
 POSITION_BINS = {"0": 1, "1_3": 4, "4_15": 16, "16_31": 32, "32_up": 1 << 30}
 
 
 def by_position(values_BR: Array, mask_BR: Array) -> dict[str, Array]:
-  """Sum and count of the divergence in bins of trajectory position."""
-  position, low, out = jnp.arange(values_BR.shape[1]), 0, {}
+  """Sum and count of the divergence in each bin of positions in the trajectory."""
+  position, low, sums = jnp.arange(values_BR.shape[1]), 0, {}
   for name, high in POSITION_BINS.items():
     inside_BR = mask_BR & (position >= low) & (position < high)
-    out[f"kd_sum_at_{name}"] = jnp.sum(jnp.where(inside_BR, values_BR, 0.0))
-    out[f"kd_count_at_{name}"] = jnp.sum(inside_BR, dtype=jnp.float32)
+    sums[f"kd_sum_at_{name}"] = jnp.sum(jnp.where(inside_BR, values_BR, 0.0))
+    sums[f"kd_count_at_{name}"] = jnp.sum(inside_BR, dtype=jnp.float32)
     low = high
-  return out
+  return sums

@@ -1,10 +1,11 @@
-"""One training step as a pure function: the balanced gradient, and what it moves.
+"""One training step as a pure function: both losses, λ, the gradient and the update.
 
-Shapes as in `objective`.
+The names of shapes are those of `objective`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,107 +21,56 @@ from raft_jax.models import partition, sharding, transformer
 
 
 class TrainState(NamedTuple):
-  """All that a step changes; a tree of arrays, of their shapes or of shardings."""
+  """Everything that a step changes; a tree of arrays, of shapes or of shardings."""
 
   step: Any  # [] int32, steps taken
   params: transformer.Params  # the trainable tree, float32
   opt_state: Any
 
 
-class Gradients(NamedTuple):
-  """The balanced gradient of a step and what it was made of."""
+class ReferenceParams(NamedTuple):
+  """Parameters that the steps read and never change.
+
+  All of them come from the base model and share buffers where their dtypes agree.
+
+  Attributes:
+    frozen: the frozen tree beside the trained one (see `models.partition`), or `{}`.
+    teacher: the frozen teacher's, or None if the student itself is the teacher or
+      nothing is distilled.
+    anchor: float32, for optimizers that stay near the base model; else None.
+    base: the base model, if validation compares the trained model with it; else None.
+  """
+
+  frozen: transformer.Params
+  teacher: transformer.Params | None
+  anchor: transformer.Params | None
+  base: transformer.Params | None = None
+
+
+class LossInputs(NamedTuple):
+  """A batch, or one micro-batch of it, as `objective.loss_terms` reads it."""
+
+  batch: batching.Batch
+  trajectory: objective.Trajectory
+  support: objective.Support | None
+  weights: objective.Weights
+
+
+class StepGradient(NamedTuple):
+  """The balanced gradient of a step and the values that it was made from."""
 
   balanced: transformer.Params
   losses: dict[str, Array]
   valid: dict[str, Array]  # whether any token entered each loss
-  norms: dict[str, Array] | None  # of each loss's gradient, where taken apart
-  cosine: Array | None
-  seen: dict[str, Array]
+  norms: dict[str, Array] | None  # of each loss's own gradient, if both were taken
+  cosine: Array | None  # of the angle between the two gradients
+  aux: dict[str, Array]
 
 
-Parts = tuple[
-  batching.Batch, objective.Trajectory, objective.Support | None, objective.Weights
+LossFunction = Callable[
+  [transformer.Params, LossInputs], tuple[dict[str, Array], dict[str, Array]]
 ]
-Losses = Callable[
-  [transformer.Params, Parts], tuple[dict[str, Array], dict[str, Array]]
-]
-"""`loss_terms` of what is trained and of a batch, or of a part of it."""
-
-
-def gradients_together(
-  loss: Losses, params: transformer.Params, parts: Parts, weigh: Any
-) -> Gradients:
-  """One backward pass: both losses, one pullback, the weights, and (1, lambda) back."""
-  terms, pullback, seen = jax.vjp(lambda p: loss(p, parts), params, has_aux=True)
-  valid = any_token(parts[-1])
-  balanced = pullback(weigh(losses=terms, valid=valid))[0]
-  return Gradients(balanced, terms, valid, None, None, seen)
-
-
-def gradients_apart(
-  loss: Losses,
-  params: transformer.Params,
-  parts: Parts,
-  weigh: Any,
-  *,
-  micro_batches: int = 1,
-  measure: bool = False,
-) -> Gradients:
-  """One gradient tree a loss, summed over micro-batches until the weights are known.
-
-  The weights depend on the losses of the whole batch, which is why the trees cannot be
-  added earlier. Costs one more backward pass and one more tree than
-  `gradients_together`. With `measure` it also gives both norms and their cosine; not
-  otherwise, so that a batch in parts is weighted as the whole one is.
-  """
-
-  def of_micro_batch(part: Parts):
-    terms, pullback, seen = jax.vjp(lambda p: loss(p, part), params, has_aux=True)
-    one, zero = jnp.float32(1), jnp.float32(0)
-    trees = {"sft": pullback({"sft": one, "kd": zero})[0]}
-    if part[2] is not None:
-      trees["kd"] = pullback({"sft": zero, "kd": one})[0]
-    rows_B = seen.pop(objective.ROWS, None)  # the only thing that is not summed
-    return (trees, terms, seen), rows_B
-
-  def add(total: Any, part: Parts):
-    found, rows_B = of_micro_batch(part)
-    return jax.tree.map(jnp.add, total, found), rows_B
-
-  # Rows i, i + M, ... form micro-batch i: a batch spread over devices in blocks of rows
-  # is then split without moving a row.
-  stacked = jax.tree.map(
-    lambda x: x.reshape(
-      x.shape[0] // micro_batches, micro_batches, *x.shape[1:]
-    ).swapaxes(0, 1),
-    parts,
-  )
-  first = jax.tree.map(lambda x: x[0], stacked)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro_batch, first)[0]
-  )
-  (trees, terms, seen), rows_MB = jax.lax.scan(add, zeros, stacked)
-  if rows_MB is not None:
-    seen[objective.ROWS] = rows_MB.swapaxes(0, 1).reshape(-1)
-  valid = any_token(parts[-1])
-  norms = cosine = None
-  if measure and "kd" in trees:
-    norms = {name: optax.tree.norm(tree) for name, tree in trees.items()}
-    product = jnp.maximum(norms["sft"] * norms["kd"], 1e-30)
-    # Not `optax.tree.vdot`: it flattens every array, and so gathers it whole.
-    cosine = optax.tree.sum(optax.tree.mul(trees["sft"], trees["kd"])) / product
-  weights = weigh(losses=terms, valid=valid, gradient_norms=norms)
-  balanced = trees["sft"]
-  if "kd" in trees:
-    balanced = jax.tree.map(
-      lambda sft, kd: weights["sft"] * sft + weights["kd"] * kd, balanced, trees["kd"]
-    )
-  return Gradients(balanced, terms, valid, norms, cosine, seen)
-
-
-def any_token(weights: objective.Weights) -> dict[str, Array]:
-  """Whether any token enters each loss."""
-  return {"sft": jnp.any(weights.sft_BA > 0), "kd": jnp.any(weights.kd_BR > 0)}
+"""`objective.loss_terms` of the trained parameters."""
 
 
 def update(
@@ -134,122 +84,219 @@ def update(
   balancer: optax.GradientTransformationExtraArgs,
   settings: objective.Settings,
   anchor: transformer.Params | None = None,
-  measure: bool = False,
+  gradient_stats: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """Moves the parameters by one optimizer step.
+  """Takes one optimizer step.
 
   Args:
-    frozen: parameters beside the trained ones; see `trainable`.
-    support: None trains on the answers alone.
-    optimizer: from `optim.chain`, with `balancer` under the name `balance`.
-    anchor: the base model's parameters, for the optimizers that stay near them.
-    measure: take the two gradients apart, for their norms and cosine.
+    frozen: the frozen tree beside the trained one; see `models.partition`.
+    support: the teacher's; None trains on the answers alone.
+    optimizer: a chain with `balancer` under the name `balance`.
+    anchor: the base model's parameters, for optimizers that stay near them.
+    gradient_stats: take each loss's own gradient, to log both norms and their cosine.
 
-  Returns:
-    The next state and float32 scalars to log.
+  Returns the next state and scalars to log.
   """
   weights = objective.token_weights(batch, trajectory, settings)
+  inputs = LossInputs(batch, trajectory, support, weights)
 
-  def weigh(**observed: Any) -> dict[str, Array]:
-    # Eq. 11-12: lambda contains the current step's losses, so the balancer moves before
-    # the gradient exists; the chain makes the same move below and keeps it.
+  def both_losses(params: transformer.Params, part: LossInputs):
+    whole = partition.combine(frozen, params)
+    return objective.loss_terms(whole, *part, settings=settings)
+
+  def loss_weights(**observed: Any) -> dict[str, Array]:
+    # λ depends on the losses of this step (Eq. 11-12), so the balancer is advanced
+    # before the gradient exists; `optimizer.update` repeats the advance and keeps it.
     _, advanced = balancer.update({}, state.opt_state["balance"], **observed)
     return balance.loss_weights(advanced)
 
-  def loss(params: transformer.Params, part: Parts):
-    return objective.loss_terms(
-      partition.combine(frozen, params), *part, settings=settings
-    )
-
-  parts = (batch, trajectory, support, weights)
-  if measure or settings.micro_batches > 1:
-    taken = gradients_apart(
-      loss,
-      state.params,
-      parts,
-      weigh,
+  take: Callable[..., StepGradient] = balanced_gradient
+  if gradient_stats or settings.micro_batches > 1:
+    take = functools.partial(
+      separate_gradients,
       micro_batches=settings.micro_batches,
-      measure=measure,
+      with_stats=gradient_stats,
     )
-  else:
-    taken = gradients_together(loss, state.params, parts, weigh)
+  gradient = take(both_losses, state.params, inputs, loss_weights)
   updates, opt_state = optimizer.update(
-    taken.balanced,
+    gradient.balanced,
     state.opt_state,
     state.params,
-    losses=taken.losses,
-    valid=taken.valid,
-    gradient_norms=taken.norms,
+    losses=gradient.losses,
+    valid=gradient.valid,
+    gradient_norms=gradient.norms,
     anchor=anchor,
   )
   params = optax.apply_updates(state.params, updates)
+  metrics = step_metrics(gradient, opt_state["balance"], trajectory)
   if not settings.cross_entropy:
-    params, opt_state = _unless_empty(
-      taken.valid["kd"], (params, opt_state), (state.params, state.opt_state)
-    )
-  metrics = describe(taken, opt_state["balance"], trajectory)
-  if not settings.cross_entropy:
-    metrics = {name: value for name, value in metrics.items() if name not in OF_BOTH}
+    params = unless_empty(gradient.valid["kd"], params, state.params)
+    metrics = {k: value for k, value in metrics.items() if k not in NEED_BOTH_LOSSES}
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def _unless_empty(valid: Array, moved: Any, before: Any) -> Any:
-  """What moved, or where no token entered the loss what was there: no decay, and no
-  momentum of earlier steps. Only time passes: all counts but Adam's of its gradients.
+def unless_empty(
+  has_tokens: Array, params: transformer.Params, old_params: transformer.Params
+) -> transformer.Params:
+  """Keeps the old parameters if distillation, the only loss, had no token.
+
+  So neither weight decay nor momentum moves them; `optim.skip_empty` does the same for
+  the optimizer's state.
   """
-
-  def choose(new: Any, old: Any) -> Any:
-    if not isinstance(new, optax.ScaleByAdamState) and jnp.ndim(new) == 0:
-      return new
-    return jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, old)
-
   return jax.tree.map(
-    choose, moved, before, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
+    lambda new, old: jnp.where(has_tokens, new, old), params, old_params
   )
 
 
-OF_BOTH = frozenset(
+def balanced_gradient(
+  both_losses: LossFunction,
+  params: transformer.Params,
+  inputs: LossInputs,
+  loss_weights: Callable[..., dict[str, Array]],
+) -> StepGradient:
+  """The gradient in one backward pass: both losses, then one pullback of (1, λ)."""
+  losses, pullback, aux = jax.vjp(
+    lambda p: both_losses(p, inputs), params, has_aux=True
+  )
+  valid = any_token(inputs.weights)
+  (balanced,) = pullback(loss_weights(losses=losses, valid=valid))
+  return StepGradient(balanced, losses, valid, None, None, aux)
+
+
+def separate_gradients(
+  both_losses: LossFunction,
+  params: transformer.Params,
+  inputs: LossInputs,
+  loss_weights: Callable[..., dict[str, Array]],
+  *,
+  micro_batches: int = 1,
+  with_stats: bool = False,
+) -> StepGradient:
+  """The gradient as a weighted sum of each loss's own, over micro-batches.
+
+  λ depends on the losses of the whole batch, so the two trees cannot be added before
+  the last micro-batch. Costs one more backward pass and one more tree than
+  `balanced_gradient`.
+
+  Args:
+    with_stats: also compute both norms and their cosine. The balancer sees the norms
+      only then, so that micro-batches weigh the losses as the unsplit batch does.
+  """
+
+  def of_micro_batch(part: LossInputs):
+    losses, pullback, aux = jax.vjp(
+      lambda p: both_losses(p, part), params, has_aux=True
+    )
+    one, zero = jnp.float32(1), jnp.float32(0)
+    gradients = {"sft": pullback({"sft": one, "kd": zero})[0]}
+    if part.support is not None:
+      gradients["kd"] = pullback({"sft": zero, "kd": one})[0]
+    row_losses_B = aux.pop(objective.ROW_LOSSES, None)  # the only value not summed
+    return (gradients, losses, aux), row_losses_B
+
+  def accumulate(total: Any, part: LossInputs):
+    summed, row_losses_B = of_micro_batch(part)
+    return jax.tree.map(jnp.add, total, summed), row_losses_B
+
+  stacked = stack_micro_batches(inputs, micro_batches)
+  first = jax.tree.map(lambda x: x[0], stacked)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_micro_batch, first)[0]
+  )
+  (gradients, losses, aux), row_losses_MB = jax.lax.scan(accumulate, zeros, stacked)
+  if row_losses_MB is not None:
+    aux[objective.ROW_LOSSES] = row_losses_MB.swapaxes(0, 1).reshape(-1)
+  valid = any_token(inputs.weights)
+  norms = cosine = None
+  if with_stats and "kd" in gradients:
+    norms, cosine = norms_and_cosine(gradients)
+  weights = loss_weights(losses=losses, valid=valid, gradient_norms=norms)
+  balanced = gradients["sft"]
+  if "kd" in gradients:
+    balanced = jax.tree.map(
+      lambda sft, kd: weights["sft"] * sft + weights["kd"] * kd,
+      gradients["sft"],
+      gradients["kd"],
+    )
+  return StepGradient(balanced, losses, valid, norms, cosine, aux)
+
+
+def stack_micro_batches(inputs: LossInputs, micro_batches: int) -> LossInputs:
+  """The batch as `micro_batches` parts, stacked on a new first axis.
+
+  Rows i, i + M, ... form micro-batch i, so a batch that is sharded over devices in
+  blocks of rows is split without moving a row.
+  """
+
+  def split(x: Array) -> Array:
+    rows = x.shape[0] // micro_batches
+    return x.reshape(rows, micro_batches, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, inputs)
+
+
+def norms_and_cosine(
+  gradients: dict[str, transformer.Params],
+) -> tuple[dict[str, Array], Array]:
+  """The norm of each loss's gradient and the cosine of the angle between them."""
+  norms = {name: optax.tree.norm(tree) for name, tree in gradients.items()}
+  product = jnp.maximum(norms["sft"] * norms["kd"], 1e-30)
+  # Not `optax.tree.vdot`, which flattens every array and so gathers it.
+  dot = optax.tree.sum(optax.tree.mul(gradients["sft"], gradients["kd"]))
+  return norms, dot / product
+
+
+def any_token(weights: objective.Weights) -> dict[str, Array]:
+  """Whether any token enters each loss."""
+  return {"sft": jnp.any(weights.sft_BA > 0), "kd": jnp.any(weights.kd_BR > 0)}
+
+
+NEED_BOTH_LOSSES = frozenset(
   {"loss_sft", "ema_sft", "kd_ratio", "grad_norm_sft", "grad_norm_kd", "grad_cosine"}
 )
-"""What is not worth logging where there is no cross-entropy."""
+"""Metrics that mean nothing without the cross-entropy."""
 
 
-def describe(
-  taken: Gradients,
+def step_metrics(
+  gradient: StepGradient,
   balance_state: balance.BalanceState,
   trajectory: objective.Trajectory,
 ) -> dict[str, Array]:
-  """Scalars to log of one step."""
-  out = {
-    "loss_sft": taken.losses["sft"],
-    "grad_norm": optax.tree.norm(taken.balanced),
+  """The scalars of one step to log."""
+  metrics = {
+    "loss_sft": gradient.losses["sft"],
+    "grad_norm": optax.tree.norm(gradient.balanced),
   }
-  seen = dict(taken.seen)
-  if objective.ROWS in seen:
-    out[objective.ROWS] = sharding.everywhere(seen.pop(objective.ROWS))
-  if not seen:
-    return out
-  kd_weight = balance.loss_weights(balance_state)["kd"]
-  out |= {
-    "loss_kd": taken.losses["kd"],
+  aux = dict(gradient.aux)
+  if objective.ROW_LOSSES in aux:
+    row_losses_B = aux.pop(objective.ROW_LOSSES)
+    metrics[objective.ROW_LOSSES] = sharding.everywhere(row_losses_B)
+  if not aux:  # nothing was distilled
+    return metrics
+  kd_weight, any_rollout = (
+    balance.loss_weights(balance_state)["kd"],
+    gradient.valid["kd"],
+  )
+  metrics |= {
+    "loss_kd": gradient.losses["kd"],
     "ema_sft": balance_state.ema["sft"],
     "ema_kd": balance_state.ema["kd"],
     "kd_weight": kd_weight,
-    "kd_ratio": kd_weight * taken.losses["kd"] / taken.losses["sft"],
-    # NaN is logged as null: without a rollout there is no mass to speak of.
+    "kd_ratio": kd_weight * gradient.losses["kd"] / gradient.losses["sft"],
+    # Without a rollout there is no mass; NaN is logged as null.
     "teacher_mass_in_support": jnp.where(
-      taken.valid["kd"], seen["teacher_mass_in_support"], jnp.nan
+      any_rollout, aux["teacher_mass_in_support"], jnp.nan
     ),
     "student_mass_outside_support": jnp.where(
-      taken.valid["kd"], 1.0 - seen["student_mass_in_support"], jnp.nan
+      any_rollout, 1.0 - aux["student_mass_in_support"], jnp.nan
     ),
     "rollout_length": jnp.mean(trajectory.length_B.astype(jnp.float32)),
     "rollout_empty": jnp.mean(trajectory.length_B == 0),
   }
   for name in objective.POSITION_BINS:
-    # 0/0 is NaN on purpose: no rollout reached this far, and the log shows null.
-    out[f"kd_at_{name}"] = seen[f"kd_sum_at_{name}"] / seen[f"kd_count_at_{name}"]
-  if taken.norms is not None:
-    out |= {f"grad_norm_{name}": norm for name, norm in taken.norms.items()}
-    out["grad_cosine"] = taken.cosine
-  return out
+    # If no rollout reaches this bin, 0 / 0 gives NaN, which is logged as null.
+    metrics[f"kd_at_{name}"] = aux[f"kd_sum_at_{name}"] / aux[f"kd_count_at_{name}"]
+  if gradient.norms is not None:
+    metrics |= {f"grad_norm_{name}": norm for name, norm in gradient.norms.items()}
+    metrics["grad_cosine"] = gradient.cosine
+  return metrics

@@ -101,8 +101,8 @@ def continuation_log_probs(
   hidden_BCD = jnp.take_along_axis(hidden_BTD, place_BC[..., None], axis=1)
   embedding_VD = transformer.output_embedding(params).astype(dtype)
   softcap = config.logit_softcap
-  logits_BCK, logsumexp_BC = vocab_head.gather(
-    hidden_BCD, embedding_VD, targets_BCK, softcap=softcap, return_logsumexp=True
+  logits_BCK, logsumexp_BC = vocab_head.gather_with_logsumexp(
+    hidden_BCD, embedding_VD, targets_BCK, softcap=softcap
   )
   best_BC1 = vocab_head.topk(hidden_BCD, embedding_VD, 1, softcap=softcap)[1]
   counts_BC1 = (column_C < count_B[:, None])[..., None]

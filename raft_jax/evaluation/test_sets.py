@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -279,24 +279,7 @@ def check_lengths(
     new = settings.open_ended.max_new_tokens
     key = f"evaluate.open_ended.max_new_tokens={new}"
     need[key] = max(map(len, requests)) + new
-  check_need(need, config.model.source, decoder)
-
-
-def check_need(
-  need: Mapping[str, int], source: str, decoder: transformer.DecoderConfig
-) -> None:
-  """Compares tokens of prompt and answer, by the keys that decide them.
-
-  Raises:
-    UserError: they are more than the model's positions.
-  """
-  for key, longest in need.items():
-    if longest > decoder.max_positions:
-      raise errors.UserError(
-        f"{key}: prompt and answer take up to {longest} tokens, but {source} was made"
-        f" for {decoder.max_positions}; lower it (for the domain's questions with"
-        " data.too_long=skip)"
-      )
+  batching.check_positions(need, config.model.source, decoder)
 
 
 def open_ended_prompts(

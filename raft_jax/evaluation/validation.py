@@ -24,6 +24,7 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.data import batching
+from raft_jax.distillation import step as step_lib
 from raft_jax.evaluation import drift as drift_lib
 from raft_jax.evaluation import intervals, scoring, test_sets
 from raft_jax.hf import chat
@@ -32,9 +33,9 @@ from raft_jax.runtime import interrupts
 from raft_jax.storage import journal
 from raft_jax.training import (
   checkpoint,
-  initial_state,
   metrics_log,
-  setup,
+  run_inputs,
+  run_plan,
   trained_model,
 )
 
@@ -155,7 +156,7 @@ def read(
     new = settings.ifeval.max_new_tokens
     longest = max(map(len, panel.ifeval.prompts))
     need[f"validation.ifeval.max_new_tokens={new}"] = longest + new
-  test_sets.check_need(need, config.model.source, decoder)
+  batching.check_positions(need, config.model.source, decoder)
   return panel
 
 
@@ -199,7 +200,6 @@ class Watcher:
   def __init__(
     self,
     settings: schema.Validation,
-    total_steps: int,
     looks: Sequence[Look],
     *,
     measure: Callable[[transformer.Params], dict[str, float]],
@@ -212,15 +212,13 @@ class Watcher:
       keep: brings step and trained tree of a new best to the disk.
     """
     self.verdict = judged(settings, looks)
-    self._settings, self._total, self._looks = settings, total_steps, [*looks]
+    self._settings, self._looks = settings, [*looks]
     self._measure, self._keep = measure, keep
 
-  def due(self, done: int) -> bool:
-    """Whether to look after so many steps."""
-    return done % self._settings.every == 0 or done == self._total
-
-  def look(self, done: int, params: transformer.Params) -> dict[str, float]:
-    """What is worth logging; a new best is on the disk when it returns.
+  def look(
+    self, done: int, params: transformer.Params
+  ) -> tuple[dict[str, float], bool]:
+    """Metrics to log, and whether to stop; a new best is on the disk on return.
 
     Args:
       params: the trained tree after `done` steps.
@@ -236,15 +234,15 @@ class Watcher:
       found["validation_best"] = float(best.step)
       if best.step == done:
         self._keep(done, params)
-    return found
+    return found, self.verdict.over
 
 
 @contextlib.contextmanager
 def watching(
   config: schema.Config,
-  run: setup.Prepared,
-  built: setup.Built,
-  beside: initial_state.Beside,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  reference: step_lib.ReferenceParams,
   panel: Panel | None,
   checkpoints: Any,
   start: int,
@@ -262,17 +260,17 @@ def watching(
   output = pathlib.Path(config.output)
   subject = functools.partial(
     scoring.subject,
-    config=run.decoder,
-    tokenizer=run.tokenizer,
+    config=plan.decoder,
+    tokenizer=inputs.tokenizer,
     settings=scoring.Settings(
       config.evaluate.batch_size,
-      built.settings.dtype,
-      built.settings.unroll,
-      built.settings.rollout_unroll,
+      plan.settings.dtype,
+      plan.settings.unroll,
+      plan.settings.rollout_unroll,
     ),
     title=None,
   )
-  base = None if beside.base is None else subject(beside.base)
+  base = None if reference.base is None else subject(reference.base)
   with (
     journal.open_journal(output / "validation.jsonl") as log,
     checkpoint.manager(output, keep=None, name=checkpoint.BEST) as best,
@@ -280,15 +278,21 @@ def watching(
     checkpoint.drop(best, [step for step in best.all_steps() if step > start])
 
     def measured(params: transformer.Params) -> dict[str, float]:
-      whole = trained_model.whole(params, beside.frozen, beside.base, config)
+      whole = trained_model.assemble(
+        params,
+        reference.frozen,
+        reference.base,
+        prune=config.prune,
+        interpolate=config.interpolate,
+      )
       return values(panel, subject(whole), base, settings, log)
 
     def keep(step: int, params: transformer.Params) -> None:
-      checkpoint.save(best, step, {"params": params}, run.identity)
+      checkpoint.save(best, step, {"params": params}, inputs.identity)
       settle(best, checkpoints)
 
     looks = logged(output, start)
-    watcher = Watcher(settings, run.total_steps, looks, measure=measured, keep=keep)
+    watcher = Watcher(settings, looks, measure=measured, keep=keep)
     known = watcher.verdict.best
     if known is not None and known.step not in best.all_steps():
       print(

@@ -110,8 +110,8 @@ def observe(
   """`seen` with what stands in the logits of one more token."""
   if seen is None:
     return None
-  spread = sharding.spec(("batch", "vocab"))
-  _, ids_BK = vocab_head.largest(logits_BV, seen.ids_BRK.shape[2], spread)
+  partition = sharding.spec(("batch", "vocab"))
+  _, ids_BK = vocab_head.sharded_top_k(logits_BV, seen.ids_BRK.shape[2], partition)
   chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
   log_prob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
   write = jax.lax.dynamic_update_index_in_dim
@@ -119,14 +119,6 @@ def observe(
     write(seen.ids_BRK, ids_BK, column, axis=1),
     write(seen.log_prob_BR, log_prob_B, column, axis=1),
   )
-
-
-def score(hidden_BD: Array, embedding_VD: Array, softcap: float | None) -> Array:
-  """Logits [B, V] in float32 for the next token of each row."""
-  logits_BV = jnp.einsum(
-    "bd,vd->bv", hidden_BD, embedding_VD, preferred_element_type=jnp.float32
-  )
-  return softcap * jnp.tanh(logits_BV / softcap) if softcap else logits_BV
 
 
 def finish(
@@ -212,7 +204,7 @@ def generate(
   params = transformer.gathered(params, config, dtype, apart=unroll == 0)
   embedding_VD = transformer.output_embedding(params)
   head = functools.partial(
-    score, embedding_VD=embedding_VD, softcap=config.logit_softcap
+    vocab_head.head_logits, embedding_VD=embedding_VD, softcap=config.logit_softcap
   )
   keys_B = row_keys(seed, step, row_id_B)
   run = functools.partial(

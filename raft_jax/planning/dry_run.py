@@ -1,9 +1,9 @@
-"""A training step compiled for a machine that is absent: `plan` runs it as a process.
+"""Compiles a training step for an absent machine; `plan` runs it as a process.
 
 `python -m raft_jax.planning.dry_run` reads {"config", "topology"} as JSON and prints
-what it measured as JSON. It needs the environment of `machines.environment`, and asks
-no weight and no data: every array is a shape with a sharding, as wide as the config's
-budgets allow, and goes through `train.run_step`, the step that a run takes.
+the costs as JSON. It needs the environment of `machines.environment`, but no weights
+and no data: every array is a shape with a sharding, as wide as the config's budgets
+allow, and goes through `programs.run_step`, the step of a run.
 """
 
 from __future__ import annotations
@@ -19,166 +19,170 @@ from typing import Any
 
 import jax
 
-from raft_jax import errors, train
+from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.data import batching
-from raft_jax.hf import chat
+from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.planning import hlo_cost, machines
 from raft_jax.training import programs as programs_lib
-from raft_jax.training import setup, step_memory
+from raft_jax.training import run_plan, step_memory
 
 TPU_OPTIONS = {
-  # Without it every gather of weights becomes a loop of hundreds of small sends, which
-  # hides what is sent; it costs a little memory (0.2 GiB for a 3B model on v5e:4x4).
+  # Otherwise every gather of weights becomes a loop of hundreds of small sends, which
+  # hides the traffic. Costs a little memory (0.2 GiB for a 3B model on v5e:4x4).
   "xla_jf_spmd_threshold_for_windowed_einsum_mib": "100000",
   "xla_dump_hlo_as_text": True,
 }
 
 
 def measure(config: schema.Config, topology: str) -> dict[str, Any]:
-  """What the run costs on a machine.
+  """The cost of a run on a machine.
 
   Returns:
-    Plain values: `parameters` of the model and those `trained`, `mesh`, bytes a device
-    of each class in `memory`, and by phase what `compiled` returns.
+    Plain values: `parameters` of the model and those `trained`, `mesh`, bytes per
+    device of each class in `memory`, and per phase the values of `compile_cost`.
 
   Raises:
     errors.UserError: the config does not suit the model or the machine.
   """
   machine = machines.parse(topology)
-  if config.distill.trajectory == "mixed":  # the dearer of its two kinds of step
+  if config.distill.trajectory == "mixed":  # plan for the dearer kind of step
     distill = config.distill.model_copy(update={"trajectory": "rollout"})
     config = config.model_copy(update={"distill": distill})
-  run = prepare(config, machine)
-  built = setup.build(config, run)
-  phases: dict[str, Any] = {}
-
-  def double(name: str, program: Any) -> Any:
-    return program and recorder(phases, name, program, machine)
-
-  programs = programs_lib.Programs(
-    double("rollout", built.programs.roll_out),
-    double("teacher", built.programs.teach),
-    double("update", built.programs.update),
-    built.programs.teacher,
-  )
-  if config.model.attention == "cudnn":
+  plan = make_plan(config, machine)
+  if plan.settings.attention == "cudnn":
     machines.pretend_cudnn(machine)
-  beside = step_memory.beside(config, run, built)
-  with jax.set_mesh(run.mesh):
-    batch = step_memory.widest_batch(config, run)
-    for measured in (False, True) if config.train.gradient_stats_every else (False,):
-      train.run_step(
-        programs,
-        built.abstract,
-        beside.frozen,
-        beside.teacher,
-        batch,
-        0,
-        anchor=beside.anchor,
-        measure=measured,
-        timed=False,
-      )
+  reference = step_memory.reference_shapes(plan)
+  batch = step_memory.widest_batch(plan)
+  state = plan.abstract_state
+  with jax.set_mesh(plan.mesh):
+    phases = compile_steps(plan, reference, batch, machine)
   rows = batch.row_id_B.sharding.shard_shape(batch.row_id_B.shape)[0]
-  length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+  length = config.data.max_prompt_tokens + plan.rollouts.max_new_tokens
   cache = jax.eval_shape(
-    lambda: transformer.init_cache(run.decoder, rows, length, config.model.dtype)
+    lambda: transformer.init_cache(plan.decoder, rows, length, plan.settings.dtype)
   )
+  parameters = transformer.shapes(plan.decoder)
   return {
-    "parameters": sum(
-      leaf.size for leaf in jax.tree.leaves(transformer.shapes(run.decoder))
-    ),
-    "trained": sum(leaf.size for leaf in jax.tree.leaves(built.abstract.params)),
-    "mesh": dict(run.mesh.shape),
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+    "trained": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    "mesh": dict(plan.mesh.shape),
     "memory": {
-      "parameters": step_memory.held(built.abstract.params),
-      "optimizer": step_memory.held(built.abstract.opt_state),
-      "base model": step_memory.held(beside),
-      "batch": step_memory.held(batch),
+      "parameters": step_memory.bytes_per_device(state.params),
+      "optimizer": step_memory.bytes_per_device(state.opt_state),
+      "base model": step_memory.bytes_per_device(reference),
+      "batch": step_memory.bytes_per_device(batch),
       "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
     },
     "phases": phases,
   }
 
 
-def prepare(config: schema.Config, machine: machines.Machine) -> setup.Prepared:
-  """`setup.prepare` without data, tokenizer and weights, for another machine."""
-  decoder = hf_load.load_config(config.model.source, weights=False)
+def make_plan(config: schema.Config, machine: machines.Machine) -> run_plan.RunPlan:
+  """The plan of a run on another machine, with batches as wide as the budgets allow."""
+  source, teacher_source = config.model.source, config.distill.source
+  decoder = hf_load.load_config(source, weights=False)
   mesh = sharding.make_mesh(
     **config.mesh.model_dump(), devices=machines.devices(machine)
   )
-  # Which token ends an answer or fills a row costs nothing.
-  nobody: Any = None
-  tokenizer = chat.ChatTokenizer(nobody, eos_ids=(0,), pad_id=0, digest="", controls=())
-  setup.check(config, decoder, mesh, distil=setup.distills(config))
-  source = config.distill.source
+  run_plan.check(config, decoder, mesh)
+  teacher_decoder = None
+  if teacher_source is not None:
+    teacher_decoder = hf_load.load_config(teacher_source, weights=False)
   limits = config.data
-  widest = (
-    batching.padded_width(limits.max_prompt_tokens),
-    batching.padded_width(limits.max_answer_tokens),
-    batching.padded_width(limits.max_teacher_tokens),
-  )
-  return setup.Prepared(
-    tokenizer=tokenizer,
-    decoder=decoder,
-    teacher=None if source is None else hf_load.load_config(source, weights=False),
-    mesh=mesh,
-    split=setup.make_split(config, decoder),
-    dataset=None,
-    general=None,
-    probed=None,
+  return run_plan.make_plan(
+    config,
+    decoder,
+    teacher_decoder,
+    mesh,
+    widest=(
+      batching.padded_width(limits.max_prompt_tokens),
+      batching.padded_width(limits.max_answer_tokens),
+      batching.padded_width(limits.max_teacher_tokens),
+    ),
     total_steps=1,
-    identity={},
-    asked={},
-    replay=None,
-    widest=widest,
+    # Any ids will do: they change no cost.
+    eos_ids=(0,),
+    pad_id=0,
   )
 
 
 # --- Compiling instead of running -----------------------------------------------------
 
 
-def recorder(
+def compile_steps(
+  plan: run_plan.RunPlan,
+  reference: step_lib.ReferenceParams,
+  batch: batching.Batch,
+  machine: machines.Machine,
+) -> dict[str, Any]:
+  """The cost of each phase of a step, and of an update that measures both gradients."""
+  phases: dict[str, Any] = {}
+
+  def recorded(name: str, program: Any) -> Any:
+    return program and record_cost(phases, name, program, machine)
+
+  programs = plan.programs._replace(
+    roll_out=recorded("rollout", plan.programs.roll_out),
+    score_teacher=recorded("teacher", plan.programs.score_teacher),
+    update=recorded("update", plan.programs.update),
+  )
+  measures = plan.schedule.gradient_stats_every > 0
+  for gradient_stats in (False, True) if measures else (False,):
+    programs_lib.run_step(
+      programs,
+      plan.abstract_state,
+      reference,
+      batch,
+      step=0,
+      gradient_stats=gradient_stats,
+    )
+  return phases
+
+
+def record_cost(
   phases: dict[str, Any], name: str, program: Any, machine: machines.Machine
 ) -> Callable[..., Any]:
-  """A program's double: compiles it for the arguments' shapes and notes its cost.
+  """Replaces a program by one that compiles it and adds its cost to `phases`.
 
-  It returns the results' shapes, placed where the compiler puts them.
+  It returns the shapes of the results, placed as the compiler places them.
   """
+  outputs: dict[str, Any] = {}
 
   def call(*args: Any, **options: Any) -> Any:
-    phase = f"measured {name}" if options.get("measure") else name
-    jitted = program if hasattr(program, "trace") else jax.jit(program)
-    traced = jitted.trace(*args, **options)
-    where: Any = None
+    phase = f"measured {name}" if options.get("gradient_stats") else name
     if phase not in phases:
-      phases[phase], where = compiled(traced, machine)
-      outputs[phase] = put(traced.out_info, where)
+      jitted = program if hasattr(program, "trace") else jax.jit(program)
+      traced = jitted.trace(*args, **options)
+      phases[phase], shardings = compile_cost(traced, machine)
+      outputs[phase] = place_shapes(traced.out_info, shardings)
     return outputs[phase]
 
-  outputs: dict[str, Any] = {}
   return call
 
 
-def put(shapes: Any, where: Any) -> Any:
-  if where is None:
+def place_shapes(shapes: Any, shardings: Any) -> Any:
+  """Shapes with their shardings; without these if they are None."""
+  if shardings is None:
     return shapes
   return jax.tree.map(
-    lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     shapes,
-    where,
+    shardings,
   )
 
 
-def compiled(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any], Any]:
-  """Cost of a program on one device, and where its outputs go (None if refused).
+def compile_cost(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any], Any]:
+  """The cost of a program on one device, and the shardings of its outputs.
 
-  Returns a dict of `flops`; `temporaries`, `output` (what is not written over an
-  argument) and `code` in bytes; `traffic` in bytes; `collectives` by kind, each as
-  [times, bytes sent]; `largest`, pairs of an array it makes and its bytes; `seconds` of
-  compiling. Of a program that TPU's compiler refuses, `refused`: what it says.
+  Returns:
+    A dict of `flops`; `temporaries`, `output` (without what overwrites arguments) and
+    `code` in bytes; memory `traffic` in bytes; `collectives`, which maps each kind to
+    [times, bytes sent]; `largest`, pairs of an array's type and its bytes; `seconds` of
+    compiling. For a program that the TPU compiler refuses it holds `flops` and the
+    message `refused`, and the shardings are None.
   """
   began = time.perf_counter()
   flops = hlo_cost.flops(traced.jaxpr.jaxpr) / machine.devices
@@ -193,13 +197,13 @@ def compiled(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any], An
       return {"flops": flops, "refused": str(error).strip().split("\n")[0]}, None
     # libtpu 0.0.52 cannot print some programs for v5p, but it can dump them.
     dumped = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"))
-    written = dumped[-1].read_text(encoding="utf-8") if dumped else program.as_text()
-  module = hlo_cost.parse(written)
+    text = dumped[-1].read_text(encoding="utf-8") if dumped else program.as_text()
+  module = hlo_cost.parse(text)
   by_kind: dict[str, list[float]] = {}
-  for one in hlo_cost.collectives(module, machine.devices):
-    total = by_kind.setdefault(one.kind, [0, 0.0])
-    total[0] += one.times
-    total[1] += one.wire
+  for collective in hlo_cost.collectives(module, machine.devices):
+    total = by_kind.setdefault(collective.kind, [0, 0.0])
+    total[0] += collective.times
+    total[1] += collective.wire
   memory = program.memory_analysis()
   return {
     "flops": flops,
@@ -214,20 +218,20 @@ def compiled(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any], An
 
 
 @contextlib.contextmanager
-def answering() -> Iterator[Any]:
-  """Standard output for the answer alone; what libraries print goes to stderr."""
+def clean_stdout() -> Iterator[Any]:
+  """Standard output for the answer alone; whatever libraries print goes to stderr."""
   with contextlib.redirect_stdout(sys.stderr):
     yield sys.__stdout__
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Reads the question on stdin and prints the answer; {"error"} is the user's."""
+  """Reads config and topology on stdin; prints costs, or {"error"} of the user's."""
   del argv
-  with answering() as out:
-    asked = json.load(sys.stdin)
-    config = schema.Config.model_validate_json(json.dumps(asked["config"]))
+  with clean_stdout() as out:
+    request = json.load(sys.stdin)
+    config = schema.Config.model_validate_json(json.dumps(request["config"]))
     try:
-      answer = measure(config, asked["topology"])
+      answer = measure(config, request["topology"])
     except errors.UserError as error:
       answer = {"error": str(error)}
     print(json.dumps(answer), file=out)

@@ -1,4 +1,4 @@
-"""What a run's steps start from: the state, and the parameters and memory beside it."""
+"""What a run starts from: train state, reference parameters and replay memory."""
 
 from __future__ import annotations
 
@@ -18,79 +18,73 @@ from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed, progress
-from raft_jax.training import checkpoint, recipe, setup, trained_model
+from raft_jax.training import checkpoint, optim, run_inputs, run_plan
 
 
-class Beside(NamedTuple):
-  """Parameters that the steps read and never change; `{}` or None where none do.
+class Start(NamedTuple):
+  """What the loop begins with.
 
-  All of the base model, in the same buffers where they agree in dtype: frozen ones,
-  the teacher's, and those that updates stay near; and the model itself, for looks at
-  how the trained one differs.
+  Attributes:
+    replayer: adaptive replay with its memory, or None.
+    step: steps that were already taken.
   """
 
-  frozen: transformer.Params
-  teacher: transformer.Params | None
-  anchor: transformer.Params | None
-  base: transformer.Params | None = None
+  state: step_lib.TrainState
+  reference: step_lib.ReferenceParams
+  replayer: mssr.Replayer | None
+  step: int
 
 
-def first_state(
+def start(
   config: schema.Config,
-  run: setup.Prepared,
-  built: setup.Built,
-  orbax: Any,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  checkpoints: Any,
+  *,
   on_corrupt: str,
-) -> tuple[step_lib.TrainState, Beside, mssr.Memory | None, int]:
-  """The state to go on from, the parameters and memory beside it, and the step."""
-  split, dtype = run.split, config.model.dtype
-  resumes = orbax.latest_step() is not None
-  teaches = built.base_teaches and run.teacher is None
-  anchored, compared = recipe.anchored(config), compares(config)
-  # Of rounded weights others are kept: looks edit as `evaluate` does.
-  edited = compared and bool(trained_model.edits(config))
+) -> Start:
+  """Loads the base model as far as it is needed, and makes or restores the state.
+
+  Args:
+    checkpoints: Orbax's manager of the run's checkpoints.
+    on_corrupt: see `checkpoint.check_latest`.
+  """
+  resumes = checkpoints.latest_step() is not None
   base = None
-  if teaches or anchored or compared or split.freeze or not resumes:
-    base = load(
-      config.model.source,
-      run.decoder,
-      "float32" if split.trains_base or edited else dtype,
-      built.base_shardings,
-    )
+  if reads_base(plan) or not resumes:
+    source = config.model.source
+    base = load_params(source, plan.decoder, plan.base_dtype, plan.base_shardings)
   if resumes:
-    state, memory, step = restored(orbax, run, built.abstract, on_corrupt)
-    print(f"resuming after step {step} of {run.total_steps}")
+    state, memory, step = restore(checkpoints, plan, inputs, on_corrupt)
+    print(f"resuming after step {step} of {plan.schedule.total_steps}")
   else:
     assert base is not None
-    state, step = new_state(config, run, built, base), 0
-    memory = first_memory(run, built, base, config.train.batch_size)
-  anchor = base if anchored else None
-  exact = base
-  if base is not None and (teaches or compared or split.freeze):
-    base = jax.tree.map(lambda leaf: leaf.astype(dtype), base)
-  frozen = split.freeze(base) if split.freeze and base is not None else {}
-  teacher = base if teaches else None
-  if built.base_teaches and run.teacher is not None:
-    teacher = load(
-      str(config.distill.source),
-      run.teacher,
-      dtype,
-      setup.param_shardings(run.mesh, run.teacher),
+    state = new_state(
+      plan,
+      inputs,
+      base,
+      anchor=config.anchor,
+      soft_mask=config.soft_mask,
+      seed=config.train.seed,
     )
-  compared_with = (exact if edited else base) if compared else None
-  beside = Beside(frozen, teacher, anchor, compared_with)
-  return state, beside, memory, step
+    step = 0
+    memory = first_memory(plan, inputs.replay, base, config.train.batch_size)
+  source_teacher = None
+  if plan.frozen_teacher and plan.teacher_decoder is not None:
+    source_teacher = load_params(
+      str(config.distill.source),
+      plan.teacher_decoder,
+      plan.settings.dtype,
+      run_plan.param_shardings(plan.mesh, plan.teacher_decoder),
+    )
+  reference = reference_params(plan, base, source_teacher)
+  replayer = None
+  if inputs.replay is not None and memory is not None:
+    replayer = mssr.Replayer(inputs.replay, memory)
+  return Start(state, reference, replayer, step)
 
 
-def compares(config: schema.Config) -> bool:
-  """Whether looks at the trained model read the base model, too."""
-  validation = config.validation
-  return validation is not None and bool(
-    validation.drift.prompts or trained_model.edits(config)
-  )
-
-
-def load(
+def load_params(
   source: str,
   decoder: transformer.DecoderConfig,
   dtype: str,
@@ -102,61 +96,135 @@ def load(
   )
 
 
+# --- Reference parameters -------------------------------------------------------------
+
+
+def reads_base(plan: run_plan.RunPlan) -> bool:
+  """Whether the steps or the validation read the base model's parameters."""
+  return _reads_rounded_base(plan) or plan.anchored
+
+
+def _reads_rounded_base(plan: run_plan.RunPlan) -> bool:
+  base_teaches = plan.frozen_teacher and plan.teacher_decoder is None
+  return base_teaches or plan.compares_base or plan.split.freeze is not None
+
+
+def reference_params(
+  plan: run_plan.RunPlan,
+  base: transformer.Params | None,
+  source_teacher: transformer.Params | None,
+) -> step_lib.ReferenceParams:
+  """The parameters that the steps read, from the base model's or their placed shapes.
+
+  Of shapes it gives shapes, of which equal objects stand for one buffer.
+
+  Args:
+    base: the base model in `plan.base_dtype`; None if nothing reads it.
+    source_teacher: the model of `distill.source`, if that is the teacher.
+  """
+  if base is None or not reads_base(plan):
+    return step_lib.ReferenceParams({}, source_teacher, None)
+  rounded = base
+  if _reads_rounded_base(plan):
+    rounded = jax.tree.map(lambda leaf: _cast(leaf, plan.settings.dtype), base)
+  teacher = source_teacher
+  if plan.frozen_teacher and plan.teacher_decoder is None:
+    teacher = rounded
+  compared = base if plan.edits_base else rounded
+  return step_lib.ReferenceParams(
+    frozen=_frozen(plan, rounded),
+    teacher=teacher,
+    anchor=base if plan.anchored else None,
+    base=compared if plan.compares_base else None,
+  )
+
+
+def _cast(leaf: Any, dtype: str) -> Any:
+  """An array or a placed shape in a dtype; the same object if it has that dtype."""
+  if leaf.dtype == jnp.dtype(dtype):
+    return leaf
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+  return leaf.astype(dtype)
+
+
+def _frozen(plan: run_plan.RunPlan, base: transformer.Params) -> transformer.Params:
+  """The frozen tree, in the buffers (or shapes) of the base model."""
+  freeze = plan.split.freeze
+  if freeze is None:
+    return {}
+  if not isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
+    return freeze(base)
+  everywhere = sharding.replicated(plan.mesh)
+  shapes = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+    jax.eval_shape(freeze, base),
+  )
+  return {**shapes, **base}
+
+
+# --- A new run ------------------------------------------------------------------------
+
+
 def new_state(
-  config: schema.Config,
-  run: setup.Prepared,
-  built: setup.Built,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
   base: transformer.Params,
+  *,
+  anchor: schema.Anchor | None,
+  soft_mask: schema.SoftMask | None,
+  seed: int,
 ) -> step_lib.TrainState:
   """The state before the first step."""
 
-  @functools.partial(jax.jit, out_shardings=built.shardings)
-  def start(base: transformer.Params) -> step_lib.TrainState:
-    params = run.split.start(base)
-    return step_lib.TrainState(jnp.int32(0), params, built.optimizer.init(params))
+  @functools.partial(jax.jit, out_shardings=plan.state_shardings)
+  def init(base: transformer.Params) -> step_lib.TrainState:
+    params = plan.split.start(base)
+    return step_lib.TrainState(jnp.int32(0), params, plan.optimizer.init(params))
 
-  state = start(base)
-  found: dict[str, Any] = {}
-  if run.general is not None and config.anchor is not None:
-    information = importance(config.anchor, config.train.seed, run, built, base)
-    pull = state.opt_state[recipe.ANCHOR]
-    found[recipe.ANCHOR] = anchors.with_importance(pull, information)
-  if run.probed is not None and config.soft_mask is not None:
-    found[recipe.SOFT_MASK] = das.importance(
-      base,
-      placed(run, run.probed, "importance of units"),
-      settings=built.settings,
-      rate=config.soft_mask.drop,
-      seed=config.train.seed,
+  state = init(base)
+  importance: dict[str, Any] = {}
+  if inputs.anchor_batches is not None and anchor is not None:
+    importance[optim.ANCHOR] = anchors.with_importance(
+      state.opt_state[optim.ANCHOR],
+      parameter_importance(anchor, seed, plan, inputs, base),
     )
-  # A copy of the same type: of another, the second step would be compiled anew.
+  if inputs.soft_mask_batches is not None and soft_mask is not None:
+    importance[optim.SOFT_MASK] = das.importance(
+      base,
+      placed(plan.mesh, inputs.soft_mask_batches, "importance of units"),
+      settings=plan.settings,
+      rate=soft_mask.drop,
+      seed=seed,
+    )
+  # A copy of the same type: with another, the second step would compile again.
   opt_state = state.opt_state.copy()
-  opt_state.update(found)
+  opt_state.update(importance)
   return state._replace(opt_state=opt_state)
 
 
-def importance(
+def parameter_importance(
   settings: schema.Anchor,
   seed: int,
-  run: setup.Prepared,
-  built: setup.Built,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
   base: transformer.Params,
 ) -> transformer.Params:
   """The Fisher information that weighs the pull to the base model."""
-  batches = placed(run, run.general, "importance of parameters")
+  batches = placed(plan.mesh, inputs.anchor_batches, "importance of parameters")
   size = 1
   if settings.importance == "sampled":
     size = settings.batch_size
     batches = fisher.sampled(
       base,
       batches,
-      built.settings,
+      plan.settings,
       seed=seed,
       max_new_tokens=settings.max_new_tokens,
-      pad_id=run.tokenizer.pad_id,
+      pad_id=inputs.tokenizer.pad_id,
     )
   information = fisher.diagonal(
-    functools.partial(fisher.log_likelihood, settings=built.settings),
+    functools.partial(fisher.log_likelihood, settings=plan.settings),
     base,
     batches,
     size,
@@ -165,64 +233,76 @@ def importance(
 
 
 def first_memory(
-  run: setup.Prepared, built: setup.Built, base: transformer.Params, batch_size: int
+  plan: run_plan.RunPlan,
+  replay: mssr.Plan | None,
+  base: transformer.Params,
+  batch_size: int,
 ) -> mssr.Memory | None:
-  """Of adaptive replay, where there is any: one pass over what can be replayed."""
-  plan = run.replay
-  if plan is None:
+  """The memory of adaptive replay: takes one pass over all rows that it may replay."""
+  if replay is None:
     return None
   batches = batching.sequential_batches(
-    plan.rows, batch_size, pad_id=plan.pad_id, width=plan.widths[-1]
+    replay.rows, batch_size, pad_id=replay.pad_id, width=replay.widths[-1]
   )
-  losses_of = jax.jit(functools.partial(objective.row_losses, settings=built.settings))
-  found = [
+  losses_of = jax.jit(functools.partial(objective.row_losses, settings=plan.settings))
+  losses = [
     distributed.whole(losses_of(base, batch))
-    for batch in placed(run, batches, "losses before training")
+    for batch in placed(plan.mesh, batches, "losses before training")
   ]
-  first_N = np.concatenate(found)[: len(plan.rows)]
-  settings = plan.settings
-  return mssr.fresh(first_N, strength=settings.strength, interval=settings.interval)
-
-
-def saved(
-  run: setup.Prepared, state: step_lib.TrainState, replayer: mssr.Replayer | None
-) -> Any:
-  """What a checkpoint holds: the train state and, where there is one, the memory."""
-  if replayer is None:
-    return state
-  memory = sharding.spread(sharding.replicated(run.mesh), replayer.memory)
-  return {**state._asdict(), "memory": memory}
-
-
-def restored(
-  orbax: Any, run: setup.Prepared, abstract: step_lib.TrainState, on_corrupt: str
-) -> tuple[step_lib.TrainState, mssr.Memory | None, int]:
-  """State, memory and step of the newest checkpoint."""
-  if run.replay is None:
-    state, step = checkpoint.restore(
-      orbax, abstract, run.identity, on_corrupt=on_corrupt
-    )
-    return state, None, step
-  whole = sharding.replicated(run.mesh)
-  blank = mssr.fresh(np.zeros(len(run.replay.rows)), strength=0, interval=0)
-  memory = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), blank
+  return mssr.fresh(
+    np.concatenate(losses)[: len(replay.rows)],
+    strength=replay.settings.strength,
+    interval=replay.settings.interval,
   )
-  found, step = checkpoint.restore(
-    orbax,
-    {**abstract._asdict(), "memory": memory},
-    run.identity,
-    on_corrupt=on_corrupt,
-  )
-  memory = distributed.whole(found.pop("memory"))
-  return step_lib.TrainState(**found), memory, step
 
 
-def placed(run: setup.Prepared, batches: Any, title: str) -> Iterable[batching.Batch]:
-  """Batches on their devices, with a bar of how many were used."""
+def placed(mesh: Any, batches: Any, title: str) -> Iterable[batching.Batch]:
+  """Batches on their devices, with a progress bar."""
   if distributed.is_primary():
     batches = progress.watched(batches, title, unit="step")
   for batch in batches:
-    # A batch may be a single row here, which every device then reads.
-    rows = sharding.place(run.mesh, ("batch",), batch.row_id_B.shape)
+    # A batch of few rows, such as one, may not divide: every device then reads it all.
+    rows = sharding.place(mesh, ("batch",), batch.row_id_B.shape)
     yield sharding.spread(rows, batch)
+
+
+# --- Checkpoints ----------------------------------------------------------------------
+
+
+def checkpoint_tree(
+  plan: run_plan.RunPlan, state: step_lib.TrainState, replayer: mssr.Replayer | None
+) -> Any:
+  """What a checkpoint stores: the train state and, with adaptive replay, its memory."""
+  if replayer is None:
+    return state
+  memory = sharding.spread(sharding.replicated(plan.mesh), replayer.memory)
+  return {**state._asdict(), "memory": memory}
+
+
+def restore(
+  checkpoints: Any,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  on_corrupt: str,
+) -> tuple[step_lib.TrainState, mssr.Memory | None, int]:
+  """State, replay memory and step of the newest checkpoint."""
+  identity = inputs.identity
+  if inputs.replay is None:
+    state, step = checkpoint.restore(
+      checkpoints, plan.abstract_state, identity, on_corrupt=on_corrupt
+    )
+    return state, None, step
+  everywhere = sharding.replicated(plan.mesh)
+  blank = mssr.fresh(np.zeros(len(inputs.replay.rows)), strength=0, interval=0)
+  memory = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+    blank,
+  )
+  tree, step = checkpoint.restore(
+    checkpoints,
+    {**plan.abstract_state._asdict(), "memory": memory},
+    identity,
+    on_corrupt=on_corrupt,
+  )
+  memory = distributed.whole(tree.pop("memory"))
+  return step_lib.TrainState(**tree), memory, step

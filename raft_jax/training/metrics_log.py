@@ -1,6 +1,6 @@
-"""What a run writes down while it trains.
+"""The metrics of a run: its log, its progress bar, and signs of collapse in rollouts.
 
-`metrics.jsonl` is the record of truth: one JSON object a line, NaN written as null.
+`metrics.jsonl` is the authoritative record: one JSON object per line, NaN as null.
 TensorBoard is optional, and its failure never stops a run.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -15,21 +16,24 @@ import pathlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from raft_jax import errors
+from raft_jax.runtime import distributed, progress
+
+# --- Log and progress bar -------------------------------------------------------------
 
 
 class Log:
-  """Appends rows to `metrics.jsonl` and, when asked, to TensorBoard."""
+  """Appends rows to `metrics.jsonl` and, on request, to TensorBoard."""
 
   def __init__(
     self, output: pathlib.Path, *, resume_step: int, tensorboard: bool = False
   ):
-    """Opens the log; rows after `resume_step` came from work that was lost."""
+    """Opens the log and drops rows after `resume_step`, whose steps were lost."""
     self._path = output / "metrics.jsonl"
     self._started = time.monotonic()
     keep_until(self._path, resume_step)
@@ -54,7 +58,7 @@ class Log:
           step, {f"{split}/{name}": value for name, value in values.items()}
         )
       except OSError as error:
-        warnings.warn(f"TensorBoard is off from here on: {error}", stacklevel=2)
+        warnings.warn(f"TensorBoard is off from now on: {error}", stacklevel=2)
         self._board.close()
         self._board = None
 
@@ -68,25 +72,25 @@ class Log:
 class Board:
   """Appends scalars to a TensorBoard event file, in the caller's thread.
 
-  tensorboardX's `SummaryWriter` leaves that to a thread of its own: once a full disk
-  has ended the thread, nobody empties its queue and the next scalar waits for ever.
+  tensorboardX's `SummaryWriter` uses a thread of its own: once a full disk has ended
+  that thread, nothing empties its queue and the next scalar waits for ever.
   """
 
   def __init__(self, folder: pathlib.Path):
-    """Starts a file. ImportError without tensorboardX, OSError where none can be."""
+    """Starts a file. Raises ImportError without tensorboardX, OSError on a bad disk."""
     import tensorboardX
     from tensorboardX.proto import event_pb2, summary_pb2
 
     self._event: Any = event_pb2.Event
     self._summary: Any = summary_pb2.Summary
     folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard merges the files of a folder, so that a run that goes on adds one.
+    # TensorBoard merges the files of a folder, so a resumed run adds one.
     path = folder / f"events.out.tfevents.{time.time():.6f}"
     self._records = tensorboardX.RecordWriter(str(path))
     self._append(file_version="brain.Event:2")
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Adds one value to each named curve. OSError when that fails."""
+    """Adds one value to each named curve. Raises OSError if that fails."""
     scalars = [
       self._summary.Value(tag=name, simple_value=value)
       for name, value in values.items()
@@ -94,7 +98,7 @@ class Board:
     self._append(step=step, summary=self._summary(value=scalars))
 
   def close(self) -> None:
-    # Every event was flushed by `write`, or said that it could not be.
+    # `write` has flushed every event, or raised.
     with contextlib.suppress(OSError):
       self._records.close()
 
@@ -105,7 +109,7 @@ class Board:
 
 
 def board(folder: pathlib.Path) -> Board | None:
-  """A TensorBoard writer, or None with a warning where there can be none."""
+  """A TensorBoard writer, or None with a warning if it cannot be opened."""
   try:
     return Board(folder)
   except (ImportError, OSError) as error:
@@ -116,7 +120,7 @@ def board(folder: pathlib.Path) -> Board | None:
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:
-  """Drops rows after `step`, and a torn last line, from a log that goes on."""
+  """Drops rows after `step`, and a torn last line, from the log of a resumed run."""
   if not path.exists():
     return
   temporary = path.with_suffix(".tmp")
@@ -126,22 +130,79 @@ def keep_until(path: pathlib.Path, step: int) -> None:
 
 
 def rows_until(path: pathlib.Path, step: int) -> list[tuple[str, dict[str, Any]]]:
-  """The whole lines of a log up to a step, and what they say; none without a file."""
+  """The complete lines of a log up to a step, each as text and as a parsed row."""
   if not path.exists():
     return []
-  found = []
+  rows = []
   for line in path.read_text(encoding="utf-8").splitlines():
     try:
       row = json.loads(line)
       if row["step"] <= step:
-        found.append((line, row))
+        rows.append((line, row))
     except (json.JSONDecodeError, KeyError, TypeError):
       continue
-  return found
+  return rows
+
+
+class RunLog:
+  """The log and the progress bar of a run; silent in all processes but the first.
+
+  If a write fails in one process of several, the error is kept until `check`, which
+  raises it in all of them. Raised at once, it would leave the others waiting.
+  """
+
+  def __init__(self, log: Log | None, bar: progress.Progress | None):
+    self._log, self._bar, self._faults = log, bar, distributed.DeferredErrors()
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Logs the metrics after `step` steps."""
+    if self._log is not None:
+      self._faults.keep(functools.partial(self._log.write, step, values))
+    if self._bar is not None:
+      self._bar.advance(step, note(values))
+
+  def check(self) -> None:
+    """Raises the first error of a write; call it in all processes."""
+    self._faults.tell()
+
+
+@contextlib.contextmanager
+def run_log(
+  output: pathlib.Path, start: int, total_steps: int, tensorboard: bool
+) -> Iterator[RunLog]:
+  """The log of a run that continues after `start` steps."""
+  if not distributed.is_primary():
+    yield RunLog(None, None)
+    return
+  with (
+    contextlib.closing(Log(output, resume_step=start, tensorboard=tensorboard)) as log,
+    contextlib.closing(progress.Progress("train", total_steps, done=start)) as bar,
+  ):
+    yield RunLog(log, bar)
+
+
+def note(values: dict[str, float]) -> str:
+  """The few metrics to show beside the progress bar."""
+  short_names = {
+    "loss_sft": "sft",
+    "loss_kd": "kd",
+    "kd_weight": "λ",
+    "rollout_length": "len",
+    "validation_loss": "val",
+    "validation_drift": "drift",
+  }
+  return "  ".join(
+    f"{short} {values[name]:.3g}"
+    for name, short in short_names.items()
+    if name in values
+  )
+
+
+# --- Signs of collapse ----------------------------------------------------------------
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:
-  """Share of a text's n-grams that occurred before in it; 0 for short texts."""
+  """Share of a text's n-grams that occur earlier in it; 0 for short texts."""
   grams = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
   total = sum(grams.values())
   return 1.0 - len(grams) / total if total else 0.0
@@ -153,12 +214,12 @@ def rollout_health(
   texts: Sequence[str],
   leaks: Sequence[str],
 ) -> dict[str, float]:
-  """Signs of collapse in sampled texts, which no loss shows.
+  """Signs of collapse in sampled texts that no loss shows.
 
   Args:
     tokens_BR: int token ids of the rollouts.
-    length_B: tokens of each.
-    texts: the rollouts decoded.
+    length_B: tokens of each rollout.
+    texts: the decoded rollouts.
     leaks: lower-case phrases of the teacher's prompt.
 
   Returns:

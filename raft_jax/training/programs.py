@@ -1,130 +1,230 @@
-"""The compiled parts of a step, as the config wants them: rollout, teacher, update."""
+"""A training step as compiled programs: rollout, teacher and update.
+
+`run_step` runs them in order. `plan` calls it with programs that only compile.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from raft_jax.baselines import mssr, sdpo
+from raft_jax.baselines import sdpo
 from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import objective
 from raft_jax.distillation import step as step_lib
-from raft_jax.hf import chat
 from raft_jax.models import partition, sampling, transformer
-from raft_jax.training import recipe
+from raft_jax.runtime import interrupts
+from raft_jax.training import optim
+
+# --- One step -------------------------------------------------------------------------
 
 
 class Programs(NamedTuple):
-  """The three compiled parts of a step, and whose parameters the teacher has.
+  """The compiled parts of a step; all but `update` are None if nothing is distilled.
 
   Attributes:
-    teacher: (the base model's or `distill.source`'s parameters, state, frozen
-      parameters) -> the teacher's.
-    instruct: (batch, trajectory) -> both with a teacher's context that depends on the
-      rollouts; made on the host, which waits for them.
+    update: see `distillation.step.update`.
+    roll_out: (trained tree, frozen tree, batch, step) -> the trajectory, and whether
+      each rollout ended by itself (None if the trajectory is the answers).
+    score_teacher: see `objective.score_teacher`.
+    teacher_params: (frozen teacher or None, state, frozen tree) -> the teacher's
+      parameters.
   """
 
-  roll_out: Callable[..., tuple[objective.Trajectory, jax.Array | None]] | None
-  teach: Callable[..., objective.Support] | None
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
-  teacher: Callable[..., transformer.Params] | None = None
-  instruct: Callable[..., sdpo.Instructed] | None = None
+  roll_out: Callable[..., tuple[objective.Trajectory, jax.Array | None]] | None = None
+  score_teacher: Callable[..., objective.Support] | None = None
+  teacher_params: Callable[..., transformer.Params] | None = None
+
+
+class Dispatched(NamedTuple):
+  """A step that runs, or has run, on the devices; nothing was fetched yet.
+
+  Attributes:
+    step: its number, from 0.
+    metrics: scalars to log, and the rows' losses if they are wanted.
+    trajectory: None if nothing was distilled.
+    ended_B: whether each rollout ended by itself, if there were rollouts.
+    seconds: of each phase, if the step was timed.
+  """
+
+  step: int
+  metrics: dict[str, Any]
+  batch: batching.Batch
+  trajectory: objective.Trajectory | None
+  ended_B: jax.Array | None
+  seconds: dict[str, float]
+
+
+class Stopwatch:
+  """Seconds between laps."""
+
+  def __init__(self) -> None:
+    self._last = time.perf_counter()
+
+  def lap(self) -> float:
+    """Seconds since the lap before, or since the start."""
+    now = time.perf_counter()
+    seconds, self._last = now - self._last, now
+    return seconds
+
+
+class PhaseClock:
+  """Times the phases of a step by waiting for each one, if it is on."""
+
+  def __init__(self, *, on: bool):
+    self.seconds: dict[str, float] = {}
+    self._on, self._stopwatch = on, Stopwatch()
+
+  def lap(self, phase: str, result: Any) -> None:
+    """Ends a phase, whose last array is in `result`."""
+    if self._on:
+      jax.block_until_ready(result)
+      self.seconds[phase] = self._stopwatch.lap()
+
+
+TeacherContextBuilder = Callable[
+  [batching.Batch, objective.Trajectory], sdpo.TeacherContext
+]
+"""Makes teacher contexts that depend on the rollouts; runs on the host."""
+
+
+def run_step(
+  programs: Programs,
+  state: step_lib.TrainState,
+  reference: step_lib.ReferenceParams,
+  batch: batching.Batch,
+  step: int,
+  *,
+  build_teacher_context: TeacherContextBuilder | None = None,
+  gradient_stats: bool = False,
+  timed: bool = False,
+) -> tuple[step_lib.TrainState, Dispatched]:
+  """Dispatches one step: roll out, score by the teacher, update."""
+  clock = PhaseClock(on=timed)
+  update = functools.partial(programs.update, anchor=reference.anchor)
+
+  if programs.roll_out is None or programs.score_teacher is None:
+    no_rollout = objective.empty_trajectory(len(batch.row_id_B))
+    state, metrics = update(
+      state, reference.frozen, batch, no_rollout, None, gradient_stats=False
+    )
+    clock.lap("update", metrics)
+    return state, Dispatched(step, metrics, batch, None, None, clock.seconds)
+
+  rollout, ended_B = programs.roll_out(state.params, reference.frozen, batch, step)
+  clock.lap("rollout", rollout)
+  interrupts.check()
+
+  compared = rollout
+  context_metrics: dict[str, float] = {}
+  if build_teacher_context is not None:
+    batch, compared, context_metrics = build_teacher_context(batch, rollout)
+  teacher = reference.teacher
+  if programs.teacher_params is not None:
+    teacher = programs.teacher_params(teacher, state, reference.frozen)
+  support = programs.score_teacher(
+    teacher, batch.teacher_BC, batch.teacher_length_B, compared
+  )
+  clock.lap("teacher", support)
+  interrupts.check()
+
+  state, metrics = update(
+    state, reference.frozen, batch, compared, support, gradient_stats=gradient_stats
+  )
+  clock.lap("update", metrics)
+  return state, Dispatched(
+    step=step,
+    metrics={**metrics, **context_metrics},
+    batch=batch,
+    trajectory=rollout._replace(sampler_stats=None),
+    ended_B=ended_B,
+    seconds=clock.seconds,
+  )
+
+
+# --- Compiling ------------------------------------------------------------------------
+
+
+class Rollouts(NamedTuple):
+  """How trajectories are made.
+
+  Attributes:
+    share: of steps whose trajectory is a rollout; the others use the answers.
+    pad_id: of the tokenizer.
+  """
+
+  share: float
+  seed: int
+  max_new_tokens: int
+  temperature: float
+  top_p: float
+  pad_id: int
+
+
+def rollout_share(distill: schema.Distill) -> float:
+  """Share of the steps whose trajectory is a rollout."""
+  shares = {"rollout": 1.0, "answer": 0.0, "mixed": distill.on_policy}
+  return shares[distill.trajectory]
+
+
+def rolls_out(share: float, *, seed: int, step: int) -> bool:
+  """Whether the trajectory of a step is a rollout: a function of seed and step."""
+  if share in (0.0, 1.0):
+    return share == 1.0
+  return bool(np.random.default_rng((seed, step)).random() < share)
 
 
 TEACHERS: dict[str, Callable[..., transformer.Params]] = {
   "base": lambda base, state, frozen: base,
   "live": lambda base, state, frozen: partition.combine(frozen, state.params),
   "average": lambda base, state, frozen: partition.combine(
-    frozen, state.opt_state[recipe.AVERAGE].average
+    frozen, state.opt_state[optim.AVERAGE].average
   ),
 }
-"""`distill.teacher` -> `Programs.teacher`."""
-
-
-def make_settings(
-  config: schema.Config,
-  decoder: transformer.DecoderConfig,
-  tokenizer: chat.ChatTokenizer,
-  teacher: transformer.DecoderConfig | None = None,
-  *,
-  platform: str = "cpu",
-) -> objective.Settings:
-  """The few values the step needs on devices of a platform, as JAX names it."""
-  distill, unroll = config.distill, config.model.unroll
-  return objective.Settings(
-    decoder=decoder,
-    eos_ids=tokenizer.eos_ids,
-    dtype=config.model.dtype,
-    remat=config.model.remat,
-    unroll=unroll,
-    attention=config.model.attention,
-    rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, platform),
-    micro_batches=config.train.micro_batches,
-    cross_entropy=config.train.cross_entropy,
-    loss_mean=config.train.loss_mean,
-    top_k=distill.top_k,
-    support=distill.support,
-    max_importance=distill.max_importance,
-    temperature=distill.temperature,
-    direction=distill.direction,
-    beta=distill.beta if distill.direction == "jsd" else None,
-    tail=distill.tail,
-    scale_by_t2=distill.scale_by_t2,
-    skip_first=distill.skip_first,
-    mask_eos=distill.mask_eos,
-    teacher_decoder=teacher,
-    row_losses=mssr.adaptive(config),
-  )
-
-
-def rolls_out(config: schema.Config, step: int) -> bool:
-  """Whether the trajectory of a step is a rollout: a function of seed and step."""
-  if config.distill.trajectory != "mixed":
-    return config.distill.trajectory == "rollout"
-  drawn = np.random.default_rng((config.train.seed, step)).random()  # in [0, 1)
-  return bool(drawn < config.distill.on_policy)
+"""`distill.teacher` -> `Programs.teacher_params`."""
 
 
 def compile_programs(
-  config: schema.Config,
   settings: objective.Settings,
-  tokenizer: chat.ChatTokenizer,
+  rollouts: Rollouts,
+  *,
   optimizer: optax.GradientTransformationExtraArgs,
   balancer: optax.GradientTransformationExtraArgs,
   state_shardings: step_lib.TrainState,
-  *,
-  distil: bool,
-  asked: Mapping[int, batching.Conversation],
+  teacher: str | None,
 ) -> Programs:
   """Jits rollout, teacher and update; each compiles once per batch width.
 
   Args:
-    asked: questions and answers by row id, for a teacher that reads rollouts.
+    state_shardings: where the update leaves the state.
+    teacher: a key of `TEACHERS`; None distils nothing.
   """
   update = jax.jit(
     functools.partial(
       step_lib.update, optimizer=optimizer, balancer=balancer, settings=settings
     ),
-    static_argnames="measure",
+    static_argnames="gradient_stats",
     donate_argnums=0,
     out_shardings=(state_shardings, None),
   )
-  if not distil:
-    return Programs(None, None, update)
+  if teacher is None:
+    return Programs(update)
 
   def roll_out(
     params: transformer.Params,
     frozen: transformer.Params,
     batch: batching.Batch,
     step: int,
-  ):
-    if not rolls_out(config, step):
+  ) -> tuple[objective.Trajectory, jax.Array | None]:
+    if not rolls_out(rollouts.share, seed=rollouts.seed, step=step):
       return objective.Trajectory(batch.answer_BA, batch.answer_length_B), None
     rollout = sampling.generate(
       partition.combine(frozen, params),
@@ -132,29 +232,23 @@ def compile_programs(
       batch.prompt_BP,
       batch.prompt_length_B,
       batch.row_id_B,
-      seed=config.train.seed,
+      seed=rollouts.seed,
       step=step,
-      max_new_tokens=config.rollout.max_new_tokens,
-      temperature=config.rollout.temperature,
-      top_p=config.rollout.top_p,
-      eos_ids=tokenizer.eos_ids,
-      pad_id=tokenizer.pad_id,
+      max_new_tokens=rollouts.max_new_tokens,
+      temperature=rollouts.temperature,
+      top_p=rollouts.top_p,
+      eos_ids=settings.eos_ids,
+      pad_id=rollouts.pad_id,
       dtype=settings.dtype,
       unroll=settings.rollout_unroll,
-      watch=settings.watch,
+      watch=settings.sampler_top_k,
     )
     trajectory = objective.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)
     return trajectory, rollout.ended_B
 
-  teach = jax.jit(functools.partial(objective.teach, settings=settings))
-  instruct = None
-  if config.distill.teacher_context == "sibling":
-    instruct = functools.partial(
-      sdpo.instruct,
-      tokenizer=tokenizer,
-      asked=asked,
-      group=config.rollout.group,
-      success=config.distill.success,
-      max_tokens=config.data.max_teacher_tokens,
-    )
-  return Programs(roll_out, teach, update, TEACHERS[config.distill.teacher], instruct)
+  return Programs(
+    update,
+    roll_out,
+    jax.jit(functools.partial(objective.score_teacher, settings=settings)),
+    TEACHERS[teacher],
+  )

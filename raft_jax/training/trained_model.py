@@ -1,4 +1,4 @@
-"""What a run has trained: which checkpoint is read, and the model it stands for."""
+"""The model that a run has trained, from the checkpoint that is to be read."""
 
 from __future__ import annotations
 
@@ -11,89 +11,103 @@ from raft_jax.baselines import fapm
 from raft_jax.config import schema
 from raft_jax.hf import load as hf_load
 from raft_jax.models import lora, partition, transformer
-from raft_jax.training import checkpoint, setup
+from raft_jax.training import checkpoint, run_inputs, run_plan
 
 
 def load(
   config: schema.Config, decoder: transformer.DecoderConfig
 ) -> tuple[transformer.Params, int]:
-  """The whole model of the checkpoint to read, float32, and the step it was saved at.
+  """The whole trained model, float32, and the step of its checkpoint.
 
   Raises:
-    errors.UserError: when there is no checkpoint, or it is of another run.
+    errors.UserError: there is no checkpoint, or it belongs to another run.
   """
-  split = setup.make_split(config, decoder)
-  params, step = restored(config, split.shapes)
-  if split.freeze is None and not edits(config):
+  source = config.model.source
+  split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
+  identity = run_inputs.model_identity(source, config.lora)
+  params, step = load_trained_tree(
+    config.output, config.validation, identity, split.shapes
+  )
+  if split.freeze is None and config.prune is None and config.interpolate is None:
     return params, step
-  base = hf_load.load_params(config.model.source, decoder)
+  base = hf_load.load_params(source, decoder)
   frozen = split.freeze(base) if split.freeze is not None else {}
-  return whole(params, frozen, base, config), step
+  model = assemble(
+    params, frozen, base, prune=config.prune, interpolate=config.interpolate
+  )
+  return model, step
 
 
-def folder(config: schema.Config) -> str:
-  """The name of the folder of checkpoints to read."""
-  best = _wants_best(config) and checkpoint.steps(config.output, checkpoint.BEST)
-  return checkpoint.BEST if best else checkpoint.FOLDER
+def checkpoint_folder(output: str, validation: schema.Validation | None) -> str:
+  """The name of the folder of checkpoints to read: the best step's or the last's."""
+  has_best = _wants_best(validation) and checkpoint.steps(output, checkpoint.BEST)
+  return checkpoint.BEST if has_best else checkpoint.FOLDER
 
 
-def _wants_best(config: schema.Config) -> bool:
-  return config.validation is not None and config.validation.keep == "best"
+def _wants_best(validation: schema.Validation | None) -> bool:
+  return validation is not None and validation.keep == "best"
 
 
-def restored(
-  config: schema.Config, shapes: transformer.Params
+def load_trained_tree(
+  output: str,
+  validation: schema.Validation | None,
+  identity: dict[str, Any],
+  shapes: transformer.Params,
 ) -> tuple[transformer.Params, int]:
-  """The trained tree, and its step: the last, or of a run that was watched the best.
+  """The trained parameters of the best step or the last one, and that step.
 
   Args:
+    identity: from `run_inputs.model_identity`.
     shapes: of the trained tree.
 
   Raises:
-    errors.UserError: when there is no checkpoint, or it is of another run.
+    errors.UserError: there is no checkpoint, or it belongs to another run.
   """
-  name = folder(config)
-  params, step = checkpoint.restore_params(
-    config.output, shapes, setup.identity(config), name
-  )
+  name = checkpoint_folder(output, validation)
+  params, step = checkpoint.restore_params(output, shapes, identity, name)
   if name == checkpoint.BEST:
     print(f"reading step {step}, the best by `validation`")
-  elif _wants_best(config):
+  elif _wants_best(validation):
     print(f"no step is kept as the best by `validation`; reading step {step}, the last")
   return params, step
 
 
-def edits(config: schema.Config) -> dict[str, Any]:
-  """The sections by which what was trained is changed afterwards, as plain values."""
-  return config.model_dump(
-    mode="json", include={"prune", "interpolate"}, exclude_none=True
-  )
+def edits(
+  prune: schema.Prune | None, interpolate: schema.Interpolate | None
+) -> dict[str, Any]:
+  """The sections that edit the model after training, as plain values."""
+  sections = {"prune": prune, "interpolate": interpolate}
+  return {
+    name: section.model_dump(mode="json", exclude_none=True)
+    for name, section in sections.items()
+    if section is not None
+  }
 
 
-def whole(
+def assemble(
   params: transformer.Params,
   frozen: transformer.Params,
   base: transformer.Params | None,
-  config: schema.Config,
+  *,
+  prune: schema.Prune | None,
+  interpolate: schema.Interpolate | None,
 ) -> transformer.Params:
-  """The model that a trained tree stands for: adapters merged, then pruned and
-  interpolated if asked.
+  """The model that a trained tree stands for: merged, then pruned and interpolated.
 
   Args:
-    frozen: what lies beside the trained tree; `{}` where that is the model.
-    base: the base model, on whose devices what was pruned is put; None only where the
-      config edits nothing.
+    frozen: the tree beside the trained one; `{}` if the trained tree is the model.
+    base: the base model, whose devices pruned parameters are put on; None only without
+      `prune` and `interpolate`.
   """
   if frozen:
     params = lora.merge(partition.combine(frozen, params))
-  if not edits(config):
-    return params
-  assert base is not None
-  if config.prune is not None:
-    pruned = fapm.prune(base, params, config.prune.keep)
+  if prune is not None:
+    assert base is not None
+    pruned = fapm.prune(base, params, prune.keep)
     params = jax.tree.map(
       lambda leaf, like: jax.device_put(leaf, like.sharding), pruned, base
     )
-  if config.interpolate is not None:
-    params = optax.incremental_update(params, base, config.interpolate.weight)
+  if interpolate is not None:
+    assert base is not None
+    params = optax.incremental_update(params, base, interpolate.weight)
   return params

@@ -32,8 +32,8 @@ def codec(smollm):
   return chat.load(smollm)
 
 
-def told(codec, answers, max_tokens, success=0.5):
-  """`instruct` for two questions with the reference answer "a b c d"."""
+def teacher_context(codec, answers, max_tokens, success=0.5):
+  """Contexts for two questions with the reference answer "a b c d"."""
   ids = [chat.answer_ids(codec, answer) for answer in answers]
   tokens = np.full((len(ids), 24), codec.pad_id, np.int32)
   for row, answer in zip(tokens, ids):
@@ -41,21 +41,19 @@ def told(codec, answers, max_tokens, success=0.5):
   lengths = jnp.array([len(answer) for answer in ids])
   nothing, rows = jnp.zeros((len(ids), 0), jnp.int32), jnp.arange(len(ids))
   question = [records.Message("user", f"Question {i}?") for i in range(2)]
-  return sdpo.instruct(
+  return sdpo.build_teacher_context(
     batching.Batch(nothing, lengths, nothing, lengths, nothing, lengths, rows),
     objective.Trajectory(jnp.array(tokens), lengths),
     tokenizer=codec,
-    asked={i: ((question[i],), "alpha beta gamma delta") for i in range(2)},
-    group=3,
-    success=success,
-    max_tokens=max_tokens,
+    questions_by_row={i: ((question[i],), "alpha beta gamma delta") for i in range(2)},
+    siblings=sdpo.Siblings(group=3, success=success, max_tokens=max_tokens),
   )
 
 
 def test_contexts_show_a_successful_sibling_or_leave_the_loss(codec):
   right, half = "alpha beta gamma delta", "<think>x</think> alpha beta gamma"
   answers = [right, half, "no", "no", right, "never"]
-  found = told(codec, answers, 64)
+  found = teacher_context(codec, answers, 64)
   # F1 of three of four words: 2 * 1 * 0.75 / 1.75 = 0.86. Of the second question's
   # rollouts only the one that succeeded has no teacher.
   assert found.trajectory.length_B.tolist() == [
@@ -70,17 +68,20 @@ def test_contexts_show_a_successful_sibling_or_leave_the_loss(codec):
       continue
     asked = (records.Message("user", f"Question {row // 3}?"),)
     assert ids == chat.teacher_ids(codec, asked, demonstration, "sibling")
-  np.testing.assert_allclose(found.told["rollout_success"], 3 / 6)
-  np.testing.assert_allclose(found.told["rollout_taught"], 5 / 6)
+  np.testing.assert_allclose(found.metrics["rollout_success"], 3 / 6)
+  np.testing.assert_allclose(found.metrics["rollout_taught"], 5 / 6)
   # The same shapes whatever was sampled: nothing compiles anew.
-  other = told(codec, ["no"] * 6, 64)
+  other = teacher_context(codec, ["no"] * 6, 64)
   assert not other.trajectory.length_B.any()
   for one, two in zip(found.batch, other.batch):
     assert (one.shape, one.dtype) == (two.shape, two.dtype)
   # What exceeds the budget counts as none, and so does an empty text at any bound.
-  assert not told(codec, answers, 16).trajectory.length_B.any()
+  assert not teacher_context(codec, answers, 16).trajectory.length_B.any()
   assert (
-    told(codec, ["", "", "x"] * 2, 64, success=0.0).told["rollout_success"] == 1 / 3
+    teacher_context(codec, ["", "", "x"] * 2, 64, success=0.0).metrics[
+      "rollout_success"
+    ]
+    == 1 / 3
   )
 
 
@@ -122,7 +123,7 @@ def test_one_steps_loss_in_float64():
 
   @jax.jit
   def loss(params, teacher):
-    support = objective.teach(teacher, *context, trajectory, settings=settings)
+    support = objective.score_teacher(teacher, *context, trajectory, settings=settings)
     weights = objective.token_weights(batch, trajectory, settings)
     parts = (batch, trajectory, support, weights)
     return objective.loss_terms(params, *parts, settings=settings)[0]["kd"]

@@ -183,6 +183,12 @@ BAD_FILES = {
     "train.gradient_stats_every",
     "above 0 for balance.mode=gradient_norm",
   ),
+  "old name": (
+    "train: {measure_every: 8}",
+    4,
+    "",
+    "train.measure_every is now train.gradient_stats_every; rename it",
+  ),
   "no ratio to reach": (
     "balance: {mode: gradient_norm, weight: 0.0}",
     4,

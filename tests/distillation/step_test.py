@@ -24,9 +24,13 @@ def with_own_prompt_as_context(batch):
   )
 
 
-def start(params, balancer):
+def start(params, balancer, *, skips_empty=False):
   optimizer = optim.chain(
-    balancer, optax.constant_schedule(RATE), weight_decay=0.01, clip=1.0
+    balancer,
+    optax.constant_schedule(RATE),
+    weight_decay=0.01,
+    clip=1.0,
+    skips_empty=skips_empty,
   )
   state = step.TrainState(jnp.int32(0), params, optimizer.init(params))
 
@@ -35,7 +39,7 @@ def start(params, balancer):
       state, {}, *batch, optimizer=optimizer, balancer=balancer, **static
     )
 
-  return state, jax.jit(update, static_argnames=("settings", "measure"))
+  return state, jax.jit(update, static_argnames=("settings", "gradient_stats"))
 
 
 def assert_trees_identical(a, b):
@@ -50,7 +54,7 @@ def test_packed_losses_equal_each_sequence_on_its_own():
   teacher = params
   weights = objective.token_weights(batch, trajectory, tiny_step.SETTINGS)
   by_row = tiny_step.SETTINGS._replace(row_losses=True)
-  terms, seen = objective.loss_terms(
+  terms, aux = objective.loss_terms(
     params, batch, trajectory, support, weights, settings=by_row
   )
   sft, kd = [], []
@@ -77,7 +81,7 @@ def test_packed_losses_equal_each_sequence_on_its_own():
     kd.append(divergence.mean())
   np.testing.assert_allclose(terms["sft"], np.mean(sft), rtol=1e-5)
   np.testing.assert_allclose(terms["kd"], np.mean(kd), rtol=1e-4)
-  np.testing.assert_allclose(seen[objective.ROWS], sft, rtol=1e-5)
+  np.testing.assert_allclose(aux[objective.ROW_LOSSES], sft, rtol=1e-5)
   alone = objective.row_losses(
     params, batch, tiny_step.SETTINGS
   )  # without the trajectory
@@ -87,15 +91,15 @@ def test_packed_losses_equal_each_sequence_on_its_own():
 def test_the_trajectory_cannot_see_the_answer():
   params, batch, trajectory, _ = tiny_step.setting()
   other = batch._replace(answer_BA=(batch.answer_BA + 1) % 97)
-  _, seen = objective.student_hidden(params, batch, trajectory, tiny_step.SETTINGS)
+  _, hidden = objective.student_hidden(params, batch, trajectory, tiny_step.SETTINGS)
   _, changed = objective.student_hidden(params, other, trajectory, tiny_step.SETTINGS)
-  np.testing.assert_array_equal(seen, changed)
+  np.testing.assert_array_equal(hidden, changed)
 
 
 def test_teacher_with_the_students_context_gives_no_loss_and_no_gradient():
   params, batch, trajectory, _ = tiny_step.setting()
   batch = with_own_prompt_as_context(batch)
-  support = tiny_step.teach(params, batch, trajectory)
+  support = tiny_step.score_teacher(params, batch, trajectory)
   weights = objective.token_weights(batch, trajectory, tiny_step.SETTINGS)
 
   def kd(params):
@@ -124,7 +128,7 @@ def test_one_pullback_equals_the_two_gradients_weighted():
   state, update = start(params, balance.balance_by_ema())
   once, a = update(state, batch, trajectory, support, settings=tiny_step.SETTINGS)
   apart, b = update(
-    state, batch, trajectory, support, settings=tiny_step.SETTINGS, measure=True
+    state, batch, trajectory, support, settings=tiny_step.SETTINGS, gradient_stats=True
   )
   np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
   assert -1 <= b["grad_cosine"] <= 1
@@ -182,8 +186,8 @@ def test_a_teacher_of_another_shape_reads_with_its_own_network():
   other = transformer.init(jax.random.key(3), decoder)
   context = (batch.teacher_BC, batch.teacher_length_B, trajectory)
   settings = tiny_step.SETTINGS._replace(teacher_decoder=decoder)
-  found = objective.teach(other, *context, settings=settings)
-  alone = objective.teach(
+  found = objective.score_teacher(other, *context, settings=settings)
+  alone = objective.score_teacher(
     other, *context, settings=tiny_step.SETTINGS._replace(decoder=decoder)
   )
   assert_trees_identical(found, alone)
@@ -212,7 +216,7 @@ def test_without_any_token_of_the_only_loss_nothing_moves_but_time():
   params, batch, trajectory, support = tiny_step.setting()
   none = trajectory._replace(length_B=jnp.zeros_like(trajectory.length_B))
   settings = tiny_step.SETTINGS._replace(cross_entropy=False)
-  state, update = start(params, balance.balance_fixed(1.0))
+  state, update = start(params, balance.balance_fixed(1.0), skips_empty=True)
   once, _ = update(state, batch, trajectory, support, settings=settings)
   empty, _ = update(once, batch, none, support, settings=settings)
   assert_trees_identical(empty.params, once.params)  # neither decay nor momentum
@@ -243,12 +247,12 @@ def test_micro_batches_change_nothing(mean):
     def loss(p, part, settings=settings):
       return objective.loss_terms(p, *part, settings=settings)
 
-    take = functools.partial(step.gradients_together, loss, weigh=weigh)
+    take = functools.partial(step.balanced_gradient, loss, loss_weights=weigh)
     if parts > 1:
       take = functools.partial(
-        step.gradients_apart, loss, weigh=weigh, micro_batches=parts
+        step.separate_gradients, loss, loss_weights=weigh, micro_batches=parts
       )
-    whole = (batch, trajectory, support, weights)
+    whole = step.LossInputs(batch, trajectory, support, weights)
     results[parts] = jax.jit(take)(params, whole)
     results[parts, "weight"] = weigh(
       losses=results[parts].losses, valid=results[parts].valid
@@ -259,7 +263,9 @@ def test_micro_batches_change_nothing(mean):
     )
     tiny_step.assert_trees_close(results[parts].balanced, results[1].balanced, 1e-5)
     np.testing.assert_allclose(
-      results[parts].seen[objective.ROWS], results[1].seen[objective.ROWS], rtol=1e-5
+      results[parts].aux[objective.ROW_LOSSES],
+      results[1].aux[objective.ROW_LOSSES],
+      rtol=1e-5,
     )
 
 
@@ -310,7 +316,7 @@ def test_training_on_one_batch_fits_it():
   first = None
   for index in range(15):
     trajectory = tiny_step.roll_out(state.params, batch)
-    support = tiny_step.teach(params, batch, trajectory)
+    support = tiny_step.score_teacher(params, batch, trajectory)
     state, values = update(
       state, batch, trajectory, support, settings=tiny_step.SETTINGS
     )
@@ -323,7 +329,7 @@ def test_logged_mass_is_of_the_distribution_that_is_sampled():
   """Softmax of whole logits at temperature 1, summed over the teacher's top K."""
   params, batch, trajectory, support = tiny_step.setting()
   weights = objective.token_weights(batch, trajectory, tiny_step.SETTINGS)
-  _, seen = objective.loss_terms(
+  _, aux = objective.loss_terms(
     params, batch, trajectory, support, weights, settings=tiny_step.SETTINGS
   )
   length = int(batch.teacher_length_B[0])
@@ -335,7 +341,7 @@ def test_logged_mass_is_of_the_distribution_that_is_sampled():
   scores = np.array(hidden @ transformer.output_embedding(params).T, np.float64)
   p = np.exp(scores - scores.max(-1, keepdims=True))
   p = np.sort(p / p.sum(-1, keepdims=True), axis=-1)[length - 1 : -1, -20:]
-  first_row = objective.teach(
+  first_row = objective.score_teacher(
     params,
     batch.teacher_BC[:1],
     batch.teacher_length_B[:1],
@@ -344,5 +350,5 @@ def test_logged_mass_is_of_the_distribution_that_is_sampled():
   )
   mass = losses.mass_on_support(first_row.logits_BRK, first_row.logsumexp_BR)[0]
   np.testing.assert_allclose(mass[: len(p)], p.sum(-1), rtol=1e-4)
-  assert 0 < seen["student_mass_in_support"] < 1
-  assert 0 < seen["teacher_mass_in_support"] < 1
+  assert 0 < aux["student_mass_in_support"] < 1
+  assert 0 < aux["teacher_mass_in_support"] < 1

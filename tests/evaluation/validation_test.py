@@ -17,7 +17,14 @@ from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.reporting import run_folder
 from raft_jax.storage import journal
-from raft_jax.training import checkpoint, metrics_log, setup, trained_model
+from raft_jax.training import (
+  checkpoint,
+  loop,
+  metrics_log,
+  programs,
+  run_plan,
+  trained_model,
+)
 from tests.helpers import short_run, tiny_run
 
 STEPS = 6
@@ -222,14 +229,14 @@ def test_a_finished_run_is_not_run_again(watched, capsys):
 def test_looks_change_no_bit_of_training_and_compile_no_step(
   start, law, monkeypatch, tmp_path
 ):
-  built = []
-  build = setup.build
+  plans = []
+  make_plan = run_plan.make_plan
 
-  def noted(*args):
-    built.append(build(*args))
-    return built[-1]
+  def noted(*args, **options):
+    plans.append(make_plan(*args, **options))
+    return plans[-1]
 
-  monkeypatch.setattr(setup, "build", noted)
+  monkeypatch.setattr(run_plan, "make_plan", noted)
   outputs = []
   for name, looks in (("plain", False), ("looked", True)):
     short_run.write_refined(tmp_path / name, law)
@@ -239,9 +246,9 @@ def test_looks_change_no_bit_of_training_and_compile_no_step(
   jax.tree.map(np.testing.assert_array_equal, looked, plain)
   plain, looked = (short_run.rows(output) for output in outputs)
   for (step, values), (_, more) in zip(plain, looked, strict=True):
-    assert values == {k: v for k, v in more.items() if "validation_" not in k}
+    assert values == {k: v for k, v in more.items() if "watch" not in k}
     assert ("validation_loss" in more) == (step in (2, 4))
-  plain, looked = (run.programs.update._cache_size() for run in built)
+  plain, looked = (plan.programs.update._cache_size() for plan in plans)
   assert plain == looked > 0
 
 
@@ -257,11 +264,11 @@ def test_steps_without_a_look_are_not_waited_for(start, monkeypatch):
 
     return call
 
-  monkeypatch.setattr(train, "run_step", noted("run", train.run_step))
-  monkeypatch.setattr(train, "fetch", noted("fetch", train.fetch))
+  monkeypatch.setattr(programs, "run_step", noted("run", programs.run_step))
+  monkeypatch.setattr(loop, "read_metrics", noted("read", loop.read_metrics))
   start("order", "validation.ifeval.items=null", "train.checkpoint_every=100")
   waits = [
-    events.index(("fetch", step)) > events.index(("run", step + 1))
+    events.index(("read", step)) > events.index(("run", step + 1))
     for step in range(1, STEPS)
   ]
   assert waits == [True, False, True, False, True]
@@ -334,7 +341,7 @@ def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeyp
   ]
   assert rates[0] == rates[1]
   with monkeypatch.context() as patched:
-    patched.setattr(train, "loop", None)
+    patched.setattr(loop, "train", None)
     start("early", *rule)
   said = capsys.readouterr().out
   assert "already trained" in said

@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from raft_jax import balance, train
-from raft_jax.config import schema
+from raft_jax import balance
 from raft_jax.data import batching
-from raft_jax.distillation import step
-from raft_jax.hf import chat
+from raft_jax.distillation import objective, step
 from raft_jax.models import lora, partition, sharding, transformer
 from raft_jax.runtime import distributed
-from raft_jax.training import optim, setup
+from raft_jax.training import optim, run_plan
 from raft_jax.training import programs as programs_lib
 
 # 8 divides every width but the feed-forward's 44, which then stays whole; a head of 8
@@ -63,16 +61,18 @@ ADAPTER_MESHES = {
 """The same, to train adapters of a frozen model."""
 
 
-def run_config(micro_batches: int, *, apart: bool) -> schema.Config:
-  return schema.Config.model_validate(
-    {
-      "model": {"source": "none"},
-      "data": {"questions": "none"},
-      "train": {"batch_size": ROWS, "micro_batches": micro_batches},
-      "rollout": {"max_new_tokens": 6, "top_p": 0.9, "unroll": 0 if apart else None},
-      "distill": {"top_k": 16},
-      "output": "none",
-    }
+ROLLOUTS = programs_lib.Rollouts(
+  share=1.0, seed=0, max_new_tokens=6, temperature=1.0, top_p=0.9, pad_id=5
+)
+
+
+def make_settings(micro_batches: int, *, apart: bool) -> objective.Settings:
+  return objective.Settings(
+    decoder=DECODER,
+    eos_ids=(5,),
+    micro_batches=micro_batches,
+    rollout_unroll=0 if apart else 1,
+    top_k=16,
   )
 
 
@@ -117,48 +117,46 @@ def steps(
   *,
   apart: bool,
 ) -> dict[str, np.ndarray]:
-  """Trains as `train.fit` does; what came out, by name."""
+  """Trains as the loop does; what came out, by name."""
   if sizes == (1, 1, 1):
     one = np.array(jax.devices()[:1]).reshape(sizes)
     mesh = Mesh(one, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
   else:
     mesh = sharding.make_mesh(*sizes)
-  run = run_config(micro_batches, apart=apart)
-  codec = chat.ChatTokenizer(None, eos_ids=(5,), pad_id=5, digest="", controls=())
   balancer = balance.balance_by_ema()
   optimizer = optim.chain(
     balancer, optim.warmup_cosine(RATE, STEPS), weight_decay=0.01, clip=1.0
   )
-  _, shardings = setup.state_shardings(mesh, split, optimizer)
+  _, shardings = run_plan.state_shardings(mesh, split, optimizer)
   programs = programs_lib.compile_programs(
-    run,
-    programs_lib.make_settings(run, DECODER, codec),
-    codec,
-    optimizer,
-    balancer,
-    shardings,
-    distil=True,
-    asked={},
+    make_settings(micro_batches, apart=apart),
+    ROLLOUTS,
+    optimizer=optimizer,
+    balancer=balancer,
+    state_shardings=shardings,
+    teacher="base",
   )
   out = {}
   with jax.set_mesh(mesh):
     placed = sharding.tree(mesh, transformer.axes(DECODER), transformer.shapes(DECODER))
     teacher = jax.device_put(base_params(), placed)
     frozen = split.freeze(teacher) if split.freeze else {}
+    reference = step.ReferenceParams(frozen, teacher, None)
     params = split.start(base_params())
     state = jax.device_put(
       step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
     )
     for index in range(STEPS):
       batch = sharding.spread(sharding.batch(mesh), make_batch(index))
-      state, seen = train.run_step(
-        programs, state, frozen, teacher, batch, index, measure=False, timed=False
+      state, dispatched = programs_lib.run_step(
+        programs, state, reference, batch, index
       )
       # jax 0.10.2 on CPU locks up when many collectives are queued.
       jax.block_until_ready(state)
-      assert seen.trajectory is not None
-      out |= flat(f"rollout {index} ", distributed.whole(seen.trajectory._asdict()))
-      out |= flat(f"values {index} ", distributed.whole(seen.values))
+      assert dispatched.trajectory is not None
+      trajectory = dispatched.trajectory._asdict()
+      out |= flat(f"rollout {index} ", distributed.whole(trajectory))
+      out |= flat(f"values {index} ", distributed.whole(dispatched.metrics))
       if index == 0:
         # A tenth of the clipped gradient.
         out |= flat("first ", distributed.whole(state.opt_state["adamw"][0].mu))

@@ -48,8 +48,8 @@ def roll_out(params, batch, new=5):
 
 
 @jax.jit
-def teach(params, batch, trajectory):
-  return objective.teach(
+def score_teacher(params, batch, trajectory):
+  return objective.score_teacher(
     params, batch.teacher_BC, batch.teacher_length_B, trajectory, settings=SETTINGS
   )
 
@@ -60,7 +60,7 @@ def setting():
   params = tiny_decoder.random_params()
   batch = make_batch()
   trajectory = roll_out(params, batch)
-  return params, batch, trajectory, teach(params, batch, trajectory)
+  return params, batch, trajectory, score_teacher(params, batch, trajectory)
 
 
 def assert_trees_close(a, b, tolerance):

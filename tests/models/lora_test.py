@@ -23,7 +23,14 @@ from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter
 from raft_jax.hf import save as hf_save
 from raft_jax.models import lora, partition
-from raft_jax.training import checkpoint, initial_state, optim, setup, trained_model
+from raft_jax.training import (
+  checkpoint,
+  initial_state,
+  optim,
+  run_inputs,
+  run_plan,
+  trained_model,
+)
 from tests.helpers import short_run, tiny_decoder, tiny_run, tiny_step
 
 # No two widths are alike, so that a shape names a kernel.
@@ -51,7 +58,7 @@ def setting():
   trajectory = objective.Trajectory(
     jnp.array(rng.integers(6, 97, (4, 5)), jnp.int32), jnp.array([5, 3, 0, 4])
   )
-  support = objective.teach(
+  support = objective.score_teacher(
     base, batch.teacher_BC, batch.teacher_length_B, trajectory, settings=SETTINGS
   )
   return base, batch, trajectory, support
@@ -296,8 +303,12 @@ def trained(tmp_path_factory, source, law):
 
 
 def adapters_of(settings):
-  shapes = setup.make_split(settings, hf_load.load_config(settings.model.source)).shapes
-  return checkpoint.restore_params(settings.output, shapes, setup.identity(settings))
+  source = settings.model.source
+  split = run_plan.make_split(
+    settings.lora, source, hf_load.load_config(source), settings.train.seed
+  )
+  identity = run_inputs.model_identity(source, settings.lora)
+  return checkpoint.restore_params(settings.output, split.shapes, identity)
 
 
 def test_a_run_resumes_bit_for_bit(trained, tmp_path):
@@ -332,11 +343,10 @@ def test_the_teacher_is_the_frozen_base_and_no_copy(trained, tmp_path, dtype):
   (output / "config").mkdir()
   model_section = trained.model.model_copy(update={"dtype": dtype})
   settings = trained.model_copy(update={"output": str(output), "model": model_section})
-  run = setup.prepare(settings)
-  built = setup.build(settings, run)
-  with jax.set_mesh(run.mesh), checkpoint.manager(output, keep=2) as orbax:
-    state, (frozen, teacher, *_), *_ = initial_state.first_state(
-      settings, run, built, orbax, "stop"
+  plan, inputs = run_inputs.prepare(settings)
+  with jax.set_mesh(plan.mesh), checkpoint.manager(output, keep=2) as checkpoints:
+    state, (frozen, teacher, *_), *_ = initial_state.start(
+      settings, plan, inputs, checkpoints, on_corrupt="stop"
     )
   assert "lora" not in teacher
 

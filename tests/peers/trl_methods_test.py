@@ -15,9 +15,8 @@ import pytest
 from raft_jax import losses
 from raft_jax.config import load as config_load
 from raft_jax.distillation import objective
-from raft_jax.hf import chat
 from raft_jax.models import sampling
-from raft_jax.training import programs
+from raft_jax.training import run_plan
 from tests.helpers import tiny_decoder
 
 torch = pytest.importorskip("torch")
@@ -29,7 +28,6 @@ from trl.experimental.sdpo import sdpo_trainer  # noqa: E402
 
 VOCABULARY, TOKENS = 130, 9
 LENGTHS = (9, 5, 7)
-NOTHING = types.SimpleNamespace()
 
 
 @pytest.fixture(name="resolve")
@@ -42,8 +40,7 @@ def _resolve(tmp_path):
       f"model: {{source: a/b}}\ndata: {{questions: {__file__}}}\noutput: {tmp_path}/x\n"
     )
     loaded = config_load.load(path, [f"method={name}", *overrides])
-    codec = chat.ChatTokenizer(NOTHING, eos_ids=(0,), pad_id=0, digest="", controls=())
-    return programs.make_settings(loaded, tiny_decoder.CONFIG, codec)
+    return run_plan.make_settings(loaded, tiny_decoder.CONFIG, None, (0,), "cpu")
 
   return resolve
 
@@ -57,21 +54,23 @@ def drawn():
   return student, teacher, tokens, mask
 
 
-def ours(settings, seen=None):
+def ours(settings, sampler_stats=None):
   """Loss and gradient of the student's logits."""
   student, teacher, tokens, _ = drawn()
   head = jnp.eye(VOCABULARY)
-  trajectory = objective.Trajectory(jnp.array(tokens), jnp.array(LENGTHS), seen)
+  trajectory = objective.Trajectory(
+    jnp.array(tokens), jnp.array(LENGTHS), sampler_stats
+  )
   weights = losses.mean_weights(
     objective.kd_mask(trajectory, settings), per=settings.loss_mean
   )
-  support = objective.name_support(
+  support = objective.teacher_support(
     teacher, head, trajectory, softcap=None, settings=settings
   )
 
   def loss(student):
     parts = (trajectory, support, weights)
-    return objective.distillation(student, head, *parts, settings=settings)[0]
+    return objective.distillation_loss(student, head, *parts, settings=settings)[0]
 
   return jax.jit(jax.value_and_grad(loss))(student)
 
@@ -186,7 +185,7 @@ def test_sdpo(resolve):
   settings = resolve("sdpo", "train.loss_mean=sequence")
   assert (settings.top_k, settings.max_importance) == (100, 2.0)
   ids = np.argsort(-student, axis=-1)[..., :100]
-  seen = sampling.Seen(jnp.array(ids), jnp.array(before))
+  sampler_stats = sampling.Seen(jnp.array(ids), jnp.array(before))
   peers = self_distillation(
     sdpo_trainer.SDPOTrainer,
     old=before,
@@ -196,4 +195,4 @@ def test_sdpo(resolve):
     distillation_add_tail=True,
     distillation_is_clip=2.0,
   )
-  assert_equal(ours(settings, seen), peers)
+  assert_equal(ours(settings, sampler_stats), peers)

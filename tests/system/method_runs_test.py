@@ -13,7 +13,7 @@ from raft_jax.config import load as config_load
 from raft_jax.config import methods
 from raft_jax.hf import load as hf_load
 from raft_jax.storage import records, shards
-from raft_jax.training import programs, setup, trained_model
+from raft_jax.training import programs, run_inputs, trained_model
 from tests.helpers import tiny_run
 
 STEPS = 4
@@ -234,11 +234,15 @@ def test_mssr_whose_first_event_comes_after_the_end_is_sft(make, law, sft):
 
 
 def test_gkd_draws_by_seed_and_step_where_it_compares(make):
-  drawn = [programs.rolls_out(make("gkd"), step) for step in range(1000)]
-  assert drawn == [programs.rolls_out(make("gkd"), step) for step in range(1000)]
+  def rolls_out(config, count):
+    share, seed = programs.rollout_share(config.distill), config.train.seed
+    return [programs.rolls_out(share, seed=seed, step=step) for step in range(count)]
+
+  drawn = rolls_out(make("gkd"), 1000)
+  assert drawn == rolls_out(make("gkd"), 1000)
   assert 450 < sum(drawn) < 550  # ±3 standard deviations of 16
   other = make("gkd", "train.seed=1")
-  assert drawn != [programs.rolls_out(other, step) for step in range(1000)]
+  assert drawn != rolls_out(other, 1000)
   _, log = fitted(make("gkd"))
   # Only a rollout can end by itself.
   assert ["rollout_ended" in row for row in log] == drawn[:STEPS]
@@ -246,8 +250,7 @@ def test_gkd_draws_by_seed_and_step_where_it_compares(make):
   for share, words in ((0.0, "answer"), (1.0, "rollout")):
     always = make("gkd", f"distill.on_policy={share}")
     fixed = make("gkd", f"distill.trajectory={words}")
-    for step in range(50):
-      assert programs.rolls_out(always, step) == programs.rolls_out(fixed, step)
+    assert rolls_out(always, 50) == rolls_out(fixed, 50)
 
 
 def test_sdpo_without_a_success_moves_nothing(make, needs, base):
@@ -269,7 +272,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(make, smollm, tmp_path):
   template.write_text(template.read_text() + "{# changed #}")
   settings = make("opd_recover", f"distill.source={folder}")
   with pytest.raises(errors.UserError, match=r"distill\.source: the tokenizer or chat"):
-    setup.prepare(settings)
+    run_inputs.prepare(settings)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(make, smollm, tmp_path):
@@ -281,13 +284,13 @@ def test_a_teacher_with_another_vocabulary_is_refused(make, smollm, tmp_path):
   settings = make("opd_recover", f"distill.source={folder}")
   named = rf"distill\.source: .* has logits of {size + 64} tokens, and .* of {size} "
   with pytest.raises(errors.UserError, match=named):
-    setup.prepare(settings)
+    run_inputs.prepare(settings)
 
 
 def test_fewer_general_questions_than_a_batch_are_refused(make, needs):
   settings = make("ewc", *needs["ewc"], "anchor.batch_size=9")
   with pytest.raises(errors.UserError, match=r"anchor\.batch_size: 9 is more than"):
-    setup.prepare(settings)
+    run_inputs.prepare(settings)
 
 
 # Method -> the settings under which nothing is left of it but SFT.

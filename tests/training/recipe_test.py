@@ -12,7 +12,7 @@ from raft_jax import balance, errors
 from raft_jax.baselines import freezing
 from raft_jax.config import load as config_load
 from raft_jax.models import transformer
-from raft_jax.training import recipe
+from raft_jax.training import optim
 from tests.helpers import tiny_decoder
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def _make(tmp_path, monkeypatch):
       "data: {questions: configs/data/wordnet/law/train.jsonl}\n"
     )
     settings = config_load.load(path, ["method=sft", *overrides])
-    return recipe.make_optimizer(
+    return optim.make_optimizer(
       settings, balance.balance_fixed(1.0), schedule, SHAPES, CONFIG, len(RATES)
     )
 
@@ -94,9 +94,8 @@ def test_frozen_parameters_keep_their_bits_and_do_not_count_for_clipping(make):
 
   jax.tree.map(check, mask, before, after)
   # Adam does not see a scale, but its moments hold the clipped gradient, 1 / norm.
-  free = freezing.free_share(mask, SHAPES) * sum(
-    s.size for s in jax.tree.leaves(SHAPES)
-  )
+  counts = jax.tree.map(lambda m, s: np.broadcast_to(m, s.shape).sum(), mask, SHAPES)
+  free = sum(jax.tree.leaves(counts))
   _, _, state = run(make(*names), gradient=1.0)
   moments = [
     s for s in jax.tree.leaves(state["adamw"]) if s.shape == SHAPES["embed"].shape

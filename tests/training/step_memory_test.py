@@ -8,12 +8,12 @@ import pytest
 
 from raft_jax.config import load as config_load
 from raft_jax.planning import dry_run, machines
-from raft_jax.training import setup, step_memory
+from raft_jax.training import step_memory
 from tests.helpers import bare_model
 
 
-def prepared(folder, fields=None, **sections):
-  """A run's config and what is known of it, from a model's config.json alone."""
+def make_plan(folder, fields=None, **sections):
+  """A run's plan, from a model's config.json alone."""
   long = {"max_position_embeddings": 1024}
   model = bare_model.save(folder / "model", **long, **(fields or {}))
   path = folder / "run.yaml"
@@ -27,13 +27,12 @@ def prepared(folder, fields=None, **sections):
     tree[name] = tree.get(name, {}) | keys if isinstance(keys, dict) else keys
   path.write_text(json.dumps(tree))
   settings = config_load.load(path, without_data=True)
-  run = dry_run.prepare(settings, machines.parse("cpu:1"))
-  return settings, run
+  return dry_run.make_plan(settings, machines.parse("cpu:1"))
 
 
-def step_bytes(settings, run):
-  with jax.set_mesh(run.mesh):
-    return step_memory.step_bytes(settings, run, setup.build(settings, run))
+def step_bytes(plan):
+  with jax.set_mesh(plan.mesh):
+    return step_memory.step_bytes(plan)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +50,8 @@ def test_what_the_rough_count_lets_pass_the_compiler_would_let_pass(
   tmp_path, fields, sections
 ):
   """`check` asks only the count where a third of memory would do by it."""
-  settings, run = prepared(tmp_path, fields, **sections)
-  assert step_bytes(settings, run) < 3 * step_memory.rough_bytes(settings, run)
+  plan = make_plan(tmp_path, fields, **sections)
+  assert step_bytes(plan) < 3 * step_memory.rough_bytes(plan)
 
 
 def test_a_step_takes_its_state_and_less_in_parts_or_recomputed(tmp_path):
@@ -64,8 +63,7 @@ def test_a_step_takes_its_state_and_less_in_parts_or_recomputed(tmp_path):
   }.items():
     folder = tmp_path / name
     folder.mkdir()
-    settings, run = prepared(folder, **sections)
-    sizes[name] = step_bytes(settings, run)
+    sizes[name] = step_bytes(make_plan(folder, **sections))
   # What each layer keeps of 16 rows of 768 tokens for the backward pass, at least: its
   # attention, the feed-forward's two branches, its input.
   kept = 4 * 3 * 16 * 768 * (4 * 768 + 2 * 128 + 64)

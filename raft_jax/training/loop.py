@@ -1,0 +1,189 @@
+"""The training loop.
+
+It is asynchronous: the metrics of step n - 1 are read after step n was dispatched, so
+the devices never wait for the host. A run that stops and resumes ends with the same
+parameters, bit for bit, as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from raft_jax import errors
+from raft_jax.baselines import mssr, sdpo
+from raft_jax.data import batching
+from raft_jax.distillation import objective
+from raft_jax.hf import chat
+from raft_jax.models import sharding, transformer
+from raft_jax.runtime import distributed, interrupts
+from raft_jax.training import (
+  checkpoint,
+  initial_state,
+  metrics_log,
+  run_inputs,
+  run_plan,
+)
+from raft_jax.training import programs as programs_lib
+
+Validate = Callable[[int, transformer.Params], tuple[dict[str, float], bool]]
+"""(steps done, trained tree) -> metrics to log, and whether to stop training."""
+
+
+def train(
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  start: initial_state.Start,
+  *,
+  checkpoints: Any,
+  log: metrics_log.RunLog,
+  validate: Validate | None,
+) -> int:
+  """Trains to the last step, or until a signal or the validation ends it.
+
+  Returns the number of steps done, the last of which has been saved in `checkpoints`.
+  """
+  schedule, state, done = plan.schedule, start.state, start.step
+  replayer, build_teacher_context = start.replayer, context_builder(plan, inputs)
+  stopwatch = programs_lib.Stopwatch()
+  read = functools.partial(
+    read_metrics, plan=plan, inputs=inputs, replayer=replayer, stopwatch=stopwatch
+  )
+  compiled: set[tuple[int, ...]] = set()
+  pending: programs_lib.Dispatched | None = None  # dispatched, but not read yet
+  for step, batch in enumerate(batching.iterate(inputs.dataset, start_step=done), done):
+    batch = batch if replayer is None else replayer.mix(step, batch)
+    gradient_stats = run_plan.takes_gradient_stats(schedule, step)
+    compiles = is_new((*padded_widths(batch), gradient_stats), compiled)
+    timed = run_plan.times_phases(schedule, step) and not compiles
+    if timed and pending is not None:  # or its wait would count as this step's
+      log.write(done, read(pending))
+      pending = None
+
+    # Dispatch this step, then read the metrics of the one before it.
+    # A signal may end the first step, whose programs compile for long: there is nothing
+    # to save yet. Later steps are finished first.
+    with interrupts.deferred() if step > start.step else contextlib.nullcontext():
+      state, dispatched = programs_lib.run_step(
+        plan.programs,
+        state,
+        start.reference,
+        sharding.spread(sharding.batch(plan.mesh), batch),
+        step,
+        build_teacher_context=build_teacher_context,
+        gradient_stats=gradient_stats,
+        timed=timed,
+      )
+    if pending is not None:
+      log.write(done, read(pending))
+    pending, done = dispatched, step + 1
+
+    stopping = distributed.stops(done)  # the only check: once per step
+    validating = validate is not None and run_plan.validates(schedule, done)
+    saving = stopping or run_plan.saves(schedule, done)
+    if validating or saving:
+      # Read first: a step that is not finite must end here, before it is saved.
+      metrics, pending = read(pending), None
+      if validate is not None and validating:
+        # Before the next step, which takes the buffers of these parameters.
+        validation, is_over = validate(done, state.params)
+        metrics |= validation | {"validation_seconds": stopwatch.lap()}
+        stopping = stopping or is_over
+      log.write(done, metrics)
+    if saving or stopping:
+      log.check()
+      tree = initial_state.checkpoint_tree(plan, state, replayer)
+      checkpoint.save(checkpoints, done, tree, inputs.identity)
+    if stopping:
+      break
+  return done
+
+
+def context_builder(
+  plan: run_plan.RunPlan, inputs: run_inputs.RunInputs
+) -> programs_lib.TeacherContextBuilder | None:
+  """What makes the teacher's contexts from the rollouts, if they depend on these."""
+  if plan.siblings is None:
+    return None
+  return functools.partial(
+    sdpo.build_teacher_context,
+    tokenizer=inputs.tokenizer,
+    questions_by_row=inputs.questions_by_row,
+    siblings=plan.siblings,
+  )
+
+
+def is_new(program: tuple[int, ...], compiled: set[tuple[int, ...]]) -> bool:
+  """Whether a step compiles, after which its time would say nothing about its speed."""
+  new = program not in compiled
+  compiled.add(program)
+  return new
+
+
+def padded_widths(batch: batching.Batch) -> tuple[int, ...]:
+  """The shape of a batch, for which programs compile once."""
+  return batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
+
+
+def read_metrics(
+  dispatched: programs_lib.Dispatched,
+  *,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  replayer: mssr.Replayer | None,
+  stopwatch: programs_lib.Stopwatch,
+) -> dict[str, float]:
+  """Waits for a step and returns its metrics; updates the memory of the replay.
+
+  Raises:
+    errors.UserError: a loss or the gradient is not finite.
+  """
+  # In one call: with several processes each fetch is a program of its own.
+  metrics, batch, trajectory, ended_B = distributed.whole(
+    (
+      dispatched.metrics,
+      dispatched.batch,
+      dispatched.trajectory,
+      dispatched.ended_B,
+    )
+  )
+  row_losses_B = metrics.pop(objective.ROW_LOSSES, None)
+  values = {name: float(value) for name, value in metrics.items()}
+  check_finite(values, dispatched.step)
+  tokens = {"update": batch.prompt_length_B.sum() + batch.answer_length_B.sum()}
+  if trajectory is not None:
+    rollout_BR, length_B, _ = trajectory
+    texts = [
+      chat.decode(inputs.tokenizer, row[:length])
+      for row, length in zip(rollout_BR, length_B)
+    ]
+    values |= metrics_log.rollout_health(rollout_BR, length_B, texts, plan.leak_phrases)
+    tokens["rollout"] = length_B.sum()
+    tokens["teacher"] = batch.teacher_length_B.sum() + length_B.sum()
+    tokens["update"] += length_B.sum()
+  if ended_B is not None:
+    values["rollout_ended"] = float(np.mean(ended_B))
+  for phase, seconds in dispatched.seconds.items():
+    values[f"{phase}_seconds"] = seconds
+    values[f"{phase}_tokens_per_s"] = float(tokens[phase] / seconds)
+  if replayer is not None:
+    values |= replayer.observe(dispatched.step, row_losses_B)
+  values["step_seconds"] = stopwatch.lap()
+  values["learning_rate"] = float(plan.rates[dispatched.step])
+  return values
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+  """Raises UserError naming the loss or gradient norm that is not finite."""
+  for name in ("loss_sft", "loss_kd", "grad_norm"):
+    if not math.isfinite(values.get(name, 0.0)):
+      raise errors.UserError(
+        f"step {step + 1}: {name} is {values[name]}; this step was not saved. Start "
+        "again in another `output` with a lower train.learning_rate, or with "
+        "model.dtype=float32"
+      )

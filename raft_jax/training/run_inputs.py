@@ -1,0 +1,362 @@
+"""What a run reads: tokenizer, rows and probing batches; and the folder that it locks.
+
+Every fault of config, data and tokenizer is reported here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from raft_jax import errors
+from raft_jax.baselines import mssr
+from raft_jax.config import load as config_load
+from raft_jax.config import run_lock, schema
+from raft_jax.data import batching, training_set
+from raft_jax.generation import engines
+from raft_jax.hf import chat
+from raft_jax.hf import load as hf_load
+from raft_jax.models import sharding, transformer
+from raft_jax.runtime import distributed
+from raft_jax.storage import rejects
+from raft_jax.training import optim, run_plan
+
+IDENTITY_KEYS = (
+  "model.source",
+  "model.chat_template",
+  "model.dtype",
+  "data.questions",
+  "data.limit",
+  "data.max_prompt_tokens",
+  "data.max_answer_tokens",
+  "data.max_teacher_tokens",
+  "data.too_long",
+  "data.unusable",
+  "data.buckets",
+  "method",
+  *(
+    f"train.{key}"
+    for key in schema.Train.model_fields
+    if key
+    not in ("checkpoint_every", "keep_checkpoints", "tensorboard", "micro_batches")
+  ),
+  "data.answers",
+  "lora",
+  *(f"rollout.{key}" for key in schema.Rollout.model_fields if key != "unroll"),
+  "distill",
+  "balance",
+  "anchor",
+  "recadam",
+  "freeze",
+  "soft_mask",
+  "replay",
+  *(
+    f"validation.{key}"
+    for key in schema.Validation.model_fields
+    if key not in ("patience", "keep")
+  ),
+)
+"""Keys that decide the result of a run; a resumed run may not change them.
+
+It may change how the result is computed (`model.remat`, `train.micro_batches`): that
+changes rounding alone, and is the remedy if memory was too small.
+"""
+
+
+class RunInputs(NamedTuple):
+  """What was read for a run.
+
+  Attributes:
+    tokenizer: tokenizer and chat template.
+    dataset: element n is the batch of step n.
+    anchor_batches: rows that give the importance of parameters (`anchor`), or None.
+    soft_mask_batches: rows that give the importance of units (`soft_mask`), or None.
+    replay: the rows of adaptive replay, or None.
+    questions_by_row: messages and answer by row id, before rows were copied.
+    identity: what the run is, as checkpoints store it.
+  """
+
+  tokenizer: chat.ChatTokenizer
+  dataset: Any
+  anchor_batches: Any
+  soft_mask_batches: Any
+  replay: mssr.Plan | None
+  questions_by_row: Mapping[int, batching.Conversation]
+  identity: dict[str, Any]
+
+
+def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
+  """Reads and checks all but the weights, plans the run, and locks its output folder.
+
+  Raises:
+    errors.UserError: naming the key that is wrong and what to do.
+  """
+  train, distill = config.train, config.distill
+  distils = run_plan.uses_distillation(distill, config.balance)
+  decoder, teacher_decoder, tokenizer, mesh = read_networks(config, distils=distils)
+  examples = training_set.load(config, tokenizer, distil=distils)
+  rows = [*examples.rows, *examples.replayed]
+  longest = longest_row(
+    rows,
+    distill if distils else None,
+    new_tokens=config.rollout.max_new_tokens,
+    context=config.data.max_teacher_tokens,
+  )
+  batching.check_positions(longest, config.model.source, decoder)
+  if teacher_decoder is not None:
+    batching.check_positions(longest, str(distill.source), teacher_decoder)
+  widths = batching.widths(rows, config.data.buckets, batch_size=train.batch_size)
+  layout = run_plan.batch_layout(config)
+  seed, pad_id = train.seed, tokenizer.pad_id
+  dataset = make_dataset(train, examples, layout, widths, pad_id)
+  plan = run_plan.make_plan(
+    config,
+    decoder,
+    teacher_decoder,
+    mesh,
+    widest=widths[-1],
+    total_steps=len(dataset),
+    eos_ids=tokenizer.eos_ids,
+    pad_id=pad_id,
+  )
+  inputs = RunInputs(
+    tokenizer=tokenizer,
+    dataset=dataset,
+    anchor_batches=anchor_batches(config.anchor, examples.general, seed, pad_id),
+    soft_mask_batches=soft_mask_batches(config.soft_mask, examples.rows, seed, pad_id),
+    replay=mssr.make_plan(
+      config.replay,
+      examples.replayed,
+      batch_size=train.batch_size,
+      seed=seed,
+      pad_id=pad_id,
+      widths=widths,
+    ),
+    questions_by_row=examples.questions_by_row,
+    identity={
+      **model_identity(config.model.source, config.lora),
+      "data": examples.digest,
+      "tokenizer": tokenizer.digest,
+      **teacher_identity(distill.source),
+    },
+  )
+  if distributed.is_primary():
+    run_lock.lock_config(config, "train", IDENTITY_KEYS)
+    rejects_file = pathlib.Path(config.output) / "rejects.jsonl"
+    rejects.write(rejects_file, examples.rejects)
+    rejects.tell(examples.rejects, rejects_file)
+  warn_of_raw_context(distill if distils else None)
+  return plan, inputs
+
+
+def warn_of_raw_context(distill: schema.Distill | None) -> None:
+  """Warns of a teacher's context that harmed students with a chat template."""
+  if distill is not None and distill.teacher_context == "paper":
+    print(
+      "warning: distill.teacher_context=paper is the paper's raw form; with a student "
+      "that uses a chat template it was seen to pull answers towards degenerate text"
+    )
+
+
+def make_dataset(
+  train: schema.Train,
+  examples: training_set.TrainingSet,
+  layout: run_plan.BatchLayout,
+  widths: Sequence[batching.Widths],
+  pad_id: int,
+) -> Any:
+  """All batches of a run; element n is the batch of step n."""
+  return batching.dataset(
+    examples.rows,
+    batch_size=layout.questions,
+    epochs=train.epochs,
+    steps=train.max_steps,
+    seed=train.seed,
+    pad_id=pad_id,
+    widths=widths,
+    replayed=examples.replayed,
+    replays_per_batch=layout.replayed,
+    copies=layout.group,
+  )
+
+
+# --- Networks and lengths -------------------------------------------------------------
+
+
+class Networks(NamedTuple):
+  """What the models' configs and tokenizer say, and the devices to use."""
+
+  decoder: transformer.DecoderConfig
+  teacher_decoder: transformer.DecoderConfig | None
+  tokenizer: chat.ChatTokenizer
+  mesh: Mesh
+
+
+def read_networks(config: schema.Config, *, distils: bool) -> Networks:
+  """Reads the models' configs and the tokenizer, and checks them against the config.
+
+  Raises:
+    errors.UserError: they do not fit the config or the devices.
+  """
+  source = config.model.source
+  decoder = hf_load.load_config(source)
+  hf_load.check_params(source, decoder)
+  run_plan.make_split(config.lora, source, decoder, config.train.seed)  # checks lora
+  tokenizer = chat.load(source, config.model.chat_template)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  teacher_decoder = None
+  if distils and config.distill.source is not None:
+    teacher_decoder = read_teacher(
+      config.distill.source,
+      source,
+      tokenizer,
+      decoder,
+      template=config.model.chat_template,
+    )
+  run_plan.check(config, decoder, mesh)
+  return Networks(decoder, teacher_decoder, tokenizer, mesh)
+
+
+def read_teacher(
+  teacher: str,
+  student: str,
+  tokenizer: chat.ChatTokenizer,
+  decoder: transformer.DecoderConfig,
+  *,
+  template: str | None,
+) -> transformer.DecoderConfig:
+  """The network of `distill.source`, which must read the student's tokens.
+
+  Raises:
+    errors.UserError: its tokenizer differs, or the size of its vocabulary.
+  """
+  if chat.load(teacher, template).digest != tokenizer.digest:
+    raise errors.UserError(
+      f"distill.source: the tokenizer or chat template of {teacher} is not that of "
+      f"{student}; a teacher must read the same tokens"
+    )
+  network = hf_load.load_config(teacher)
+  if network.vocab_size != decoder.vocab_size:
+    raise errors.UserError(
+      f"distill.source: {teacher} has logits of {network.vocab_size} tokens, and "
+      f"{student} of {decoder.vocab_size} (in some families each size pads the "
+      "vocabulary differently); name a teacher with the same number"
+    )
+  hf_load.check_params(teacher, network)
+  return network
+
+
+def longest_row(
+  rows: Sequence[batching.Row],
+  distill: schema.Distill | None,
+  *,
+  new_tokens: int,
+  context: int,
+) -> dict[str, int]:
+  """Tokens of the longest row that a model reads, by the config keys that set it.
+
+  Args:
+    distill: None if nothing is distilled.
+    new_tokens: longest rollout.
+    context: longest teacher context, if it depends on the rollouts.
+  """
+  longest = max(len(row.prompt) + len(row.answer) for row in rows)
+  if distill is not None:
+    sibling = context if distill.teacher_context == "sibling" else 0
+    for row in rows:
+      compared = {
+        "answer": len(row.answer),
+        "rollout": new_tokens,
+        "mixed": max(len(row.answer), new_tokens),
+      }
+      before = max(len(row.prompt), len(row.teacher), sibling)
+      longest = max(longest, before + compared[distill.trajectory])
+  return {f"rollout.max_new_tokens={new_tokens}, data.max_*_tokens": longest}
+
+
+# --- Identity -------------------------------------------------------------------------
+
+
+def model_identity(source: str, lora: schema.Lora | None) -> dict[str, Any]:
+  """What trained parameters belong to, as checkpoints store it."""
+  return {
+    "model": engines.identity(source),
+    "lora": lora and lora.model_dump(mode="json"),
+  }
+
+
+def teacher_identity(source: str | None) -> dict[str, Any]:
+  """The part of a run's identity that names the model of `distill.source`."""
+  return {} if source is None else {"teacher": engines.identity(source)}
+
+
+def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, Any]:
+  """What all processes of a run must have in common, by name."""
+  keys = [key for key in schema.Config.model_fields if key != "cluster"]
+  content = {f"content of {name}": value for name, value in identity.items()}
+  return {**config_load.values(config, keys), **content}
+
+
+# --- Probing batches ------------------------------------------------------------------
+
+
+def anchor_batches(
+  settings: schema.Anchor | None,
+  rows: Sequence[batching.Row],
+  seed: int,
+  pad_id: int,
+) -> Any:
+  """General questions that give the importance of parameters, or None.
+
+  Raises:
+    errors.UserError: there are fewer rows than one batch.
+  """
+  if settings is None or not optim.weighs_pull(settings):
+    return None
+  # With given answers the square of a batch's mean gradient would be biased.
+  size = settings.batch_size if settings.importance == "sampled" else 1
+  if len(rows) < size:
+    raise _too_few("anchor", size, len(rows), "anchor.questions")
+  return one_pass(rows, size, seed=seed, pad_id=pad_id)
+
+
+def soft_mask_batches(
+  settings: schema.SoftMask | None,
+  rows: Sequence[batching.Row],
+  seed: int,
+  pad_id: int,
+) -> Any:
+  """Questions that give the importance of heads and units, or None.
+
+  Raises:
+    errors.UserError: there are fewer rows than one batch.
+  """
+  if settings is None:
+    return None
+  rows = rows[: settings.limit]
+  if len(rows) < settings.batch_size:
+    raise _too_few("soft_mask", settings.batch_size, len(rows), "data.questions")
+  return one_pass(rows, settings.batch_size, seed=seed, pad_id=pad_id)
+
+
+def _too_few(section: str, size: int, count: int, source: str) -> errors.UserError:
+  return errors.UserError(
+    f"{section}.batch_size: {size} is more than the {count} rows of {source}; lower it"
+  )
+
+
+def one_pass(
+  rows: Sequence[batching.Row], batch_size: int, *, seed: int, pad_id: int
+) -> Any:
+  """Batches of one pass over rows, all of one padded width."""
+  return batching.dataset(
+    rows,
+    batch_size=batch_size,
+    epochs=1,
+    seed=seed,
+    pad_id=pad_id,
+    widths=batching.widths(rows, 1),
+  )

@@ -1,0 +1,408 @@
+"""The plan of a run: everything that follows from its config without weights or rows.
+
+Training, the memory check and `plan`, which compiles for absent machines, use the same
+`make_plan`. It allocates nothing on a device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from raft_jax import errors
+from raft_jax.baselines import mssr, sdpo
+from raft_jax.config import schema
+from raft_jax.data import batching
+from raft_jax.distillation import objective, step
+from raft_jax.hf import chat, peft_adapter
+from raft_jax.hf import load as hf_load
+from raft_jax.models import lora, partition, sampling, sharding, transformer
+from raft_jax.training import optim
+from raft_jax.training import programs as programs_lib
+
+
+class StepSchedule(NamedTuple):
+  """At which steps a run does more than train.
+
+  Attributes:
+    gradient_stats_every: steps between two measurements of both gradients; 0: never.
+    gradient_stats_early: also measure at steps 1, 2, 4, ..., while the distillation
+      loss grows from 0.
+    validate_every: steps between two validations; None: never.
+  """
+
+  total_steps: int
+  checkpoint_every: int
+  gradient_stats_every: int
+  gradient_stats_early: bool
+  validate_every: int | None
+
+
+def takes_gradient_stats(schedule: StepSchedule, step: int) -> bool:
+  """Whether a step, counted from 0, takes each loss's own gradient."""
+  every = schedule.gradient_stats_every
+  if every == 0:
+    return False
+  early = schedule.gradient_stats_early and step < every and step & (step - 1) == 0
+  return step % every == 0 or early
+
+
+def times_phases(schedule: StepSchedule, step: int) -> bool:
+  """Whether a step, counted from 0, waits for each phase to time it."""
+  every = schedule.gradient_stats_every
+  return every > 0 and step % every == every // 2
+
+
+def validates(schedule: StepSchedule, done: int) -> bool:
+  """Whether to validate after `done` steps."""
+  every = schedule.validate_every
+  return every is not None and (done % every == 0 or done == schedule.total_steps)
+
+
+def saves(schedule: StepSchedule, done: int) -> bool:
+  """Whether to save a checkpoint after `done` steps."""
+  return done % schedule.checkpoint_every == 0 or done == schedule.total_steps
+
+
+class RunPlan(NamedTuple):
+  """What a run computes with.
+
+  Attributes:
+    split: which parameters are trained.
+    optimizer: the whole chain.
+    rates: float32 [steps], the learning rate of every step, on the host.
+    abstract_state: shapes and shardings of the train state, to restore into.
+    state_shardings: of the train state.
+    batch_rows: rows of every batch, with replayed ones and one for each rollout.
+    widest: padded widths of the widest batch.
+    siblings: if the teacher reads other rollouts of the same question; else None.
+    leak_phrases: phrases of the teacher's prompt that rollouts must not contain.
+    frozen_teacher: whether a model that never changes is the teacher.
+    anchored: whether updates read the base model's parameters.
+    compares_base: whether validation reads the base model.
+    edits_base: whether validation edits trained weights towards the base model's, as
+      `evaluate` does, and so needs them in float32.
+  """
+
+  mesh: Mesh
+  split: partition.Split
+  settings: objective.Settings
+  rollouts: programs_lib.Rollouts
+  schedule: StepSchedule
+  optimizer: optax.GradientTransformationExtraArgs
+  rates: np.ndarray
+  abstract_state: step.TrainState
+  state_shardings: step.TrainState
+  programs: programs_lib.Programs
+  batch_rows: int
+  widest: batching.Widths
+  siblings: sdpo.Siblings | None
+  leak_phrases: tuple[str, ...]
+  frozen_teacher: bool
+  anchored: bool
+  compares_base: bool
+  edits_base: bool
+
+  @property
+  def decoder(self) -> transformer.DecoderConfig:
+    """The model's network."""
+    return self.settings.decoder
+
+  @property
+  def teacher_decoder(self) -> transformer.DecoderConfig | None:
+    """The network of `distill.source`; None if the teacher is the model itself."""
+    return self.settings.teacher_decoder
+
+  @property
+  def base_shardings(self) -> transformer.Params:
+    """Shardings of the base model's parameters."""
+    return param_shardings(self.mesh, self.decoder)
+
+  @property
+  def base_dtype(self) -> str:
+    """The type in which the base model is loaded."""
+    exact = self.split.trains_base or self.edits_base
+    return "float32" if exact else self.settings.dtype
+
+
+def make_plan(
+  config: schema.Config,
+  decoder: transformer.DecoderConfig,
+  teacher_decoder: transformer.DecoderConfig | None,
+  mesh: Mesh,
+  *,
+  widest: batching.Widths,
+  total_steps: int,
+  eos_ids: tuple[int, ...],
+  pad_id: int,
+) -> RunPlan:
+  """Plans a run that `check` has accepted.
+
+  Args:
+    teacher_decoder: the network of `distill.source`, if it is set.
+    eos_ids: ids that end an answer; with `pad_id`, all that is needed of a tokenizer.
+
+  Raises:
+    errors.UserError: a section's values do not fit this model or run.
+  """
+  train, distill, validation = config.train, config.distill, config.validation
+  distils = uses_distillation(distill, config.balance)
+  split = make_split(config.lora, config.model.source, decoder, train.seed)
+  balancer = optim.make_balancer(config.balance, total_steps)
+  rate = optim.warmup_cosine(train.learning_rate, total_steps, train.warmup_ratio)
+  optimizer = optim.make_optimizer(
+    config, balancer, rate, split.shapes, decoder, total_steps
+  )
+  abstract_state, shardings = state_shardings(mesh, split, optimizer)
+  platform = mesh.devices.flat[0].platform
+  settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform)
+  rollouts = make_rollouts(config.rollout, distill, train.seed, pad_id)
+  programs = programs_lib.compile_programs(
+    settings,
+    rollouts,
+    optimizer=optimizer,
+    balancer=balancer,
+    state_shardings=shardings,
+    teacher=distill.teacher if distils else None,
+  )
+  edits = config.prune is not None or config.interpolate is not None
+  return RunPlan(
+    mesh=mesh,
+    split=split,
+    settings=settings,
+    rollouts=rollouts,
+    schedule=make_schedule(train, config.balance, validation, total_steps),
+    optimizer=optimizer,
+    rates=np.asarray(jax.vmap(rate)(jnp.arange(total_steps))),
+    abstract_state=abstract_state,
+    state_shardings=shardings,
+    programs=programs,
+    batch_rows=batch_layout(config).rows,
+    widest=widest,
+    siblings=make_siblings(distill, config.rollout, config.data) if distils else None,
+    leak_phrases=chat.leak_phrases(distill.teacher_context),
+    frozen_teacher=distils and distill.teacher == "base",
+    anchored=optim.reads_anchor(config.anchor, config.recadam),
+    compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
+    edits_base=validation is not None and edits,
+  )
+
+
+def make_schedule(
+  train: schema.Train,
+  balance: schema.Balance,
+  validation: schema.Validation | None,
+  total_steps: int,
+) -> StepSchedule:
+  """At which steps a run does more than train."""
+  return StepSchedule(
+    total_steps=total_steps,
+    checkpoint_every=train.checkpoint_every,
+    gradient_stats_every=train.gradient_stats_every,
+    gradient_stats_early=balance.mode == "gradient_norm",
+    validate_every=None if validation is None else validation.every,
+  )
+
+
+def make_rollouts(
+  rollout: schema.Rollout, distill: schema.Distill, seed: int, pad_id: int
+) -> programs_lib.Rollouts:
+  """How trajectories are made."""
+  return programs_lib.Rollouts(
+    share=programs_lib.rollout_share(distill),
+    seed=seed,
+    max_new_tokens=rollout.max_new_tokens,
+    temperature=rollout.temperature,
+    top_p=rollout.top_p,
+    pad_id=pad_id,
+  )
+
+
+def make_siblings(
+  distill: schema.Distill, rollout: schema.Rollout, data: schema.Data
+) -> sdpo.Siblings | None:
+  """If the teacher reads other rollouts of the same question, which ones; else None."""
+  if distill.teacher_context != "sibling":
+    return None
+  return sdpo.Siblings(rollout.group, distill.success, data.max_teacher_tokens)
+
+
+def make_settings(
+  config: schema.Config,
+  decoder: transformer.DecoderConfig,
+  teacher_decoder: transformer.DecoderConfig | None,
+  eos_ids: tuple[int, ...],
+  platform: str,
+) -> objective.Settings:
+  """The values of a step that are fixed for a run.
+
+  Args:
+    platform: of the devices, as JAX names it.
+  """
+  model, distill, unroll = config.model, config.distill, config.model.unroll
+  return objective.Settings(
+    decoder=decoder,
+    eos_ids=eos_ids,
+    dtype=model.dtype,
+    remat=model.remat,
+    unroll=unroll,
+    attention=model.attention,
+    rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, platform),
+    micro_batches=config.train.micro_batches,
+    cross_entropy=config.train.cross_entropy,
+    loss_mean=config.train.loss_mean,
+    top_k=distill.top_k,
+    support=distill.support,
+    max_importance=distill.max_importance,
+    temperature=distill.temperature,
+    direction=distill.direction,
+    beta=distill.beta if distill.direction == "jsd" else None,
+    tail=distill.tail,
+    scale_by_t2=distill.scale_by_t2,
+    skip_first=distill.skip_first,
+    mask_eos=distill.mask_eos,
+    teacher_decoder=teacher_decoder,
+    row_losses=mssr.is_adaptive(config.replay),
+  )
+
+
+def uses_distillation(distill: schema.Distill, balance: schema.Balance) -> bool:
+  """Whether a run distils; a term of constant weight 0 is not computed at all."""
+  never = balance.mode == "fixed" and balance.weight == 0
+  return distill.teacher != "none" and not never
+
+
+def make_split(
+  settings: schema.Lora | None,
+  source: str,
+  decoder: transformer.DecoderConfig,
+  seed: int,
+) -> partition.Split:
+  """Which parameters are trained: all, or the adapters of the `lora` section."""
+  if settings is None:
+    return partition.everything(decoder)
+  # Apart from the keys of the rollouts, which fold a step into the seed.
+  key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+  kernels = peft_adapter.targets(hf_load.family(source), settings.targets)
+  return lora.split(decoder, kernels, rank=settings.rank, alpha=settings.alpha, key=key)
+
+
+# --- Checks ---------------------------------------------------------------------------
+
+
+class BatchLayout(NamedTuple):
+  """How the rows of every batch come about.
+
+  Attributes:
+    questions: of the domain.
+    replayed: rows that replay adds.
+    group: copies of each row, one for each rollout.
+  """
+
+  questions: int
+  replayed: int
+  group: int
+
+  @property
+  def rows(self) -> int:
+    return (self.questions + self.replayed) * self.group
+
+
+def batch_layout(config: schema.Config) -> BatchLayout:
+  """The rows of a batch, by kind.
+
+  Raises:
+    errors.UserError: the share of replayed rows is not a whole number of them.
+  """
+  size, replay, replayed = config.train.batch_size, config.replay, 0
+  if replay is not None and not mssr.is_adaptive(replay):
+    replayed = batching.count_replays(size, replay.share)
+  distils = uses_distillation(config.distill, config.balance)
+  return BatchLayout(size, replayed, config.rollout.group if distils else 1)
+
+
+def check(
+  config: schema.Config, decoder: transformer.DecoderConfig, mesh: Mesh
+) -> None:
+  """Checks a config against its model and mesh, before weights or rows are read.
+
+  Raises:
+    errors.UserError: they do not fit together.
+  """
+  source, top_k = config.model.source, config.distill.top_k
+  distils = uses_distillation(config.distill, config.balance)
+  if distils and top_k > decoder.vocab_size:
+    raise errors.UserError(
+      f"distill.top_k: {top_k} is larger than the vocabulary of {source} "
+      f"({decoder.vocab_size}); lower it"
+    )
+  if config.model.attention == "cudnn":
+    check_cudnn(source, decoder, mesh)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
+  rows = batch_layout(config).rows
+  if rows % parts:
+    raise errors.UserError(
+      f"train.batch_size: {rows} rows (with replay and rollout.group) do not "
+      f"divide into {parts} parts (mesh.data x mesh.fsdp x train.micro_batches); "
+      "change one of them"
+    )
+
+
+def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> None:
+  """Raises UserError if cuDNN's attention cannot run this model on these devices."""
+  platform = mesh.devices.flat[0].platform
+  if platform != "gpu":
+    reason = f"runs on NVIDIA GPUs, and the devices here are of platform {platform}"
+  elif decoder.attention_softcap is not None:
+    reason = f"cannot cap the attention scores, as {source} does"
+  elif decoder.head_dim % 8 or decoder.head_dim > 256:
+    reason = (
+      "needs a head size that is a multiple of 8 and at most 256 (128 on GPUs before "
+      f"H100), and {source} has {decoder.head_dim}"
+    )
+  else:
+    return
+  raise errors.UserError(f"model.attention: cudnn {reason}; use xla")
+
+
+# --- Shapes and shardings -------------------------------------------------------------
+
+
+def param_shardings(
+  mesh: Mesh, decoder: transformer.DecoderConfig
+) -> transformer.Params:
+  """Shardings of all parameters of a model."""
+  return sharding.tree(mesh, transformer.axes(decoder), transformer.shapes(decoder))
+
+
+def state_shardings(
+  mesh: Mesh,
+  split: partition.Split,
+  optimizer: optax.GradientTransformationExtraArgs,
+) -> tuple[step.TrainState, step.TrainState]:
+  """The train state as placed shapes, and its shardings; allocates nothing."""
+  params = split.shapes
+  placed = sharding.tree(mesh, split.axes, params)
+  everywhere = sharding.replicated(mesh)
+  opt_shapes = jax.eval_shape(optimizer.init, params)
+  opt_placed = optax.tree.map_params(
+    optimizer,
+    lambda _, where: where,
+    opt_shapes,
+    placed,
+    transform_non_params=lambda _: everywhere,
+  )
+  step_shape = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = step.TrainState(step_shape, params, opt_shapes)
+  shardings = step.TrainState(everywhere, placed, opt_placed)
+  abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    shapes,
+    shardings,
+  )
+  return abstract, shardings
