@@ -167,7 +167,7 @@ def completion(
   # A cut may leave half a surrogate pair, which no file takes.
   said = said.encode("utf-8", "replace").decode()
   reply = engines.Completion(said, end, prompt, count, thought)
-  return engines.without_thinking(reply, marks)
+  return engines.strip_thinking(reply, marks)
 
 
 def _shown(value: Any) -> str:
