@@ -262,8 +262,8 @@ def _check_counts(
     )
   if replayed < replays_per_batch:
     raise errors.UserError(
-      f"replay.questions: {replayed} rows are fewer than the {replays_per_batch} of one "
-      "batch; give more of them, or lower replay.share"
+      f"replay.questions: {replayed} rows are fewer than the {replays_per_batch} of "
+      "one batch; give more of them, or lower replay.share"
     )
 
 

@@ -83,7 +83,7 @@ def parsed(raw: bytes, shown: str) -> Any:
 
 def _joined(events: str) -> Any:
   """The chat completion whose pieces are in a stream of server-sent events."""
-  whole: dict[str, Any] = {}
+  fields: dict[str, Any] = {}
   pieces: dict[str, list[str]] = {}
   message: dict[str, Any] = {}
   choice: dict[str, Any] = {"index": 0, "finish_reason": None}
@@ -96,7 +96,7 @@ def _joined(events: str) -> Any:
       raise NoReply("a stream of events that breaks off", temporary=True) from None
     if not isinstance(event, Mapping) or openai_errors.of(event) is not None:
       return event
-    whole |= {k: v for k, v in event.items() if k != "choices" and v is not None}
+    fields |= {k: v for k, v in event.items() if k != "choices" and v is not None}
     listed = event.get("choices")
     for part in listed if isinstance(listed, list) else []:
       if not isinstance(part, Mapping) or "message" in part:
@@ -112,7 +112,7 @@ def _joined(events: str) -> Any:
   if choice["finish_reason"] is None:
     raise NoReply("a stream of events that breaks off", temporary=True)
   choice["message"] = message | {name: "".join(p) for name, p in pieces.items()}
-  return {**whole, "choices": [choice]}
+  return {**fields, "choices": [choice]}
 
 
 def completion(
