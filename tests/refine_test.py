@@ -747,7 +747,7 @@ def test_choosing_anew_refuses_what_was_never_asked(scripted, tmp_path):
   refine.refine(run)
   for rules in ({"similarity_threshold": 0.5}, {"rounds": 9}, {"accept_at": 1.0}):
     chosen = _with(run, tmp_path / "chosen", **rules)
-    with pytest.raises(errors.UserError, match=r"of 12 questions want a fused answer"):
+    with pytest.raises(errors.UserError, match=r"of 12 questions need a fused answer"):
       refine.refine(chosen, select_only=run.output)
     assert not (tmp_path / "chosen" / "refined" / "MANIFEST.json").exists()
   other = run.refine.judges[1].model_copy(update={"max_new_tokens": 5})

@@ -8,8 +8,8 @@ none is repeated. Each finished call is one JSON line:
 The lines of a micro-batch are written together, with one fsync, while the next batch is
 in progress; a kill loses at most these two. A power failure may tear the last line:
 `open_journal` drops it and logs a warning. A damaged line anywhere else means that the
-file was edited or the disk is failing. That is an error: dropping results silently would
-hide it.
+file was edited or the disk is failing. That is an error, because it would be hidden if
+results were silently dropped.
 
 Results stay on disk, so that memory does not grow with the journal.
 """
