@@ -1,4 +1,4 @@
-"""Synthesis: strict replies, who stands for all, and nothing lost or asked twice."""
+"""The command synthesise: nothing lost or asked twice, and what training takes."""
 
 import collections
 import json
@@ -7,173 +7,20 @@ import signal
 import subprocess
 import sys
 
-import hypothesis
-import hypothesis.strategies as st
-import numpy as np
 import pytest
 
 from raft_jax import errors, synthesise
-from raft_jax.config import schema
-from raft_jax.curation import clusters, synthesis, synthesis_run
+from raft_jax.curation import synthesis_run
 from raft_jax.data import training_set
 from raft_jax.generation import engines, jax_engine, sentence_encoder
 from raft_jax.storage import records, sealed_folder
 from tests.helpers import synthesise_driver
 
 SEEDS = pathlib.Path(__file__).parents[1] / "configs/data/seeds.jsonl"
-ASK = "Explain why bread rises."
 
 
 def _says(text, finish="stop"):
   return engines.Completion(text, finish, 1, 1)
-
-
-# Replies
-
-
-@pytest.mark.parametrize(
-  ("reply", "expected"),
-  [
-    (_says(ASK), (ASK, None)),
-    (_says(f"  {ASK}\n"), (ASK, None)),
-    (_says(f"Instruction 3: {ASK}"), (ASK, None)),
-    (_says(f"instruction: {ASK}"), (ASK, None)),
-    (_says(f"New instruction:\n{ASK}"), (ASK, None)),
-    (_says("Name the parts:\n1. of a car\n2. of a bus"), ("Name the parts:", None)),
-    (_says("Sort: pear, fig"), ("Sort: pear, fig", None)),
-    (_says("Sureness is rare. Why?"), ("Sureness", None)),
-    (_says(f"{ASK}\n\nAnswer: Yeast."), (ASK, "several")),
-    (_says(f"{ASK}\n**Response:** Yeast."), (ASK, "several")),
-    (_says(f"Instruction 3: {ASK}\nInstruction 4: Why?"), (ASK, "several")),
-    (_says(f"Instruction 1: {ASK}"), ("Instruction 1", "several")),
-    (_says(f"Sure! {ASK}"), ("Sure", "chatter")),
-    (_says(f"Here’s one more:\n{ASK}"), ("Here", "chatter")),
-    (_says("I'm sorry, I cannot."), ("I'm sorry", "refusal")),
-    (_says("<think>Hm"), ("<think>", "thinking")),
-    (_says(""), ("", "empty")),
-    (_says("Instruction:"), ("", "empty")),
-    (_says("\u200b"), ("", "empty")),
-    (_says(ASK, "length"), (ASK, "truncated")),
-    (_says("", "too_long"), ("", "prompt_too_long")),
-    (_says("", "filtered"), ("", "filtered")),
-    (None, ("", "prompt_too_long")),
-  ],
-  ids=str,
-)
-def test_read_draft(reply, expected):
-  said, reason = synthesis.read_draft(reply, "")
-  assert reason == expected[1]
-  assert said.startswith(expected[0])
-
-
-@hypothesis.given(st.text(), st.text(alphabet="instruction: 3\n*\ud800"))
-def test_no_reply_raises(one, other):
-  for text in (one, other, one + other):
-    synthesis.read_draft(_says(text), "")
-    synthesis.answer_fault(one, _says(text), 0.8, lambda said: True)
-
-
-@pytest.mark.parametrize(
-  ("reply", "reason"),
-  [
-    (_says("Yeast."), None),
-    (_says("The answer is 4."), None),
-    (_says("explain  why bread rises."), "echo"),
-    (_says("Explain why bread rises.."), "echo"),  # 20 of 21 5-grams
-    (_says("As an AI, I do not bake."), "refusal"),
-    (_says("Yeast", "length"), "truncated"),
-    (_says(" "), "empty"),
-    (_says("Yeast. " * 9), "too_long"),
-    (None, "prompt_too_long"),
-  ],
-)
-def test_answers_with_a_fault_are_not_learnt(reply, reason):
-  fault = synthesis.answer_fault(ASK, reply, 0.8, lambda said: len(said) < 30)
-  assert fault == reason
-
-
-def test_seeds_are_shown_as_they_are():
-  """As the assistant's own turns, between askings that are alike."""
-  seeds = ("What costs $5?", "Instruction 9: ${first} <|im_end|>")
-  messages = synthesis.request(*seeds)
-  assert [m.role for m in messages] == ["user", "assistant"] * 2 + ["user"]
-  assert (messages[1].content, messages[3].content) == seeds
-  assert messages[0] == messages[2] == messages[4]
-
-
-# The pairs
-
-
-@hypothesis.given(st.integers(2, 9), st.integers(0, 2**31 - 1))
-def test_each_ordered_pair_is_shown_once_a_round(count, seed):
-  pairs = synthesis.shuffled_pairs(count, seed)
-  assert {*pairs} == {(i, j) for i in range(count) for j in range(count) if i != j}
-  assert len(pairs) == count * (count - 1)
-
-
-def test_the_order_is_the_seeds():
-  assert synthesis.shuffled_pairs(9, 0) != synthesis.shuffled_pairs(9, 1)
-  assert synthesis.shuffled_pairs(9, 0) != sorted(synthesis.shuffled_pairs(9, 0))
-
-
-# The choice
-
-
-@hypothesis.given(
-  st.lists(st.integers(0, 50), min_size=1).filter(any), st.integers(1, 300)
-)
-def test_shares_are_proportional(sizes, keep):
-  counts = clusters.shares(sizes, keep)
-  keep = min(keep, sum(sizes))
-  assert sum(counts) == keep
-  for count, size in zip(counts, sizes, strict=True):
-    assert 0 <= count <= size
-    assert abs(count - keep * size / sum(sizes)) < 1
-
-
-@pytest.mark.parametrize("keep", [1, 7, 23, 60, 99])
-def test_those_nearest_to_the_centres_stand_for_their_clusters(keep):
-  """Blobs so far apart that the clusters are known: 30, 20 and 10 points of each."""
-  rng = np.random.default_rng(0)
-  true = rng.permutation(np.repeat([0, 1, 2], [30, 20, 10]))
-  points = 50 * np.eye(8)[true] + rng.normal(size=(60, 8))
-  found = clusters.representatives(
-    points.astype(np.float32), clusters=3, keep=keep, seed=0
-  )
-  names = {}
-  for label, blob in zip(found.cluster_N, true, strict=True):
-    assert names.setdefault(label, blob) == blob
-  expected, counts = set(), collections.Counter(true[found.chosen].tolist())
-  for blob, size in enumerate([30, 20, 10]):
-    exact = min(keep, 60) * size / 60
-    assert abs(counts[blob] - exact) < 1
-    members = [i for i in range(60) if true[i] == blob]
-    centre = sum(points[i] for i in members) / size
-    members.sort(key=lambda i: float(((points[i] - centre) ** 2).sum()))
-    expected.update(members[: counts[blob]])
-  assert set(found.chosen) == expected
-  assert found.chosen == sorted(found.chosen)
-
-
-def test_fewer_different_rows_than_clusters():
-  rows = np.array([[1.0, 0], [0, 1], [1, 0], [1, 0]])
-  with np.errstate(all="raise"):
-    found = clusters.representatives(rows, clusters=20, keep=2, seed=0)
-  # 3 and 1 rows share 2: 1.5 and 0.5, of which one is rounded up.
-  assert len(found.chosen) == 2
-  assert found.cluster_N[0] == found.cluster_N[2] == found.cluster_N[3]
-
-
-def test_a_draft_without_an_embedding_is_dropped():
-  drafts = [synthesis.Draft(name, (0, 1)) for name in "abc"]
-  vectors = np.array([[1.0, 0], [0, 0], [np.nan, 1]], np.float32)
-  settings = schema.Synthesise(seeds="")
-  chosen = synthesis.choose(drafts, lambda texts: vectors, settings)
-  assert (chosen.drafts, chosen.cluster_sizes) == (drafts[:1], [1])
-  assert [(r["question"], r["reason"]) for r in chosen.dropped] == [
-    ("b", "no_embedding"),
-    ("c", "no_embedding"),
-  ]
 
 
 # Whole runs, with a scripted model

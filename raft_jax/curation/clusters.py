@@ -1,6 +1,6 @@
-"""Clusters of sentence embeddings, and the few texts that stand for all of them.
+"""Clusters of sentence embeddings, and the few texts that represent all of them.
 
-K-means by scikit-learn, which sentence-transformers brings along.
+K-means is that of scikit-learn, which sentence-transformers depends on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 
 
 class Representatives(NamedTuple):
-  """Who stands for all.
+  """The rows that represent all.
 
   Attributes:
-    chosen: indices, ascending.
-    cluster_N: cluster of each row.
+    chosen: their indices, ascending.
+    cluster_N: the cluster of every row.
   """
 
   chosen: list[int]
@@ -26,18 +26,18 @@ class Representatives(NamedTuple):
 def representatives(
   vectors_NE: np.ndarray, *, clusters: int, keep: int, seed: int
 ) -> Representatives:
-  """The rows nearest to the centroids of k-means, from each cluster its share.
+  """The rows nearest to the centroids of k-means, a share of each cluster.
 
-  A cluster of n_c of the N rows gives about keep * n_c / N, see `shares`. Huang et al.,
+  A cluster of n_c of the N rows gives about keep * n_c / N; see `shares`. Huang et al.,
   "Mitigating Catastrophic Forgetting in Large Language Models with Self-Synthesized
   Rehearsal", arXiv 2403.01244.
 
   Args:
-    vectors_NE: finite, of equal length each; N >= 1.
-    clusters: fewer if there are fewer different rows.
-    keep: rows in all; all of them if there are no more.
+    vectors_NE: finite vectors of equal length; N >= 1.
+    clusters: number of clusters; fewer if there are fewer different rows.
+    keep: number of rows to choose; all rows if there are no more.
   """
-  # Only here: a second to load, and the stage that needs it loads torch anyway.
+  # Imported here, since loading takes a second and only synthesis needs it.
   import sklearn.cluster
   import threadpoolctl
 
@@ -45,23 +45,24 @@ def representatives(
   means = sklearn.cluster.KMeans(
     min(clusters, len(np.unique(vectors_NE, axis=0))), n_init=10, random_state=seed
   )
-  # Threads would add up in an order of their own: not the same bits every time.
+  # Several threads would add in varying order, and give varying bits.
   with threadpoolctl.threadpool_limits(1):
     cluster_N = means.fit_predict(vectors_NE)
-  away_N = np.linalg.norm(vectors_NE - means.cluster_centers_[cluster_N], axis=1)
+  distance_N = np.linalg.norm(vectors_NE - means.cluster_centers_[cluster_N], axis=1)
   counts = shares(np.bincount(cluster_N).tolist(), keep)
   chosen: list[int] = []
   for cluster, count in enumerate(counts):
-    (mine,) = np.nonzero(cluster_N == cluster)
-    chosen += mine[np.argsort(away_N[mine], kind="stable")[:count]].tolist()
+    (members,) = np.nonzero(cluster_N == cluster)
+    nearest = np.argsort(distance_N[members], kind="stable")[:count]
+    chosen += members[nearest].tolist()
   return Representatives(sorted(chosen), cluster_N.tolist())
 
 
 def shares(sizes: Sequence[int], keep: int) -> list[int]:
-  """Whole numbers in proportion to sizes, together `keep` or the sum of the sizes.
+  """Integers in proportion to the sizes, whose sum is `keep` or the sum of the sizes.
 
-  keep * size / sum rounded down, and the rest one by one to the largest remainders, the
-  earlier of equals first (Hamilton's method); none exceeds its size.
+  Each is keep * size / sum, rounded down. The rest goes one by one to the largest
+  remainders, the earlier of equals first (Hamilton's method). None exceeds its size.
   """
   total = sum(sizes)
   keep = min(keep, total)

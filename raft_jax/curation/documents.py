@@ -1,8 +1,8 @@
-"""Documents: read strictly from files and folders, and cut at sentence ends.
+"""Documents, which are read strictly from files and folders and cut at sentence ends.
 
-What cannot be used is set aside with its reason, never guessed at. Line ends become
-"\\n" and a byte-order mark goes, so that a text is the same document wherever it was
-saved; else a text is kept as it is.
+A document that cannot be used is set aside with its reason, never guessed at. Line ends
+become "\\n" and a byte-order mark is removed, so that a text is the same document
+wherever it was saved; otherwise texts are unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = ", ".join((*PLAIN, *ROWS))
 
 
 class Document(NamedTuple):
-  """A text; `id` is its row's, or its path below the folder."""
+  """A text. `id` is that of its row, or its path below the folder."""
 
   id: str
   domain: str
@@ -38,7 +38,7 @@ class Document(NamedTuple):
 
 
 Unusable = tuple[str, str] | tuple[str, str, str | None]
-"""Why a document cannot be used: in a word, in words, and the id of its row."""
+"""Why a document cannot be used: reason, detail, and the id of its row if any."""
 
 
 class Chunk(NamedTuple):
@@ -56,42 +56,42 @@ class Chunk(NamedTuple):
 def read(
   source: str, *, text_field: str = "text", domain: str = ""
 ) -> tuple[list[Document], list[dict[str, Any]]]:
-  """The documents of a file or a folder, by path and row, and what cannot be used.
+  """The documents of a file or folder, in order of path and row.
 
-  Hidden files and folders are passed over.
+  Hidden files and folders are ignored.
 
   Args:
-    text_field: of JSONL and Parquet rows, which may have `id` and `domain` too. A row
-      without an id gets one derived from its text.
-    domain: of documents that name none.
+    text_field: the field of JSONL and Parquet rows with the text. Rows may also have
+      `id` and `domain`. A row without an id gets one derived from its text.
+    domain: domain of documents that name none.
 
   Returns:
-    The usable documents, and for every other {what, reason, document, detail}.
+    The usable documents, and {what, reason, document, detail} of every other.
 
   Raises:
-    errors.UserError: no such file or folder, nothing in it, or one id for two texts.
+    errors.UserError: there is no such file or folder, or two texts have one id.
   """
   root = pathlib.Path(source)
-  below = root.parent if root.is_file() else root
-  found: dict[str, tuple[str, Document]] = {}
+  folder = root.parent if root.is_file() else root
+  by_id: dict[str, tuple[str, Document]] = {}
   unusable = []
   for path in _files(root):
     interrupts.check()
-    # A name that is no UTF-8 is shown with question marks; no two documents have it.
-    name = path.relative_to(below).as_posix().encode("utf-8", "replace").decode()
+    # Bytes of a name that are not UTF-8 become question marks.
+    name = path.relative_to(folder).as_posix().encode("utf-8", "replace").decode()
     for place, item in _read_file(path, name, text_field, domain):
       if not isinstance(item, Document):
         unusable.append(unused(place, *item))
         continue
-      seen, before = found.setdefault(item.id, (place, item))
-      if before.text != item.text:
+      first_place, first = by_id.setdefault(item.id, (place, item))
+      if first.text != item.text:
         raise errors.UserError(
-          f"extract.documents: id {item.id!r} stands for two texts, in {seen} and "
-          f"{place}; give every document its own"
+          f"extract.documents: id {item.id!r} stands for two texts, in {first_place} "
+          f"and {place}; give every document its own id"
         )
-      if seen != place:
-        unusable.append(unused(place, "duplicate", f"of {seen}", item.id))
-  return [document for _, document in found.values()], unusable
+      if first_place != place:
+        unusable.append(unused(place, "duplicate", f"of {first_place}", item.id))
+  return [document for _, document in by_id.values()], unusable
 
 
 def check(
@@ -101,20 +101,23 @@ def check(
   threshold: float,
   policy: str = "error",
 ) -> None:
-  """Raises UserError where too many documents, or all, cannot be used.
+  """Raises UserError if too many documents, or all, are unusable.
 
-  Files of another type and repeated rows count for the latter only, as does everything
-  where the policy is to "skip" what is unusable.
+  Files of another type and repeated rows do not count among too many.
+
+  Args:
+    threshold: largest share of unusable documents.
+    policy: with "skip", any share is allowed as long as one document is usable.
   """
-  spoilt = [row for row in unusable if row["reason"] not in ("file_type", "duplicate")]
-  few = len(spoilt) <= threshold * (usable + len(spoilt))
-  if usable and (few or policy == "skip"):
+  counted = [row for row in unusable if row["reason"] not in ("file_type", "duplicate")]
+  within = len(counted) <= threshold * (usable + len(counted))
+  if usable and (within or policy == "skip"):
     return
   if not unusable:
     raise errors.UserError(
       f"extract.documents: {source} holds no documents; give text in {_KINDS}"
     )
-  first, *more = spoilt or unusable
+  first, *more = counted or unusable
   others = ", ".join(row["document"] for row in more[:4])
   raise errors.UserError(
     f"extract.documents: {source}: {first['document']}: {first['detail']}; "
@@ -127,9 +130,9 @@ def check(
 def unused(
   place: str, reason: str, detail: str, row_id: str | None = None
 ) -> dict[str, Any]:
-  """How a document that never became one is listed, and by which id if it has one."""
-  found = {"what": "document", "reason": reason, "document": place, "detail": detail}
-  return found if row_id is None else {**found, "id": row_id}
+  """The row of dropped.jsonl for a text that is no usable document."""
+  row = {"what": "document", "reason": reason, "document": place, "detail": detail}
+  return row if row_id is None else {**row, "id": row_id}
 
 
 def _files(root: pathlib.Path) -> list[pathlib.Path]:
@@ -155,7 +158,7 @@ def _files(root: pathlib.Path) -> list[pathlib.Path]:
 def _read_file(
   path: pathlib.Path, name: str, text_field: str, domain: str
 ) -> Iterator[tuple[str, Document | Unusable]]:
-  """Yields (place, document), or (place, why it is none)."""
+  """Yields places, each with its document or the reason why it is unusable."""
   suffix = path.suffix.lower()
   try:
     if suffix in ROWS:
@@ -173,7 +176,7 @@ def _read_file(
 
 
 def _decoded(data: bytes) -> str | tuple[str, str]:
-  """The text of a file, or why it has none."""
+  """The text of a file, or why it is unusable."""
   if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
     return "encoding", "is UTF-16; save the file as UTF-8"
   if b"\0" in data:
@@ -192,8 +195,8 @@ def _read_rows(
     for line, row in records.read_texts(path, text_field, ("id", "domain")):
       place = f"{name}:{line}"
       if isinstance(row, rejects.Reject):
-        absent = row.reason.startswith("has no ")
-        reason = row.reason + ("; see extract.text_field" if absent else "")
+        no_field = row.reason.startswith("has no ")
+        reason = row.reason + ("; see extract.text_field" if no_field else "")
         yield place, ("bad_row", reason, row.place.id)
       else:
         text = _lines(row[text_field])
@@ -213,12 +216,12 @@ def _lines(text: str) -> str:
 def cut(
   document: Document, chunk_tokens: int, count_tokens: Callable[[str], int]
 ) -> list[Chunk]:
-  """The document in parts of at most `chunk_tokens`, each as long as that allows.
+  """The document in chunks of at most `chunk_tokens`, each as long as possible.
 
-  A part ends where a paragraph, else a sentence ends (Unicode Standard Annex 29, which
-  may take an abbreviation before a capital for one); in Markdown a heading begins one.
-  Only a sentence longer than `chunk_tokens` is cut, between words, else characters.
-  The parts, put together, are the document.
+  A chunk ends at the end of a paragraph, or else of a sentence (Unicode Standard Annex
+  29, which may take an abbreviation before a capital letter for an end). In Markdown, a
+  heading begins a chunk. Only a sentence longer than `chunk_tokens` is cut, between
+  words or else characters. Joined together, the chunks are the document.
   """
   kind = "MarkdownSplitter" if document.markdown else "TextSplitter"
   splitter = getattr(semantic_text_splitter, kind).from_callback(

@@ -1,9 +1,9 @@
 """Near duplicates: texts that share most of their character 5-grams.
 
 MinHash with locality-sensitive hashing (datasketch) proposes pairs in about linear
-time, and the exact Jaccard index decides about each: Lee et al., "Deduplicating
-Training Data Makes Language Models Better", arXiv 2107.06499. Characters and not words,
-because questions are short and not every script has spaces.
+time, and the exact Jaccard index decides: Lee et al., "Deduplicating Training Data
+Makes Language Models Better", arXiv 2107.06499. The 5-grams are of characters and not
+of words, because questions are short and some scripts have no spaces.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from raft_jax.runtime import interrupts
 GRAM = 5
 PERMUTATIONS = 128
 MISSES = 1e-4
-"""Largest chance that a pair exactly at the threshold is not proposed."""
+"""Largest probability that a pair exactly at the threshold is not proposed."""
 
 _FACTORS = np.random.default_rng(0).integers(2**63, size=GRAM, dtype=np.uint64) | 1
-_AT_A_TIME = 8192  # shingles; datasketch makes [shingles, permutations] of them
+_BATCH = 8192  # shingles; datasketch makes an array [shingles, permutations]
 
 
 class Match(NamedTuple):
@@ -34,13 +34,11 @@ class Match(NamedTuple):
 
 
 def find(texts: Sequence[str], threshold: float) -> list[Match | None]:
-  """For each text the first one kept before it that it repeats; None if it is kept.
+  """For each text, the first kept text before it that it repeats; None if it is kept.
 
-  J(A, B) = |A and B| / |A or B| of the sets of 5-grams; a repeat has J >= threshold. A
-  text is compared with kept ones only, so that no two kept ones repeat each other.
-
-  Args:
-    threshold: in 0..1.
+  A text repeats another if the Jaccard index J(A, B) = |A and B| / |A or B| of their
+  sets of 5-grams is at least `threshold` (0..1). Texts are compared with kept texts
+  only, and no two kept texts repeat each other.
   """
   index = datasketch.MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
   matches: list[Match | None] = []
@@ -60,37 +58,38 @@ def find(texts: Sequence[str], threshold: float) -> list[Match | None]:
 
 
 def normal(text: str) -> str:
-  """What is compared: compatible characters, case and white space are alike."""
+  """A text as it is compared, without differences of case, white space and compatible
+  characters."""
   return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _shingles(text: str) -> np.ndarray:
-  """Sorted 64-bit hashes of the set of 5-grams; a shorter text is one of them."""
+  """Sorted 64-bit hashes of the set of 5-grams; a shorter text is one 5-gram."""
   points = np.frombuffer(normal(text).encode("utf-32-le", "surrogatepass"), np.uint32)
   points = np.pad(points.astype(np.uint64), (0, max(GRAM - len(points), 0)))
   windows = np.lib.stride_tricks.sliding_window_view(points, GRAM)
   hashes = (windows * _FACTORS).sum(axis=1, dtype=np.uint64)
-  hashes ^= hashes >> np.uint64(32)  # the low bits, which MinHash reads, see them all
+  hashes ^= hashes >> np.uint64(32)  # mixes all bits into those that MinHash reads
   return np.unique(hashes)
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
-  both = len(np.intersect1d(a, b, assume_unique=True))
-  return both / (len(a) + len(b) - both)
+  common = len(np.intersect1d(a, b, assume_unique=True))
+  return common / (len(a) + len(b) - common)
 
 
 def _sketch(shingles: np.ndarray) -> datasketch.MinHash:
   sketch = datasketch.MinHash(num_perm=PERMUTATIONS, hashfunc=lambda hashed: hashed)
   short = (shingles & np.uint64(2**32 - 1)).tolist()
-  for start in range(0, len(short), _AT_A_TIME):
-    sketch.update_batch(short[start : start + _AT_A_TIME])
+  for start in range(0, len(short), _BATCH):
+    sketch.update_batch(short[start : start + _BATCH])
   return sketch
 
 
 def _bands(threshold: float) -> tuple[int, int]:
-  """Bands and rows of the index: as many rows as MISSES allows.
+  """Bands and rows of the index, with as many rows as MISSES allows.
 
-  Two texts with Jaccard index s agree in one of b bands of r rows with the chance
+  Two texts with Jaccard index s agree in one of b bands of r rows with probability
   1 - (1 - s^r)^b (Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
   """
   rows = max(

@@ -1,7 +1,7 @@
-"""Pairs: questions and answers that a language model writes, and others judge.
+"""Question/answer pairs that a language model writes and other models judge.
 
-A reply is read strictly: what is not plainly a list of pairs, or a verdict, counts as
-none, and its reason is kept. What a document says stays data: see `judging.fenced`.
+Replies are parsed strictly: one that is not plainly a list of pairs, or a verdict, is
+dropped with its reason. A document's text is fenced as data: see `judging.fenced`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from raft_jax.generation import engines, judging
 from raft_jax.storage import records
 
 CRITERIA = ("faithful", "correct", "self_contained")
-"""What each judge says true or false to."""
+"""The criteria that each judge answers with true or false."""
 
 VERDICT_SCHEMA = {
   "type": "object",
@@ -25,11 +25,12 @@ VERDICT_SCHEMA = {
   "additionalProperties": False,
 }
 
-POINTERS = (
+REFERENCES = (
   *("the passage", "this passage", "the text", "this text", "the document"),
   *("this document", "the excerpt", "this excerpt", "the author", "mentioned above"),
 )
-"""Words of a question that is not clear without its passage, unless that has them."""
+"""Phrases of a question that is unclear without its passage, unless the passage has
+them."""
 
 
 class Pair(NamedTuple):
@@ -44,7 +45,7 @@ class Pair(NamedTuple):
 
 
 class Placed(Protocol):
-  """What can be dropped: it says where it stands; its class says what it is."""
+  """An item that can be dropped; dropped.jsonl names its class and its place."""
 
   def place(self) -> dict[str, Any]: ...
 
@@ -52,10 +53,11 @@ class Placed(Protocol):
 Item = TypeVar("Item", bound=Placed)
 
 Dropped = dict[str, Any]
-"""What was dropped, and why: {what, reason, document, ...}."""
+"""A row of dropped.jsonl: {what, reason, document, ...}."""
 
 
 def drop(item: Placed, reason: str, **details: Any) -> Dropped:
+  """The row for a dropped item."""
   what = type(item).__name__.lower()
   return {"what": what, "reason": reason, **item.place(), **details}
 
@@ -65,48 +67,51 @@ def drop(item: Placed, reason: str, **details: Any) -> Dropped:
 
 def write(
   chunks: Sequence[documents.Chunk],
-  most: int,
+  max_pairs: int,
   writer: calls_lib.Role,
   calls: calls_lib.Calls,
 ) -> tuple[list[Pair], list[Dropped]]:
-  """The pairs that the writer makes of each chunk, and chunks and parts without one."""
+  """The pairs that the writer makes from each chunk, and what is dropped.
+
+  Dropped are chunks without a usable reply, and pairs that are malformed or too many.
+  """
   prompts = [
-    judging.fenced("write", {"passage": chunk.text.strip()}, count=str(most))
+    judging.fenced("write", {"passage": chunk.text.strip()}, count=str(max_pairs))
     for chunk in chunks
   ]
   pairs, dropped = [], []
   for chunk, reply in zip(chunks, calls.ask(writer, prompts), strict=True):
     written = parse_pairs(reply)
-    said = {"reply": reply.text[:500] if reply else ""}
+    shown = {"reply": reply.text[:500] if reply else ""}
     if isinstance(written, str):
-      dropped.append(drop(chunk, written, **said))
+      dropped.append(drop(chunk, written, **shown))
       continue
     for number, value in enumerate(written):
-      if number < most and is_pair(value):
+      if number < max_pairs and is_pair(value):
         pairs.append(Pair(chunk, value["question"].strip(), value["answer"].strip()))
       else:
-        reason = "malformed" if number < most else "surplus"
-        lost = drop(chunk, reason, number=number, **said)
-        dropped.append({**lost, "what": "pair"})
+        reason = "malformed" if number < max_pairs else "surplus"
+        row = drop(chunk, reason, number=number, **shown)
+        dropped.append({**row, "what": "pair"})
   return pairs, dropped
 
 
-def reply_schema(most: int) -> dict[str, Any]:
-  """What the prompt asks of the writer, as a JSON schema."""
+def reply_schema(max_pairs: int) -> dict[str, Any]:
+  """The JSON schema of the reply that the writer's prompt requests."""
   fields = {"question": {"type": "string"}, "answer": {"type": "string"}}
   form = {"type": "object", "properties": fields, "additionalProperties": False}
   pairs = {"type": "array", "items": {**form, "required": [*fields]}}
-  # Servers of OpenAI's protocol want an object around the list.
+  # Servers of OpenAI's protocol require an object around the list.
   return {
     "type": "object",
-    "properties": {"pairs": {**pairs, "minItems": 1, "maxItems": most}},
+    "properties": {"pairs": {**pairs, "minItems": 1, "maxItems": max_pairs}},
     "required": ["pairs"],
     "additionalProperties": False,
   }
 
 
 def parse_pairs(reply: engines.Completion | None) -> list[Any] | str:
-  """The list in a writer's reply, alone or under "pairs", or why there is none."""
+  """The list in a writer's reply, alone or under "pairs"; or why it has none."""
   if reply is None or reply.finish_reason in judging.REFUSED:
     return judging.REFUSED["too_long" if reply is None else reply.finish_reason]
   if reply.finish_reason != "stop":
@@ -120,7 +125,7 @@ def parse_pairs(reply: engines.Completion | None) -> list[Any] | str:
 
 
 def is_pair(value: Any) -> bool:
-  """Whether a written value is a question and an answer, and no more."""
+  """Whether a value is a question and an answer, and nothing more."""
   fields = ("question", "answer")
   return (
     isinstance(value, dict)
@@ -130,7 +135,7 @@ def is_pair(value: Any) -> bool:
 
 
 def drop_flawed(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Dropped]]:
-  """The pairs in which no rule finds a flaw: no judge need see the others."""
+  """The pairs in which no rule finds a flaw; no judge sees the others."""
   kept, dropped = [], []
   for pair in pairs:
     reason = _flaw(pair)
@@ -142,16 +147,16 @@ def drop_flawed(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Dropped]]:
 
 
 def _flaw(pair: Pair) -> str | None:
-  given = pair.chunk.text.lower()
-  asked = pair.question.lower()
-  if any(words in asked and words not in given for words in POINTERS):
+  passage = pair.chunk.text.lower()
+  question = pair.question.lower()
+  if any(phrase in question and phrase not in passage for phrase in REFERENCES):
     return "points_at_passage"
   if near_duplicates.normal(pair.question) == near_duplicates.normal(pair.answer):
     return "echo"
   if any(f'"{name}"' in pair.question + pair.answer for name in CRITERIA):
     return "steers_judge"
-  said = engines.Completion(pair.answer, "stop", 0, 0)
-  return judging.flaw(said, pair.chunk.text + "\n" + pair.question)
+  answer = engines.Completion(pair.answer, "stop", 0, 0)
+  return judging.flaw(answer, pair.chunk.text + "\n" + pair.question)
 
 
 # Judging
@@ -160,10 +165,13 @@ def _flaw(pair: Pair) -> str | None:
 def verify(
   pairs: Sequence[Pair], judges: Sequence[calls_lib.Role], calls: calls_lib.Calls
 ) -> tuple[list[Pair], list[Dropped], list[dict[str, int]]]:
-  """The pairs of which more than half of the judges approve, in all criteria.
+  """The pairs that more than half of the judges approve in all criteria.
 
-  An abstention counts as no vote, but stays in the panel. What each judge said stands
-  beside a dropped pair, in the order of the config.
+  An abstention is no vote, but the judge still counts in the panel.
+
+  Returns:
+    The approved pairs; the others, each with the judges' verdicts in the order of the
+    config; and how each judge voted.
   """
   prompts = [
     judging.fenced(
@@ -185,15 +193,15 @@ def verify(
   ]
   kept, dropped = [], []
   for i, pair in enumerate(pairs):
-    verdicts = [said[i] for said in panel]
+    verdicts = [replies[i] for replies in panel]
     reason = objection(verdicts)
     if reason is None:
       kept.append(pair)
     else:
       dropped.append(drop(pair, reason, verdicts=verdicts))
-  counted = [collections.Counter(map(_vote, said)) for said in panel]
-  words = {"approved": True, "disapproved": False, "abstained": None}
-  return kept, dropped, [{w: c[vote] for w, vote in words.items()} for c in counted]
+  counts = [collections.Counter(map(_vote, replies)) for replies in panel]
+  votes = {"approved": True, "disapproved": False, "abstained": None}
+  return kept, dropped, [{v: c[vote] for v, vote in votes.items()} for c in counts]
 
 
 def _vote(verdict: Mapping[str, bool] | None) -> bool | None:
@@ -201,14 +209,14 @@ def _vote(verdict: Mapping[str, bool] | None) -> bool | None:
 
 
 def objection(verdicts: Sequence[Mapping[str, bool] | None]) -> str | None:
-  """What most judges missed in a pair, or None where a majority approves of it."""
+  """The criterion that most judges deny a pair, or None if a majority approves it."""
   decision = judging.majority([_vote(verdict) for verdict in verdicts])
   if decision is None:
     return "undecided"
-  missed = collections.Counter(
+  denied = collections.Counter(
     name for verdict in verdicts for name in CRITERIA if verdict and not verdict[name]
   )
-  return None if decision else f"not_{max(CRITERIA, key=lambda name: missed[name])}"
+  return None if decision else f"not_{max(CRITERIA, key=lambda name: denied[name])}"
 
 
 # Duplicates
@@ -220,29 +228,29 @@ def drop_repeats(
   threshold: float,
   key: Callable[[Item], str] | None = None,
 ) -> tuple[list[Item], list[Dropped]]:
-  """The items of which no two are near duplicates; the later of two goes.
+  """Drops the later of any two near duplicates.
 
-  It goes whichever split each would be in, so that no near duplicate is in two.
+  Splits are not considered, so that no text has a near duplicate in another split.
 
   Args:
-    content: what is compared.
-    key: two items for which this is the same are duplicates too.
+    content: the text of an item that is compared.
+    key: items with the same normalised `key` are duplicates too.
   """
   dropped = []
-  seen: dict[str, Item] = {}
-  first = []
+  by_key: dict[str, Item] = {}
+  different = []
   for item in items:
-    same = seen.setdefault(near_duplicates.normal((key or content)(item)), item)
-    if same is item:
-      first.append(item)
+    first = by_key.setdefault(near_duplicates.normal((key or content)(item)), item)
+    if first is item:
+      different.append(item)
     else:
-      dropped.append(drop(item, "duplicate", of=same.place()))
+      dropped.append(drop(item, "duplicate", of=first.place()))
   kept = []
-  matches = near_duplicates.find([content(item) for item in first], threshold)
-  for item, match in zip(first, matches, strict=True):
+  matches = near_duplicates.find([content(item) for item in different], threshold)
+  for item, match in zip(different, matches, strict=True):
     if match is None:
       kept.append(item)
     else:
-      of, jaccard = first[match.earlier].place(), round(match.jaccard, 4)
+      of, jaccard = different[match.earlier].place(), round(match.jaccard, 4)
       dropped.append(drop(item, "near_duplicate", of=of, jaccard=jaccard))
   return kept, dropped

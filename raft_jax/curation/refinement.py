@@ -1,9 +1,9 @@
 """The method of stage 1: rewrite, filter, fuse, judge, select.
 
-`refine` below is the whole of it: RAFT (arXiv 2606.00147) Eq. 1-4. Every pass puts one
-kind of question about all rows that are still open, through `calls.Calls`: what the
-journal holds is not asked again, so that the records are a pure function of questions
-and journal. `reselect` chooses anew among what was asked before.
+`refine` below is the whole method: RAFT (arXiv 2606.00147), Eq. 1-4. Each pass makes
+calls of one kind for all rows that need them, through `calls.Calls`. Calls in the
+journal are not repeated, so that the records are a pure function of the questions and
+the journal. `reselect` selects again among the answers of earlier calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raft_jax.storage import records
 
 
 class Item(NamedTuple):
-  """What a judge reads."""
+  """The texts that a judge compares."""
 
   question: str
   original: str
@@ -26,11 +26,16 @@ class Item(NamedTuple):
 
 
 Judge = Callable[[Sequence[Item], calls_lib.Calls], list[float | None]]
-"""Scores in 0..1, None for an abstention."""
+"""Scores items in 0..1; None is an abstention."""
 
 
 class Rewrite(NamedTuple):
-  """A rewritten answer; `flaw` is why it cannot be used, `similarity` then None."""
+  """A rewritten answer.
+
+  Attributes:
+    flaw: why it cannot be used, or None.
+    similarity: its cosine with the answer; None if there is a flaw.
+  """
 
   text: str
   flaw: str | None
@@ -56,23 +61,26 @@ def refine(
 
   Args:
     threshold: tau, as for `passes`.
-    rounds: most fused answers per question; 0 keeps the rewrites that pass the filter.
-    accept_at: mean score in 0..1 from which a fused answer ends its question's rounds.
-    prompt: name of the template that asks for a rewrite.
-    skip_too_long: keep the original answer where the rewriter's prompt is too long for
-      it, instead of raising UserError.
-    names: of the questions, for that error; None: their ids.
+    rounds: largest number of fused answers for each question; at 0, the rewrites that
+      pass the filter are final.
+    accept_at: mean score in 0..1 at which a fused answer ends its question's rounds.
+    prompt: name of the template that requests a rewrite.
+    skip_too_long: keep the original answer if the rewriter's prompt is too long,
+      instead of raising UserError.
+    names: names of the questions in that error; None for their ids.
   """
-  named = None if skip_too_long else names or [question.id for question in questions]
-  rewrites = rewrite(questions, rewriter, encoder, calls, named, prompt)
+  error_names = None
+  if not skip_too_long:
+    error_names = names or [question.id for question in questions]
+  rewrites = rewrite(questions, rewriter, encoder, calls, error_names, prompt)
   history: list[list[records.Round]] = [[] for _ in questions]
-  still_open = [i for i, r in enumerate(rewrites) if passes(r.similarity, threshold)]
+  unfinished = [i for i, r in enumerate(rewrites) if passes(r.similarity, threshold)]
   for number in range(1, rounds + 1):
-    asked = [(questions[i], rewrites[i].text) for i in still_open]
-    results = fuse_and_judge(asked, number, fusion, judges, calls)
-    for i, result in zip(still_open, results, strict=True):
+    rows = [(questions[i], rewrites[i].text) for i in unfinished]
+    results = fuse_and_judge(rows, number, fusion, judges, calls)
+    for i, result in zip(unfinished, results, strict=True):
       history[i].append(result)
-    still_open = [i for i in still_open if not accepted(history[i][-1], accept_at)]
+    unfinished = [i for i in unfinished if not accepted(history[i][-1], accept_at)]
   return [
     select(question, rewritten, tuple(past), threshold, accept_at)
     for question, rewritten, past in zip(questions, rewrites, history, strict=True)
@@ -87,7 +95,8 @@ def rewrite(
   names: Sequence[str] | None = None,
   prompt: str = "rewrite",
 ) -> list[Rewrite]:
-  """Eq. 1 and 2: the model's own words for each answer, and their cosine with it."""
+  """Eq. 1 and 2: each answer in the model's own words, and its cosine with the
+  original."""
   prompts = [
     records.user_turn(rewrite_prompt(question, prompt)) for question in questions
   ]
@@ -107,10 +116,9 @@ def passes(similarity: float | None, threshold: float) -> bool:
   """The filter of Eq. 3 on the cosine of an answer and its rewrite.
 
   Args:
-    similarity: None where it is undefined, which never passes.
-    threshold: tau in -1..1; a cosine that equals it passes. At 1 none does, so that
-      all answers are the original ones: a copy's cosine is 1 give or take rounding.
-      Up to 0 every one does.
+    similarity: None if it is undefined; then it does not pass.
+    threshold: tau in -1..1; a cosine equal to it passes. At 1 none passes, not even
+      that of a copy, whose cosine is 1 up to rounding. At 0 or below all pass.
   """
   if similarity is None or threshold >= 1:
     return False
@@ -126,7 +134,7 @@ def fuse_and_judge(
 ) -> list[records.Round]:
   """One round of Eq. 4 for each question and its rewrite.
 
-  A fused text that cannot be used is shown to no judge: its round has no scores.
+  No judge sees a fused text that cannot be used; its round has no scores.
   """
   template = judging.template("fuse")
   prompts = [
@@ -152,7 +160,7 @@ def fuse_and_judge(
 
 
 def accepted(result: records.Round, accept_at: float) -> bool:
-  """Whether a round ends its question's rounds; a score at the threshold does."""
+  """Whether a round ends its question's rounds: its mean is at least `accept_at`."""
   return result.mean is not None and result.mean >= accept_at
 
 
@@ -163,15 +171,15 @@ def select(
   threshold: float,
   accept_at: float,
 ) -> records.Refined:
-  """Eq. 3 and 4: the final answer and why; the original wherever anything failed.
+  """Eq. 3 and 4: the final answer and the reason; the original if anything failed.
 
-  Without any round, the rewrite is taken where it passes the filter (Eq. 3).
+  Without any round, a rewrite that passes the filter is the final answer (Eq. 3).
   """
   best = max(
     (r for r in rounds if r.mean is not None),
     key=lambda r: -math.inf if r.mean is None else r.mean,
     default=None,
-  )  # max keeps the first of equals: the earliest round
+  )  # of equal means, max returns the earliest
   if best is not None:
     chosen, answer = "fused", best.text
     reason = "accepted" if accepted(best, accept_at) else "best_round"
@@ -203,10 +211,10 @@ def reselect(
 
   Args:
     threshold, rounds, accept_at: as for `refine`.
-    judges: which of the record's judges still count, in the order of their scores.
+    judges: positions of the judges that count, in the record's scores.
 
   Returns:
-    None where these rules ask for a fused answer that nobody has written.
+    None if these rules need a fused answer that was never written.
   """
   reason = refined.reason
   flaw = reason.removeprefix("rewrite_") if reason.startswith("rewrite_") else None
@@ -237,21 +245,21 @@ def _why_original(
 
 
 def rewrite_prompt(question: records.Question, prompt: str = "rewrite") -> str:
-  """What the model is asked, to get the answer in its own words."""
+  """The prompt that requests the answer in the model's own words."""
   return judging.template(prompt).substitute(
     question=question_text(question), answer=question.answer
   )
 
 
 def question_text(question: records.Question) -> str:
-  """The instruction as plain text: one turn as it is, a conversation with its roles."""
+  """The instruction as plain text; a conversation of several turns has their roles."""
   if len(question.messages) == 1:
     return question.messages[0].content
   return "\n".join(f"{role}: {content}" for role, content in question.messages)
 
 
 def language_judge(role: calls_lib.Role) -> Judge:
-  """A language model as a judge; a reply without a plain score is an abstention."""
+  """A language model as a judge, which abstains if its reply has no plain score."""
 
   def score(items: Sequence[Item], calls: calls_lib.Calls) -> list[float | None]:
     replies = calls.ask(role, [judging.prompt(*item) for item in items])

@@ -249,16 +249,7 @@ def dataset(
   """
   if epochs is None and steps is None:
     raise ValueError("give epochs, steps or both")
-  if len(rows) < batch_size:
-    raise errors.UserError(
-      f"train.batch_size={batch_size} needs as many rows, and there are {len(rows)}: "
-      f"set train.batch_size={max(1, len(rows))} or less, or give more questions"
-    )
-  if len(replayed) < replays_per_batch:
-    raise errors.UserError(
-      f"replay.questions: {len(replayed)} rows are fewer than the {replays_per_batch} "
-      "of one batch; give more of them, or lower replay.share"
-    )
+  _check_counts(len(rows), batch_size, len(replayed), replays_per_batch)
   per_epoch = len(rows) // batch_size
   total = min(n for n in (steps, epochs and epochs * per_epoch) if n is not None)
   batches = _shuffled_batches(len(rows), batch_size, total, seed)
@@ -282,6 +273,21 @@ def dataset(
     return _collate(chosen, pad_id, widths)
 
   return grain.MapDataset.range(total).map(collate)
+
+
+def _check_counts(
+  rows: int, batch_size: int, replayed: int, replays_per_batch: int
+) -> None:
+  if rows < batch_size:
+    raise errors.UserError(
+      f"train.batch_size={batch_size} needs as many rows, and there are {rows}: "
+      f"set train.batch_size={max(1, rows)} or less, or give more questions"
+    )
+  if replayed < replays_per_batch:
+    raise errors.UserError(
+      f"replay.questions: {replayed} rows are fewer than the {replays_per_batch} of "
+      "one batch; give more of them, or lower replay.share"
+    )
 
 
 def _shuffled_batches(

@@ -1,4 +1,4 @@
-"""Calls to models through the journal: finished ones are read, new ones kept."""
+"""Calls to models through the journal: finished ones are read, new ones recorded."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from raft_jax.runtime import interrupts, progress
 from raft_jax.storage import journal, records
 
 PAIRS_PER_BATCH = 128
-"""Encoder calls made durable together."""
-
+"""Pairs of texts whose cosines are recorded together."""
 
 _SHORTEN = (
   "lower max_new_tokens, shorten the row, or set data.too_long=skip to keep its "
   "original answer"
 )
 
+Outcome = dict[str, Any] | errors.UserError
+"""The value of a finished call, or why the call failed."""
+
 
 class Role(NamedTuple):
-  """A language model and how it samples in one part of the refinement."""
+  """A language model, and how it samples for one purpose."""
 
   name: str
   generator: engines.Generator
@@ -38,7 +40,7 @@ class Role(NamedTuple):
 
 
 def too_long(role: Role, name: str, count: int) -> errors.UserError:
-  """What is wrong with the row `name`, whose prompt has `count` tokens."""
+  """The error for the row `name`, whose prompt has `count` tokens."""
   return errors.UserError(
     f"question {name}: the {role.name} prompt has {count} tokens and max_new_tokens is "
     f"{role.max_new_tokens}, but the model holds {role.generator.prompt_limit} in all; "
@@ -47,22 +49,22 @@ def too_long(role: Role, name: str, count: int) -> errors.UserError:
 
 
 class OtherModel(Exception):
-  """A call wants a model in memory while another one is at work there."""
+  """A call needs a model in memory while another one is in use there."""
 
 
 @dataclasses.dataclass
 class Calls:
-  """Makes calls through the journal: finished ones are read, new ones made and kept.
+  """Makes calls through the journal.
 
   Attributes:
     book: the open journal.
-    seed: of the run; with a call's content it makes that call's own seed.
-    one_model: raise OtherModel where a call wants to put another model in memory than
-      the first that was wanted since `model` was None.
+    seed: the run's seed; together with a call's content it gives the call's seed.
+    one_model: whether to raise OtherModel if a call needs another model in memory than
+      the first that was needed since `model` was None.
     model: identity of that first model.
-    too_long: keys of calls that a server found too long. They are not kept: it may be
-      started again with room for more.
-    title: stands before the name of each pass where progress is shown.
+    too_long: keys of calls that a server found too long. The journal does not record
+      them, since the server may be restarted with a longer context.
+    title: text before the name of each pass where progress is shown.
   """
 
   book: journal.Journal
@@ -80,58 +82,35 @@ class Calls:
     round_number: int = 0,
     names: Sequence[str] | None = None,
   ) -> list[engines.Completion | None]:
-    """One reply a prompt, without its thinking; None where the prompt is too long for
-    the model.
+    """One reply to each prompt, without its thinking; None for a prompt that is too
+    long for the model.
 
-    With `names` of the rows, a prompt that is too long raises UserError instead: before
-    anything is generated, if the engine's limit is known here.
+    Args:
+      round_number: calls with the same prompt in different rounds are different calls,
+        unless sampling is greedy.
+      names: of the rows. If given, a prompt that is too long raises UserError instead:
+        before anything is generated, if the engine knows its limit.
     """
-    sampling: dict[str, Any] = {
-      "max_new_tokens": role.max_new_tokens,
-      "temperature": role.temperature,
-      "top_p": role.top_p,
-    }
-    if role.reply_schema is not None:
-      sampling["reply_schema"] = role.reply_schema
-    shared = {
-      "role": role.name,
-      # Without sampling every round's reply is the same reply.
-      "round": round_number if role.temperature > 0 else 0,
-      "model": role.generator.identity,
-      "seed": self.seed,
-      **sampling,
-    }
-    keys = [journal.content_key(messages=prompt, **shared) for prompt in prompts]
+    sampling = _sampling(role)
+    keys = self._keys(role, prompts, round_number, sampling)
 
-    def generate(rows: Sequence[int]) -> list[dict[str, Any] | errors.UserError]:
+    def generate(rows: Sequence[int]) -> list[Outcome]:
       requests = [
         engines.Request(prompts[i], seed=journal.seed_from(keys[i]), **sampling)
         for i in rows
       ]
-      replies = role.generator.generate(requests)
       return [
         reply if isinstance(reply, errors.UserError) else reply._asdict()
-        for reply in replies
+        for reply in role.generator.generate(requests)
       ]
 
     tokens = {i: role.generator.count_tokens(prompts[i]) for i in self._missing(keys)}
-    limit = math.inf
-    if role.generator.prompt_limit is not None:
-      limit = role.generator.prompt_limit - role.max_new_tokens
-    for i, count in tokens.items():
-      if count > limit and names is not None:
-        raise too_long(role, names[i], count)
-    if tokens and self.one_model and role.generator.local:
-      self.model = self.model or role.generator.identity
-      if self.model != role.generator.identity:
-        raise OtherModel
-    # Longest first: memory runs out at once or not at all.
-    fitting = sorted(
-      (i for i in tokens if tokens[i] <= limit), key=lambda i: -tokens[i]
-    )
+    rows = _longest_first(role, tokens, names)
+    if tokens:
+      self._use_model(role.generator)
     title = f"{role.name}, round {round_number}" if round_number else role.name
     done = len(set(keys)) - len(tokens)
-    self._make(role.name, title, keys, done, fitting, role.batch_size, generate)
+    self._make(role.name, title, keys, done, rows, role.batch_size, generate)
     for i, key in enumerate(keys):
       if key in self.too_long and names is not None:
         raise errors.UserError(
@@ -142,7 +121,7 @@ class Calls:
     if None in values:
       print(
         f"{self.title}{title}: {values.count(None)} of {len(values)} prompts are too "
-        f"long for the model beside max_new_tokens={role.max_new_tokens}",
+        f"long for the model with max_new_tokens={role.max_new_tokens}",
         flush=True,
       )
     return [value and _completion(value) for value in values]
@@ -150,16 +129,16 @@ class Calls:
   def cosines(
     self, role: str, encoder: sentence_encoder.Encoder, pairs: Sequence[tuple[str, str]]
   ) -> list[float | None]:
-    """Cosine of each pair's embeddings; None where it is undefined."""
+    """The cosine of each pair's embeddings; None where it is undefined."""
     keys = [journal.content_key(encoder=encoder.identity, texts=pair) for pair in pairs]
 
-    def compare(rows: Sequence[int]) -> list[dict[str, Any]]:
+    def compare(rows: Sequence[int]) -> list[Outcome]:
       left, right = zip(*(pairs[i] for i in rows))
       cosines = sentence_encoder.cosine(encoder(left), encoder(right)).tolist()
-      cut = zip(encoder.truncated(left), encoder.truncated(right))
+      truncated = zip(encoder.truncated(left), encoder.truncated(right))
       return [
         {"cosine": None if math.isnan(c) else c, "truncated": any(either)}
-        for c, either in zip(cosines, cut)
+        for c, either in zip(cosines, truncated)
       ]
 
     missing = self._missing(keys)
@@ -167,13 +146,40 @@ class Calls:
     self._make(role, role, keys, done, missing, PAIRS_PER_BATCH, compare)
     return [self.book.calls[key]["cosine"] for key in keys]
 
+  def _keys(
+    self,
+    role: Role,
+    prompts: Sequence[tuple[records.Message, ...]],
+    round_number: int,
+    sampling: Mapping[str, Any],
+  ) -> list[str]:
+    shared = {
+      "role": role.name,
+      # Greedy decoding gives the same reply in every round.
+      "round": round_number if role.temperature > 0 else 0,
+      "model": role.generator.identity,
+      "seed": self.seed,
+      **sampling,
+    }
+    return [journal.content_key(messages=prompt, **shared) for prompt in prompts]
+
   def _missing(self, keys: Sequence[str]) -> list[int]:
-    """The first row of each key that the journal lacks."""
+    """The first row of each key that is not finished."""
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
       first.setdefault(key, i)
-    known = (self.book.calls, self.too_long)
-    return [i for key, i in first.items() if not any(key in those for those in known)]
+    finished = (self.book.calls, self.too_long)
+    return [
+      i for key, i in first.items() if not any(key in known for known in finished)
+    ]
+
+  def _use_model(self, generator: engines.Generator) -> None:
+    """Raises OtherModel if `one_model` and another model is in use."""
+    if not (self.one_model and generator.local):
+      return
+    self.model = self.model or generator.identity
+    if self.model != generator.identity:
+      raise OtherModel
 
   def _make(
     self,
@@ -183,12 +189,13 @@ class Calls:
     done: int,
     rows: Sequence[int],
     batch_size: int,
-    work: Callable[[Sequence[int]], Sequence[dict[str, Any] | errors.UserError]],
+    work: Callable[[Sequence[int]], Sequence[Outcome]],
   ) -> None:
-    """Does `work` on micro-batches of rows; each is durable before the next begins.
+    """Does `work` on micro-batches of rows, and records what each gives.
 
     Raises:
-      UserError: the first that `work` returned, after the rest of its batch was kept.
+      UserError: the first that `work` returned, after the rest of its batch was
+        recorded.
     """
     if not keys:
       return
@@ -196,7 +203,7 @@ class Calls:
     print(f"{title}: {done} calls done, {len(rows)} to do", flush=True)
     bar = progress.Progress(title, len(rows), unit="call") if rows else None
 
-    def timed(batch: Sequence[int]) -> dict[str, dict[str, Any] | errors.UserError]:
+    def timed(batch: Sequence[int]) -> dict[str, Outcome]:
       began = time.monotonic()
       values = work(batch)
       seconds = round((time.monotonic() - began) / len(batch), 6)
@@ -221,7 +228,7 @@ class Calls:
           failed = [v for v in finished.values() if isinstance(v, errors.UserError)]
           if following is not None and not interrupts.due() and not failed:
             running = worker.submit(timed, following)
-          self._keep(finished)
+          self._record(finished)
           if failed:
             raise failed[0]
           made += len(finished)
@@ -234,25 +241,27 @@ class Calls:
         bar.close()
     self.book.calls.use(role, keys)
 
-  def _keep(self, finished: Mapping[str, dict[str, Any] | errors.UserError]) -> None:
-    """Notes what came of calls, but for errors; what was too long, in memory only."""
-    whole = {k: v for k, v in finished.items() if not isinstance(v, errors.UserError)}
-    long = {k for k, v in whole.items() if v.get("finish_reason") == "too_long"}
+  def _record(self, finished: Mapping[str, Outcome]) -> None:
+    """Records finished calls; those that were too long only in memory."""
+    values = {k: v for k, v in finished.items() if not isinstance(v, errors.UserError)}
+    long = {k for k, v in values.items() if v.get("finish_reason") == "too_long"}
     self.too_long |= long
-    self.book.append({key: whole[key] for key in whole if key not in long})
+    self.book.append({key: values[key] for key in values if key not in long})
 
-  def _wait(self, running: concurrent.futures.Future[dict[str, Any]]) -> dict[str, Any]:
+  def _wait(
+    self, running: concurrent.futures.Future[dict[str, Outcome]]
+  ) -> dict[str, Outcome]:
     try:
       return running.result()
     except Exception:
-      # Ctrl-C reaches an engine's own processes too, and they end at once.
+      # Ctrl-C also reaches an engine's own processes, which end at once.
       interrupts.check()
       raise
 
   def totals(self, *fields: str) -> dict[str, dict[str, Any]]:
-    """Sums by field and role over the calls that this run needed; "calls" counts them.
+    """Sums by field and role over the calls that this run used; "calls" counts them.
 
-    Integers stay integers. A sum is None where a part of it is not known.
+    Integers stay integers. A sum is None where one of its parts is unknown.
     """
     sums: dict[str, dict[str, Any]] = {field: {} for field in ("calls", *fields)}
     for role, value in self.book.calls.used():
@@ -264,7 +273,7 @@ class Calls:
     return sums
 
   def costs(self) -> dict[str, dict[str, Any]]:
-    """What the calls of this run took, by role, for a summary."""
+    """Calls, seconds and tokens of this run by role, for a summary."""
     totals = self.totals("seconds", "completion_tokens", "thinking_tokens")
     return {
       "calls": totals["calls"],
@@ -274,8 +283,37 @@ class Calls:
     }
 
 
+def _sampling(role: Role) -> dict[str, Any]:
+  """The part of a call's content that the role decides."""
+  sampling: dict[str, Any] = {
+    "max_new_tokens": role.max_new_tokens,
+    "temperature": role.temperature,
+    "top_p": role.top_p,
+  }
+  if role.reply_schema is not None:
+    sampling["reply_schema"] = role.reply_schema
+  return sampling
+
+
+def _longest_first(
+  role: Role, tokens: Mapping[int, int], names: Sequence[str] | None
+) -> list[int]:
+  """The rows whose prompts fit the model; memory runs out at the first batch or never.
+
+  Raises:
+    UserError: with `names`, a prompt does not fit.
+  """
+  limit = math.inf
+  if role.generator.prompt_limit is not None:
+    limit = role.generator.prompt_limit - role.max_new_tokens
+  for i, count in tokens.items():
+    if count > limit and names is not None:
+      raise too_long(role, names[i], count)
+  return sorted((i for i in tokens if tokens[i] <= limit), key=lambda i: -tokens[i])
+
+
 def _completion(value: Mapping[str, Any]) -> engines.Completion:
-  """From a journalled call; one of an earlier version may lack the later fields."""
+  """The reply of a journalled call; an earlier version may not have had all fields."""
   fields = (field for field in engines.Completion._fields if field in value)
   reply = engines.Completion(**{field: value[field] for field in fields})
   return reply._replace(left_out=tuple(reply.left_out))

@@ -1,7 +1,7 @@
-"""Who generates text: one protocol, messages in and texts out.
+"""The protocol of engines that generate text: messages in, texts out.
 
-What keeps the protocol: `jax_engine` (built in), `vllm_engine` (vLLM in this process)
-and `openai_engine` (any OpenAI-compatible server).
+The engines are `jax_engine` (built in), `vllm_engine` (vLLM in this process) and
+`openai_engine` (any OpenAI-compatible server).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from raft_jax.storage import records
 
 
 class Request(NamedTuple):
-  """One question to a language model.
+  """One prompt to a language model, and how to sample the reply.
 
   Attributes:
     messages: ends with a user turn.
     temperature: 0 is greedy.
-    seed: 31 bits; the reply's randomness, whatever is asked beside it.
-    reply_schema: a JSON schema that the reply is held to, if the engine can.
+    seed: 31 bits that decide the reply's randomness, whatever shares its batch.
+    reply_schema: a JSON schema that constrains the reply, if the engine can do that.
   """
 
   messages: tuple[records.Message, ...]
@@ -40,12 +40,12 @@ class Completion(NamedTuple):
   """A reply.
 
   Attributes:
-    finish_reason: `length` means that the limit cut it off. A server may also refuse a
-      request: `too_long` for it, or `filtered` by what it lets through.
-    prompt_tokens, completion_tokens: None where a server does not count; the second
-      with the EOS, and with the thinking.
-    thinking_tokens: of the parts that `without_thinking` took out; about that many.
-    left_out: what the server was not asked for, since it does not take it.
+    finish_reason: `length` means that the limit cut the reply off. A server may also
+      refuse a request as `too_long`, or because its content is `filtered`.
+    prompt_tokens, completion_tokens: None if a server does not count them. The second
+      includes the end token and the thinking.
+    thinking_tokens: approximate number of tokens that `strip_thinking` removed.
+    left_out: parameters that were not sent, since the server does not take them.
   """
 
   text: str
@@ -57,13 +57,13 @@ class Completion(NamedTuple):
 
 
 class Generator(Protocol):
-  """A language model that answers requests, each from its own content and seed alone.
+  """A language model whose reply depends on the request's content and seed alone.
 
   Attributes:
-    identity: model source and weights digest; part of the journal's keys.
-    local: whether it takes up this process's memory, where `resident` keeps one model.
-    prompt_limit: tokens of prompt and reply together that the model can hold; None if
-      only the engine knows, whose reply is then `too_long`.
+    identity: model source and digest of the weights; part of the journal's keys.
+    local: whether it uses this process's memory, in which `resident` keeps one model.
+    prompt_limit: largest number of tokens of prompt and reply together; None if only
+      the engine knows, whose reply is then `too_long`.
   """
 
   @property
@@ -76,32 +76,34 @@ class Generator(Protocol):
   def prompt_limit(self) -> int | None: ...
 
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
-    """Length of the prompt that these messages become (characters if no limit is
-    known: enough to sort by)."""
+    """Tokens of the prompt that these messages become, or, if `prompt_limit` is None,
+    characters, which suffice for sorting."""
 
   def generate(
     self, requests: Sequence[Request]
   ) -> Sequence[Completion | errors.UserError]:
-    """One completion per request, in order; its error where a server gave none.
+    """One completion per request, in order, or the error for which a server gave none.
 
-    The model's thinking is taken out of its replies: see `without_thinking`.
+    `strip_thinking` removes the model's thinking from the replies.
 
-    Called with one micro-batch at a time, so that the caller can make its results
-    durable before it asks for more, or raises an error of one of them. Raises
-    ValueError for a request over the limit: the caller checks before.
+    The caller passes one micro-batch at a time, so that it can record the results
+    before it requests more or raises one of the errors.
+
+    Raises:
+      ValueError: a request exceeds `prompt_limit`, which the caller checks before.
     """
 
 
-def without_thinking(
+def strip_thinking(
   reply: Completion, marks: Sequence[thinking.Marks] = (thinking.THINK,)
 ) -> Completion:
-  """The reply without its thinking, and with the tokens of that counted.
+  """The reply without its thinking, whose tokens are counted.
 
-  A part that never ends stays: such a reply has no answer. Where the engine did not
-  count, the tokens are shared out by characters.
+  Thinking that never ends stays: such a reply has no answer. If the engine did not
+  count the tokens of thinking, they are estimated from its share of the characters.
 
   Args:
-    marks: what stands around the model's thinking; see `thinking.answer`.
+    marks: the model's marks around its thinking; see `thinking.answer`.
   """
   answer = thinking.answer(reply.text, marks)
   if answer == reply.text:
@@ -114,10 +116,10 @@ def without_thinking(
 
 @functools.cache
 def identity(source: str) -> str:
-  """The source and a sha256 over the names and content of its files.
+  """The source and a sha256 over the names and contents of its files.
 
-  Reads every file once (a few seconds for a model of some gigabytes): a journal that
-  took new weights for old ones would answer with the old model's words.
+  Every file is read once (a few seconds for a model of some gigabytes). Otherwise the
+  journal could mistake new weights for old ones, and return the old model's replies.
   """
   path = hf_load.resolve(source)
   files = [path]
@@ -134,8 +136,8 @@ def identity(source: str) -> str:
   return f"{source} sha256:{digest.hexdigest()[:16]}"
 
 
-def reader(source: str, template: str | None) -> str:
-  """The source with its digest, and that of a chat template that is not its default."""
+def identity_with_template(source: str, template: str | None) -> str:
+  """The identity of a model and of the chat template that replaces its own, if any."""
   if template is None:
     return identity(source)
   return f"{identity(source)} template:{chat_tokenizer(source, template).digest[:16]}"
@@ -143,7 +145,7 @@ def reader(source: str, template: str | None) -> str:
 
 @functools.cache
 def chat_tokenizer(source: str, template: str | None = None) -> chat.ChatTokenizer:
-  """The model's tokenizer and chat template, loaded once a process."""
+  """The model's tokenizer and chat template, loaded once per process."""
   return chat.load(source, template)
 
 
@@ -159,10 +161,10 @@ _resident: list[_Resident] = []  # at most one
 def resident(
   key: Any, load: Callable[[], Any], free: Callable[[Any], None] = lambda model: None
 ) -> Any:
-  """The one model in this process's memory: `key`'s, loaded if it is another's.
+  """The one model in this process's memory, loaded if it is not the model of `key`.
 
-  A pass asks one model about every row, so that models which do not fit together come
-  and go once a pass; roles that share a model share its copy.
+  A pass calls one model for every row. Models that do not fit into memory together are
+  therefore loaded once a pass, and roles with the same model share one copy.
   """
   if not _resident or _resident[0].key != key:
     release()
@@ -171,7 +173,7 @@ def resident(
 
 
 def release() -> None:
-  """Frees the model in memory, if there is one."""
+  """Frees the model in memory, if any."""
   while _resident:
     _, model, free = _resident.pop()
     free(model)

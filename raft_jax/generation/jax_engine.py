@@ -1,6 +1,6 @@
 """The built-in engine: our own sampler on this process's default device.
 
-Its module-level imports hold no jax. It cannot hold a reply to a schema.
+It cannot constrain a reply to a schema. Importing this module does not import jax.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def load(
 
   Args:
     source: as for `load.resolve`.
-    template: which chat template, as `model.chat_template`.
+    template: chat template, as `model.chat_template`.
     dtype: of weights and activations.
-    batch_size: rows of a compiled batch; shorter micro-batches are filled up, so that
-      each pair of widths compiles once.
+    batch_size: rows of a compiled batch. Shorter micro-batches are filled up, so that
+      each width compiles once.
 
   Raises:
-    UserError: config, tokenizer or the weights' headers cannot be used.
+    UserError: the model's config, tokenizer or weights cannot be used.
   """
   hf_load.check_params(source, _config(source))
   engines.chat_tokenizer(source, template)
@@ -52,7 +52,8 @@ class _JaxEngine:
 
   @property
   def identity(self) -> str:
-    return f"jax {self.dtype} {engines.reader(self.source, self.template)}"
+    model = engines.identity_with_template(self.source, self.template)
+    return f"jax {self.dtype} {model}"
 
   @property
   def prompt_limit(self) -> int:
@@ -76,7 +77,7 @@ class _JaxEngine:
           f"the model's {self.prompt_limit}"
         )
     completions: dict[int, engines.Completion] = {}
-    for rows in _alike(requests, prompts, self.batch_size):
+    for rows in _groups(requests, prompts, self.batch_size):
       finished = self._sample([requests[i] for i in rows], [prompts[i] for i in rows])
       completions |= zip(rows, finished, strict=True)
     return [completions[i] for i in range(len(requests))]
@@ -84,19 +85,19 @@ class _JaxEngine:
   def _sample(
     self, requests: Sequence[engines.Request], prompts: Sequence[list[int]]
   ) -> list[engines.Completion]:
-    """One call of the sampler, for requests that share width and sampling."""
+    """Samples requests that have the same width and settings, in one batch."""
     import jax
 
     from raft_jax.models import sampling as sampling_lib
 
     config, tokenizer = _config(self.source), self._tokenizer
     first = requests[0]
-    width = bucket(max(map(len, prompts)))
+    width = padded_width(max(map(len, prompts)))
     prompt_BP = np.full((self.batch_size, width), tokenizer.pad_id, np.int32)
     length_B = np.empty(self.batch_size, np.int32)
     seed_B = np.empty(self.batch_size, np.int32)
     for row in range(self.batch_size):
-      # Rows that fill up the batch repeat the first one: they end when it ends.
+      # Rows that fill up the batch repeat the first one, and end when it ends.
       i = row if row < len(requests) else 0
       prompt_BP[row, : len(prompts[i])] = prompts[i]
       length_B[row], seed_B[row] = len(prompts[i]), requests[i].seed
@@ -117,31 +118,31 @@ class _JaxEngine:
       unroll=sampling_lib.unrolled(None, 1, jax.default_backend()),
     )
     tokens_BR, length_B, ended_B = map(np.asarray, rollout[:3])
-    return [
-      engines.without_thinking(
-        engines.Completion(
-          thinking.decode(tokenizer, tokens_BR[i, : length_B[i] - ended_B[i]].tolist()),
-          "stop" if ended_B[i] else "length",
-          len(prompts[i]),
-          int(length_B[i]),
-        ),
-        thinking.own(tokenizer.hf_tokenizer.chat_template),
+    marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
+    completions = []
+    for i, prompt in enumerate(prompts):
+      text_ids = tokens_BR[i, : length_B[i] - ended_B[i]].tolist()
+      completion = engines.Completion(
+        text=thinking.decode(tokenizer, text_ids),
+        finish_reason="stop" if ended_B[i] else "length",
+        prompt_tokens=len(prompt),
+        completion_tokens=int(length_B[i]),
       )
-      for i in range(len(requests))
-    ]
+      completions.append(engines.strip_thinking(completion, marks))
+    return completions
 
 
-def bucket(tokens: int) -> int:
+def padded_width(tokens: int) -> int:
   """The width that a prompt is padded to: at most four widths per doubling.
 
-  It depends on the prompt's own length only, so that a reply cannot depend on which
-  prompts happen to share its batch.
+  It depends on the prompt's own length only, so that a reply does not depend on the
+  prompts in the same batch.
   """
   step = max(64, 2 ** (max(tokens, 1) - 1).bit_length() // 8)
   return -(-tokens // step) * step
 
 
-def _alike(
+def _groups(
   requests: Sequence[engines.Request], prompts: Sequence[list[int]], batch_size: int
 ) -> Iterator[tuple[int, ...]]:
   """Indices of requests that can be sampled together, at most `batch_size` a time."""
@@ -149,10 +150,10 @@ def _alike(
   def shape(i: int) -> tuple[Any, ...]:
     request = requests[i]
     sampling = request.max_new_tokens, request.temperature, request.top_p
-    return (bucket(len(prompts[i])), *sampling)
+    return (padded_width(len(prompts[i])), *sampling)
 
-  for _, group in itertools.groupby(sorted(range(len(requests)), key=shape), shape):
-    while batch := tuple(itertools.islice(group, batch_size)):
+  for _, same in itertools.groupby(sorted(range(len(requests)), key=shape), shape):
+    while batch := tuple(itertools.islice(same, batch_size)):
       yield batch
 
 

@@ -1,8 +1,8 @@
-"""Judges: which replies are usable, prompts that data cannot steer, scores, panels.
+"""Judging of replies: which are usable, prompts that no text can steer, and scores.
 
-A judge scores how well a candidate answer agrees with the original one, on 0..1. A
-reply that is not plainly such a score counts as an abstention: it is never clamped or
-guessed at, because a misread reply moves a selection silently.
+A judge scores from 0 to 1 how well a candidate answer agrees with the original. A reply
+that is not plainly such a score counts as an abstention. It is never clamped or guessed
+at, because a misread reply would silently change a selection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPLY_SCHEMA = {
   "required": ["score"],
   "additionalProperties": False,
 }
-"""What the prompt asks of a judge, as a JSON schema for engines that can hold to it."""
+"""The verdict that the prompt requests, for engines that can enforce a JSON schema."""
 
 LEAKS = (
   "reference answer",
@@ -49,8 +49,9 @@ LEAKS = (
   "my response",
   "your turn",
 )
-"""Words of a prompt, or about it, that no answer should hold. The last three and the
-first are those of Self-Distillation (Yang et al., ACL 2024, gen_distilled_data.py)."""
+"""Phrases of a prompt, or about it, that no answer should contain. The first and the
+last three are those of Self-Distillation (Yang et al., ACL 2024, in
+gen_distilled_data.py)."""
 
 REFUSALS = (
   "i'm sorry",
@@ -67,56 +68,61 @@ REFUSALS = (
 )
 """How a model begins when it declines to answer."""
 
-
 REFUSED = {"too_long": "prompt_too_long", "filtered": "filtered"}
-"""Ends of a request that was never answered, and what they are counted as."""
+"""How requests end that were not answered, and the reason that is recorded for each."""
 
 
 def flaw(reply: engines.Completion | None, given: str) -> str | None:
-  """Why a reply is no answer in the words of its prompt's question, or None.
+  """Why a reply cannot be used as an answer, or None.
 
-  As `no_answer`, and neither words of the prompt nor of a verdict may stand in it.
+  As `no_answer`; in addition, the reply must contain neither phrases of the prompt nor
+  a verdict.
+
+  Args:
+    given: texts that the model was shown; what they contain is no flaw.
   """
   reason = no_answer(reply, given)
   if reason is not None or reply is None:
     return reason
-  said, given = _plain(reply.text), _plain(given)
-  leaks = any(phrase in said and phrase not in given for phrase in LEAKS)
-  if leaks or said.startswith(("question:", "answer:", "draft:")):
+  text, given = _plain(reply.text), _plain(given)
+  leaks = any(phrase in text and phrase not in given for phrase in LEAKS)
+  if leaks or text.startswith(("question:", "answer:", "draft:")):
     return "leak"
-  if steers(said) and not steers(given):
+  if steers(text) and not steers(given):
     return "steers_judge"
   return None
 
 
 def no_answer(reply: engines.Completion | None, given: str) -> str | None:
-  """Why a reply is no answer, or None. What `given` says itself is no flaw.
+  """Why a reply is no answer, or None.
 
-  None for the reply means that its prompt did not fit the model.
+  Args:
+    reply: None if the prompt did not fit the model.
+    given: texts that the model was shown; what they contain is no flaw.
   """
   if reply is None or reply.finish_reason in REFUSED:
     return REFUSED["too_long" if reply is None else reply.finish_reason]
-  said, given = _plain(reply.text), _plain(given)
-  if not said:
+  text, given = _plain(reply.text), _plain(given)
+  if not text:
     return "empty"
-  if thinking.left_in(said):
+  if thinking.left_in(text):
     return "thinking"
   if reply.finish_reason != "stop":
     return "truncated"
-  if any(said.startswith(r) and r not in given for r in REFUSALS):
+  if any(text.startswith(r) and r not in given for r in REFUSALS):
     return "refusal"
   return None
 
 
-def _plain(said: str) -> str:
-  return said.strip().lower().replace("\u2019", "'")
+def _plain(text: str) -> str:
+  return text.strip().lower().replace("\u2019", "'")
 
 
 def prompt(question: str, original: str, candidate: str) -> tuple[records.Message, ...]:
-  """The messages that ask a language model for one score.
+  """The messages that request a score from a language model.
 
-  The three texts stand between lines that carry a nonce that none of them holds, so no
-  text can contain the line that would end it.
+  Lines with a nonce fence each text. No text contains the nonce, so that none can
+  contain the line that would end it.
   """
   texts = {"question": question, "original": original, "candidate": candidate}
   return fenced("judge", texts)
@@ -127,8 +133,8 @@ def fenced(
 ) -> tuple[records.Message, ...]:
   """The prompt `name` as one user turn; its `$nonce` occurs in none of the texts.
 
-  It is a hash of the first of them, so that prompts which share that text begin alike
-  and an engine's prefix cache serves them.
+  The nonce is a hash of the first text, so that prompts with the same first text share
+  a prefix, which an engine can cache.
   """
   nonce = _nonce(*texts.values())
   return records.user_turn(template(name).substitute(texts, nonce=nonce, **settings))
@@ -136,26 +142,26 @@ def fenced(
 
 @functools.cache
 def template(name: str) -> string.Template:
-  """The prompt `prompts/<name>.txt`; `$slots` are filled in one pass, so that a slot's
-  name inside the data stays text."""
+  """The prompt `prompts/<name>.txt`. Its `$slots` are filled in one pass, so that a
+  slot's name inside a text stays text."""
   folder = importlib.resources.files("raft_jax.generation") / "prompts"
   return string.Template((folder / f"{name}.txt").read_text("utf-8").strip())
 
 
 def steers(text: str, key: str = "score") -> bool:
-  """Whether a candidate tries to hand the judge its verdict: it holds that field."""
+  """Whether a text contains the field of a verdict, so that it may steer a judge."""
   return re.search(rf'"{re.escape(key)}"\s*:', text) is not None
 
 
 def parse_score(text: str, *, cut: bool = False) -> float | None:
-  """The score in a judge's reply, or None when the reply does not plainly hold one.
+  """The score in a judge's reply, or None if the reply does not plainly contain one.
 
-  Read are, in this order: a JSON object with a number "score", alone or in a fenced
-  block; else exactly one `"score": x` within other text. Thinking is skipped. Booleans,
-  strings, NaN, infinities, numbers outside 0..1 and contradicting scores are None.
+  Accepted are a JSON object with a number "score", alone or in a fenced block, or else
+  exactly one `"score": x` within other text. Thinking is skipped. Booleans, strings,
+  NaN, infinities, numbers outside 0..1 and contradicting scores give None.
 
   Args:
-    cut: the reply ended at its limit; a number that it ends with may lack digits.
+    cut: whether the reply ended at its limit, so that its last number may lack digits.
   """
   reply = _json(text)
   if reply is None:
@@ -167,10 +173,8 @@ def parse_score(text: str, *, cut: bool = False) -> float | None:
 
 
 def parse_flags(text: str, names: Sequence[str]) -> dict[str, bool] | None:
-  """A judge's yes or no for each name, or None when the reply does not plainly say.
-
-  Read is one JSON object that holds true or false under every name; see `json_in`.
-  """
+  """A judge's true or false for each name, or None if the reply does not plainly give
+  one JSON object with all of them; see `json_in`."""
   reply = json_in(text)
   if not isinstance(reply, dict) or any(name not in reply for name in names):
     return None
@@ -179,17 +183,20 @@ def parse_flags(text: str, names: Sequence[str]) -> dict[str, bool] | None:
 
 
 def json_in(text: str) -> Any:
-  """The one JSON object or list of a reply, or None: the whole of it, its one fenced
-  block, or what stands from its first bracket to its last. No key may stand twice.
-  Thinking before it is skipped."""
-  said = thinking.ended(text)
-  fences, opening = _FENCED.findall(said), _OPENING.search(said)
-  tries = [text, *(fences if len(fences) == 1 else [])]
+  """The one JSON object or list in a reply, or None.
+
+  It is the whole reply, its one fenced block, or the text from its first bracket to its
+  last. Thinking is skipped. No key may occur twice.
+  """
+  answer = thinking.ended(text)
+  fences, opening = _FENCED.findall(answer), _OPENING.search(answer)
+  candidates = [text, *(fences if len(fences) == 1 else [])]
   if opening is not None:
-    tries.append(said[opening.start() : max(said.rfind("]"), said.rfind("}")) + 1])
-  for part in tries:
+    last = max(answer.rfind("]"), answer.rfind("}"))
+    candidates.append(answer[opening.start() : last + 1])
+  for part in candidates:
     try:
-      value = json.loads(part, object_pairs_hook=_no_key_twice)
+      value = json.loads(part, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError):
       continue
     if isinstance(value, dict | list):
@@ -197,26 +204,26 @@ def json_in(text: str) -> Any:
   return None
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(dict(pairs)) < len(pairs):
-    raise ValueError("a key stands twice")
+    raise ValueError("a key occurs twice")
   return dict(pairs)
 
 
 def panel_mean(scores: Sequence[float | None]) -> float | None:
-  """Mean over the judges that did not abstain; None when all did.
+  """Mean over the judges that did not abstain; None if all did.
 
-  Rounded to 12 places: scores of one or two, such as 0.7, 0.8 and 0.9, should have the
-  mean that they have on paper, and reach a threshold that equals it.
+  It is rounded to 12 places, so that short decimals such as 0.7, 0.8 and 0.9 have the
+  mean that they have on paper, and reach a threshold equal to it.
   """
-  given = [score for score in scores if score is not None]
-  return round(math.fsum(given) / len(given), 12) if given else None
+  votes = [score for score in scores if score is not None]
+  return round(math.fsum(votes) / len(votes), 12) if votes else None
 
 
 def majority(votes: Sequence[bool | None]) -> bool | None:
-  """What more than half of the whole panel voted for; None means undecided.
+  """The vote of more than half of the panel; None if there is no majority.
 
-  An abstention (None) stays in the denominator: one vote is no majority of three.
+  An abstention (None) counts in the denominator: one vote is no majority of three.
   """
   for choice in (True, False):
     if sum(vote is choice for vote in votes) * 2 > len(votes):
@@ -225,11 +232,11 @@ def majority(votes: Sequence[bool | None]) -> bool | None:
 
 
 def encoder_score(cosine: float | None) -> float | None:
-  """The sentence encoder as a judge: cosine of original and candidate, clipped to 0..1.
+  """The score of the sentence encoder: the cosine clipped to 0..1.
 
-  Clipped and not (1 + cosine) / 2, so that a score means what the same number means as
-  similarity threshold: under the affine map, accept_at 0.8 would let pass a cosine of
-  0.6, an answer that the filter throws away. An undefined cosine is an abstention.
+  It is clipped, and not mapped to (1 + cosine) / 2, so that a score and the similarity
+  threshold have the same scale. Under the affine map, accept_at=0.8 would accept a
+  cosine of 0.6, which the filter rejects. An undefined cosine is an abstention.
   """
   if cosine is None or not math.isfinite(cosine):
     return None
@@ -244,17 +251,17 @@ def _nonce(*texts: str) -> str:
 
 
 def _json(text: str) -> Any:
-  """The value of a text that is JSON, alone or in one fenced block, else None."""
+  """The value of a text that is JSON, alone or in one fenced block; else None."""
   text = text.strip()
   fenced = _FENCED.fullmatch(text)
   try:
-    return json.loads(fenced[1] if fenced else text, object_pairs_hook=_once)
+    return json.loads(fenced[1] if fenced else text, object_pairs_hook=_unique_score)
   except (ValueError, RecursionError):
     return None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """A JSON object; two scores in one object contradict each other."""
+def _unique_score(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object, or {} if it has two scores, which contradict each other."""
   if sum(name == "score" for name, _ in pairs) > 1:
     return {}
   return dict(pairs)

@@ -1,10 +1,10 @@
-"""Any OpenAI-compatible server, asked by the `openai` client; no jax, no torch.
+"""Any OpenAI-compatible server, through the `openai` client; needs no jax, no torch.
 
-`vllm serve` is the reference. A request that failed on the way or was put off is
-repeated, a bounded number of times, waiting longer each time or as long as the server
-says; a parameter that the server does not take is left out from then on. A server is
-known by the name it gives its model: that this name stands for the weights one means
-cannot be checked from here.
+`vllm serve` is the reference. A request that fails temporarily is repeated a bounded
+number of times, after a growing wait or the one that the server requests. A parameter
+that the server does not support is left out from then on. The name of its model
+identifies a server; whether that name stands for the intended weights cannot be checked
+from here.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RETRIES = 8
-"""About 40 s of waiting, doubling from 0.5 s to 8 s."""
+"""Repetitions of a request: about 40 s of waits, which double from 0.5 s to 8 s."""
 
 LONGEST_WAIT = 120.0
-"""Seconds that a server may ask to be left alone; for longer, the run is given up."""
+"""Longest wait, in seconds, that a server may request; the run gives up after that."""
 
 CHANGES = {
   "seed": "repeated calls may give other replies",
   "top_p": "the server's own value counts, not the config's",
   "temperature": "the server's own value counts, not the config's",
-  "response_format": "replies are not held to their form, only asked for it",
+  "response_format": "replies are not constrained to their form, only prompted for it",
   "max_tokens": "sent as max_completion_tokens instead",
 }
-"""Parameters that a request may go without, and what that changes."""
+"""Parameters that a request may leave out, and what that changes."""
 
 
 def connect(
@@ -56,20 +56,20 @@ def connect(
   omit: Sequence[str] = (),
   marks: Sequence[str] | None = None,
 ) -> engines.Generator:
-  """A model behind a server, which is asked whether it serves that model.
+  """A model behind a server, after checking that the server has that model.
 
   Args:
     model: its name there, as in `vllm serve --served-model-name`.
     base_url: ends in /v1.
-    api_key_env: name of the environment variable that holds the key; None for a server
-      that asks for none.
+    api_key_env: name of the environment variable with the key; None if the server
+      needs no key.
     timeout_s: longest wait for one reply, in seconds.
-    omit: those of `CHANGES` that it does not take. Replies are journalled under the
-      same keys with and without them.
-    marks: what stands around its thinking, beside <think> and </think>.
+    omit: parameters, of those in `CHANGES`, that are not sent. Replies have the same
+      journal keys with and without them.
+    marks: the model's marks around its thinking, besides <think> and </think>.
 
   Raises:
-    UserError: the client is not installed, there is no such variable, the server
+    UserError: the client is not installed, there is no such variable, or the server
       cannot be reached or does not serve the model.
   """
   if importlib.util.find_spec("openai") is None:
@@ -94,14 +94,14 @@ class _Failed(Exception):
   Attributes:
     kind: as `openai_errors.kind`.
     remedy: what the user can do.
-    fault: what the server said, if it said something.
-    parameter: of kind "not_taken", the one that it does not take.
-    headers: of its reply.
+    fault: the error that the server reported, if it did.
+    parameter: for the kind "unsupported", the parameter.
+    headers: of the server's reply.
   """
 
   def __init__(
     self,
-    what: str,
+    message: str,
     kind: openai_errors.Kind,
     remedy: str,
     *,
@@ -109,7 +109,7 @@ class _Failed(Exception):
     parameter: str | None = None,
     headers: Mapping[str, str] | None = None,
   ):
-    super().__init__(what)
+    super().__init__(message)
     self.kind, self.remedy, self.fault = kind, remedy, fault
     self.parameter, self.headers = parameter, headers or {}
 
@@ -131,8 +131,8 @@ class _OpenAIEngine:
 
   @property
   def identity(self) -> str:
-    # Not the address: the same model may be served elsewhere when a run goes on. Nor
-    # what is left out: it may turn out in the middle of a run.
+    # Without the address, since a continued run may find the model elsewhere; and
+    # without the parameters left out, which may only be found in the middle of a run.
     own = f" thinking in {' '.join(self.marks)}" if self.marks else ""
     return f"openai {self.model}{own}"
 
@@ -155,16 +155,16 @@ class _OpenAIEngine:
         raise errors.UserError(
           f"engine openai: {self.base_url} has no /models; base_url should end in /v1"
         ) from failed
-      return  # some servers list nothing; a wrong name is refused when it is asked
+      return  # some servers list no models, and refuse a wrong name later
     names = _names(body)
     if names is None:
       raise self._error(_garbled(openai_replies.NoReply("another list of models"), {}))
-    # Gemini's and Ollama's names are known with and without these.
+    # Gemini and Ollama accept names with and without these.
     short = {n.removeprefix("models/").removesuffix(":latest") for n in names}
     if self.model not in {*names, *short}:
       raise errors.UserError(
         f"engine openai: {self.base_url} does not serve {self.model}, but "
-        f"{', '.join(names[:8]) or 'nothing'}; change `model`"
+        f"{', '.join(names[:8]) or 'no model'}; change `model`"
       )
 
   def generate(
@@ -178,8 +178,8 @@ class _OpenAIEngine:
     return _client(self.base_url, key, self.timeout_s)
 
   def _ask(self, request: engines.Request) -> engines.Completion | errors.UserError:
-    while True:  # once more for every parameter that is refused
-      left_out = {*self.omit, *_not_taken(self.base_url, self.model)}
+    while True:  # repeated for each parameter that the server does not support
+      left_out = {*self.omit, *_unsupported(self.base_url, self.model)}
       once = functools.partial(self._reply, request, left_out)
       try:
         return _repeated(once, RETRIES)._replace(left_out=tuple(sorted(left_out)))
@@ -193,7 +193,7 @@ class _OpenAIEngine:
   def _reply(
     self, request: engines.Request, left_out: Collection[str]
   ) -> engines.Completion:
-    """The reply to one request, asked for once."""
+    """The reply to one request, sent once."""
     create = self._client().chat.completions.with_raw_response.create
     marks = (thinking.THINK, *([self.marks] if self.marks else []))
     parameters, names = _parameters(request, left_out)
@@ -203,16 +203,16 @@ class _OpenAIEngine:
       names,
     )
 
-  def _leave_out(self, name: str, words: str) -> None:
-    """Remembers that the server does not take a parameter, and says so once."""
-    known = _not_taken(self.base_url, self.model)
+  def _leave_out(self, name: str, message: str) -> None:
+    """Remembers that the server does not support a parameter; prints that once."""
+    known = _unsupported(self.base_url, self.model)
     with _LOCK:
       new = name not in known
       known.add(name)
     if new:
       print(
-        f"engine openai: {self.base_url} does not take {name} ({words}); it is left "
-        f"out from here on: {CHANGES[name]}",
+        f"engine openai: {self.base_url} does not take {name} ({message}); it is "
+        f"left out from here on: {CHANGES[name]}",
         file=sys.stderr,
         flush=True,
       )
@@ -223,15 +223,15 @@ class _OpenAIEngine:
     read: Callable[[Any], T],
     sent: Collection[str],
   ) -> T:
-    """What one request gives.
+    """The result of one request.
 
     Args:
-      send: sends it, for the raw response.
-      read: takes what is wanted from the JSON of that.
-      sent: parameters that it could do without.
+      send: sends the request and returns the raw response.
+      read: makes the result from the JSON body.
+      sent: parameters of the request that could be left out.
 
     Raises:
-      _Failed: no reply, or none that can be used.
+      _Failed: there is no reply, or no usable one.
     """
     import openai
 
@@ -241,9 +241,9 @@ class _OpenAIEngine:
       headers = raw.headers
       return read(openai_replies.parsed(raw.content, raw.text))
     except openai.APITimeoutError as error:
-      what = f"no reply within {self.timeout_s:g} s, {RETRIES + 1} times"
+      message = f"no reply within {self.timeout_s:g} s, {RETRIES + 1} times"
       remedy = "raise timeout_s or lower batch_size; finished calls are kept"
-      raise _Failed(what, "passing", remedy) from error
+      raise _Failed(message, "temporary", remedy) from error
     except openai.APIStatusError as error:
       response = error.response
       body = openai_replies.parsed(response.content, response.text)
@@ -251,12 +251,12 @@ class _OpenAIEngine:
       assert fault is not None
       raise self._refused(fault, sent, response.headers) from error
     except openai.APIConnectionError as error:
-      what = f"cannot be reached ({error.__cause__ or error})"
+      message = f"cannot be reached ({error.__cause__ or error})"
       remedy = "start the server or mend base_url; finished calls are kept"
-      raise _Failed(what, "passing", remedy) from error
+      raise _Failed(message, "temporary", remedy) from error
     except openai.OpenAIError as error:
-      what = " ".join(str(error).split())[: openai_errors.LONGEST]
-      raise _Failed(what, "lasting", "see the server's log") from error
+      message = " ".join(str(error).split())[: openai_errors.LONGEST]
+      raise _Failed(message, "permanent", "see the server's log") from error
     except openai_replies.Refused as error:
       raise self._refused(error.fault, sent, headers) from error
     except openai_replies.NoReply as error:
@@ -269,24 +269,24 @@ class _OpenAIEngine:
     headers: Mapping[str, str],
   ) -> _Failed:
     kind = openai_errors.kind(fault, sent)
-    parameter = openai_errors.not_taken(fault, sent) if kind == "not_taken" else None
-    what = fault.words or "(no words)"
+    parameter = (
+      openai_errors.unsupported(fault, sent) if kind == "unsupported" else None
+    )
+    message = fault.message or "(no message)"
     if fault.status is not None:
-      what = f"error {fault.status}: {what}"
-    remedy = AGAIN if kind == "passing" else self._remedy(fault)
+      message = f"error {fault.status}: {message}"
+    remedy = AGAIN if kind == "temporary" else self._remedy(fault)
     return _Failed(
-      what, kind, remedy, fault=fault, parameter=parameter, headers=headers
+      message, kind, remedy, fault=fault, parameter=parameter, headers=headers
     )
 
   def _remedy(self, fault: openai_errors.Fault) -> str:
-    """What the user can do about a refusal that will not pass by itself."""
-    key = (
-      f"check the key in {self.api_key_env}"
-      if self.api_key_env
-      else ("set api_key_env")
-    )
+    """What the user can do about a permanent error."""
+    key = "set api_key_env"
+    if self.api_key_env:
+      key = f"check the key in {self.api_key_env}"
     if openai_errors.unpaid(fault):
-      return "see what is left on the account of the key; finished calls are kept"
+      return "check the balance of the key's account; finished calls are kept"
     if fault.status == 401:
       return key
     if fault.status == 403:
@@ -296,36 +296,36 @@ class _OpenAIEngine:
     return (
       "see what it does not take: `omit` leaves out "
       f"{', '.join(name for name in CHANGES if name != 'response_format')}, and "
-      "structured: false the form of replies; finished calls are kept"
+      "`structured: false` the form of replies; finished calls are kept"
     )
 
   def _error(self, failed: _Failed) -> errors.UserError:
-    """One line: what the server said, and what can be done."""
+    """The server's message and what the user can do, in one line."""
     wait = pause(failed.headers, 0)
-    told = f" (it asks to wait {wait:.0f} s)" if wait > LONGEST_WAIT else ""
-    kind = errors.TryAgainError if failed.kind == "passing" else errors.UserError
-    return kind(f"engine openai: {self.base_url}: {failed}{told}; {failed.remedy}")
+    wish = f" (it asks to wait {wait:.0f} s)" if wait > LONGEST_WAIT else ""
+    kind = errors.TryAgainError if failed.kind == "temporary" else errors.UserError
+    return kind(f"engine openai: {self.base_url}: {failed}{wish}; {failed.remedy}")
 
 
 def _garbled(error: openai_replies.NoReply, headers: Mapping[str, str]) -> _Failed:
-  what = f"sent a reply that is no chat completion: {error}"
-  if error.passing:
+  message = f"sent a reply that is no chat completion: {error}"
+  if error.temporary:
     return _Failed(
-      what, "passing", f"see what answers there, and {AGAIN}", headers=headers
+      message, "temporary", f"see what answers there, and {AGAIN}", headers=headers
     )
-  remedy = "see what answers there, and mend base_url or the server's settings"
-  return _Failed(what, "lasting", f"{remedy}; finished calls are kept")
+  remedy = "see what answers there, and correct base_url or the server's settings"
+  return _Failed(message, "permanent", f"{remedy}; finished calls are kept")
 
 
 def _repeated(once: Callable[[], T], retries: int) -> T:
-  """What `once` gives, asked for again where that may help."""
+  """The result of `once`, which is repeated after a temporary failure."""
   tries = 0
   while True:
     try:
       return once()
     except _Failed as failed:
       wait = pause(failed.headers, tries)
-      if failed.kind != "passing" or tries == retries or wait > LONGEST_WAIT:
+      if failed.kind != "temporary" or tries == retries or wait > LONGEST_WAIT:
         raise
     time.sleep(wait)
     tries += 1
@@ -334,7 +334,7 @@ def _repeated(once: Callable[[], T], retries: int) -> T:
 def _parameters(
   request: engines.Request, left_out: Collection[str]
 ) -> tuple[dict[str, Any], set[str]]:
-  """A request's body but for the model, and which parts of it may be left out."""
+  """A request's body without the model, and the parameters that could be left out."""
   wanted: dict[str, Any] = {
     "max_tokens": request.max_new_tokens,
     "temperature": request.temperature,
@@ -352,7 +352,7 @@ def _parameters(
 
 
 def _names(body: Any) -> list[str] | None:
-  """The models that a server lists, or None for another shape."""
+  """The models in a server's list, or None if it has another form."""
   rows = body.get("data", body.get("models")) if isinstance(body, Mapping) else body
   if not isinstance(rows, list):
     return None
@@ -361,13 +361,13 @@ def _names(body: Any) -> list[str] | None:
 
 
 def pause(headers: Mapping[str, str], tries: int) -> float:
-  """Seconds to wait before the next try: what the server says, or twice as long."""
-  asked = _asked_wait(headers)
-  return asked if 0 < asked < math.inf else min(0.5 * 2**tries, 8.0)
+  """Seconds to wait before the next try: as the server requests, or twice the last."""
+  requested = _requested_wait(headers)
+  return requested if 0 < requested < math.inf else min(0.5 * 2**tries, 8.0)
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float:
-  """By Retry-After, in seconds or as a date; NaN where there is none."""
+def _requested_wait(headers: Mapping[str, str]) -> float:
+  """Seconds until the time in Retry-After, if there is one; else NaN."""
   for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
     try:
       return float(headers[name]) * unit
@@ -384,8 +384,8 @@ _LOCK = threading.Lock()
 
 
 @functools.cache
-def _not_taken(base_url: str, model: str) -> set[str]:
-  """Parameters that a server refused, for all roles that ask it."""
+def _unsupported(base_url: str, model: str) -> set[str]:
+  """Parameters that a server does not support, shared by all roles that use it."""
   return set()
 
 

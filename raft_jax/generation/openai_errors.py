@@ -1,8 +1,9 @@
-"""What a server's refusal means: whether it passes, and which request it is about.
+"""The errors of servers: whether they are temporary, and which request they concern.
 
-Servers say it in many forms: by the HTTP status, by a body with status 200, inside a
-choice; as an object, a text, a list or a page. The body's own code counts more than the
-status, since gateways give errors of others a status of their own.
+Servers report errors in many forms: by the HTTP status, in a body with status 200 or
+inside a choice; as an object, a text, a list or a page. A code in the body takes
+precedence over the status, since gateways report the errors of others with a status of
+their own.
 """
 
 from __future__ import annotations
@@ -14,60 +15,60 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 LONGEST = 400
-"""Characters kept of a server's words."""
+"""Longest part of a server's message that is kept, in characters."""
 
 
 class Fault(NamedTuple):
-  """A refusal.
+  """An error that a server reported.
 
   Attributes:
-    words: the server's own, in one line.
-    status: as in HTTP, if the server says one that is an error.
-    codes: what else stands for a kind of error: codes and types, in lower case.
-    about: the names of parameters that the server's form names outside its words.
+    message: the server's message in one line.
+    status: HTTP status of the error, if the server gives one.
+    codes: codes and types of the error, in lower case.
+    parameters: names of parameters in a field for them, outside the message.
   """
 
-  words: str
+  message: str
   status: int | None = None
   codes: tuple[str, ...] = ()
-  about: tuple[str, ...] = ()
+  parameters: tuple[str, ...] = ()
 
 
-_SPOKEN = ("message", "msg", "detail", "error_description", "description", "reason")
+_MESSAGES = ("message", "msg", "detail", "error_description", "description", "reason")
 _CODES = ("code", "type", "status", "error_code", "errorcode")
 _HTML = re.compile(r"(?is)<title[^>]*>(.*?)</title>|<h1[^>]*>(.*?)</h1>")
 _TAG = re.compile(r"(?s)<script.*?</script>|<style.*?</style>|<[^>]*>")
 
 
 def of(body: Any, status: int | None = None) -> Fault | None:
-  """The refusal in a reply's body, or None where there is none.
+  """The error in a reply's body, or None if there is none.
 
   Args:
-    body: what the JSON holds, or the text where it is none.
-    status: of the HTTP reply; from 400 on it is a refusal, whatever the body says.
+    body: the value of the JSON, or the text if it is not JSON.
+    status: HTTP status; from 400 on the reply is an error, whatever its body.
   """
-  bad = status if status is not None and status >= 400 else None
-  error = body if bad else _error(body)
+  error_status = status if status is not None and status >= 400 else None
+  error = body if error_status else _error(body)
   if error is None:
     return None
-  if bad and (inner := _error(body)) is not None:
+  if error_status and (inner := _error(body)) is not None:
     error = inner
   if isinstance(error, str):
-    return Fault(_line(page_title(error) or error), bad)
+    return Fault(_line(page_title(error) or error), error_status)
   codes = list(_codes(error)) + (
     list(_codes(body)) if isinstance(body, Mapping) and error is not body else []
   )
   statuses = [s for s in map(_as_status, codes) if s is not None]
   return Fault(
-    _line("; ".join(dict.fromkeys(_words(error))) or json.dumps(error)),
-    statuses[0] if statuses else bad,
+    _line("; ".join(dict.fromkeys(_messages(error))) or json.dumps(error)),
+    statuses[0] if statuses else error_status,
     tuple(dict.fromkeys(code.lower() for code in codes)),
-    tuple(_about(error)),
+    tuple(_parameters(error)),
   )
 
 
 def _error(body: Any) -> Any:
-  """What a body that is no reply says of an error, or None."""
+  """The part of a body that describes an error, or None."""
   if isinstance(body, list) and len(body) == 1:
     return _error(body[0])  # Google's
   if not isinstance(body, Mapping):
@@ -82,33 +83,33 @@ def _error(body: Any) -> Any:
   return None
 
 
-def page_title(said: str) -> str | None:
-  """What an HTML page is about; None for a text that is no page."""
-  if not re.match(r"(?i)\s*<(!doctype|html|head|body)", said):
+def page_title(text: str) -> str | None:
+  """The title of an HTML page; None for a text that is no page."""
+  if not re.match(r"(?i)\s*<(!doctype|html|head|body)", text):
     return None
-  found = _HTML.search(said)
-  shown = (found[1] or found[2]) if found else said
+  title = _HTML.search(text)
+  shown = (title[1] or title[2]) if title else text
   return _line(html.unescape(_TAG.sub(" ", shown)))
 
 
-def _line(said: str) -> str:
-  return " ".join(said.encode("utf-8", "replace").decode().split())[:LONGEST]
+def _line(text: str) -> str:
+  return " ".join(text.encode("utf-8", "replace").decode().split())[:LONGEST]
 
 
-def _words(error: Any) -> Iterator[str]:
-  """The server's words in an error, from the outside in."""
+def _messages(error: Any) -> Iterator[str]:
+  """The messages in an error, from the outside in."""
   if isinstance(error, str) and error.strip():
     yield error
   elif isinstance(error, list):
     for each in error:
-      yield from _words(each)
+      yield from _messages(each)
   elif isinstance(error, Mapping):
     place = error.get("loc")
     where = ".".join(map(str, place)) + ": " if isinstance(place, list) else ""
-    for name in _SPOKEN:
-      yield from (where + said for said in _words(error.get(name)))
+    for name in _MESSAGES:
+      yield from (where + message for message in _messages(error.get(name)))
     for name in ("error", "errors", "metadata", "raw"):  # `raw`: OpenRouter's provider
-      yield from _words(error.get(name))
+      yield from _messages(error.get(name))
 
 
 def _codes(error: Any) -> Iterator[str]:
@@ -128,34 +129,34 @@ def _as_status(code: str) -> int | None:
   return status if 400 <= status < 600 else None
 
 
-def _about(error: Any) -> Iterator[str]:
-  """Parameters that an error names in a field for it: OpenAI's, and FastAPI's."""
+def _parameters(error: Any) -> Iterator[str]:
+  """Parameters in the fields `param` (OpenAI) and `loc` (FastAPI) of an error."""
   if isinstance(error, list):
     for each in error:
-      yield from _about(each)
+      yield from _parameters(each)
   elif isinstance(error, Mapping):
     if isinstance(error.get("param"), str):
       yield error["param"].partition(".")[0]
     if isinstance(error.get("loc"), list):
       yield from (part for part in error["loc"] if isinstance(part, str))
     for name in ("detail", "message", "error", "errors"):
-      yield from _about(error.get(name))
+      yield from _parameters(error.get(name))
 
 
 # Kinds
 
-Kind = Literal["filtered", "too_long", "not_taken", "passing", "lasting"]
+Kind = Literal["filtered", "too_long", "unsupported", "temporary", "permanent"]
 
 
 def kind(fault: Fault, sent: Collection[str] = ()) -> Kind:
-  """What to do about a refusal of a request with the parameters `sent`."""
+  """The kind of an error in response to a request with the parameters `sent`."""
   if filtered(fault):
     return "filtered"
   if too_long(fault):
     return "too_long"
-  if not_taken(fault, sent) is not None:
-    return "not_taken"
-  return "passing" if passing(fault) else "lasting"
+  if unsupported(fault, sent) is not None:
+    return "unsupported"
+  return "temporary" if temporary(fault) else "permanent"
 
 
 _FILTERED = {
@@ -198,17 +199,17 @@ _BROKEN = re.compile(
   r"provider returned error|bad gateway|upstream|connection (reset|refused)",
   re.IGNORECASE,
 )
-"""What passes where no status says otherwise."""
+"""Messages of temporary errors, if there is no status."""
 
-PASSING = (408, 409, 425, 429)
+TEMPORARY = (408, 409, 425, 429)
 
 
 def filtered(fault: Fault) -> bool:
-  """Whether the server will not answer this request for what it says."""
+  """Whether the server rejects this request because of its content."""
   if fault.status not in (None, 400, 403, 422, 451):
     return False
   known = not _FILTERED.isdisjoint(fault.codes)
-  return known or _FILTERED_WORDS.search(fault.words) is not None
+  return known or _FILTERED_WORDS.search(fault.message) is not None
 
 
 def too_long(fault: Fault) -> bool:
@@ -216,31 +217,35 @@ def too_long(fault: Fault) -> bool:
   if fault.status not in (None, 400, 413, 422, 500):
     return False
   known = fault.status == 413 or not _TOO_LONG_CODES.isdisjoint(fault.codes)
-  return known or _TOO_LONG.search(fault.words) is not None
+  return known or _TOO_LONG.search(fault.message) is not None
 
 
 def unpaid(fault: Fault) -> bool:
-  """Whether it is about money: waiting does not help, whatever the status."""
-  told = " ".join((*fault.codes, fault.words))
+  """Whether the account lacks money; waiting does not help, whatever the status."""
+  text = _text(fault)
   return fault.status == 402 or (
-    fault.status in (None, 400, 403, 429) and _NO_MONEY.search(told) is not None
+    fault.status in (None, 400, 403, 429) and _NO_MONEY.search(text) is not None
   )
 
 
-def passing(fault: Fault) -> bool:
-  """Whether the same request may be answered a little later."""
+def temporary(fault: Fault) -> bool:
+  """Whether the same request may succeed a little later."""
   if unpaid(fault) or fault.status in (401, 402, 405, 501, 505):
     return False
-  if fault.status is not None and (fault.status in PASSING or fault.status >= 500):
+  if fault.status is not None and (fault.status in TEMPORARY or fault.status >= 500):
     return True
-  # A passing state that was given a lasting status, or none.
-  told = " ".join((*fault.codes, fault.words))
-  return _BUSY.search(told) is not None or (
-    fault.status is None and _BROKEN.search(told) is not None
+  # A temporary state that was reported with a permanent status, or with none.
+  text = _text(fault)
+  return _BUSY.search(text) is not None or (
+    fault.status is None and _BROKEN.search(text) is not None
   )
 
 
-_NOT_TAKEN = re.compile(
+def _text(fault: Fault) -> str:
+  return " ".join((*fault.codes, fault.message))
+
+
+_UNSUPPORTED = re.compile(
   r"(un|not |n't |not be |not currently |not yet )(support|recogni[sz]|permit|allow|"
   r"accept|implement|known|expected|available|used with)|cannot find field|"
   r"extra (inputs|field|param)|extra_forbidden|deprecated|additional propert|"
@@ -257,26 +262,26 @@ _OUT_OF_RANGE = re.compile(
 _FORM = re.compile(r"json_schema|structured output|guided|grammar", re.IGNORECASE)
 
 
-def not_taken(fault: Fault, sent: Collection[str]) -> str | None:
-  """The parameter, of those sent, that the server says it does not take.
+def unsupported(fault: Fault, sent: Collection[str]) -> str | None:
+  """The parameter, of those sent, that the server does not support.
 
-  Only where it names one and says so: a value out of range is for the user to change.
+  The server must name it and say so; a value out of range is for the user to change.
   """
   if fault.status not in (None, 400, 422, 500, 501):
     return None
-  told = " ".join((*fault.codes, fault.words))
-  named = [name for name in fault.about if name in sent]
-  if "response_format" in sent and ("response_format" in named or _FORM.search(told)):
+  text = _text(fault)
+  named = [name for name in fault.parameters if name in sent]
+  if "response_format" in sent and ("response_format" in named or _FORM.search(text)):
     return "response_format"  # its value is ours
-  if _NOT_TAKEN.search(told) is None or _OUT_OF_RANGE.search(fault.words):
+  if _UNSUPPORTED.search(text) is None or _OUT_OF_RANGE.search(fault.message):
     return None
   if not named:
     places = {
-      name: found.start()
+      name: match.start()
       for name in sent
-      if (found := re.search(rf"(?<![a-z_]){name}(?![a-z_])", fault.words))
+      if (match := re.search(rf"(?<![a-z_]){name}(?![a-z_])", fault.message))
     }
     named = sorted(places, key=places.__getitem__)
-    if {"temperature", "top_p"} <= set(named) and "both" in fault.words:
+    if {"temperature", "top_p"} <= set(named) and "both" in fault.message:
       return "top_p"  # without it the other still says how to sample
   return named[0] if named else None

@@ -1,6 +1,6 @@
-"""A chat completion of OpenAI's protocol, read by type: nothing is coerced.
+"""Strict parsing of chat completions of OpenAI's protocol: no value is coerced.
 
-What many servers leave out may be missing; what would change the answer may not.
+Fields that many servers leave out may be missing, unless that could change the answer.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ _ENDS: dict[str, End] = {
     "filtered",
   ),
 }
-"""What servers of this protocol say of a reply's end, in lower case."""
+"""The finish reasons of servers, in lower case."""
 
 _BROKEN = ("error", "abort", "aborted", "cancelled", "timeout", "network_error")
-"""Ends of a reply that the server did not finish; the same request may do."""
+"""Finish reasons of a reply that the server broke off; the same request may succeed."""
 
 
 class NoReply(ValueError):
-  """A body is no chat completion that can be used; the words say why.
+  """A body that is no usable chat completion.
 
   Attributes:
-    passing: the same request may be answered a little later.
+    temporary: whether the same request may succeed a little later.
   """
 
-  def __init__(self, words: str, *, passing: bool = False):
-    super().__init__(words)
-    self.passing = passing
+  def __init__(self, reason: str, *, temporary: bool = False):
+    super().__init__(reason)
+    self.temporary = temporary
 
 
 class Refused(ValueError):
-  """The server says in the body of a reply that it failed."""
+  """An error that the server reports in the body of a reply."""
 
   def __init__(self, fault: openai_errors.Fault):
-    super().__init__(fault.words)
+    super().__init__(fault.message)
     self.fault = fault
 
 
 def parsed(raw: bytes, shown: str) -> Any:
-  """The JSON of a body, or the text that it is instead.
+  """The value of a JSON body, or its text if it is not JSON.
+
+  A stream of events, although none was requested, is joined to one completion.
 
   Args:
-    shown: the body as text, by the charset of its header.
-
-  A stream of events that nobody asked for is put together.
+    shown: the body as text, decoded by the charset in its header.
   """
   try:
     return json.loads(raw)
@@ -82,8 +82,8 @@ def parsed(raw: bytes, shown: str) -> Any:
 
 
 def _joined(events: str) -> Any:
-  """The chat completion that a stream of server-sent events holds piece by piece."""
-  whole: dict[str, Any] = {}
+  """The chat completion whose pieces are in a stream of server-sent events."""
+  fields: dict[str, Any] = {}
   pieces: dict[str, list[str]] = {}
   message: dict[str, Any] = {}
   choice: dict[str, Any] = {"index": 0, "finish_reason": None}
@@ -93,10 +93,10 @@ def _joined(events: str) -> Any:
     try:
       event = json.loads(line[5:])
     except (ValueError, RecursionError):
-      raise NoReply("a stream of events that breaks off", passing=True) from None
+      raise NoReply("a stream of events that breaks off", temporary=True) from None
     if not isinstance(event, Mapping) or openai_errors.of(event) is not None:
       return event
-    whole |= {k: v for k, v in event.items() if k != "choices" and v is not None}
+    fields |= {k: v for k, v in event.items() if k != "choices" and v is not None}
     listed = event.get("choices")
     for part in listed if isinstance(listed, list) else []:
       if not isinstance(part, Mapping) or "message" in part:
@@ -104,16 +104,15 @@ def _joined(events: str) -> Any:
       delta = part.get("delta")
       if part.get("index") in (None, 0) and isinstance(delta, Mapping):
         choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-        for name, said in delta.items():
-          if isinstance(said, str) and name != "role":
-            pieces.setdefault(name, []).append(said)
-          elif said and name != "role":
-            message[name] = said
+        for name, value in delta.items():
+          if isinstance(value, str) and name != "role":
+            pieces.setdefault(name, []).append(value)
+          elif value and name != "role":
+            message[name] = value
   if choice["finish_reason"] is None:
-    raise NoReply("a stream of events that breaks off", passing=True)
-  told = {name: "".join(said) for name, said in pieces.items()}
-  choice["message"] = message | told
-  return {**whole, "choices": [choice]}
+    raise NoReply("a stream of events that breaks off", temporary=True)
+  choice["message"] = message | {name: "".join(p) for name, p in pieces.items()}
+  return {**fields, "choices": [choice]}
 
 
 def completion(
@@ -122,13 +121,13 @@ def completion(
   """The reply in a body, without its thinking.
 
   Args:
-    body: as `parsed` gives it.
-    limit: most tokens that were asked for.
-    marks: what stands around the model's thinking.
+    body: as returned by `parsed`.
+    limit: the largest number of tokens that was requested.
+    marks: the model's marks around its thinking.
 
   Raises:
-    Refused: the body says that the server failed.
-    NoReply: it is no chat completion that can be used.
+    Refused: the body reports an error.
+    NoReply: the body is no usable chat completion.
   """
   fault = openai_errors.of(body)
   if fault is not None:
@@ -137,16 +136,16 @@ def completion(
     title = openai_errors.page_title(body)
     if title is not None:
       # A gateway's page says its status in words: "502 Bad Gateway".
-      passing = re.match(r"(error )?(408|429|5\d\d)\b", title.lower()) is not None
-      raise NoReply(f"the page {title!r}", passing=passing)
+      temporary = re.match(r"(error )?(408|429|5\d\d)\b", title.lower()) is not None
+      raise NoReply(f"the page {title!r}", temporary=temporary)
     # Text that begins as JSON was cut off on its way.
     broken = not body.strip() or body.lstrip().startswith(("{", "["))
-    raise NoReply(_shown(body) if body.strip() else "an empty body", passing=broken)
+    raise NoReply(_shown(body) if body.strip() else "an empty body", temporary=broken)
   if not isinstance(body, Mapping) or not isinstance(body.get("choices"), list):
     raise NoReply(f"no list `choices`, but {_shown(body)}")
   choices = body["choices"]
   if not choices:
-    raise NoReply("`choices` is empty", passing=True)
+    raise NoReply("`choices` is empty", temporary=True)
   first = [c for c in choices if isinstance(c, Mapping) and c.get("index") == 0]
   choice = first[0] if first else choices[0]
   if not isinstance(choice, Mapping) or not isinstance(choice.get("message"), Mapping):
@@ -157,46 +156,48 @@ def completion(
     )
   prompt, count, thought = _usage(body.get("usage"))
   message = choice["message"]
-  said, declined = _content(message)
+  text, declined = _content(message)
   end = _end(choice.get("finish_reason"), count, limit)
   if declined or end == "filtered":
     return engines.Completion("", "filtered", prompt, count)
-  if not said and (message.get("tool_calls") or message.get("function_call")):
+  if not text and (message.get("tool_calls") or message.get("function_call")):
     raise NoReply("a call of a tool and no text; switch off the server's tools")
-  said = _with_thinking(said, message, marks)
+  text = _with_thinking(text, message, marks)
   # A cut may leave half a surrogate pair, which no file takes.
-  said = said.encode("utf-8", "replace").decode()
-  reply = engines.Completion(said, end, prompt, count, thought)
-  return engines.without_thinking(reply, marks)
+  text = text.encode("utf-8", "replace").decode()
+  reply = engines.Completion(text, end, prompt, count, thought)
+  return engines.strip_thinking(reply, marks)
 
 
 def _shown(value: Any) -> str:
-  said = value if isinstance(value, str) else json.dumps(value)
-  return repr(" ".join(said.split())[:100])
+  text = value if isinstance(value, str) else json.dumps(value)
+  return repr(" ".join(text.split())[:100])
 
 
 def _usage(usage: Any) -> tuple[int | None, int | None, int]:
-  """Tokens of prompt and reply, None where unknown, and of thinking."""
-  told = usage if isinstance(usage, Mapping) else {}
+  """Tokens of prompt and reply (None if unknown), and of thinking."""
+  counts = usage if isinstance(usage, Mapping) else {}
   prompt, count, total = (
-    _count(told.get(f"{name}_tokens")) for name in ("prompt", "completion", "total")
+    _count(counts.get(f"{name}_tokens")) for name in ("prompt", "completion", "total")
   )
   if total is not None and prompt is not None and count is None:
     count = max(total - prompt, 0)
-  details = told.get("completion_tokens_details")
+  details = counts.get("completion_tokens_details")
   inner = details.get("reasoning_tokens") if isinstance(details, Mapping) else None
   return prompt, count, _count(inner) or 0
 
 
 def _count(value: Any) -> int | None:
-  whole = isinstance(value, int) and not isinstance(value, bool)
-  return value if whole and value >= 0 else None
+  is_integer = isinstance(value, int) and not isinstance(value, bool)
+  return value if is_integer and value >= 0 else None
 
 
 def _end(reason: Any, count: int | None, limit: int) -> End:
   word = reason.strip().lower() if isinstance(reason, str) else reason
   if word in _BROKEN:
-    raise NoReply(f"a reply that it broke off (finish_reason {reason!r})", passing=True)
+    raise NoReply(
+      f"a reply that it broke off (finish_reason {reason!r})", temporary=True
+    )
   if isinstance(word, str) and word in _ENDS:
     return _ENDS[word]
   if word in (None, "") and count is not None:
@@ -208,7 +209,7 @@ def _end(reason: Any, count: int | None, limit: int) -> End:
 
 
 def _content(message: Mapping[str, Any]) -> tuple[str, bool]:
-  """The text of a message, thinking in marks, and whether the server declined."""
+  """The text of a message, with thinking in marks, and whether the server declined."""
   content = message.get("content")
   if content is None or isinstance(content, str):
     return content or "", bool(not content and message.get("refusal"))
@@ -231,17 +232,17 @@ def _part(part: Any) -> str:
   if kind in _THOUGHTS:
     return _marked("".join(_strings(part)))
   field = "refusal" if kind == "refusal" else "text"
-  said = part.get(field) if kind in _TEXTS else None
-  if not isinstance(said, str):
+  text = part.get(field) if kind in _TEXTS else None
+  if not isinstance(text, str):
     raise NoReply(
       f"a part of `content` that is no text (type {_shown(kind)}); use a model that "
       "answers with text"
     )
-  return said
+  return text
 
 
 def _strings(part: Any) -> Iterator[str]:
-  """Texts in a thinking part, which may be a list of parts itself."""
+  """The texts in a thinking part, which may itself be a list of parts."""
   if isinstance(part, str):
     yield part
   elif isinstance(part, list):
@@ -259,12 +260,12 @@ def _marked(thought: str) -> str:
 
 
 def _with_thinking(
-  said: str, message: Mapping[str, Any], marks: Sequence[thinking.Marks]
+  text: str, message: Mapping[str, Any], marks: Sequence[thinking.Marks]
 ) -> str:
-  """The text with the thinking that a server took out of it, to be counted."""
-  if thinking.answer(said, marks) != said:
-    return said  # it stands there, too
+  """The text with the thinking that a server moved to another field, to be counted."""
+  if thinking.answer(text, marks) != text:
+    return text  # the thinking is also in the text
   names = ("reasoning", "reasoning_content", "thinking")
   thoughts = ("".join(_strings(message.get(name))) for name in names)
   thought = next(filter(None, thoughts), "")
-  return _marked(thought) + said if thought else said
+  return _marked(thought) + text if thought else text

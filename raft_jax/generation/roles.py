@@ -1,4 +1,4 @@
-"""Who does what in stages 0 and 1: from the config of a role to its engine."""
+"""Roles of language models, made from their sections of the config."""
 
 from __future__ import annotations
 
@@ -12,62 +12,69 @@ from raft_jax.generation import calls, engines, jax_engine, openai_engine, vllm_
 
 def role(
   name: str,
-  stage: schema.ModelEndpoint,
+  endpoint: schema.ModelEndpoint,
   model: schema.Model,
   *,
   temperature: float,
   top_p: float,
   reply_schema: Mapping[str, Any] | None = None,
 ) -> calls.Role:
-  """The role `name`, ready to be asked; weights are loaded when it is.
+  """The role `name`; its weights are loaded by its first call.
 
   Args:
-    stage: where it runs.
-    model: the model to be trained, which it is unless `stage` names another.
+    endpoint: which model plays it, and where that runs.
+    model: the model to be trained, which plays it unless `endpoint` names another.
 
   Raises:
     UserError: the engine is not installed, its model or server cannot be used, or
       max_new_tokens leaves no room for a prompt.
   """
-  generator = _generator(stage, model)
+  generator = _generator(endpoint, model)
   limit = generator.prompt_limit
-  if limit is not None and stage.max_new_tokens >= limit:
+  if limit is not None and endpoint.max_new_tokens >= limit:
     raise errors.UserError(
-      f"{name}: max_new_tokens={stage.max_new_tokens} leaves no room for a "
-      f"prompt: {stage.model or model.source} holds {limit} tokens; lower it"
+      f"{name}: max_new_tokens={endpoint.max_new_tokens} leaves no room for a "
+      f"prompt: {endpoint.model or model.source} holds {limit} tokens; lower it"
     )
   return calls.Role(
-    name,
-    generator,
-    stage.max_new_tokens,
-    temperature,
-    top_p,
-    stage.batch_size,
-    reply_schema,
+    name=name,
+    generator=generator,
+    max_new_tokens=endpoint.max_new_tokens,
+    temperature=temperature,
+    top_p=top_p,
+    batch_size=endpoint.batch_size,
+    reply_schema=reply_schema,
   )
 
 
 def judge(
   name: str,
-  stage: schema.Judge | schema.VerdictJudge,
+  endpoint: schema.Judge | schema.VerdictJudge,
   model: schema.Model,
   reply_schema: Mapping[str, Any],
 ) -> calls.Role:
-  """A role that gives verdicts: greedily, and in their form where its engine can.
+  """A role that gives verdicts by greedy decoding, constrained to their JSON form if
+  its engine can do that.
 
   Raises:
     UserError: as `role`.
   """
-  held = enforced_schema(stage, reply_schema)
-  return role(name, stage, model, temperature=0.0, top_p=1.0, reply_schema=held)
+  return role(
+    name,
+    endpoint,
+    model,
+    temperature=0.0,
+    top_p=1.0,
+    reply_schema=enforced_schema(endpoint, reply_schema),
+  )
 
 
 def enforced_schema(
-  stage: schema.Judge | schema.VerdictJudge | schema.Writer,
+  endpoint: schema.Judge | schema.VerdictJudge | schema.Writer,
   reply_schema: Mapping[str, Any],
 ) -> Mapping[str, Any] | None:
-  """What a role's replies are held to; the built-in engine can hold them to nothing."""
-  return reply_schema if stage.structured and stage.engine != "jax" else None
+  """The schema that constrains a role's replies; the built-in engine has none."""
+  return reply_schema if endpoint.structured and endpoint.engine != "jax" else None
 
 
 def check_trained_model(
@@ -97,29 +104,31 @@ def local_identities(
   return sorted(engines.identity(source) for source in sources)
 
 
-def _generator(stage: schema.ModelEndpoint, model: schema.Model) -> engines.Generator:
-  source = stage.model or model.source
-  # Another model has a template of its own.
+def _generator(
+  endpoint: schema.ModelEndpoint, model: schema.Model
+) -> engines.Generator:
+  source = endpoint.model or model.source
+  # `model.chat_template` is not for other models.
   template = model.chat_template if source == model.source else None
-  if stage.engine == "openai":
+  if endpoint.engine == "openai":
     return openai_engine.connect(
       source,
-      base_url=stage.base_url or "",
-      api_key_env=stage.api_key_env,
-      timeout_s=stage.timeout_s,
-      omit=stage.omit,
-      marks=stage.thinking_marks,
+      base_url=endpoint.base_url or "",
+      api_key_env=endpoint.api_key_env,
+      timeout_s=endpoint.timeout_s,
+      omit=endpoint.omit,
+      marks=endpoint.thinking_marks,
     )
-  if stage.engine == "vllm":
+  if endpoint.engine == "vllm":
     return vllm_engine.load(
       source,
       template=template,
       dtype=model.dtype,
-      tensor_parallel=stage.tensor_parallel,
-      pipeline_parallel=stage.pipeline_parallel,
-      context_tokens=stage.context_tokens,
-      memory_share=stage.memory_share,
+      tensor_parallel=endpoint.tensor_parallel,
+      pipeline_parallel=endpoint.pipeline_parallel,
+      context_tokens=endpoint.context_tokens,
+      memory_share=endpoint.memory_share,
     )
   return jax_engine.load(
-    source, template=template, dtype=model.dtype, batch_size=stage.batch_size
+    source, template=template, dtype=model.dtype, batch_size=endpoint.batch_size
   )

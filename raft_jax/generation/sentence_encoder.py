@@ -1,8 +1,7 @@
 """Sentence embeddings by sentence-transformers, behind one function.
 
-The only room that imports torch, and only when an encoder is loaded. It runs on
-the CPU, where equal input gives equal bits, and beside an accelerator that belongs to
-the language model.
+Torch is imported only when an encoder is loaded. The encoder runs on the CPU, where
+equal input gives equal bits, and leaves the accelerator to the language model.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ from raft_jax.hf import load as hf_load
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """Texts to unit vectors: `encoder(texts)`. Made by `load`.
+  """A model that embeds texts as unit vectors: `encoder(texts)`. `load` makes one.
 
   Attributes:
-    identity: source and digest of the model's files; equal identities, equal vectors.
-    batch_size: texts encoded together.
+    identity: source and digest of the model's files. Encoders with equal identities
+      give equal vectors.
+    batch_size: number of texts encoded together.
   """
 
   identity: str
@@ -36,7 +36,7 @@ class Encoder:
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """Embeddings as float32 [len(texts), width], each of length 1.
 
-    What exceeds the model's length is cut off by the model: see `truncated`. A text
+    The model truncates texts that are longer than its limit: see `truncated`. A text
     that the model maps to zero or NaN gives such a row, and `cosine` then gives NaN.
     """
     vectors = self._model.encode(
@@ -49,7 +49,7 @@ class Encoder:
     return np.asarray(vectors, np.float32).reshape(len(texts), -1 if texts else 0)
 
   def truncated(self, texts: Sequence[str]) -> list[bool]:
-    """For each text, whether it is longer than the model reads."""
+    """For each text, whether it is longer than the model's limit."""
     limit = self._model.max_seq_length
     if limit is None or not texts:
       return [False] * len(texts)
@@ -58,7 +58,7 @@ class Encoder:
 
 
 def find(source: str) -> pathlib.Path:
-  """The folder of an encoder that can be loaded, as far as that is seen without it.
+  """The folder of an encoder, checked without loading it.
 
   Raises:
     UserError: sentence-transformers is not installed, or there is no such model.
@@ -72,7 +72,7 @@ def find(source: str) -> pathlib.Path:
     folder = hf_load.resolve(source)
   except errors.UserError as error:
     raise errors.UserError(f"refine.encoder: {error}") from error
-  # Without that file the library would make a mean of any model's word vectors.
+  # Without that file the library would average the token vectors of any model.
   if not (folder / "modules.json").is_file():
     raise errors.UserError(
       f"refine.encoder {source}: {folder} has no modules.json; name the folder of a "
@@ -86,13 +86,12 @@ def load(source: str, *, batch_size: int = 1) -> Encoder:
 
   Args:
     source: as for `load.resolve`.
-    batch_size: 1 makes a text's vector independent of its neighbours to the last bit
-      (batches of 8 and 1 were seen to differ by 1e-7), so that an interrupted run ends
-      with the same scores; on 2 CPU cores it costs 22 ms a text instead of 7.
+    batch_size: at 1, a text's vector does not depend on its neighbours to the last bit
+      (vectors from batches of 8 and 1 differed by 1e-7), so that an interrupted run
+      ends with the same scores. On 2 CPU cores it costs 22 ms a text instead of 7.
 
   Raises:
-    UserError: as `find`, or its files are damaged or a pickle: seen here, before hours
-      of other models' work.
+    UserError: as `find`, or the files are damaged or a pickle.
   """
   folder = find(source)
   return Encoder(engines.identity(source), batch_size, _load_model(source, folder))
@@ -111,14 +110,14 @@ def _load_model(source: str, folder: pathlib.Path) -> Any:
       local_files_only=True,
       model_kwargs={"use_safetensors": True},  # a pickle is never opened
     )
-    words = model.tokenizer.vocab_size - len(model.tokenizer.all_special_ids)
-  except Exception as error:  # each library below raises kinds of its own
+    vocabulary = model.tokenizer.vocab_size - len(model.tokenizer.all_special_ids)
+  except Exception as error:  # each library below raises its own types
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise errors.UserError(
       f"refine.encoder {source}: sentence-transformers cannot load it ({reason}); "
       "fetch it again, or name another sentence-transformers model with safetensors"
     ) from error
-  if words <= 0:  # the library is content without the tokenizer's files
+  if vocabulary <= 0:  # the library loads without the tokenizer's files
     raise errors.UserError(
       f"refine.encoder {source}: {folder} has no vocabulary; fetch tokenizer.json again"
     )

@@ -1,7 +1,7 @@
-"""Thinking in replies: the marks around it, by model, and the answer without it.
+"""Thinking in replies: the marks that enclose it, and the answer without it.
 
-A reply's thinking is taken out only where its model's marks say where it ends. What is
-left over of any known mark makes a reply no answer: see `left_in`.
+Thinking is removed only where the model's marks say where it ends. A reply in which any
+known mark remains is no answer: see `left_in`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from raft_jax.hf import chat
 
 
 class Marks(NamedTuple):
-  """What stands before and after the thinking of a model."""
+  """The texts before and after the thinking of a model."""
 
   opening: str
   closing: str
@@ -45,19 +45,19 @@ _WRAPPED = re.compile(
   r"|<(answer|response)>(.*)</\3>)",
   re.DOTALL,
 )
-"""What some models put around the answer that follows their thinking."""
+"""Marks of some models around the answer that follows their thinking."""
 
-# Harmony (gpt-oss): channels, whose control tokens a server may have dropped.
+# Harmony (gpt-oss) has channels. A server may have dropped their control tokens.
 _CHANNEL = "<|channel|>"
 _CONTROLS = (_CHANNEL, "<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
 _FINAL = re.compile(r"<\|channel\|>final\b.*?<\|message\|>", re.DOTALL)
 _END = re.compile(r"<\|(?:end|return|call|start)\|>")
 _BARE_FINAL = "assistantfinal"
-_BARE_ANALYSIS = re.compile(r"\s*analysis(?=\w)")  # not of a sentence
+_BARE_ANALYSIS = re.compile(r"\s*analysis(?=\w)")  # not the word in a sentence
 
 
 def own(template: str) -> tuple[Marks, ...]:
-  """The marks of a model: the known ones that its chat template holds, and THINK."""
+  """The marks of a model: THINK, and the known ones in its chat template."""
   return tuple(
     marks
     for marks in KNOWN
@@ -66,12 +66,12 @@ def own(template: str) -> tuple[Marks, ...]:
 
 
 def answer(reply: str, marks: Sequence[Marks] = (THINK,)) -> str:
-  """The reply without its thinking; the whole reply where that has no end.
+  """The reply without its thinking; the whole reply if its thinking does not end.
 
   Args:
-    marks: the model's own. They count wherever they stand, and what stands before a
-      lone closing one is thinking, too: some templates open it themselves. Other known
-      marks count at the start of the reply only, where an answer does not mention them.
+    marks: the model's own marks, which count anywhere. Text before a lone closing mark
+      is thinking too, since some templates open it themselves. Other known marks count
+      only at the start of the reply, where no answer would mention them.
   """
   rest = reply
   for each in marks:
@@ -102,20 +102,20 @@ def _leads(marks: Marks) -> re.Pattern[str]:
   return re.compile(rf"\s*{_between(marks).pattern}", re.DOTALL)
 
 
-def left_in(said: str, marks: Sequence[Marks] = ()) -> bool:
-  """Whether a mark is left in what `answer` gave: it holds thinking, or may."""
-  low = said.lower()
+def left_in(text: str, marks: Sequence[Marks] = ()) -> bool:
+  """Whether a mark remains in an answer, which then may contain thinking."""
+  low = text.lower()
   known = itertools.chain.from_iterable((*KNOWN, *marks))
   return (
     any(mark.lower() in low for mark in known)
     or _CHANNEL in low
-    or _BARE_ANALYSIS.match(said) is not None
+    or _BARE_ANALYSIS.match(text) is not None
   )
 
 
-def ended(said: str) -> str:
-  """What follows the last thinking of a reply; "" where that never ends."""
-  rest = said
+def ended(reply: str) -> str:
+  """The text after the last thinking of a reply; "" if the thinking never ends."""
+  rest = reply
   for each in KNOWN:
     rest = _between(each).sub("", rest).partition(each.opening)[0]
     rest = rest.rpartition(each.closing)[2]
@@ -125,23 +125,23 @@ def ended(said: str) -> str:
 
 
 def decode(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
-  """`chat.decode`, but marks that are control tokens stay, so that they can be read."""
-  kept = _control_ids(tokenizer)
+  """`chat.decode`, except that marks which are control tokens stay in the text."""
+  marks = _control_ids(tokenizer)
   pieces = []
-  for control, run in itertools.groupby(ids, lambda i: i in kept):
+  for is_mark, run in itertools.groupby(ids, lambda i: i in marks):
     part = list(run)
     pieces.append(
-      "".join(kept[i] for i in part) if control else chat.decode(tokenizer, part)
+      "".join(marks[i] for i in part) if is_mark else chat.decode(tokenizer, part)
     )
   return "".join(pieces)
 
 
 def _control_ids(tokenizer: chat.ChatTokenizer) -> dict[int, str]:
-  """Marks that are one control token of this model's, but for ends of an answer."""
-  wanted = {part.removesuffix("thought") for marks in KNOWN for part in marks}
-  if _CHANNEL in tokenizer.controls:  # elsewhere <|end|> is the end of a turn
-    wanted |= set(_CONTROLS)
-  marks = [each for each in tokenizer.controls if each in wanted]
+  """Marks that are single control tokens of the model, except its end tokens."""
+  known = {part.removesuffix("thought") for marks in KNOWN for part in marks}
+  if _CHANNEL in tokenizer.controls:  # in other models <|end|> is the end of a turn
+    known |= set(_CONTROLS)
+  marks = [control for control in tokenizer.controls if control in known]
   added = tokenizer.hf_tokenizer.added_tokens_encoder if marks else {}
   return {
     added[m]: m for m in marks if m in added and added[m] not in tokenizer.eos_ids

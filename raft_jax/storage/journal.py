@@ -1,17 +1,17 @@
 """Durable, append-only record of finished calls, keyed by content.
 
-A refinement asks language models thousands of slow questions; the journal is why none
-is asked twice. One JSON line per finished call:
+A refinement makes thousands of slow calls to language models, and the journal is why
+none is repeated. Each finished call is one JSON line:
 
   {"crc32": "89abcdef", "key": "<sha256 of what the result depends on>", "value": {}}
 
-Lines are written a micro-batch at a time with one fsync, while the next one is being
-made: a kill loses at most these two. A power cut may tear the last line: `open_journal`
-drops it and says so. A damaged line anywhere else means the file was edited or the disk
-is failing: that is an error, because silently dropping paid-for results would hide it.
+The lines of a micro-batch are written together, with one fsync, while the next batch is
+in progress; a kill loses at most these two. A power failure may tear the last line:
+`open_journal` drops it and logs a warning. A damaged line anywhere else means that the
+file was edited or the disk is failing. That is an error, because it would be hidden if
+results were silently dropped.
 
-Results stay on the disk; memory holds none but those being read, however long a journal
-becomes.
+Results stay on disk, so that memory does not grow with the journal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def canonical(value: Any) -> str:
-  """JSON with sorted keys, no spaces and ASCII only: equal values, equal bytes.
+  """JSON with sorted keys, without spaces and in ASCII: equal values give equal bytes.
 
   Raises ValueError for NaN and infinity, which JSON does not have.
   """
@@ -50,7 +50,7 @@ def canonical(value: Any) -> str:
 
 
 def content_key(**parts: Any) -> str:
-  """sha256 of the canonical JSON of `parts`: all that a call's result depends on.
+  """sha256 of the canonical JSON of `parts`, on which a call's result depends.
 
   Two calls with the same parts are one call, whichever rows they belong to.
   """
@@ -58,15 +58,15 @@ def content_key(**parts: Any) -> str:
 
 
 def seed_from(key: str) -> int:
-  """31-bit seed taken from a content key, so that a resumed run samples alike."""
+  """31-bit seed from a content key, so that a resumed run samples the same reply."""
   return int(key[:8], 16) & 0x7FFFFFFF
 
 
 class Finished(Mapping[str, Any]):
-  """Value by key of finished calls, read from their files when asked for.
+  """The values of finished calls by key, read from their files on access.
 
-  Where each line stands is kept in an SQLite table of this process, which spills to
-  the disk and is gone with it: the journal itself is the lines alone.
+  The position of each line is in an SQLite table of this process, which spills to disk
+  and ends with the process. The journal itself consists of the lines alone.
   """
 
   def __init__(self) -> None:
@@ -79,11 +79,12 @@ class Finished(Mapping[str, Any]):
     )
 
   def add_file(self, file: BinaryIO, starts: Iterable[tuple[str, int]]) -> None:
-    """Takes in the calls of a file of lines; keys that are known keep their value."""
+    """Adds the calls of a file; keys that are known keep their values."""
     self._files.append(file)
     self.add(len(self._files) - 1, starts)
 
   def add(self, file: int, starts: Iterable[tuple[str, int]]) -> None:
+    """Adds calls of file number `file`, each as its key and the start of its line."""
     rows = ((key, file, start) for key, start in starts)
     self._table.execute("BEGIN")
     self._table.executemany(
@@ -92,7 +93,7 @@ class Finished(Mapping[str, Any]):
     self._table.execute("COMMIT")
 
   def use(self, role: str, keys: Iterable[str]) -> None:
-    """Notes the role that needed these calls first; unknown keys are passed over."""
+    """Notes the role that needed these calls first; unknown keys are ignored."""
     self._table.execute("BEGIN")
     self._table.executemany(
       "UPDATE call SET role = ? WHERE key = ? AND role IS NULL",
@@ -101,7 +102,7 @@ class Finished(Mapping[str, Any]):
     self._table.execute("COMMIT")
 
   def used(self) -> Iterator[tuple[str, Any]]:
-    """Role and value of the calls that a role needed, in the order of the files."""
+    """Role and value of every call that a role needed, in the order of the files."""
     query = (
       "SELECT role, file, start FROM call WHERE role NOT NULL ORDER BY file, start"
     )
@@ -137,12 +138,12 @@ class Finished(Mapping[str, Any]):
 
 
 class Journal:
-  """Finished calls on disk. Made by `open_journal`.
+  """Finished calls on disk. `open_journal` makes one.
 
   Attributes:
     path: the JSONL file.
     calls: every finished call, old and new.
-    dropped: number of torn lines dropped when opening (0 or 1).
+    dropped: number of torn lines that were dropped on opening (0 or 1).
   """
 
   def __init__(
@@ -154,10 +155,10 @@ class Journal:
     self._file = file
 
   def append(self, finished: Mapping[str, Any]) -> None:
-    """Write one micro-batch of results and wait until they are on the disk.
+    """Writes one micro-batch of results and waits until they are on disk.
 
-    Raises UserError when the disk is full or the file cannot be written; what was
-    written before stays readable.
+    Raises UserError if the disk is full or the file cannot be written; earlier results
+    stay readable.
     """
     lines = {key: _line(key, value) for key, value in finished.items()}
     ends = itertools.accumulate(map(len, lines.values()), initial=self._file.tell())
@@ -179,20 +180,21 @@ class Journal:
 def open_journal(
   path: str | os.PathLike[str], *, others: Sequence[pathlib.Path] = ()
 ) -> Iterator[Journal]:
-  """The journal at `path`, made if absent, locked while the context lasts.
+  """Opens the journal at `path`, creates it if absent, and locks it.
 
   Args:
-    others: journals whose calls count as finished, too; they are only read, and what
-      another process is adding to one may be missed.
+    others: journals whose calls count as finished too. They are only read; calls that
+      another process adds to them meanwhile may be missed.
 
-  Raises TryAgainError when another process holds it (naming its pid and host), and
-  UserError when a line before the last is damaged (naming file:line).
+  Raises:
+    TryAgainError: another process holds the lock; names its pid and host.
+    UserError: a line before the last is damaged; names file:line.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as open_files:
     open_files.enter_context(locked(path))
-    # Unbuffered: what a failed write leaves behind must not be flushed on close.
+    # Unbuffered, since the rest of a failed write must not be flushed on close.
     file = open_files.enter_context(open(path, "ab", buffering=0))
     calls = open_files.enter_context(contextlib.closing(Finished()))
     lines = Lines(path)
@@ -201,8 +203,8 @@ def open_journal(
       _LOG.warning(
         "%s:%d: dropped 1 torn line; its call is made again", path, lines.torn
       )
-      file.truncate(lines.whole_bytes)
-      file.seek(lines.whole_bytes)
+      file.truncate(lines.intact_bytes)
+      file.seek(lines.intact_bytes)
       os.fsync(file.fileno())
     atomic.sync(path.parent)
     for other in others:
@@ -211,17 +213,17 @@ def open_journal(
 
 
 class Lines:
-  """Key and start of each whole line of a journal; iterate once, then see the rest.
+  """Iterates once over key and start of each intact line of a journal.
 
   Attributes:
-    whole_bytes: length of the whole lines.
-    torn: number of the last line if it is torn, else 0.
+    intact_bytes: total length of the intact lines, after the iteration.
+    torn: number of the last line if it is torn, else 0; after the iteration.
 
   Raises UserError for a damaged line before the last.
   """
 
   def __init__(self, path: pathlib.Path):
-    self.path, self.whole_bytes, self.torn = path, 0, 0
+    self.path, self.intact_bytes, self.torn = path, 0, 0
 
   def __iter__(self) -> Iterator[tuple[str, int]]:
     with open(self.path, "rb") as file:
@@ -235,8 +237,8 @@ class Lines:
         if call is None:
           self.torn = number
           continue
-        yield call[0], self.whole_bytes
-        self.whole_bytes += len(line)
+        yield call[0], self.intact_bytes
+        self.intact_bytes += len(line)
 
 
 def _line(key: str, value: Any) -> bytes:
@@ -245,16 +247,16 @@ def _line(key: str, value: Any) -> bytes:
 
 
 def _parse(line: bytes) -> tuple[str, Any] | None:
-  """Key and value of a whole line with the right checksum, else None."""
+  """Key and value of an intact line with the right checksum; else None."""
   if not line.endswith(b"\n"):
     return None
   try:
     record = json.loads(line)
     call = {"key": record["key"], "value": record["value"]}
-    whole = record["crc32"] == _crc32(canonical(call))
+    intact = record["crc32"] == _crc32(canonical(call))
   except (ValueError, KeyError, TypeError):
     return None
-  return (call["key"], call["value"]) if whole else None
+  return (call["key"], call["value"]) if intact else None
 
 
 def _crc32(body: str) -> str:
@@ -262,22 +264,22 @@ def _crc32(body: str) -> str:
 
 
 def holder(path: pathlib.Path) -> pathlib.Path:
-  """The file that names the process which holds `path`.lock."""
+  """The file with the name of the process that holds `path`.lock."""
   return path.with_name(path.name + ".holder")
 
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path, *, waits: bool = False) -> Iterator[None]:
-  """Holds `path`.lock, for one process at a time.
+  """Holds `path`.lock, which one process at a time can do.
 
   Args:
-    waits: says who else holds it, and waits for its end.
+    waits: whether to wait for a process that holds the lock, after printing its name.
 
   Raises:
-    TryAgainError: another process holds it; it is named.
+    TryAgainError: another process holds the lock; names it.
   """
-  # The holder's name has a file of its own: some versions of filelock empty the lock
-  # file on every attempt to take it.
+  # The holder's name is in a file of its own, since some versions of filelock truncate
+  # the lock file on every attempt to take it.
   lock_path = path.with_name(path.name + ".lock")
   holder_path = holder(path)
   lock = filelock.FileLock(lock_path, timeout=0)

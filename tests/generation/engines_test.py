@@ -20,13 +20,13 @@ from raft_jax.generation import engines
   ],
 )
 def test_thinking_is_taken_out_and_counted(said, answer, thinking):
-  reply = engines.without_thinking(engines.Completion(said, "stop", 5, 10))
+  reply = engines.strip_thinking(engines.Completion(said, "stop", 5, 10))
   assert reply == engines.Completion(answer, "stop", 5, 10, thinking)
 
 
 def test_an_engines_own_count_of_thinking_is_kept():
   reply = engines.Completion("<think>x</think>y", "stop", 5, 10, 3)
-  assert engines.without_thinking(reply).thinking_tokens == 3
+  assert engines.strip_thinking(reply).thinking_tokens == 3
 
 
 def test_one_model_at_a_time_and_the_other_is_freed_first():

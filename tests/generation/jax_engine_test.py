@@ -37,7 +37,7 @@ def replies(engine, requests):
 
 
 def test_order_batch_mates_and_filling_do_not_matter(engine, requests, replies):
-  assert len({jax_engine.bucket(r.prompt_tokens) for r in replies}) == 2
+  assert len({jax_engine.padded_width(r.prompt_tokens) for r in replies}) == 2
   assert engine.generate(requests[::-1]) == replies[::-1]
   assert engine.generate([requests[2]]) == [replies[2]]
   assert engine.generate([requests[5], requests[0]]) == [replies[5], replies[0]]
@@ -123,12 +123,12 @@ def test_over_the_limit_is_refused(engine):
 
 
 def test_bucket_is_a_close_upper_bound_with_four_widths_a_doubling():
-  widths = [jax_engine.bucket(n) for n in range(1, 4097)]
+  widths = [jax_engine.padded_width(n) for n in range(1, 4097)]
   assert all(w >= n for n, w in enumerate(widths, start=1))
   assert all(w <= max(1.25 * n + 64, 64) for n, w in enumerate(widths, start=1))
   assert [w for w in sorted(set(widths)) if w > 1024] == [
     *range(1280, 2049, 256),
     *range(2560, 4097, 512),
   ]
-  assert jax_engine.bucket(1) == jax_engine.bucket(64) == 64
-  assert jax_engine.bucket(65) == 128
+  assert jax_engine.padded_width(1) == jax_engine.padded_width(64) == 64
+  assert jax_engine.padded_width(65) == 128

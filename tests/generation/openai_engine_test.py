@@ -272,7 +272,7 @@ def test_thinking_that_the_server_took_out_is_counted(field):
   with chat_server.serving(lambda asked: thought) as server:
     (reply,) = connect(server).generate([request()])
   # 7 + 9 + 8 characters of thinking and 4 of answer in 5 tokens: 5 * 24 / 28 = 4.3.
-  assert engines.without_thinking(reply) == engines.Completion("Yes.", "stop", 7, 5, 4)
+  assert engines.strip_thinking(reply) == engines.Completion("Yes.", "stop", 7, 5, 4)
 
 
 WITHOUT_JAX = '''

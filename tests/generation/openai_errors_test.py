@@ -26,35 +26,35 @@ def page(title: str) -> str:
   ("status", "body", "kind"),
   [
     # In the body of a reply with status 200.
-    (200, error("Rate limit", code=429), "passing"),
-    (200, error("Rate limit", code="429"), "passing"),
-    (200, error("Bad gateway", code=502), "passing"),
-    (200, error("Later", code="rate_limit_exceeded"), "passing"),
-    (200, {"error": "model is loading"}, "passing"),
-    (200, {"error": "model requires more memory"}, "lasting"),
-    (200, error("Bad key", code=401), "lasting"),
-    (200, {"detail": "Not authenticated"}, "lasting"),
-    (200, {"errors": [{"code": 7000, "message": "No route"}]}, "lasting"),
-    (200, [error("Overloaded", code=503)], "passing"),
+    (200, error("Rate limit", code=429), "temporary"),
+    (200, error("Rate limit", code="429"), "temporary"),
+    (200, error("Bad gateway", code=502), "temporary"),
+    (200, error("Later", code="rate_limit_exceeded"), "temporary"),
+    (200, {"error": "model is loading"}, "temporary"),
+    (200, {"error": "model requires more memory"}, "permanent"),
+    (200, error("Bad key", code=401), "permanent"),
+    (200, {"detail": "Not authenticated"}, "permanent"),
+    (200, {"errors": [{"code": 7000, "message": "No route"}]}, "permanent"),
+    (200, [error("Overloaded", code=503)], "temporary"),
     # By the status, or by the body in spite of it.
-    (500, error("Boom"), "passing"),
-    (529, error("Overloaded", type="overloaded_error"), "passing"),
-    (501, {"error": "not here"}, "lasting"),
-    (400, error("The model is loading, try again later"), "passing"),
-    (400, error("Quota", code=429), "passing"),
-    (500, error("Bad messages", code=400), "lasting"),
-    (400, {"object": "error", "message": "Busy", "code": 42903}, "passing"),
-    (400, {"object": "error", "message": "Model?", "code": 40301}, "lasting"),
-    (403, error("User rate limit exceeded"), "passing"),
-    (429, error("Pay", code="insufficient_quota"), "lasting"),
-    (429, error("You exceeded your quota", status="RESOURCE_EXHAUSTED"), "passing"),
-    (402, error("Insufficient Balance"), "lasting"),
-    (400, error("Provider returned error", code=400), "lasting"),
-    (422, invalid("missing", ["body", "messages"], "Field required"), "lasting"),
-    (404, {"message": "no Route matched with those values"}, "lasting"),
-    (503, page("503 Service Unavailable"), "passing"),
-    (502, "", "passing"),
-    (500, {"error": "the model took too long to load"}, "passing"),
+    (500, error("Boom"), "temporary"),
+    (529, error("Overloaded", type="overloaded_error"), "temporary"),
+    (501, {"error": "not here"}, "permanent"),
+    (400, error("The model is loading, try again later"), "temporary"),
+    (400, error("Quota", code=429), "temporary"),
+    (500, error("Bad messages", code=400), "permanent"),
+    (400, {"object": "error", "message": "Busy", "code": 42903}, "temporary"),
+    (400, {"object": "error", "message": "Model?", "code": 40301}, "permanent"),
+    (403, error("User rate limit exceeded"), "temporary"),
+    (429, error("Pay", code="insufficient_quota"), "permanent"),
+    (429, error("You exceeded your quota", status="RESOURCE_EXHAUSTED"), "temporary"),
+    (402, error("Insufficient Balance"), "permanent"),
+    (400, error("Provider returned error", code=400), "permanent"),
+    (422, invalid("missing", ["body", "messages"], "Field required"), "permanent"),
+    (404, {"message": "no Route matched with those values"}, "permanent"),
+    (503, page("503 Service Unavailable"), "temporary"),
+    (502, "", "temporary"),
+    (500, {"error": "the model took too long to load"}, "temporary"),
     # One request only.
     (400, error("No", code="content_filter"), "filtered"),
     (400, error("No", innererror={"code": "ResponsibleAIPolicyViolation"}), "filtered"),
@@ -92,7 +92,7 @@ def test_kinds(status, body, kind):
 def test_the_servers_words_are_kept(body, words):
   fault = openai_errors.of(body, 500)
   assert fault is not None
-  assert fault.words == words
+  assert fault.message == words
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,9 @@ def test_the_servers_words_are_kept(body, words):
 def test_parameters_that_a_server_does_not_take(status, said, name):
   fault = openai_errors.of(error(said), status)
   assert fault is not None
-  assert openai_errors.not_taken(fault, SENT) == (None if name is None else SENT[name])
+  assert openai_errors.unsupported(fault, SENT) == (
+    None if name is None else SENT[name]
+  )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_parameters_that_a_server_does_not_take(status, said, name):
 def test_parameters_that_a_form_names(body, name):
   fault = openai_errors.of(body, 422)
   assert fault is not None
-  assert openai_errors.not_taken(fault, SENT) == name
+  assert openai_errors.unsupported(fault, SENT) == name
 
 
 def test_what_is_no_refusal():

@@ -40,7 +40,7 @@ TOLD = "A tort is a wrong."
   ],
 )
 def test_thinking_is_taken_out_by_its_marks(reply):
-  made = engines.without_thinking(engines.Completion(reply, "stop", 5, 100))
+  made = engines.strip_thinking(engines.Completion(reply, "stop", 5, 100))
   assert made.text == TOLD
   assert made.completion_tokens == 100
   assert judging.no_answer(made, "") is None
@@ -62,7 +62,7 @@ def test_thinking_is_taken_out_by_its_marks(reply):
   ],
 )
 def test_what_is_left_of_thinking_is_no_answer(reply):
-  made = engines.without_thinking(engines.Completion(reply, "stop", 5, 10))
+  made = engines.strip_thinking(engines.Completion(reply, "stop", 5, 10))
   assert judging.no_answer(made, "") == "thinking"
   assert thinking.left_in(made.text)
 
@@ -80,7 +80,7 @@ def test_what_is_left_of_thinking_is_no_answer(reply):
 )
 def test_words_of_an_answer_are_no_thinking(reply):
   made = engines.Completion(reply, "stop", 5, 10)
-  assert engines.without_thinking(made) == made
+  assert engines.strip_thinking(made) == made
   assert judging.no_answer(made, "") is None
 
 
@@ -96,7 +96,7 @@ def test_a_models_own_marks_count_wherever_they_stand():
 
 def test_unknown_counts_stay_unknown():
   reply = engines.Completion("<think>Hm.</think>Yes.", "stop", None, None)
-  made = engines.without_thinking(reply)
+  made = engines.strip_thinking(reply)
   assert made == engines.Completion("Yes.", "stop", None, None, None)
 
 

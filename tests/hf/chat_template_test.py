@@ -517,7 +517,7 @@ def test_markers_in_content_are_text(smollm, template):
   assert set(given(said).input_ids) & marks
   reply = engines.Completion(chat.decode(codec, given(said).input_ids), "stop", 1, 4)
   assert reply.text == said
-  assert engines.without_thinking(reply).text == "yes"
+  assert engines.strip_thinking(reply).text == "yes"
 
 
 def test_words_of_a_domain_stay_single_tokens(smollm):

@@ -34,7 +34,7 @@ def _in_no_time(monkeypatch):
     sleep=lambda seconds: None, time=openai_engine.time.time
   )
   monkeypatch.setattr(openai_engine, "time", clock)
-  openai_engine._not_taken.cache_clear()
+  openai_engine._unsupported.cache_clear()
 
 
 def serving(habit: server_habits.Habit):
@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_does_not_ask_again(tmp_path):
     journal.open_journal(tmp_path / "journal.jsonl") as book,
   ):
     for omit in ((), (), ("seed",)):
-      openai_engine._not_taken.cache_clear()
+      openai_engine._unsupported.cache_clear()
       engine = openai_engine.connect("served", base_url=server.url, omit=omit)
       role = calls_lib.Role("fuse", engine, 12, 0.5, 0.9, 2)
       replies = calls_lib.Calls(book, 0).ask(role, prompts)
