@@ -68,7 +68,7 @@ class Trajectory(NamedTuple):
 
   tokens_BR: Any  # int32
   length_B: Any  # int32, 0 where there is nothing to compare
-  seen: sampling.Seen | None = None  # by the sampler, where a step reads it
+  seen: sampling.SamplerStats | None = None  # by the sampler, where a step reads it
 
 
 class Support(NamedTuple):

@@ -141,9 +141,11 @@ def compile_programs(
       pad_id=tokenizer.pad_id,
       dtype=settings.dtype,
       unroll=settings.rollout_unroll,
-      watch=settings.watch,
+      top_tokens=settings.watch,
     )
-    trajectory = objective.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)
+    trajectory = objective.Trajectory(
+      rollout.tokens_BR, rollout.length_B, rollout.stats
+    )
     return trajectory, rollout.ended_B
 
   teach = jax.jit(functools.partial(objective.teach, settings=settings))
