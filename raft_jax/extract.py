@@ -269,7 +269,7 @@ def summarise(
 
 
 def row_of(pair: qa_pairs.Pair) -> dict[str, Any]:
-  """A pair as `records.read_questions` takes it, with where it came from."""
+  """A pair as `question_files.read_questions` takes it, with where it came from."""
   said = {"question": pair.question, "answer": pair.answer}
   start, length = pair.chunk.start, len(pair.chunk.text)
   document, domain = pair.chunk.document.id, pair.chunk.document.domain

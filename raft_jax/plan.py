@@ -25,7 +25,7 @@ from raft_jax import errors
 from raft_jax.config import cli, schema
 from raft_jax.planning import machines
 from raft_jax.runtime import interrupts, progress
-from raft_jax.storage import records
+from raft_jax.storage import question_files
 
 GIB = 2.0**30
 MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -157,7 +157,7 @@ def steps(config: schema.Config, questions: int | None) -> int | None:
   """Optimizer steps; None where nothing says how many questions there are."""
   if questions is None and pathlib.Path(config.data.questions).is_file():
     questions = len(
-      records.read_questions(
+      question_files.read_questions(
         config.data.questions,
         limit=config.data.limit,
         unusable=config.data.unusable,

@@ -34,7 +34,7 @@ from raft_jax.generation import (
 )
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
-from raft_jax.storage import journal, records, rejects, shards
+from raft_jax.storage import journal, question_files, records, rejects, shards
 
 WINDOW = 4096
 """Rows in memory at a time."""
@@ -137,7 +137,9 @@ def fit(
     refined_folder.seal(run, folder, refined, refined_folder.costs(calls), meta)
 
 
-def _checked(run: schema.Config, listed: pathlib.Path) -> tuple[records.Checked, str]:
+def _checked(
+  run: schema.Config, listed: pathlib.Path
+) -> tuple[question_files.Checked, str]:
   """Which questions can be refined, and the digest of all that can be read.
 
   What the chat template refuses, training could not learn from: it is not first found
@@ -153,7 +155,7 @@ def _checked(run: schema.Config, listed: pathlib.Path) -> tuple[records.Checked,
       return str(error)
     return None
 
-  checked = records.check_questions(
+  checked = question_files.check_questions(
     run.data.questions,
     limit=run.data.limit,
     unusable=run.data.unusable,
@@ -162,7 +164,7 @@ def _checked(run: schema.Config, listed: pathlib.Path) -> tuple[records.Checked,
     keep=lambda line, question: digest.update(hashed(question)),
     fault=fault,
   )
-  rejects.tell(checked.rejects, listed)
+  rejects.report(checked.rejects, listed)
   return checked, digest.hexdigest()
 
 
@@ -218,9 +220,11 @@ Placed = tuple[int, records.Question]
 Method = Callable[[Sequence[Placed], calls_lib.Calls], Sequence[records.Refined]]
 
 
-def _rows(run: schema.Config, checked: records.Checked) -> Iterator[Placed]:
+def _rows(run: schema.Config, checked: question_files.Checked) -> Iterator[Placed]:
   """The questions to refine, in order."""
-  return records.rows(run.data.questions, limit=run.data.limit, without=checked.lines)
+  return question_files.rows(
+    run.data.questions, limit=run.data.limit, without=checked.lines
+  )
 
 
 def _name(run: schema.Config, line: int, question: records.Question) -> str:
@@ -229,7 +233,7 @@ def _name(run: schema.Config, line: int, question: records.Question) -> str:
 
 
 def _check_lengths(
-  run: schema.Config, checked: records.Checked, rewriter: calls_lib.Role
+  run: schema.Config, checked: question_files.Checked, rewriter: calls_lib.Role
 ) -> None:
   """Refuses a row that is too long now, not when its window's turn comes."""
   limit = rewriter.generator.prompt_limit
@@ -273,7 +277,7 @@ def _method(
 def _refine_all(
   run: schema.Config,
   share: Share,
-  checked: records.Checked,
+  checked: question_files.Checked,
   folder: pathlib.Path,
   calls: calls_lib.Calls,
   method: Method,
@@ -334,7 +338,7 @@ def _judge(
 def _inputs(
   run: schema.Config,
   questions: str,
-  checked: records.Checked,
+  checked: question_files.Checked,
   encoder: sentence_encoder.Encoder,
 ) -> str:
   """Digest of all that the shards depend on."""

@@ -44,7 +44,7 @@ from raft_jax.generation import (
 )
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts, progress
-from raft_jax.storage import journal, records, rejects, sealed_folder
+from raft_jax.storage import journal, question_files, records, rejects, sealed_folder
 
 DECIDING = (
   "model.source",
@@ -186,7 +186,7 @@ def read_draft(reply: engines.Completion | None, given: str) -> tuple[str, str |
     said = said[label.end() :].strip()
   if reason is not None:
     return said[:500], reason
-  if records.text_fault("question", said) is not None:
+  if question_files.text_fault("question", said) is not None:
     return "", "empty"
   if _CHATTER.match(said.replace("\u2019", "'")):
     return said[:500], "chatter"
@@ -240,7 +240,7 @@ def answer_fault(
   if reason is not None or reply is None:
     return reason
   answer = reply.text.strip()
-  if records.text_fault("answer", answer) is not None:
+  if question_files.text_fault("answer", answer) is not None:
     return "empty"
   if near_duplicates.find([question, answer], near)[1] is not None:
     return "echo"
@@ -248,7 +248,7 @@ def answer_fault(
 
 
 def row_of(draft: Draft, answer: str, cluster: int) -> dict[str, Any]:
-  """A question as `records.read_questions` takes it, with where it came from."""
+  """A question as `question_files.read_questions` takes it, with where it came from."""
   return {
     "id": journal.content_key(question=draft.text, answer=answer)[:16],
     "question": draft.text,
@@ -274,7 +274,7 @@ def fit(run: schema.Config) -> None:
   # The mark of a run's folder.
   (folder.parent / "config").mkdir(parents=True, exist_ok=True)
   rejects.write(folder / "rejects.jsonl", aside)
-  rejects.tell(aside, folder / "rejects.jsonl")
+  rejects.report(aside, folder / "rejects.jsonl")
   with journal.open_journal(folder / "journal.jsonl") as book:
     if sealed_folder.inputs(folder) == inputs:
       run_lock.lock_config(run, "synthesise", IDENTITY_KEYS)
@@ -354,7 +354,7 @@ def read_seeds(
   """
   lines: dict[str, int] = {}
   aside: list[rejects.Reject] = []
-  for line, row in records.read_texts(path, "question"):
+  for line, row in question_files.read_texts(path, "question"):
     fault = row
     if not isinstance(row, rejects.Reject):
       seen = lines.setdefault(row["question"].strip(), line)

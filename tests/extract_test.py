@@ -21,7 +21,7 @@ from raft_jax.config import cli
 from raft_jax.curation import documents, near_duplicates, qa_pairs
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, jax_engine, judging
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal, question_files
 from tests.helpers import extract_driver
 
 
@@ -562,7 +562,8 @@ def test_no_document_and_no_near_duplicate_is_in_two_splits(finished):
     given = [(r["id"], r["question"], r["answer"]) for r in _read(run, name)]
     # As the next stage reads them.
     assert given == [
-      (q.id, q.messages[0].content, q.answer) for q in records.read_questions(path)
+      (q.id, q.messages[0].content, q.answer)
+      for q in question_files.read_questions(path)
     ]
   assert len({row["id"] for _, row in rows}) == len(rows) > len(chunks) / 2
 

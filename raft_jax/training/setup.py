@@ -308,7 +308,7 @@ def prepare(config: schema.Config) -> Prepared:
     run_lock.lock_config(config, "train", IDENTITY_KEYS)
     listed = pathlib.Path(config.output) / "rejects.jsonl"
     rejects.write(listed, found.rejects)
-    rejects.tell(found.rejects, listed)
+    rejects.report(found.rejects, listed)
   if distil and config.distill.teacher_context == "paper":
     print(
       "warning: distill.teacher_context=paper is the paper's raw form; with a student "

@@ -14,7 +14,7 @@ from raft_jax.config import schema
 from raft_jax.data import training_set
 from raft_jax.evaluation import test_sets
 from raft_jax.hf import chat
-from raft_jax.storage import records
+from raft_jax.storage import question_files
 from tests.helpers import refine_driver, tiny_run
 
 STRICT = (
@@ -86,29 +86,35 @@ def refused(work) -> str:
 @pytest.mark.parametrize("bad", [TWICE, SYSTEM], ids=["two users", "system"])
 def test_a_row_that_the_template_refuses(tmp_path, strict, suffix, bad):
   path = write(tmp_path / f"q{suffix}", rows(400, _317=bad))
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   run = make_config(tmp_path, strict, questions=path)
-  message = refused(lambda: training_set.read(run, codec, distil=False))
+  message = refused(lambda: training_set.read(run, tokenizer, distil=False))
   assert message.startswith(f"{path}:317: row 'row-317': the model's chat template")
   assert "roles must alternate" in message
   assert "1 of 400 rows" in message
   assert "data.unusable=skip" in message
   skipping = make_config(tmp_path, strict, questions=path, data={"unusable": "skip"})
-  found = training_set.read(skipping, codec, distil=False)
-  assert [row.row_id for row in found.rows] == [i for i in range(400) if i != 316]
-  (reject,) = found.rejects
+  training_data = training_set.read(skipping, tokenizer, distil=False)
+  assert [row.row_id for row in training_data.rows] == [
+    i for i in range(400) if i != 316
+  ]
+  (reject,) = training_data.rejects
   assert reject.place == ("row-317", path, 317)
   assert reject.kind == "refused"
   assert "roles must alternate" in reject.reason
   # The order of what is left is a function of the file, and part of what a run is.
   clean = write(tmp_path / "clean.jsonl", rows(400))
   other = make_config(tmp_path, strict, questions=clean)
-  assert training_set.read(skipping, codec, distil=False).digest == found.digest
-  assert training_set.read(other, codec, distil=False).digest != found.digest
+  assert (
+    training_set.read(skipping, tokenizer, distil=False).digest == training_data.digest
+  )
+  assert (
+    training_set.read(other, tokenizer, distil=False).digest != training_data.digest
+  )
   # Transformers' own rendering of the rows that are kept.
   theirs = transformers.AutoTokenizer.from_pretrained(strict)
-  for row in found.rows[315:318]:
-    asked = [m._asdict() for m in found.asked[row.row_id][0]]
+  for row in training_data.rows[315:318]:
+    asked = [m._asdict() for m in training_data.asked[row.row_id][0]]
     ids = theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
     assert list(row.prompt) == ids
 
@@ -116,7 +122,7 @@ def test_a_row_that_the_template_refuses(tmp_path, strict, suffix, bad):
 def test_every_reader_of_questions_names_the_row(tmp_path, strict):
   bad = write(tmp_path / "bad.jsonl", rows(9, _5=TWICE))
   good = write(tmp_path / "good.jsonl", rows(8))
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   general = {"anchor": {"importance": "empirical", "questions": bad}}
 
   def sections(policy):
@@ -124,8 +130,8 @@ def test_every_reader_of_questions_names_the_row(tmp_path, strict):
     return make_config(tmp_path, strict, questions=good, data=data)
 
   for reads in (
-    lambda run: test_sets.read_domain(run, codec).rejects,
-    lambda run: test_sets.read_validation(run, codec, None).rejects,
+    lambda run: test_sets.read_domain(run, tokenizer).rejects,
+    lambda run: test_sets.read_validation(run, tokenizer, None).rejects,
   ):
     message = refused(lambda reads=reads: reads(sections("error")))
     assert message.startswith(f"{bad}:5: row 'row-5': ")
@@ -137,10 +143,12 @@ def test_every_reader_of_questions_names_the_row(tmp_path, strict):
       data = {"unusable": policy}
       run = make_config(tmp_path, strict, questions=good, data=data, **others)
       if policy == "error":
-        message = refused(lambda run=run: training_set.read(run, codec, distil=False))
+        message = refused(
+          lambda run=run: training_set.read(run, tokenizer, distil=False)
+        )
         assert message.startswith(f"{bad}:5: row 'row-5': ")
       else:
-        (reject,) = training_set.read(run, codec, distil=False).rejects
+        (reject,) = training_set.read(run, tokenizer, distil=False).rejects
         assert reject.place == ("row-5", bad, 5)
 
 
@@ -148,14 +156,14 @@ def test_too_long_rows_are_listed_beside_the_others(tmp_path, strict):
   made = rows(20, _3=TWICE)
   made[6]["answer"] = "long" + " long" * 299
   path = write(tmp_path / "q.jsonl", made)
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   data = {"unusable": "skip"}
   run = make_config(tmp_path, strict, questions=path, data=data)
-  message = refused(lambda: training_set.read(run, codec, distil=False))
+  message = refused(lambda: training_set.read(run, tokenizer, distil=False))
   assert message.startswith(f"{path}:7: row 'row-7' is too long: answer of 301 tokens")
   run = make_config(tmp_path, strict, questions=path, data={**data, "too_long": "skip"})
-  found = training_set.read(run, codec, distil=False)
-  kinds = [(r.place.line, r.place.id, r.kind) for r in found.rejects]
+  training_data = training_set.read(run, tokenizer, distil=False)
+  kinds = [(r.place.line, r.place.id, r.kind) for r in training_data.rejects]
   assert kinds == [(3, "row-3", "refused"), (7, "row-7", "too_long")]
 
 
@@ -163,13 +171,13 @@ def test_refinement_sets_aside_what_training_could_not_take(
   tmp_path, strict, monkeypatch, capsys
 ):
   """The model's own tokenizer; the models that answer are scripted."""
-  codec = chat.load(strict)
+  tokenizer = chat.load(strict)
   made = rows(12, _4=TWICE, _9=SYSTEM)
   path = write(tmp_path / "q.jsonl", made)
   for module, name in refine_driver.REPLACED:
     monkeypatch.setattr(module, name, getattr(module, name))
   refine_driver.script(tmp_path / "log")
-  monkeypatch.setattr(refine.engines, "tokenizer", lambda source: codec)
+  monkeypatch.setattr(refine.engines, "tokenizer", lambda *source: tokenizer)
   run = refine_driver.make_config(tmp_path / "out", path)
   assert refused(lambda: refine.fit(run)).startswith(f"{path}:4: row 'row-4': ")
   assert not (tmp_path / "log").exists()  # no model was asked
@@ -189,7 +197,7 @@ def test_refinement_sets_aside_what_training_could_not_take(
       "data": skipping.data.model_copy(update={"max_answer_tokens": 1}),
     }
   )
-  message = refused(lambda: training_set.read(learns, codec, distil=False))
+  message = refused(lambda: training_set.read(learns, tokenizer, distil=False))
   assert message.startswith(f"{path}:1: row 'row-1' is too long: ")
 
 
@@ -210,7 +218,7 @@ def test_refinement_sets_aside_what_training_could_not_take(
 )
 def test_both_readers_hint_at_a_misnamed_field(tmp_path, suffix, given, says):
   path = write(tmp_path / f"q{suffix}", [given])
-  message = refused(lambda: records.read_questions(path))
+  message = refused(lambda: question_files.read_questions(path))
   assert message.startswith(f"{path}:1: ")
   assert says in message
 
@@ -218,7 +226,11 @@ def test_both_readers_hint_at_a_misnamed_field(tmp_path, suffix, given, says):
 @pytest.mark.parametrize("suffix", [".JSONL", ".Jsonl", ".PARQUET", ".Parquet"])
 def test_a_suffix_is_read_without_its_case(tmp_path, suffix):
   path = write(tmp_path / f"q{suffix}", rows(3))
-  assert [q.id for q in records.read_questions(path)] == ["row-1", "row-2", "row-3"]
+  assert [q.id for q in question_files.read_questions(path)] == [
+    "row-1",
+    "row-2",
+    "row-3",
+  ]
   seeds, _ = synthesise_lib.read_seeds(path)
   assert seeds == ["What is 1?", "What is 2?", "What is 3?"]
 
@@ -238,7 +250,7 @@ def test_a_suffix_is_read_without_its_case(tmp_path, suffix):
 def test_files_of_other_formats_are_named(tmp_path, name, content, says):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(errors.UserError, match=says):
-    records.read_questions(tmp_path / name)
+    question_files.read_questions(tmp_path / name)
 
 
 def test_skip_sets_aside_whatever_is_wrong_with_a_row(tmp_path, capsys):
@@ -249,7 +261,7 @@ def test_skip_sets_aside_whatever_is_wrong_with_a_row(tmp_path, capsys):
   path = tmp_path / "q.jsonl"
   path.write_text("\n".join(lines))
   listed = tmp_path / "rejects.jsonl"
-  kept = records.read_questions(path, unusable="skip", rejects_path=listed)
+  kept = question_files.read_questions(path, unusable="skip", rejects_path=listed)
   assert [q.id for q in kept] == ["row-1", "row-4", "row-6"]
   found = [json.loads(line) for line in listed.open()]
   assert [(r["line"], r["id"], r["kind"]) for r in found] == [
