@@ -19,7 +19,7 @@ from raft_jax import errors
 from raft_jax.config import cli, schema
 from raft_jax.planning import estimate, machines, tables
 from raft_jax.runtime import interrupts
-from raft_jax.storage import records
+from raft_jax.storage import question_files
 
 MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 """The share of a GPU's memory that JAX takes; 0.75 by default."""
@@ -66,7 +66,7 @@ def total_steps(
   """Optimizer steps of the run; None if the number of questions is unknown."""
   if questions is None and pathlib.Path(data.questions).is_file():
     questions = len(
-      records.read_questions(
+      question_files.read_questions(
         data.questions,
         limit=data.limit,
         reject_threshold=data.reject_threshold,

@@ -13,7 +13,7 @@ from raft_jax.data import rouge
 from raft_jax.evaluation import intervals, scoring
 from raft_jax.generation import sentence_encoder
 from raft_jax.reporting import run_folder
-from raft_jax.storage import records
+from raft_jax.storage import question_files
 from tests.helpers import chat_server, tiny_run
 
 
@@ -111,7 +111,7 @@ def test_a_whole_evaluation_and_its_repetition(
     json.loads(line)
     for line in (output / "evaluation/samples.jsonl").read_text().splitlines()
   ]
-  first = records.read_questions(law / "test.jsonl", limit=2)
+  first = question_files.read_questions(law / "test.jsonl", limit=2)
   assert [row["question"] for row in samples] == [q.messages[-1].content for q in first]
   assert [row["reference"] for row in samples] == [q.answer for q in first]
   assert "held out loss" in capsys.readouterr().out
@@ -214,7 +214,7 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
 def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):
   known = {
     question.messages[-1].content: question.answer
-    for question in records.read_questions(law / "test.jsonl", limit=6)
+    for question in question_files.read_questions(law / "test.jsonl", limit=6)
   }
 
   def answer(request: dict) -> chat_server.Reply:

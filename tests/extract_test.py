@@ -15,7 +15,7 @@ from raft_jax import errors, extract
 from raft_jax.config import cli
 from raft_jax.curation import documents, extraction, qa_pairs
 from raft_jax.generation import engines, jax_engine
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal, question_files
 from tests.helpers import brute_force_duplicates, extract_driver
 
 
@@ -153,7 +153,8 @@ def test_no_document_and_no_near_duplicate_is_in_two_splits(finished):
     given = [(r["id"], r["question"], r["answer"]) for r in _read(run, name)]
     # As the next stage reads them.
     assert given == [
-      (q.id, q.messages[0].content, q.answer) for q in records.read_questions(path)
+      (q.id, q.messages[0].content, q.answer)
+      for q in question_files.read_questions(path)
     ]
   assert len({row["id"] for _, row in rows}) == len(rows) > len(chunks) / 2
 

@@ -74,6 +74,7 @@ LIGHT = {
   "runtime.environment",
   "runtime.interrupts",
   "storage.journal",
+  "storage.question_files",
   "storage.records",
   "storage.rejects",
   "storage.row_files",

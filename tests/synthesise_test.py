@@ -13,7 +13,7 @@ from raft_jax import errors, synthesise
 from raft_jax.curation import synthesis_run
 from raft_jax.data import training_set
 from raft_jax.generation import engines, jax_engine, sentence_encoder
-from raft_jax.storage import records, sealed_folder
+from raft_jax.storage import question_files, sealed_folder
 from tests.helpers import synthesise_driver
 
 SEEDS = pathlib.Path(__file__).parents[1] / "configs/data/seeds.jsonl"
@@ -71,7 +71,7 @@ def test_every_draft_is_accounted_for(scripted):
   assert len(answered) + len(kept) == 20
   assert sum(summary["clusters"]) == 20 + reasons["not_nearest"]
   assert len(log.read_text().split()) == 40 + 20
-  questions = records.read_questions(synthesis_run.questions(run))
+  questions = question_files.read_questions(synthesis_run.questions(run))
   assert [(q.id, q.messages[0].content, q.answer) for q in questions] == [
     (row["id"], row["question"], row["answer"]) for row in kept
   ]

@@ -20,7 +20,7 @@ from raft_jax.generation import engines
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal, question_files
 from raft_jax.training import (
   checkpoint,
   output_lock,
@@ -386,7 +386,7 @@ def test_answers_to_other_questions_than_the_file_has_now_are_refused(
   output, digest = tmp_path / "edited", hashlib.sha256()
   asked = tmp_path / "questions.jsonl"
   asked.write_bytes((law / "train.jsonl").read_bytes())
-  for question in records.read_questions(asked):
+  for question in question_files.read_questions(asked):
     digest.update(refined_folder.question_bytes(question))
   short_run.write_refined(output, law, questions=digest.hexdigest())
   _, settings = short_run.make_config(output, source, law, f"data.questions={asked}")

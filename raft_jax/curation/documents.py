@@ -17,7 +17,7 @@ import semantic_text_splitter
 
 from raft_jax import errors
 from raft_jax.runtime import interrupts
-from raft_jax.storage import records, rejects
+from raft_jax.storage import question_files, rejects
 
 MARKDOWN = (".md", ".markdown")
 PLAIN = (".txt", ".text", *MARKDOWN)
@@ -192,7 +192,7 @@ def _read_rows(
   path: pathlib.Path, name: str, text_field: str, domain: str
 ) -> Iterator[tuple[str, Document | Unusable]]:
   try:
-    for line, row in records.read_texts(path, text_field, ("id", "domain")):
+    for line, row in question_files.read_texts(path, text_field, ("id", "domain")):
       place = f"{name}:{line}"
       if isinstance(row, rejects.Reject):
         no_field = row.reason.startswith("has no ")

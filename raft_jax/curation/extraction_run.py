@@ -169,7 +169,7 @@ def summarise(
 
 
 def row_of(pair: qa_pairs.Pair) -> dict[str, Any]:
-  """A pair as `records.read_questions` takes it, with its source."""
+  """A pair as `question_files.read_questions` takes it, with its source."""
   texts = {"question": pair.question, "answer": pair.answer}
   start, length = pair.chunk.start, len(pair.chunk.text)
   document, domain = pair.chunk.document.id, pair.chunk.document.domain

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from raft_jax.curation import documents, near_duplicates
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging
-from raft_jax.storage import records
+from raft_jax.storage import question_files
 
 CRITERIA = ("faithful", "correct", "self_contained")
 """The criteria that each judge answers with true or false."""
@@ -130,7 +130,7 @@ def is_pair(value: Any) -> bool:
   return (
     isinstance(value, dict)
     and set(value) == set(fields)
-    and all(records.text_fault(name, value[name]) is None for name in fields)
+    and all(question_files.text_fault(name, value[name]) is None for name in fields)
   )
 
 

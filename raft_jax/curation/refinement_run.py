@@ -26,7 +26,7 @@ from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles, sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
-from raft_jax.storage import journal, records, rejects, shards
+from raft_jax.storage import journal, question_files, records, rejects, shards
 
 WINDOW = 4096
 """Rows in memory at a time."""
@@ -55,7 +55,7 @@ class Questions(NamedTuple):
   """
 
   data: schema.Data
-  checked: records.Checked
+  checked: question_files.Checked
   digest: str
 
 
@@ -164,7 +164,7 @@ def _check_questions(
       return str(error)
     return None
 
-  checked = records.check_questions(
+  checked = question_files.check_questions(
     data.questions,
     limit=data.limit,
     unusable=data.unusable,
@@ -173,7 +173,7 @@ def _check_questions(
     keep=lambda line, question: digest.update(refined_folder.question_bytes(question)),
     fault=fault,
   )
-  rejects.tell(checked.rejects, rejects_path)
+  rejects.report(checked.rejects, rejects_path)
   return Questions(data, checked, digest.hexdigest())
 
 
@@ -204,7 +204,9 @@ def _open_journals(
 def _usable_rows(questions: Questions) -> Iterator[PlacedQuestion]:
   """The questions to refine, in order."""
   data = questions.data
-  return records.rows(data.questions, limit=data.limit, without=questions.checked.lines)
+  return question_files.rows(
+    data.questions, limit=data.limit, without=questions.checked.lines
+  )
 
 
 def _row_name(data: schema.Data, line: int, question: records.Question) -> str:

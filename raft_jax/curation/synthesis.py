@@ -25,7 +25,7 @@ from raft_jax.config import schema
 from raft_jax.curation import clusters, near_duplicates, qa_pairs
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, sentence_encoder
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal, question_files, records
 
 
 class Draft(NamedTuple):
@@ -174,7 +174,7 @@ def read_draft(
     text = text[label.end() :].strip()
   if reason is not None:
     return text[:500], reason
-  if records.text_fault("question", text) is not None:
+  if question_files.text_fault("question", text) is not None:
     return "", "empty"
   if _CHATTER.match(text.replace("\u2019", "'")):
     return text[:500], "chatter"
@@ -233,7 +233,7 @@ def answer_fault(
   if reason is not None or reply is None:
     return reason
   answer = reply.text.strip()
-  if records.text_fault("answer", answer) is not None:
+  if question_files.text_fault("answer", answer) is not None:
     return "empty"
   if near_duplicates.find([question, answer], near_duplicate)[1] is not None:
     return "echo"
@@ -241,7 +241,7 @@ def answer_fault(
 
 
 def row_of(draft: Draft, answer: str, cluster: int) -> dict[str, Any]:
-  """A question as `records.read_questions` takes it, with its source."""
+  """A question as `question_files.read_questions` takes it, with its source."""
   return {
     "id": journal.content_key(question=draft.text, answer=answer)[:16],
     "question": draft.text,

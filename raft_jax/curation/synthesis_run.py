@@ -16,7 +16,7 @@ from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles, sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
-from raft_jax.storage import journal, records, rejects, sealed_folder
+from raft_jax.storage import journal, question_files, records, rejects, sealed_folder
 
 FOLDER = "synthesised"
 """Name of the folder in a run's output."""
@@ -64,7 +64,7 @@ def synthesise(config: schema.Config) -> Mapping[str, Any] | None:
   )
   stage_run.make_folder(run)
   rejects.write(run.folder / "rejects.jsonl", unusable)
-  rejects.tell(unusable, run.folder / "rejects.jsonl")
+  rejects.report(unusable, run.folder / "rejects.jsonl")
   with journal.open_journal(run.folder / "journal.jsonl") as book:
     if stage_run.is_complete(run, inputs, sealed_folder.inputs(run.folder)):
       return None
@@ -137,7 +137,7 @@ def read_seeds(
   """
   lines: dict[str, int] = {}
   unusable: list[rejects.Reject] = []
-  for line, row in records.read_texts(path, "question"):
+  for line, row in question_files.read_texts(path, "question"):
     if isinstance(row, rejects.Reject):
       reject = row
     else:

@@ -12,7 +12,7 @@ from raft_jax.config import run_lock, schema
 from raft_jax.curation import refined_folder, refinement, synthesis_run
 from raft_jax.data import batching
 from raft_jax.hf import chat
-from raft_jax.storage import records, sealed_folder, shards
+from raft_jax.storage import question_files, records, sealed_folder, shards
 from raft_jax.storage import rejects as rejects_lib
 
 REFINED_KEYS = (*refined_folder.IDENTITY_KEYS, "data.limit")
@@ -189,8 +189,8 @@ def _read_examples(
   return examples, contents.rejects
 
 
-def _read(path: str, data: schema.Data) -> records.Read:
-  return records.read(
+def _read(path: str, data: schema.Data) -> question_files.Read:
+  return question_files.read(
     path,
     limit=data.limit if path == data.questions else None,
     unusable=data.unusable,

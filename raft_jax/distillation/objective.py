@@ -20,7 +20,7 @@ from jax import Array
 
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
-from raft_jax.models import sampling, sharding, transformer
+from raft_jax.models import layer_functions, sampling, sharding, transformer
 
 
 class Settings(NamedTuple):
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
   remat: bool = False
   unroll: int = 1
   rollout_unroll: int = 1
-  attention: transformer.Implementation = "xla"
+  attention: layer_functions.Implementation = "xla"
   micro_batches: int = 1
   cross_entropy: bool = True
   loss_mean: str = "sequence"
@@ -84,7 +84,7 @@ class Trajectory(NamedTuple):
 
   tokens_BR: Any
   length_B: Any
-  sampler_stats: sampling.Seen | None = None
+  sampler_stats: sampling.SamplerStats | None = None
 
 
 def empty_trajectory(rows: int) -> Trajectory:

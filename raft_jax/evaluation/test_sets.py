@@ -14,7 +14,7 @@ from raft_jax.data import batching
 from raft_jax.evaluation import benchmarks, intervals, scoring
 from raft_jax.hf import chat
 from raft_jax.models import transformer
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal, question_files, records
 from raft_jax.storage import rejects as rejects_lib
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _questions(
   path: str,
   limit: int | None,
 ) -> Domain:
-  found = records.read(
+  found = question_files.read(
     path,
     limit=limit,
     unusable=config.data.unusable,
@@ -123,7 +123,7 @@ def _questions(
     places=[found.places[question.id] for question in questions],
   )
   aside = [*found.rejects, *aside]
-  rejects_lib.tell(aside)
+  rejects_lib.report(aside)
   return Domain([questions[row.row_id] for row in rows], rows, aside)
 
 

@@ -1,6 +1,6 @@
-"""One decoder for all families: what differs between models is data in the config.
+"""One decoder for all families; the differences between models are in its config.
 
-Flax NNX defines the layer; outside this module parameters are a plain nested dict of
+Flax NNX defines the layer. Outside this module, parameters are a plain nested dict of
 arrays with the layers stacked on axis 0, and `forward` is a pure function of it.
 Kernels keep Hugging Face's [out, in] layout, so that loading and export copy bytes.
 
@@ -14,14 +14,14 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from raft_jax.models import rotary, sharding
+from raft_jax.models import layer_functions, rotary, sharding
 
 Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
@@ -31,41 +31,40 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-PLACED = ("batch", "tokens", "width")
+ACTIVATION_AXES = ("batch", "tokens", "width")
 """Logical axes of the activations between layers."""
-Implementation = Literal["xla", "cudnn"]
-"""Of `jax.nn.dot_product_attention`."""
 UNLIMITED = 2**30
-"""A window that no distance reaches."""
+"""A window longer than any distance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-  """Everything that shapes the network. The defaults are Llama's.
+  """The architecture of a network. The defaults are Llama's.
 
   Attributes:
     rms_eps: added to the mean square in RMS normalisation.
     rope_theta: base of the rotary frequencies.
-    max_positions: longest sequence the model was made for.
-    tie_embeddings: the output head is the input embedding.
-    ropes: the rotary embeddings; none: a plain one at `rope_theta`. All turn the same
-      width of a head.
-    layer_ropes: each layer's index into `ropes`; none: the first for all.
-    windows: how many positions each layer sees, its own included; 0: all; none: all for
-      all layers.
-    qkv_bias: the projections to queries, keys and values have biases.
-    qk_norm: width of the RMS norm on queries and keys: of each "head" with one scale
-      for all heads, or of the whole "projection".
-    pre_norms: norms before attention and feed-forward.
-    post_norms: norms after attention and feed-forward, before they are added.
+    max_positions: longest sequence that the model was made for.
+    tie_embeddings: whether the output head is the input embedding.
+    ropes: the rotary embeddings; empty: a plain one with base `rope_theta`. All of them
+      rotate the same width of a head.
+    layer_ropes: each layer's index into `ropes`; empty: the first one for all layers.
+    windows: number of positions that each layer attends to, the current one included;
+      0: all positions; empty: all positions in all layers.
+    qkv_bias: whether the projections to queries, keys and values have biases.
+    qk_norm: RMS norm of queries and keys: None, over each "head" with one scale for all
+      heads, or over the whole "projection".
+    pre_norms: whether there are norms before attention and feed-forward.
+    post_norms: whether the outputs of attention and feed-forward are normalised before
+      they are added.
     norm_offset: added to the scale of every norm.
-    norm_rounds_last: a norm's scale multiplies before, not after, its result is rounded
-      to the dtype of the activations.
+    norm_rounds_last: whether a norm multiplies by its scale before it rounds to the
+      dtype of the activations, not after.
     activation: a key of `ACTIVATIONS`.
-    embed_scale: multiplies the embeddings on their way in.
-    query_scale: multiplies the scores; None: head_dim ** -0.5.
+    embed_scale: factor of the input embeddings.
+    query_scale: factor of the attention scores; None: head_dim ** -0.5.
     attention_softcap: c in c * tanh(scores / c), or None.
-    logit_softcap: c in c * tanh(logits / c), or None; the head is not this module's.
+    logit_softcap: c in c * tanh(logits / c), or None; applied by the caller.
   """
 
   vocab_size: int
@@ -96,57 +95,38 @@ class DecoderConfig:
 
   @property
   def reads_key_positions(self) -> bool:
-    """Whether a layer needs to know where its keys stand."""
+    """Whether some layer needs the positions of its keys."""
     return any(self.windows) or any(rope.long_divisors for rope in self.ropes)
 
 
-def rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
-  """Root mean square normalisation over the last axis, computed in float32.
-
-  Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
-  """
-  x32 = x.astype(jnp.float32)
-  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-  normed = x32 * jax.lax.rsqrt(mean_square + config.rms_eps)
-  if config.norm_rounds_last:
-    return (normed * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
-  return normed.astype(x.dtype) * (config.norm_offset + scale).astype(x.dtype)
-
-
-def attention(
-  q_BTHh: Array,
-  k_BSNh: Array,
-  v_BSNh: Array,
-  mask_BTS: Array,
-  config: DecoderConfig,
-  implementation: Implementation = "xla",
-) -> Array:
-  """Softmax attention; query heads share key/value heads in consecutive groups.
-
-  Args:
-    implementation: of `jax.nn.dot_product_attention`, which has none for a softcap.
-  """
-  cap = config.attention_softcap
-  if cap is None:
-    return jax.nn.dot_product_attention(
-      *(q_BTHh, k_BSNh, v_BSNh),
-      mask=mask_BTS[:, None],
-      scale=config.query_scale,
-      implementation=implementation,
-    )
-  batch, length, heads, width = q_BTHh.shape
-  q_BTNGh = q_BTHh.reshape(batch, length, config.n_kv_heads, -1, width)
-  scores_BNGTS = jnp.einsum(
-    "btngh,bsnh->bngts", q_BTNGh, k_BSNh, preferred_element_type=jnp.float32
+def _rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
+  return layer_functions.rms_norm(
+    x,
+    scale,
+    eps=config.rms_eps,
+    offset=config.norm_offset,
+    rounds_last=config.norm_rounds_last,
   )
-  scores_BNGTS *= width**-0.5 if config.query_scale is None else config.query_scale
-  scores_BNGTS = cap * jnp.tanh(scores_BNGTS / cap)
-  # Finite, so that a row of padding that sees nothing gets no NaN.
-  lowest = jnp.finfo(jnp.float32).min
-  scores_BNGTS = jnp.where(mask_BTS[:, None, None], scores_BNGTS, lowest)
-  share_BNGTS = jax.nn.softmax(scores_BNGTS, axis=-1).astype(v_BSNh.dtype)
-  out_BTNGh = jnp.einsum("bngts,bsnh->btngh", share_BNGTS, v_BSNh)
-  return out_BTNGh.reshape(batch, length, heads, width)
+
+
+class LayerInputs(NamedTuple):
+  """What a layer reads beside its input and its parameters.
+
+  Attributes:
+    rotation: of the layer's rotary embedding.
+    mask_BTS: True where a query may attend to a key.
+    cache: keys and values of all layers; None without a cache.
+    layer: index of this layer in the cache.
+    column: first column of the cache that this call writes.
+    implementation: of attention.
+  """
+
+  rotation: rotary.Rotation
+  mask_BTS: Array
+  cache: layer_functions.KeyValues | None
+  layer: Array | int
+  column: Array | int
+  implementation: layer_functions.Implementation
 
 
 class Block(nnx.Module):
@@ -178,66 +158,64 @@ class Block(nnx.Module):
     if config.qk_norm == "projection":
       self.q_norm, self.k_norm = norm(heads), norm(kv)
 
-  def __call__(self, x_BTD, lora, *args):
-    attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, *args)
+  def __call__(
+    self, x_BTD: Array, lora: Params, inputs: LayerInputs
+  ) -> tuple[Array, layer_functions.KeyValues | None]:
+    """The layer's output and the updated cache."""
+    attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, inputs)
     x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
     normed = self.norm(x_BTD, "mlp_norm")
-    gate = project(normed, self.gate, lora.get("gate"))
-    up = project(normed, self.up, lora.get("up"))
+    gate = layer_functions.project(normed, self.gate, lora.get("gate"))
+    up = layer_functions.project(normed, self.up, lora.get("up"))
     gated = ACTIVATIONS[self.config.activation](gate) * up
-    down = project(gated, self.down, lora.get("down"))
+    down = layer_functions.project(gated, self.down, lora.get("down"))
     return x_BTD + self.norm(down, "mlp_post_norm"), cache
 
   def norm(self, x: Array, name: str) -> Array:
-    """The norm of that name, over as much of the last axis as it is wide; or none."""
+    """Applies the norm of that name, if the layer has it, to parts of its width."""
     if not hasattr(self, name):
       return x
     scale = getattr(self, name)[...]
     parts = x.reshape(*x.shape[:-1], -1, scale.shape[-1])
     parts = x if parts.shape[-2] == 1 else parts
-    return rms_norm(parts, scale, self.config).reshape(x.shape)
+    return _rms_norm(parts, scale, self.config).reshape(x.shape)
 
   def heads(self, x_BTD: Array, name: str, count: int, lora: Params) -> Array:
     """Queries, keys or values [B, T, count, h]."""
-    x = project(x_BTD, getattr(self, name), lora.get(name))
+    x = layer_functions.project(x_BTD, getattr(self, name), lora.get(name))
     if self.config.qkv_bias:
       x = x + getattr(self, f"{name}_bias")[...].astype(x.dtype)
     x = self.norm(x, f"{name}_norm")
     return x.reshape(*x.shape[:-1], count, self.config.head_dim)
 
   def attend(
-    self,
-    x_BTD,
-    lora,
-    rotation,
-    mask_BTS,
-    cache,
-    layer,
-    cache_index,
-    implementation,
-  ):
+    self, x_BTD: Array, lora: Params, inputs: LayerInputs
+  ) -> tuple[Array, layer_functions.KeyValues | None]:
+    """Self-attention, and the cache with this call's keys and values."""
     c = self.config
     q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
     k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
     v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
-    q_BTHh, k_BTNh = rotary.rotate(q_BTHh, *rotation), rotary.rotate(k_BTNh, *rotation)
+    q_BTHh = rotary.rotate(q_BTHh, *inputs.rotation)
+    k_BTNh = rotary.rotate(k_BTNh, *inputs.rotation)
+    cache = inputs.cache
     if cache is not None:
-      # Written in place at [layer, :, cache_index:]: the cache travels as the scan's
-      # carry, so that a decode step moves one token's worth of it, not all.
-      start = (layer, 0, cache_index, 0, 0)
-      cache = {
-        "k": jax.lax.dynamic_update_slice(
-          cache["k"], k_BTNh[None].astype(cache["k"].dtype), start
-        ),
-        "v": jax.lax.dynamic_update_slice(
-          cache["v"], v_BTNh[None].astype(cache["v"].dtype), start
-        ),
-      }
-      k_BTNh = cache["k"][layer].astype(x_BTD.dtype)
-      v_BTNh = cache["v"][layer].astype(x_BTD.dtype)
-    out_BTHh = attention(q_BTHh, k_BTNh, v_BTNh, mask_BTS, c, implementation)
+      cache = layer_functions.write_cache(
+        cache, k_BTNh, v_BTNh, layer=inputs.layer, column=inputs.column
+      )
+      k_BTNh = cache["k"][inputs.layer].astype(x_BTD.dtype)
+      v_BTNh = cache["v"][inputs.layer].astype(x_BTD.dtype)
+    out_BTHh = layer_functions.attention(
+      q_BTHh,
+      k_BTNh,
+      v_BTNh,
+      inputs.mask_BTS,
+      scale=c.query_scale,
+      softcap=c.attention_softcap,
+      implementation=inputs.implementation,
+    )
     out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
-    return project(out_BTI, self.o, lora.get("o")), cache
+    return layer_functions.project(out_BTI, self.o, lora.get("o")), cache
 
 
 class Decoder(nnx.Module):
@@ -257,24 +235,8 @@ class Decoder(nnx.Module):
       self.head = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
 
 
-def project(
-  x_BTI: Array, kernel_OI: Array | nnx.Param, adapter: Params | None = None
-) -> Array:
-  """Linear map by a Hugging Face kernel [out, in], in the dtype of the activations.
-
-  With an adapter {"a": [r, in], "b": [out, r], "scale": []} that of kernel + scale b a,
-  a sum that is never formed (Hu et al., "LoRA", arXiv 2106.09685).
-  """
-  out_BTO = jnp.einsum("...i,oi->...o", x_BTI, kernel_OI[...].astype(x_BTI.dtype))
-  if adapter is None:
-    return out_BTO
-  adapter = {name: leaf.astype(x_BTI.dtype) for name, leaf in adapter.items()}
-  low_BTr = jnp.einsum("...i,ri->...r", x_BTI, adapter["a"]) * adapter["scale"]
-  return out_BTO + jnp.einsum("...r,or->...o", low_BTr, adapter["b"])
-
-
 def init(key: Array, config: DecoderConfig) -> Params:
-  """Random float32 parameters, for tests and for training from nothing."""
+  """Random float32 parameters, for tests and for training from scratch."""
   return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
 
 
@@ -322,7 +284,7 @@ def output_embedding(params: Params) -> Array:
 
 
 def gathered_head(params: Params, dtype: str) -> Array:
-  """`output_embedding` in `dtype`, whole over `fsdp`: for loops over its products."""
+  """`output_embedding` in `dtype`, gathered over `fsdp` once, before a loop."""
   embedding_VD = output_embedding(params).astype(dtype)
   return sharding.gathered(embedding_VD, "vocab", "embed")
 
@@ -330,34 +292,34 @@ def gathered_head(params: Params, dtype: str) -> Array:
 def gathered(
   params: Params, config: DecoderConfig, dtype: str, *, apart: bool = False
 ) -> Params:
-  """All parameters whole over `fsdp`, kernels in `dtype`: for a loop that reads them.
+  """All parameters gathered over `fsdp` once, before a loop; kernels in `dtype`.
 
-  Vectors keep their type: what a norm adds to its scale is added in float32.
+  Vectors keep their dtype, because a norm adds its offset to the scale in float32.
 
   Args:
-    apart: each layer's as arrays of their own: "layers" is then a tuple of trees, and
-      so are adapters.
+    apart: whether each layer has its own arrays: "layers" and the adapters are then
+      tuples with one tree for each layer.
   """
 
   def gather(leaf: Array, names: tuple[str, ...]) -> Array:
     is_kernel = len(names) - ("layers" in names) > 1
     return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
 
-  whole = axes(config)
-  base = {name: params[name] for name in whole}
-  small = {name: params[name] for name in params if name not in whole}  # adapters
+  base_axes = axes(config)
+  base = {name: params[name] for name in base_axes}
+  adapters = {name: params[name] for name in params if name not in base_axes}
   if apart:
-    # Before they are gathered: the stack is never whole beside its layers.
-    base["layers"] = _apart(base["layers"], config)
-    own = {name: names[1:] for name, names in whole["layers"].items()}
-    whole["layers"] = (own,) * config.n_layers
-    small = {name: _apart(tree, config) for name, tree in small.items()}
-  base = jax.tree.map(gather, base, whole)
-  return {**base, **jax.tree.map(sharding.everywhere, small)}
+    # Before gathering, so that a gathered stack never exists beside its layers.
+    base["layers"] = _unstack(base["layers"], config)
+    layer_axes = {name: names[1:] for name, names in base_axes["layers"].items()}
+    base_axes["layers"] = (layer_axes,) * config.n_layers
+    adapters = {name: _unstack(tree, config) for name, tree in adapters.items()}
+  base = jax.tree.map(gather, base, base_axes)
+  return {**base, **jax.tree.map(sharding.everywhere, adapters)}
 
 
-def _apart(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
-  """What is stacked along the layers, one tree a layer."""
+def _unstack(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
+  """A tree of stacked leaves as one tree for each layer."""
   return tuple(
     jax.tree.map(operator.itemgetter(index), stacked)
     for index in range(config.n_layers)
@@ -383,11 +345,17 @@ def _block_definition(config: DecoderConfig) -> Any:
   return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
 
 
-def _apply_block(config: DecoderConfig, layer_params: Params, *args):
+def _apply_block(
+  config: DecoderConfig,
+  layer_params: Params,
+  lora: Params,
+  x_BTD: Array,
+  inputs: LayerInputs,
+) -> tuple[Array, layer_functions.KeyValues | None]:
   definition, state = _block_definition(config)
   state = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(state, layer_params)
-  return nnx.merge(definition, state)(*args)
+  return nnx.merge(definition, state)(x_BTD, lora, inputs)
 
 
 def forward(
@@ -403,24 +371,24 @@ def forward(
   dtype: str = "float32",
   remat: bool = False,
   unroll: int = 1,
-  implementation: Implementation = "xla",
+  implementation: layer_functions.Implementation = "xla",
 ) -> tuple[Array, dict[str, Array] | None]:
-  """Runs the decoder up to the final norm; the head is `vocab_head`'s business.
+  """Runs the decoder up to the final norm; `vocab_head` computes with the head.
 
   Args:
-    params: tree as `shapes(config)`; float32 masters are cast layer by layer. Under
-      "lora" it may hold adapters: name of a kernel -> `project`'s, stacked like it.
-      Or what `gathered` makes of it.
+    params: tree as `shapes(config)`, or the result of `gathered`. Float32 parameters
+      are cast layer by layer. Under "lora" there may be adapters, stacked like the
+      kernels: name of a kernel -> the adapter that `layer_functions.project` takes.
     tokens_BT: int32 ids.
-    positions_BT: int32 rotary positions, which need not follow the column.
-    mask_BTS: True where a query may attend to a key; S = T without a cache, else the
-      cache's length.
+    positions_BT: int32 rotary positions; they may differ from the columns.
+    mask_BTS: True where a query may attend to a key. S is the length of the cache, or T
+      without a cache.
     cache: from `init_cache`; this call's keys and values are written at columns
       `cache_index` .. `cache_index + T`.
-    reach_B: int32, the length that a row whose cache is being filled may come to; read
-      where the rotary embedding depends on a row's length. None: as long as it is.
+    reach_B: int32, the length that each row may reach while its cache is filled; read
+      if the rotary embedding depends on a row's length. None: the present length.
     dtype: of the activations.
-    remat: recompute each layer in the backward pass.
+    remat: whether to recompute each layer in the backward pass.
     unroll: layers per iteration of the scan; 0 means all.
     implementation: of attention.
 
@@ -428,7 +396,7 @@ def forward(
     hidden_BTD in `dtype`, and the updated cache (None without one).
   """
   x_BTD = params["embed"][tokens_BT].astype(dtype)
-  x_BTD = sharding.constrain(x_BTD, *PLACED)
+  x_BTD = sharding.constrain(x_BTD, *ACTIVATION_AXES)
   if config.embed_scale != 1.0:
     x_BTD = x_BTD * jnp.asarray(config.embed_scale, dtype)
   keys, cache = _key_positions(positions_BT, cache, cache_index)
@@ -440,26 +408,31 @@ def forward(
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
   distance_BTS = positions_BT[:, :, None] - keys[:, None, :]
 
-  def layer(carry, inputs):
+  def layer(carry, stacked):
     x_BTD, kv = carry
-    layer_params, lora, index, own = inputs
-    rotation, seen_BTS = rotations[0], mask_BTS
-    if "rope" in own:
-      rotation = jax.tree.map(lambda table: table[own["rope"]], tables)
-    if "window" in own:
-      seen_BTS = mask_BTS & (distance_BTS < own["window"])
-    x_BTD, kv = _apply_block(
-      *(config, layer_params, x_BTD, lora, rotation, seen_BTS),
-      *(kv, index, cache_index, implementation),
+    layer_params, lora, index, data = stacked
+    rotation, layer_mask_BTS = rotations[0], mask_BTS
+    if "rope" in data:
+      rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
+    if "window" in data:
+      layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
+    inputs = LayerInputs(
+      rotation=rotation,
+      mask_BTS=layer_mask_BTS,
+      cache=kv,
+      layer=index,
+      column=cache_index,
+      implementation=implementation,
     )
-    return (sharding.constrain(x_BTD, *PLACED), kv), None
+    x_BTD, kv = _apply_block(config, layer_params, lora, x_BTD, inputs)
+    return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), None
 
   body = jax.checkpoint(layer) if remat else layer
   kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
   x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
-  return rms_norm(x_BTD, params["final_norm"], config), cache
+  return _rms_norm(x_BTD, params["final_norm"], config), cache
 
 
 def _through_layers(
@@ -469,19 +442,20 @@ def _through_layers(
   config: DecoderConfig,
   unroll: int,
 ) -> Any:
-  """What `body` makes of `carry` layer by layer, stacked or apart (see `gathered`)."""
-  layers, own, count = params["layers"], _layer_data(config), config.n_layers
+  """Applies `body` layer by layer: a scan, or a loop over unstacked parameters."""
+  layers, data, count = params["layers"], _layer_data(config), config.n_layers
   lora: Any = params.get("lora", {})
   if not isinstance(layers, tuple):
-    stacked = layers, lora, jnp.arange(count), own
+    stacked = layers, lora, jnp.arange(count), data
     return jax.lax.scan(body, carry, stacked, unroll=unroll or count)[0]
-  for apart in zip(layers, lora or ({},) * count, range(count), _apart(own, config)):
-    carry, _ = body(carry, apart)
+  unstacked = zip(layers, lora or ({},) * count, range(count), _unstack(data, config))
+  for layer_inputs in unstacked:
+    carry, _ = body(carry, layer_inputs)
   return carry
 
 
 def _layer_data(config: DecoderConfig) -> dict[str, Array]:
-  """What differs between layers, each [L]: the scan's body stays one."""
+  """Arrays [L] of what differs between layers, so that one scan body serves all."""
   data = {}
   if config.layer_ropes:
     data["rope"] = jnp.array(config.layer_ropes)
@@ -493,7 +467,7 @@ def _layer_data(config: DecoderConfig) -> dict[str, Array]:
 def _key_positions(
   positions_BT: Array, cache: dict[str, Array] | None, cache_index: Array | int
 ) -> tuple[Array, dict[str, Array] | None]:
-  """Position of every key [B, S], and the cache with this call's written."""
+  """Positions of all keys [B, S], and the cache with this call's positions."""
   if cache is None or "positions" not in cache:
     return positions_BT, cache
   keys_BS = jax.lax.dynamic_update_slice(
@@ -503,18 +477,18 @@ def _key_positions(
 
 
 def _reach(keys_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
-  """Length of each row in positions: padding, which nobody sees, does not count."""
-  seen_BS = jnp.any(mask_BTS, axis=1)
-  length_B = jnp.max(jnp.where(seen_BS, keys_BS, 0), axis=1) + 1
+  """Length of each row in positions, without padding, to which nothing attends."""
+  attended_BS = jnp.any(mask_BTS, axis=1)
+  length_B = jnp.max(jnp.where(attended_BS, keys_BS, 0), axis=1) + 1
   return length_B if reach_B is None else jnp.maximum(length_B, reach_B)
 
 
 def positions(valid_BT: Array) -> Array:
-  """Position of each valid token within its row, wherever the padding sits."""
+  """Position of each valid token within its row, wherever the padding is."""
   return jnp.maximum(jnp.cumsum(valid_BT, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def causal_mask(valid_BT: Array) -> Array:
-  """[B, T, T]: a query sees the valid keys up to its own column."""
+  """Mask [B, T, T]: each query attends to the valid keys up to its own column."""
   length = valid_BT.shape[-1]
   return jnp.tril(jnp.ones((length, length), bool)) & valid_BT[:, None, :]

@@ -1,4 +1,4 @@
-"""Rows that a run cannot use: where they are, why, and the file that lists them."""
+"""Rows that a run cannot use: their places, the reasons, and the file of the list."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from raft_jax.storage import atomic
 
 
 class Place(NamedTuple):
-  """Where a row is: its file, and its line there (its number in a Parquet file).
+  """The place of a row: its file, and its line there (its number in a Parquet file).
 
-  A row without an id of its own that cannot be read has none; of records that were
-  made before, the file may not be known.
+  The id is None for an unreadable row without an id. The file is empty if a record's
+  origin is not known.
   """
 
   id: str | None
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 class Reject(NamedTuple):
-  """A row that cannot be used; `kind` is one word for `reason`."""
+  """A row that cannot be used, and why; `kind` is the reason in one word."""
 
   place: Place
   reason: str
@@ -44,7 +44,7 @@ class Reject(NamedTuple):
 def write(path: str | os.PathLike[str], rejects: Sequence[Reject]) -> None:
   """Lists rows as JSONL {file, line, id, kind, reason, text}.
 
-  An old file is replaced, or removed where there is no such row.
+  An existing file is replaced, or removed if there are no rows to list.
   """
   path = pathlib.Path(path)
   if not rejects:
@@ -60,10 +60,10 @@ def write(path: str | os.PathLike[str], rejects: Sequence[Reject]) -> None:
     temporary.write_text("".join(lines), "utf-8", errors="backslashreplace")
 
 
-def tell(
+def report(
   rejects: Sequence[Reject], listed: str | os.PathLike[str] | None = None
 ) -> None:
-  """One line on how many rows were set aside, which is the first, and where all are."""
+  """Prints how many rows were set aside, the first one, and where all are listed."""
   if not rejects:
     return
   counts = collections.Counter(reject.kind for reject in rejects)

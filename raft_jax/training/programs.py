@@ -241,9 +241,11 @@ def compile_programs(
       pad_id=rollouts.pad_id,
       dtype=settings.dtype,
       unroll=settings.rollout_unroll,
-      watch=settings.sampler_top_k,
+      top_tokens=settings.sampler_top_k,
     )
-    trajectory = objective.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.seen)
+    trajectory = objective.Trajectory(
+      rollout.tokens_BR, rollout.length_B, rollout.stats
+    )
     return trajectory, rollout.ended_B
 
   return Programs(

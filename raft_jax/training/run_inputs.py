@@ -147,7 +147,7 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     run_lock.lock_config(config, "train", IDENTITY_KEYS)
     rejects_file = pathlib.Path(config.output) / "rejects.jsonl"
     rejects.write(rejects_file, examples.rejects)
-    rejects.tell(examples.rejects, rejects_file)
+    rejects.report(examples.rejects, rejects_file)
   warn_of_raw_context(distill if distils else None)
   return plan, inputs
 

@@ -100,14 +100,14 @@ def test_one_steps_loss_in_float64():
     params,
     tiny_decoder.CONFIG,
     *(batch.prompt_BP, batch.prompt_length_B, batch.row_id_B),
-    **{"seed": 0, "step": 0, "max_new_tokens": NEW, "watch": WATCH},
+    **{"seed": 0, "step": 0, "max_new_tokens": NEW, "top_tokens": WATCH},
     **{"eos_ids": (5,), "pad_id": 0},
   )
   # The second row has no teacher. The sampler was off, so that weights differ.
   length_B = rollout.length_B.at[1].set(0)
   off_RB = np.random.default_rng(0).normal(0.7, 1, rollout.tokens_BR.shape)
-  before = rollout.seen.log_prob_BR - off_RB.astype(np.float32)
-  seen = rollout.seen._replace(log_prob_BR=before)
+  before = rollout.stats.log_prob_BR - off_RB.astype(np.float32)
+  seen = rollout.stats._replace(log_prob_BR=before)
   trajectory = objective.Trajectory(rollout.tokens_BR, length_B, seen)
   settings = tiny_step.SETTINGS._replace(
     **{
@@ -153,9 +153,9 @@ def test_one_steps_loss_in_float64():
       p, q = student[row][at], taught[row][at]
       # What the sampler saw: its own distribution.
       chosen = np.log(p[token])
-      np.testing.assert_allclose(rollout.seen.log_prob_BR[row, at], chosen, rtol=1e-3)
+      np.testing.assert_allclose(rollout.stats.log_prob_BR[row, at], chosen, rtol=1e-3)
       ids = np.argsort(-p)[:WATCH]
-      assert set(rollout.seen.ids_BRK[row, at].tolist()) == set(ids.tolist())
+      assert set(rollout.stats.ids_BRK[row, at].tolist()) == set(ids.tolist())
       if row == 1:
         continue
       p, q = (np.append(x[ids], 1 - x[ids].sum()) for x in (p, q))

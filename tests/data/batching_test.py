@@ -9,7 +9,7 @@ import pytest
 from raft_jax import errors
 from raft_jax.data import batching
 from raft_jax.hf import chat
-from raft_jax.storage import records, rejects
+from raft_jax.storage import question_files, rejects
 
 POLICIES = {"too_long": "error", "unusable": "error"}
 BUDGETS = {
@@ -26,7 +26,7 @@ def tokenizer(smollm):
 
 @pytest.fixture(scope="module")
 def questions(law):
-  return records.read_questions(law / "train.jsonl", limit=120)
+  return question_files.read_questions(law / "train.jsonl", limit=120)
 
 
 def encode(questions, tokenizer, **options):
@@ -322,7 +322,7 @@ def test_a_share_that_is_no_number_of_rows_is_refused_with_the_nearest():
 
 
 def test_law_questions_end_to_end(law, tokenizer):
-  questions = records.read_questions(law / "train.jsonl")
+  questions = question_files.read_questions(law / "train.jsonl")
   rows, _ = encode(questions, tokenizer)
   every = batches(rows, batch_size=16, pad_id=tokenizer.pad_id)
   shapes = {(b.prompt_BP.shape, b.answer_BA.shape, b.teacher_BC.shape) for b in every}

@@ -15,7 +15,7 @@ from raft_jax.evaluation import scoring
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal, question_files
 
 TINY = transformer.DecoderConfig(
   vocab_size=97,
@@ -44,7 +44,7 @@ def _rows(count: int, seed: int = 0) -> list[batching.Row]:
 
 def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_path):
   codec = chat.load(smollm)
-  questions = records.read_questions(law / "test.jsonl", limit=8)
+  questions = question_files.read_questions(law / "test.jsonl", limit=8)
   rows = [
     batching.Row(
       tuple(chat.prompt_ids(codec, q.messages)),

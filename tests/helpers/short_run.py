@@ -10,7 +10,7 @@ import time
 import orbax.checkpoint as orbax
 
 from raft_jax.config import load as config_load
-from raft_jax.storage import records, shards
+from raft_jax.storage import question_files, records, shards
 from raft_jax.training import checkpoint
 
 STEPS = 6
@@ -18,7 +18,7 @@ STEPS = 6
 
 def write_refined(output: pathlib.Path, law: pathlib.Path, count: int = 24, **meta):
   """Shards as `refine` writes them; the answers are the originals."""
-  questions = records.read_questions(law / "train.jsonl", limit=count)
+  questions = question_files.read_questions(law / "train.jsonl", limit=count)
   refined = [
     records.Refined(q, "", None, (), q.answer, "original", "below_threshold")
     for q in questions

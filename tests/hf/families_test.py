@@ -20,7 +20,7 @@ import transformers
 
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
-from raft_jax.models import sampling, sharding, transformer
+from raft_jax.models import layer_functions, sampling, sharding, transformer
 from tests.helpers import tiny_families
 
 VOCAB = tiny_families.TINY["vocab_size"]
@@ -318,7 +318,13 @@ def test_norm_rounds_as_in_transformers(made):
 
   def share_that_differs(config: transformer.DecoderConfig) -> float:
     scale = made.params["final_norm"].astype(jnp.bfloat16)
-    ours = transformer.rms_norm(jnp.array(x.float().numpy(), "bfloat16"), scale, config)
+    ours = layer_functions.rms_norm(
+      jnp.array(x.float().numpy(), "bfloat16"),
+      scale,
+      eps=config.rms_eps,
+      offset=config.norm_offset,
+      rounds_last=config.norm_rounds_last,
+    )
     return float(np.mean(np.asarray(ours, np.float32) != want))
 
   other = not made.config.norm_rounds_last

@@ -88,11 +88,11 @@ def test_rows_end_at_their_first_eos_and_are_padded_after_it(params):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_layers_apart_sample_the_same_tokens(params, temperature):
   stacked, apart = (
-    generate(params, PROMPTS, temperature=temperature, unroll=unroll, watch=4)
+    generate(params, PROMPTS, temperature=temperature, unroll=unroll, top_tokens=4)
     for unroll in (1, 0)
   )
   assert texts(apart) == texts(stacked)
-  np.testing.assert_array_equal(apart.seen.ids_BRK, stacked.seen.ids_BRK)
+  np.testing.assert_array_equal(apart.stats.ids_BRK, stacked.stats.ids_BRK)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 
-from raft_jax.models import transformer
+from raft_jax.models import layer_functions, transformer
 from raft_jax.planning import hlo_cost, machines
 from tests.helpers import tiny_decoder
 
@@ -52,8 +52,8 @@ def test_flops_of_cudnns_attention_are_those_of_its_products(monkeypatch):
 
   def attended(q_BTHh, k_BSNh):
     mask_BTS = jnp.ones((rows, queries, keys), bool)
-    out_BTHh = transformer.attention(
-      q_BTHh, k_BSNh, k_BSNh, mask_BTS, tiny_decoder.CONFIG, "cudnn"
+    out_BTHh = layer_functions.attention(
+      q_BTHh, k_BSNh, k_BSNh, mask_BTS, implementation="cudnn"
     )
     return jnp.sum(out_BTHh.astype(jnp.float32))
 

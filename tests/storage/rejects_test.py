@@ -16,7 +16,7 @@ from raft_jax.data import training_set
 from raft_jax.evaluation import test_sets
 from raft_jax.generation import engines
 from raft_jax.hf import chat
-from raft_jax.storage import records
+from raft_jax.storage import question_files
 from tests.helpers import refine_driver, tiny_run
 
 STRICT = (
@@ -216,7 +216,7 @@ def test_refinement_sets_aside_what_training_could_not_take(
 )
 def test_both_readers_hint_at_a_misnamed_field(tmp_path, suffix, given, says):
   path = write(tmp_path / f"q{suffix}", [given])
-  message = refused(lambda: records.read_questions(path))
+  message = refused(lambda: question_files.read_questions(path))
   assert message.startswith(f"{path}:1: ")
   assert says in message
 
@@ -224,7 +224,11 @@ def test_both_readers_hint_at_a_misnamed_field(tmp_path, suffix, given, says):
 @pytest.mark.parametrize("suffix", [".JSONL", ".Jsonl", ".PARQUET", ".Parquet"])
 def test_a_suffix_is_read_without_its_case(tmp_path, suffix):
   path = write(tmp_path / f"q{suffix}", rows(3))
-  assert [q.id for q in records.read_questions(path)] == ["row-1", "row-2", "row-3"]
+  assert [q.id for q in question_files.read_questions(path)] == [
+    "row-1",
+    "row-2",
+    "row-3",
+  ]
   seeds, _ = synthesis_run.read_seeds(path)
   assert seeds == ["What is 1?", "What is 2?", "What is 3?"]
 
@@ -244,7 +248,7 @@ def test_a_suffix_is_read_without_its_case(tmp_path, suffix):
 def test_files_of_other_formats_are_named(tmp_path, name, content, says):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(errors.UserError, match=says):
-    records.read_questions(tmp_path / name)
+    question_files.read_questions(tmp_path / name)
 
 
 def test_skip_sets_aside_whatever_is_wrong_with_a_row(tmp_path, capsys):
@@ -255,7 +259,7 @@ def test_skip_sets_aside_whatever_is_wrong_with_a_row(tmp_path, capsys):
   path = tmp_path / "q.jsonl"
   path.write_text("\n".join(lines))
   listed = tmp_path / "rejects.jsonl"
-  kept = records.read_questions(path, unusable="skip", rejects_path=listed)
+  kept = question_files.read_questions(path, unusable="skip", rejects_path=listed)
   assert [q.id for q in kept] == ["row-1", "row-4", "row-6"]
   found = [json.loads(line) for line in listed.open()]
   assert [(r["line"], r["id"], r["kind"]) for r in found] == [

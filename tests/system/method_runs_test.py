@@ -12,7 +12,7 @@ from raft_jax import errors, train
 from raft_jax.config import load as config_load
 from raft_jax.config import methods
 from raft_jax.hf import load as hf_load
-from raft_jax.storage import records, shards
+from raft_jax.storage import question_files, records, shards
 from raft_jax.training import programs, run_inputs, trained_model
 from tests.helpers import tiny_run
 
@@ -33,7 +33,7 @@ def other(tmp_path_factory, smollm):
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory, law):
   """Refined records whose rewrites and final answers differ from the originals."""
-  questions = records.read_questions(law / "train.jsonl", limit=16)
+  questions = question_files.read_questions(law / "train.jsonl", limit=16)
   rows = [
     records.Refined(
       q, f"In short: {q.answer}", 0.9, (), f"{q.answer} So it is.", "", ""

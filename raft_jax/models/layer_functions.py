@@ -1,0 +1,120 @@
+"""The functions that a transformer layer is made of: norm, projection, attention.
+
+Shapes: B rows, T queries, S keys, I inputs, O outputs, r rank, H query heads, N
+key/value heads, G query heads for each key/value head, h head width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+Implementation = Literal["xla", "cudnn"]
+"""Implementations of `jax.nn.dot_product_attention`."""
+KeyValues = dict[str, Array]
+"""Cache {"k", "v"} of all layers, each [L, B, S, N, h]."""
+
+
+def rms_norm(
+  x: Array, scale: Array, *, eps: float, offset: float = 0.0, rounds_last: bool = False
+) -> Array:
+  """Root mean square normalisation over the last axis, computed in float32.
+
+  Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
+
+  Args:
+    eps: added to the mean square.
+    offset: added to the scale.
+    rounds_last: whether to multiply by the scale before rounding to the dtype of x.
+  """
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+  normed = x32 * jax.lax.rsqrt(mean_square + eps)
+  if rounds_last:
+    return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+  return normed.astype(x.dtype) * (offset + scale).astype(x.dtype)
+
+
+def project(
+  x_BTI: Array, kernel_OI: Array | nnx.Param, adapter: Mapping[str, Array] | None = None
+) -> Array:
+  """Linear map by a Hugging Face kernel [out, in], in the dtype of the activations.
+
+  With an adapter {"a": [r, in], "b": [out, r], "scale": []}, the map by kernel +
+  scale * b a, without forming that sum (Hu et al., "LoRA", arXiv 2106.09685).
+  """
+  out_BTO = jnp.einsum("...i,oi->...o", x_BTI, kernel_OI[...].astype(x_BTI.dtype))
+  if adapter is None:
+    return out_BTO
+  adapter = {name: leaf.astype(x_BTI.dtype) for name, leaf in adapter.items()}
+  low_BTr = jnp.einsum("...i,ri->...r", x_BTI, adapter["a"]) * adapter["scale"]
+  return out_BTO + jnp.einsum("...r,or->...o", low_BTr, adapter["b"])
+
+
+def attention(
+  q_BTHh: Array,
+  k_BSNh: Array,
+  v_BSNh: Array,
+  mask_BTS: Array,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+  implementation: Implementation = "xla",
+) -> Array:
+  """Softmax attention; consecutive query heads share a key/value head.
+
+  Args:
+    mask_BTS: True where a query may attend to a key.
+    scale: factor of the scores; None: h ** -0.5.
+    softcap: c in c * tanh(scores / c), or None.
+    implementation: read without a softcap only; jax has none with it.
+  """
+  if softcap is None:
+    return jax.nn.dot_product_attention(
+      q_BTHh,
+      k_BSNh,
+      v_BSNh,
+      mask=mask_BTS[:, None],
+      scale=scale,
+      implementation=implementation,
+    )
+  batch, length, heads, width = q_BTHh.shape
+  q_BTNGh = q_BTHh.reshape(batch, length, k_BSNh.shape[2], -1, width)
+  scores_BNGTS = jnp.einsum(
+    "btngh,bsnh->bngts", q_BTNGh, k_BSNh, preferred_element_type=jnp.float32
+  )
+  scores_BNGTS *= width**-0.5 if scale is None else scale
+  scores_BNGTS = softcap * jnp.tanh(scores_BNGTS / softcap)
+  # Finite, so that a padding row whose keys are all masked gets no NaN.
+  lowest = jnp.finfo(jnp.float32).min
+  scores_BNGTS = jnp.where(mask_BTS[:, None, None], scores_BNGTS, lowest)
+  share_BNGTS = jax.nn.softmax(scores_BNGTS, axis=-1).astype(v_BSNh.dtype)
+  out_BTNGh = jnp.einsum("bngts,bsnh->btngh", share_BNGTS, v_BSNh)
+  return out_BTNGh.reshape(batch, length, heads, width)
+
+
+def write_cache(
+  cache: KeyValues,
+  k_BTNh: Array,
+  v_BTNh: Array,
+  *,
+  layer: Array | int,
+  column: Array | int,
+) -> KeyValues:
+  """Writes keys and values in place at [layer, :, column:].
+
+  The cache of all layers is the carry of the scan over layers, so that a decode step
+  moves the data of one token and not the whole cache.
+  """
+  start = (layer, 0, column, 0, 0)
+  return {
+    name: jax.lax.dynamic_update_slice(
+      cache[name], new_BTNh[None].astype(cache[name].dtype), start
+    )
+    for name, new_BTNh in (("k", k_BTNh), ("v", v_BTNh))
+  }
