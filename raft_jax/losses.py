@@ -166,8 +166,7 @@ def divergence_on_support(
     Divergence in nats per token, `[...]`, float32.
 
   Raises:
-    ValueError: If the shapes differ, only one log-sum-exp is given, or an argument is
-      unknown or out of range.
+    ValueError: If shapes differ, one log-sum-exp is missing, or an argument is wrong.
   """
   _check_choice("kind", kind, KINDS)
   _check_temperature(temperature)

@@ -63,7 +63,6 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
           print(validation.summary(config, verdict, newest, total))
         return
     distributed.together(lambda: step_memory.check(plan))
-
     start = initial_state.start(
       config, plan, inputs, checkpoints, on_corrupt=on_corrupt
     )

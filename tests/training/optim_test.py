@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from raft_jax import balance, errors
-from raft_jax.baselines import freezing
+from raft_jax.baselines import anchors, freezing
 from raft_jax.config import load as config_load
 from raft_jax.models import transformer
 from raft_jax.training import optim
@@ -179,6 +179,28 @@ def test_the_balancers_state_is_the_optimizers_under_balance():
   assert float(state["balance"].weights["kd"]) == pytest.approx(6.0)
   with pytest.raises(TypeError, match="losses"):
     optimizer.update({"q": jnp.ones(3)}, state, params)
+
+
+@pytest.mark.parametrize("counters", [(), ("step",)])
+def test_a_skipped_step_leaves_the_moments_as_if_it_had_not_been(counters):
+  """Against the same steps without it; only the counters of the run go on."""
+  params = {"q": jnp.arange(3.0)}
+  inner = optax.scale_by_adam()
+  if counters:
+    inner = anchors.recadam(lambda n: 0.1, lambda n: 1.0, 0.0)
+  options = {"anchor": params} if counters else {}
+  skipping = optim.skip_empty(inner, counters=counters)
+  state, expected = skipping.init(params), inner.init(params)
+  for number, valid in enumerate((True, False, True)):
+    gradient = {"q": jnp.array([1.0, -2.0, 0.5]) * (number + 1)}
+    flags = {"sft": jnp.bool(False), "kd": jnp.bool(valid)}
+    _, state = skipping.update(gradient, state, params, valid=flags, **options)
+    if valid:
+      _, expected = inner.update(gradient, expected, params, **options)
+  if counters:
+    assert (int(state.step), int(expected.step)) == (3, 2)
+    expected = expected._replace(step=state.step)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 # --- From the config's sections -------------------------------------------------------
