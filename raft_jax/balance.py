@@ -1,10 +1,9 @@
-"""Balance of the two losses: L = L_SFT + λ L_KD, with λ held in the optimizer state.
+"""Balance of the two losses: L = L_SFT + λ L_KD, with λ in the optimizer state.
 
-A balancer is an optax transformation that leaves the gradients as they are and keeps
-the weights in its state. All of them share `BalanceState`, and one call serves them
-all, because each takes the keywords it needs and ignores the others. Put it first in
-the chain, and ask it for the new weights *before* the gradients exist, by an update of
-an empty tree::
+A balancer is an optax transformation that does not change the gradients and keeps the
+weights in its state. All balancers share `BalanceState`, and one call serves them all,
+because each takes the keywords that it needs and ignores the rest. Put it first in the
+chain, and get the new weights *before* the gradients exist, by updating an empty tree::
 
   tx = optax.named_chain(("balance", balance_by_ema()), ("adamw", optax.adamw(5e-6)))
   losses, pullback = jax.vjp(both_losses, params)       # {"sft": ..., "kd": ...}
@@ -14,9 +13,9 @@ an empty tree::
 
 The last line advances the *old* state by the same losses, so `opt_state["balance"]`
 then equals `balanced`; nothing is advanced twice. Losses must be means over the whole
-batch (all devices, all micro-batches), and the step must use the weights of the
-current losses, not of the last ones. The numbers a balancer is made with are static,
-so `optax.inject_hyperparams` does not take one: a λ that changes by plan is
+batch (all devices, all micro-batches), and the step must use the weights of the current
+losses, not those of the step before. The arguments of a balancer are static, so
+`optax.inject_hyperparams` does not work with one; for a planned change of λ use
 `balance_by_schedule`. Needs jax and optax only.
 """
 
@@ -46,9 +45,9 @@ def loss_weights(state: BalanceState) -> dict[str, jax.Array]:
     state: State of a balancer.
 
   Returns:
-    The weight of each loss, ready to be the cotangent of `{"sft": ..., "kd": ...}` in
-    float32, which is what `losses.masked_mean` gives; cast them for losses of another.
-    Updates stop the gradient of what they are given, so these carry none.
+    The weight of each loss, to be used as the cotangent of `{"sft": ..., "kd": ...}`.
+    They are float32 like the result of `losses.masked_mean`; cast them for losses of
+    another type. They carry no gradient, because updates stop it.
   """
   return state.weights
 
@@ -85,20 +84,20 @@ def ema_update(
     \\hat m_k = m_k / (1 - \\beta^s), \\quad
     \\lambda = \\hat m_{sft} / (\\hat m_{kd} + \\epsilon)
 
-  The current losses are part of the means: at step 1, λ = L_sft / (L_kd + ε). The
-  state holds the corrected mean itself, which moves by
-  (L - m̂)·(1 - β) / (1 - β^s), so that it can be read without knowing β.
+  The means include the current losses: at step 1, λ = L_sft / (L_kd + ε). The state
+  holds the bias-corrected mean, which moves by (L - m̂)·(1 - β) / (1 - β^s), so it can
+  be read without knowing β.
 
   Args:
     state: From `ema_init` or the step before.
     losses: `{"sft": ..., "kd": ...}`, scalars >= 0, means over the whole batch; no
       gradient. Check them for NaN first: a mean never forgets one.
-    decay: β in [0, 1); 0 takes the current losses alone.
+    decay: β in [0, 1); with 0 only the current losses count.
     eps: ε > 0 in the denominator, in units of the loss.
-    max_weight: Upper bound of λ; None for none. Without it a vanishing L_kd makes λ
-      as large as L_sft / ε, which multiplies round-off.
-    valid: `{"sft": ..., "kd": ...}`, bool scalars; where False (no token counted) the
-      loss moves neither its mean nor its count. None means both are valid.
+    max_weight: Upper bound of λ, or None. Without it a vanishing L_kd makes λ as large
+      as L_sft / ε, which amplifies rounding errors.
+    valid: `{"sft": ..., "kd": ...}`, bool scalars. A loss that is not valid (no token
+      counted) changes neither its mean nor its count. None means that both are valid.
 
   Returns:
     The next state. λ is 0 until both losses have moved once.
@@ -129,9 +128,9 @@ def balance_by_ema(
 ) -> optax.GradientTransformationExtraArgs:
   """RAFT's balance: λ is the ratio of the two losses' running means.
 
-  `update(updates, state, params=None, *, losses, valid=None)` is `ema_update`, see
-  there; `losses` is keyword-only and has no default, so that forgetting it is a
-  TypeError. The updates pass untouched.
+  `update(updates, state, params=None, *, losses, valid=None)` calls `ema_update`.
+  `losses` is keyword-only and has no default, so a call without it is a TypeError. The
+  updates pass unchanged.
 
   Args:
     decay: β in [0, 1).
@@ -160,7 +159,7 @@ def balance_by_ema(
 
 
 def balance_fixed(weight: float) -> optax.GradientTransformationExtraArgs:
-  """A constant λ. Its state never changes; every keyword is ignored.
+  """A constant λ. Its state never changes, and it ignores all keywords.
 
   Args:
     weight: λ >= 0.
@@ -190,7 +189,7 @@ def balance_by_schedule(
 ) -> optax.GradientTransformationExtraArgs:
   """λ as a function of the step: the n-th update (from 0) sets λ = schedule(n).
 
-  Both counts hold the number of updates. Every keyword is ignored.
+  Both counts hold the number of updates. It ignores all keywords.
 
   Args:
     schedule: Step count (int32 scalar) to λ >= 0.
@@ -214,7 +213,7 @@ def balance_by_schedule(
 
 
 ROUND_OFF = 1e-6
-"""A gradient this small beside the other is no measurement, in float32."""
+"""In float32, a gradient smaller than this share of the other is only rounding."""
 
 
 def balance_by_gradient_norm(
@@ -223,14 +222,14 @@ def balance_by_gradient_norm(
   """Experimental: λ such that ‖λ g_KD‖ = ratio · ‖g_SFT‖.
 
   `update(..., gradient_norms=None, valid=None)` takes the norms of the two losses' own
-  gradients, `{"sft": ..., "kd": ...}`, and whether any token entered each. A step that
-  did not measure passes None, and λ stays; so it does where a loss had no token, and
-  where g_KD is round-off, as at the first step if the teacher sees what the student
-  does. λ is 0 until the first measurement, so measure at steps 1 and 2.
-  `BalanceState.ema` holds the last norms, and the counts say how often they were taken.
+  gradients, `{"sft": ..., "kd": ...}`, and whether any token entered each loss. λ does
+  not change if a step passes None because it did not measure, if a loss had no token,
+  or if g_KD is only rounding (as at the first step of a teacher that sees what the
+  student does). λ is 0 until the first measurement, so measure at steps 1 and 2.
+  `BalanceState.ema` holds the last norms, and the counts how often they were measured.
 
   Args:
-    ratio: Wanted ratio of the weighted norms, > 0.
+    ratio: Target ratio of the weighted norms, > 0.
     max_weight: Upper bound of λ, or None.
     eps: Added to ‖g_KD‖, > 0.
 
@@ -267,7 +266,7 @@ def balance_by_gradient_norm(
 
 
 def _scalar(value: jax.typing.ArrayLike) -> jax.Array:
-  """A float32 scalar that no gradient passes and no later update can retype."""
+  """A float32 scalar without gradient, whose type no later update can change."""
   return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32)).reshape(())
 
 

@@ -1,8 +1,8 @@
 """Pure losses on arrays: cross-entropy, one divergence kernel, one masked mean.
 
-Each loss returns a value per token; `masked_mean` alone reduces. No function sees a
-model, a batch or a config, so all of them can be lifted into another JAX stack: this
-file needs jax only. Arithmetic is float32 or better whatever the inputs are.
+Each loss returns one value per token; only `masked_mean` reduces. No function knows a
+model, a batch or a config, so all of them can be used in another JAX stack: this file
+needs jax only. The arithmetic is float32 or better for inputs of any type.
 
 Shapes in names: B batch, T tokens, V vocabulary, K ids of a support (`logits_K` may
 have any leading dimensions). Divergences are in nats.
@@ -25,8 +25,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
   .. math:: L_t = -\\log \\mathrm{softmax}(u_t)_{y_t}
 
-  Eq. 5 of RAFT before its means; `masked_mean` applies those. There is no "ignore"
-  id: where the mask is False any id inside the vocabulary will do.
+  Eq. 5 of RAFT before its means, which `masked_mean` applies. There is no "ignore" id:
+  where the mask is False, use any id of the vocabulary.
 
   Args:
     logits: Unnormalised log-probabilities u, `[..., V]`. Position t must predict
@@ -42,7 +42,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   if jnp.shape(targets) != jnp.shape(logits)[:-1]:
     raise ValueError(
       f"targets has shape {jnp.shape(targets)}, "
-      f"but logits {jnp.shape(logits)} asks for {jnp.shape(logits)[:-1]}"
+      f"but logits {jnp.shape(logits)} needs {jnp.shape(logits)[:-1]}"
     )
   log_probs = jax.nn.log_softmax(_at_least_float32(logits), axis=-1)
   return -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
@@ -72,24 +72,25 @@ def divergence(
     D_{jsd} = \\beta KL(q \\| m) + (1 - \\beta) KL(p \\| m), \\quad
     m = \\beta q + (1 - \\beta) p
 
-  times `temperature`² if `scale_by_t2`, which keeps the gradient's size about the same
-  at any temperature. Forward KL is the teacher-first one of Hinton et al., *Distilling
-  the Knowledge in a Neural Network*, arXiv 1503.02531; jsd is GKD's, Agarwal et al.,
-  *On-Policy Distillation of Language Models*, arXiv 2306.13649: it tends to 0, not to
-  a KL, as β goes to 0 or 1. The bucket is SDPO's, arXiv 2601.20802.
+  times `temperature`² if `scale_by_t2`, which keeps the size of the gradient about the
+  same at any temperature. Forward KL, KL(teacher || student), is that of Hinton et al.,
+  *Distilling the Knowledge in a Neural Network*, arXiv 1503.02531. jsd is that of GKD,
+  Agarwal et al., *On-Policy Distillation of Language Models*, arXiv 2306.13649; it
+  tends to 0, not to a KL, as β goes to 0 or 1. The bucket is that of SDPO, arXiv
+  2601.20802.
 
-  No gradient reaches the teacher. The ids of the support carry none either.
+  No gradient reaches the teacher or the choice of the support.
 
   Args:
     student_logits: `[..., V]`; position t of both sides predicts the same token.
     teacher_logits: `[..., V]`.
     kind: "forward", "reverse" or "jsd".
-    beta: Weight of the teacher in "jsd", in (0, 1); the other kinds do not read it.
-    support: Where the two are compared: "full" vocabulary, or the `k` most probable
-      tokens of the "teacher" or of the "student".
-    k: Size of a top-K support; None takes the whole vocabulary.
-    tail: What becomes of the mass outside the support: "renormalize" drops it and
-      rescales the rest to 1; "bucket" keeps it as one more outcome.
+    beta: Weight of the teacher in "jsd", in (0, 1); the other kinds ignore it.
+    support: Tokens on which the two are compared: the "full" vocabulary, or the `k`
+      most probable tokens of the "teacher" or of the "student".
+    k: Size of a top-K support; None means the whole vocabulary.
+    tail: How to treat the mass outside the support: "renormalize" drops it and rescales
+      the rest to 1; "bucket" keeps it as one more outcome.
     temperature: Softmax temperature, a static number > 0.
     scale_by_t2: Whether to multiply by `temperature`².
 
@@ -142,13 +143,13 @@ def divergence_on_support(
   student_logsumexp: jax.Array | None = None,
   teacher_logsumexp: jax.Array | None = None,
 ) -> jax.Array:
-  """`divergence` for logits that were gathered at the support already.
+  """`divergence` of logits that were gathered at the support.
 
-  Restricting two softmaxes to K tokens and renormalising them is the softmax of the K
-  logits, so nothing of the vocabulary is needed. With both log-sum-exps the K tokens
-  keep their true probabilities, and one more outcome holds 1 - their sum: float32
-  resolves it down to a unit in the last place of the log-sum-exp (1e-7 near 0, 2e-6 at
-  25), while `divergence` sums the mass outside itself.
+  A softmax that is restricted to K tokens and renormalised equals the softmax of the K
+  logits, so the rest of the vocabulary is not needed. With both log-sum-exps the K
+  tokens keep their true probabilities, and one more outcome has 1 minus their sum.
+  float32 resolves that down to a unit in the last place of the log-sum-exp (1e-7 near
+  0, 2e-6 at 25), while `divergence` sums the mass outside the support itself.
 
   Args:
     student_logits_K: Student's logits at the ids of the support, `[..., K]`.
@@ -158,15 +159,14 @@ def divergence_on_support(
     temperature: As in `divergence`.
     scale_by_t2: As in `divergence`.
     student_logsumexp: log Σ exp(logits / temperature) over the whole vocabulary,
-      `[...]`. Given together with the teacher's it adds the tail bucket.
-    teacher_logsumexp: The same of the teacher; no gradient.
+      `[...]`. Together with the teacher's it adds the tail bucket.
+    teacher_logsumexp: The same for the teacher; no gradient.
 
   Returns:
     Divergence in nats per token, `[...]`, float32.
 
   Raises:
-    ValueError: If the shapes differ, only one log-sum-exp is given, or an argument is
-      unknown or out of range.
+    ValueError: If shapes differ, one log-sum-exp is missing, or an argument is wrong.
   """
   _check_choice("kind", kind, KINDS)
   _check_temperature(temperature)
@@ -210,14 +210,14 @@ def topk_distillation(
     S = \\mathrm{TopK}(u_t)
 
   with u the teacher's and v the student's logits, both renormalised on the teacher's
-  top-K set S. What the student puts outside S is not penalised: watch it with
-  `mass_on_support`.
+  top-K set S. The loss does not penalise the student's mass outside S, which
+  `mass_on_support` measures.
 
   Args:
     student_logits: `[..., V]`.
     teacher_logits: `[..., V]`; no gradient.
-    k: Size of S; the paper's value is the default.
-    temperature: T, > 0; not the temperature the rollout was sampled at.
+    k: Size of S; the default is the paper's.
+    temperature: T, > 0; not the temperature at which the rollout was sampled.
 
   Returns:
     Loss in nats per token, `[...]`, float32, >= 0.
@@ -280,10 +280,10 @@ def masked_mean(
   """Mean over the tokens that count.
 
   "sequence" is the normaliser of RAFT's Eq. 5 and 10: the mean over sequences of the
-  mean over each one's tokens; a sequence without tokens leaves the mean. "token" is
-  the mean over all tokens. What stands in `values` under a False mask, NaN included,
-  touches neither the mean nor its gradient; what they were computed from still can,
-  for 0 times NaN is NaN: give `vocab_head` finite hidden states at every token.
+  mean over the tokens of each; a sequence without tokens does not count. "token" is
+  the mean over all tokens. Values under a False mask, even NaN, affect neither the mean
+  nor its gradient. The arrays that they were computed from still can, because 0 times
+  NaN is NaN: give `vocab_head` finite hidden states at every token.
 
   Args:
     values: One value per token, `[..., T]`; the last axis runs along a sequence.
@@ -291,7 +291,7 @@ def masked_mean(
     per: "sequence" or "token".
 
   Returns:
-    The mean, a scalar; 0 where no token counts at all.
+    The mean, a scalar; 0 if no token counts.
 
   Raises:
     ValueError: If the shapes differ or `per` is unknown.
@@ -302,15 +302,15 @@ def masked_mean(
 def mean_weights(mask: jax.Array, *, per: str = "sequence") -> jax.Array:
   """Weights w with `masked_mean(values, mask) == weighted_sum(values, w)`.
 
-  A mean of means does not survive cutting a batch into micro-batches; a weighted sum
-  does. Take the weights of the whole batch, cut them with it, and add up.
+  A mean of means changes if a batch is split into micro-batches; a weighted sum does
+  not. Take the weights of the whole batch, split them with it, and add up the sums.
 
   Args:
     mask: True where a token counts, `[..., T]`, bool (or 0 and 1).
     per: "sequence" or "token", as in `masked_mean`.
 
   Returns:
-    Weights, `[..., T]`, float32, >= 0, of sum 1, or 0 where no token counts.
+    Weights, `[..., T]`, float32, >= 0, with sum 1, or 0 if no token counts.
 
   Raises:
     ValueError: If `per` is unknown.
@@ -326,11 +326,11 @@ def mean_weights(mask: jax.Array, *, per: str = "sequence") -> jax.Array:
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-  """Σ w·x over the entries of non-zero weight; the others may even be NaN.
+  """Σ w·x over the entries with non-zero weight; the others may be NaN.
 
   Args:
     values: One value per token, `[..., T]`.
-    weights: From `mean_weights`, `[..., T]`; no gradient.
+    weights: From `mean_weights`, `[..., T]`; they get no gradient.
 
   Returns:
     The sum, a scalar, float32.
@@ -351,7 +351,7 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
 def _restrict(
   logits: jax.Array, ids_K: jax.Array, temperature: float, with_rest: bool
 ) -> jax.Array:
-  """Logits at ids, `[..., K]`, and with the rest as one more token `[..., K+1]`."""
+  """Logits at ids, `[..., K]`, or with the rest as one more token `[..., K+1]`."""
   logits_K = jnp.take_along_axis(logits, ids_K, axis=-1)
   if not with_rest:
     return logits_K
@@ -366,11 +366,11 @@ def _log_probs(
   """log-probabilities, renormalised `[..., K]` or with the bucket `[..., K+1]`."""
   scaled = _at_least_float32(logits_K) / temperature
   if logsumexp is not None:
-    whole = jnp.expand_dims(logsumexp, -1)
-    log_mass = jax.nn.logsumexp(scaled, axis=-1, keepdims=True) - whole
-    # 1 - mass is not resolved below eps, where rounding may even make it negative.
+    total = jnp.expand_dims(logsumexp, -1)
+    log_mass = jax.nn.logsumexp(scaled, axis=-1, keepdims=True) - total
+    # Below eps 1 - mass is not resolved, and rounding may make it negative.
     log_mass = jnp.minimum(log_mass, -jnp.finfo(log_mass.dtype).eps)
-    rest = whole + jnp.log(-jnp.expm1(log_mass))
+    rest = total + jnp.log(-jnp.expm1(log_mass))
     scaled = jnp.concatenate([scaled, rest], axis=-1)
   return jnp.maximum(jax.nn.log_softmax(scaled, axis=-1), _LOG_ZERO)
 
@@ -378,14 +378,13 @@ def _log_probs(
 def _kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
   """Σ a log(a/b) of two normalised distributions, as Σ [a log(a/b) - a + b].
 
-  The added terms sum to zero. With them no summand is negative and each is
-  stationary at a = b, so rounding in the normalisers enters squared: a plain sum
-  gives ±1e-7 for equal distributions, which a balance by the inverse of the loss
-  would blow up.
+  The added terms sum to 0. With them no summand is negative and each is stationary at
+  a = b, so rounding errors of the normalisers enter squared. A plain sum gives ±1e-7
+  for equal distributions, which a balance by the inverse of the loss would amplify.
   """
   a, b = jnp.exp(log_a), jnp.exp(log_b)
   gap = log_a - log_b
-  near = jnp.clip(gap, -1, 1)  # inside, a·expm1(-gap) is b - a without cancellation
+  near = jnp.clip(gap, -1, 1)  # within, a·expm1(-gap) is b - a without cancellation
   terms = jnp.where(jnp.abs(gap) < 1, a * (near + jnp.expm1(-near)), a * (gap - 1) + b)
   return jnp.sum(terms, axis=-1)
 

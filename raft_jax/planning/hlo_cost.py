@@ -1,11 +1,11 @@
-"""What a program costs: FLOPs from its jaxpr, collectives and traffic from its HLO.
+"""The cost of a program: FLOPs from its jaxpr, collectives and traffic from its HLO.
 
-A compiled program's own figures will not do: XLA counts the body of a loop once on TPU
-and gives none on GPU. Here every loop counts as often as it runs; one that may end
-early (a rollout whose rows have all ended) as often as it can.
+XLA's own figures are not usable: on TPU they count the body of a loop once, and on GPU
+there are none. Here the body of a loop counts once per iteration, and a loop that may
+end early (a rollout whose rows have all ended) counts with all its iterations.
 
-The text is what `jax.stages.Compiled.as_text` gives: the program of one device, so that
-all its sizes are a device's.
+The text is that of `jax.stages.Compiled.as_text`: the program of one device, so all
+sizes are per device.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ ATTENTION = {
   "dot_product_attention_fwd_wrapper": 2,
   "dot_product_attention_bwd_wrapper": 5,
 }
-"""Products of queries and keys, or of that size, in jax's primitives for cuDNN."""
+"""Matrix products of the size queries x keys in jax's primitives for cuDNN."""
 
 
 def flops(jaxpr: Any) -> float:
   """Multiplications and additions of all matrix products in a jaxpr, on all devices.
 
-  A product of [m, k] and [k, n] counts 2·m·k·n. Of a `cond` the dearest branch counts.
-  cuDNN's attention has two products forward; backward it computes the scores again, and
-  four gradients.
+  A product of [m, k] and [k, n] counts as 2·m·k·n, and a `cond` as its dearest branch.
+  cuDNN's attention has two products forward; backward it recomputes the scores and adds
+  four products for the gradients.
 
   Args:
     jaxpr: such as `jax.jit(f).trace(x).jaxpr.jaxpr`.
@@ -67,9 +67,9 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _bound(condition: Any) -> int:
-  """Most rounds of a loop that counts from 0: `i < n`, perhaps with other conditions.
+  """The most iterations of a loop that counts up to n: `i < n`, and other conditions.
 
-  A bound that is no literal counts as one round: there is none in our programs.
+  A bound that is not a literal counts as one iteration; our programs have none.
   """
   bounds = [
     int(equation.invars[1].val)
@@ -94,13 +94,14 @@ class Instruction(NamedTuple):
 
 
 class Module(NamedTuple):
-  """A compiled module: its computations by name, and which one is run."""
+  """A compiled module: its computations by name, and the one that runs first."""
 
   computations: dict[str, list[Instruction]]
   entry: str
 
   def types(self, computation: str) -> dict[str, str]:
-    return {one.name: one.type for one in self.computations[computation]}
+    """The type of each instruction of a computation, by name."""
+    return {line.name: line.type for line in self.computations[computation]}
 
 
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -139,7 +140,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """Index after the bracket that closes the first one."""
+  """The index after the bracket that closes the first one."""
   depth = 0
   for index, letter in enumerate(text):
     depth += (letter in "([{") - (letter in ")]}")
@@ -149,7 +150,7 @@ def _closing(text: str) -> int:
 
 
 def _parts(text: str) -> list[str]:
-  """What stands between the commas that are in no bracket."""
+  """Splits a text at the commas outside of brackets."""
   depth, parts = 0, [""]
   for letter in text:
     depth += (letter in "([{") - (letter in ")]}")
@@ -161,8 +162,8 @@ def _parts(text: str) -> list[str]:
 
 
 def size(kind: str) -> float:
-  """Bytes of an HLO type, of all arrays if it is a tuple."""
-  return sum(_bytes(found) for found in _ARRAY.finditer(kind))
+  """Bytes of an HLO type; of a tuple, those of all its arrays."""
+  return sum(_bytes(array) for array in _ARRAY.finditer(kind))
 
 
 def _bytes(array: re.Match[str]) -> float:
@@ -174,7 +175,7 @@ def _bytes(array: re.Match[str]) -> float:
 def _walk(
   module: Module, computation: str, times: int, *, into_fusions: bool
 ) -> Iterator[tuple[Instruction, str, int]]:
-  """Every instruction that runs, where it stands, and how often it does."""
+  """Every instruction that runs, with its computation and how often it runs."""
   for one in module.computations.get(computation, ()):
     yield one, computation, times
     inner, rounds = _CALLED.findall(one.attributes), 1
@@ -192,7 +193,7 @@ def _walk(
 
 
 def _rounds(module: Module, attributes: str) -> int:
-  """How often a loop runs: as XLA knows it, else the bound in its condition."""
+  """Iterations of a loop: XLA's own number, or else the bound in its condition."""
   known = _ROUNDS.search(attributes)
   if known:
     return int(known[1])
@@ -200,13 +201,13 @@ def _rounds(module: Module, attributes: str) -> int:
   inside = list(_walk(module, condition[1] if condition else "", 1, into_fusions=True))
   if not any("direction=LT" in one.attributes for one, _, _ in inside):
     return 1
-  # TPU keeps the bound beside the comparison or hands it into a fusion.
+  # TPU keeps the bound beside the comparison or passes it into a fusion.
   constants = (
     re.match(r"(\d+)$", one.operands[0])
     for one, _, _ in inside
     if one.op == "constant" and one.type.startswith("s32[]")
   )
-  return max((int(found[1]) for found in constants if found), default=1)
+  return max((int(bound[1]) for bound in constants if bound), default=1)
 
 
 # --- Collectives ----------------------------------------------------------------------
@@ -226,9 +227,9 @@ class Collective(NamedTuple):
   Attributes:
     kind: one of `KINDS`.
     type: HLO type of the result.
-    group: devices that take part together.
+    group: devices that take part in one operation.
     times: how often it runs.
-    wire: bytes that each device sends in all, by a ring.
+    wire: bytes that each device sends in total, with a ring algorithm.
   """
 
   kind: str
@@ -242,34 +243,34 @@ def collectives(module: Module, devices: int) -> list[Collective]:
   """Every collective of the program.
 
   Args:
-    devices: of the mesh; the group of a collective that names none.
+    devices: of the mesh; they are the group of a collective that names none.
   """
-  found, seen = [], set()
+  result, counted = [], set()
   for one, place, times in _walk(module, module.entry, 1, into_fusions=True):
     kind = one.op.removesuffix("-start")
     if kind not in KINDS:
       continue
     channel = re.search(r"channel_id=(\d+)", one.attributes)
-    # TPU spreads one all-gather over several fusions that share its channel.
-    if channel and (kind, times, channel[1]) in seen:
+    # TPU splits one all-gather into several fusions that share its channel.
+    if channel and (kind, times, channel[1]) in counted:
       continue
-    seen.add((kind, times, channel[1] if channel else one.name))
+    counted.add((kind, times, channel[1] if channel else one.name))
     types = module.types(place)
     given = sum(size(types.get(name, "")) for name in one.operands)
-    result = size(one.type)
+    output = size(one.type)
     if one.op.endswith("-start") and kind != "all-reduce":
-      result -= given  # its type lists the operands, too
+      output -= given  # its type also lists the operands
     if kind == "all-reduce" and place.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"
     group = _group(one.attributes, devices)
     share = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0}
-    wire = max(given, result) * share.get(kind, (group - 1) / group)
-    found.append(Collective(kind, one.type, group, times, times * wire))
-  return found
+    wire = max(given, output) * share.get(kind, (group - 1) / group)
+    result.append(Collective(kind, one.type, group, times, times * wire))
+  return result
 
 
 def _group(attributes: str, devices: int) -> int:
-  """Devices of a collective's group, in each of the three ways HLO writes it."""
+  """Devices in a collective's group, in any of HLO's three notations."""
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
   if mesh:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
@@ -284,7 +285,7 @@ def _group(attributes: str, devices: int) -> int:
 
 # --- Memory ---------------------------------------------------------------------------
 
-# They move nothing: names for what exists, or loops whose bodies are counted.
+# These move nothing: they name existing arrays, or are loops whose bodies count.
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"),
   *("conditional", "after-all", "partition-id", "replica-id", "opt-barrier"),
@@ -295,11 +296,11 @@ _SAME = ("bitcast", "reshape", "copy", "convert", "transpose")
 
 
 def traffic(module: Module) -> float:
-  """Bytes that the program reads from and writes to a device's memory; an estimate.
+  """Estimate of the bytes that the program reads from and writes to a device's memory.
 
-  What each instruction outside of fusions reads and writes. A slice of a stacked array
-  counts by itself, an update in place by what is new, and what TPU holds in its vector
-  memory as nothing. Caches between instructions are left out.
+  It sums what each instruction outside of fusions reads and writes. Of a stacked array
+  only the slice that is read counts, and of an update in place only the new part.
+  Arrays in TPU's vector memory do not count. Caches between instructions are ignored.
   """
   total = 0.0
   for one, place, times in _walk(module, module.entry, 1, into_fusions=False):
@@ -327,12 +328,12 @@ def _moved(module: Module, one: Instruction, types: Mapping[str, str]) -> float:
     if line.type.split("{")[0] in one.type:  # the result, written in place
       new = _in_memory(inside.get(line.operands[1], ""))
       result += new - _in_memory(line.type)
-  whole = sum(min(have, reads.get(index, have)) for index, have in enumerate(given))
-  return whole + max(result, 0.0)
+  read = sum(min(have, reads.get(index, have)) for index, have in enumerate(given))
+  return read + max(result, 0.0)
 
 
 def _reads(module: Module, body: list[Instruction]) -> dict[int, float]:
-  """Bytes a fusion reads of each parameter: of one that it slices, the slices."""
+  """Bytes that a fusion reads of each parameter; if it slices one, only the slices."""
   users: dict[str, list[tuple[Instruction, int]]] = {}
   for line in body:
     for index, name in enumerate(line.operands):
@@ -360,9 +361,9 @@ def _reads(module: Module, body: list[Instruction]) -> dict[int, float]:
 
 
 def _in_memory(kind: str) -> float:
-  """Bytes of a type, without what TPU holds on the chip: memory spaces S(1), ..."""
+  """Bytes of a type, without arrays in TPU's on-chip memory: spaces S(1), ..."""
   return sum(
-    _bytes(found) for found in _ARRAY.finditer(kind) if "S(" not in (found[3] or "")
+    _bytes(array) for array in _ARRAY.finditer(kind) if "S(" not in (array[3] or "")
   )
 
 
@@ -372,6 +373,6 @@ def largest(module: Module, count: int) -> list[tuple[str, float]]:
   for one, _, _ in _walk(module, module.entry, 1, into_fusions=False):
     if one.op in _FREE or "dynamic-update-slice" in one.name + one.op:
       continue
-    for found in _ARRAY.finditer(one.type):
-      made[f"{found[1]}[{found[2]}]"] = _bytes(found)
+    for array in _ARRAY.finditer(one.type):
+      made[f"{array[1]}[{array[2]}]"] = _bytes(array)
   return sorted(made.items(), key=lambda item: -item[1])[:count]

@@ -1,12 +1,12 @@
-"""Machines to plan for: what their makers state, and how to compile without them.
+"""Machines to plan for: their makers' figures, and how to compile without them.
 
 A topology is a word such as `a100_80:8` (GPUs), `a100_80:2x8` (nodes x GPUs), `v5e:4x4`
-(a TPU slice) or `cpu:8` (this machine as 8 devices: for trying, and for tests).
+(a TPU slice) or `cpu:8` (this machine as 8 simulated devices, for tests).
 
 Sources: NVIDIA's data sheets of A100 (312 TFLOP/s, NVLink 600 GB/s both ways) and H100
 SXM (989 TFLOP/s dense, 900 GB/s), with one 200 or 400 Gbit/s network card per GPU as in
-DGX A100 and DGX H100; Cloud TPU's pages of v5e, v5p and v6e. A slice smaller than a pod
-has no links that wrap around: a ring then sends over half of a chip's links.
+DGX A100 and DGX H100; Cloud TPU's pages on v5e, v5p and v6e. A slice smaller than a pod
+has no wrap-around links, so a ring uses half of a chip's links.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Chip(NamedTuple):
 
   Attributes:
     platform: "cuda", "tpu" or "cpu".
-    memory: bytes that a program may use; of TPUs, what libtpu 0.0.52 allows.
+    memory: bytes that a program may use; on TPUs, as many as libtpu 0.0.52 allows.
     peak: FLOP/s of bfloat16 matrix products.
-    bandwidth: bytes/s of its memory.
-    link: bytes/s that it sends to its neighbours, one way.
-    network: bytes/s that a node sends to others, per device.
-    sizes: topologies of rising size.
+    bandwidth: bytes/s of the device's memory.
+    link: bytes/s to the neighbouring devices, one way.
+    network: bytes/s to other nodes, per device.
+    sizes: topologies of increasing size.
   """
 
   platform: str
@@ -52,7 +52,7 @@ CHIPS = {
   "v5e": Chip("tpu", 15.75 * _GIB, 197e12, 819e9, 100e9, 0, _SQUARES),
   "v5p": Chip("tpu", 95.73 * _GIB, 459e12, 2765e9, 300e9, 0, _CUBES),
   "v6e": Chip("tpu", 31.24 * _GIB, 918e12, 1638e9, 200e9, 0, _SQUARES),
-  # Of no machine in particular: round numbers, for trying and for tests.
+  # No machine in particular: round numbers, for tests.
   "cpu": Chip("cpu", 16 * _GIB, 1e12, 100e9, 10e9, 0, ("1", "2", "4", "8", "16")),
 }
 
@@ -74,13 +74,13 @@ class Machine(NamedTuple):
 
   @property
   def link(self) -> float:
-    """Bytes/s a device sends in a ring over all; nodes share all their network."""
+    """Bytes/s that a device sends in a ring over all; a node shares its network."""
     if self.chip.platform != "cuda" or len(self.shape) == 1:
       return self.chip.link
     return min(self.chip.link, self.chip.network * self.shape[1])
 
   def usable(self, share: float) -> float:
-    """Bytes of a device that a program may hold; `share` is what JAX takes of a GPU."""
+    """Bytes of a device that a program may use; JAX takes `share` of a GPU's memory."""
     return self.chip.memory * (share if self.chip.platform == "cuda" else 1.0)
 
 
@@ -88,7 +88,7 @@ def parse(topology: str) -> Machine:
   """The machine that a word such as `v5e:4x4` names.
 
   Raises:
-    errors.UserError: it names none.
+    errors.UserError: there is no such machine.
   """
   kind, _, size = topology.partition(":")
   if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){0,2}", size):
@@ -108,7 +108,7 @@ def parse(topology: str) -> Machine:
 
 
 def ladder(kind: str) -> list[Machine]:
-  """Machines of a kind, from the smallest on."""
+  """The machines of a kind, the smallest first."""
   return [parse(f"{kind}:{size}") for size in CHIPS[kind].sizes]
 
 
@@ -119,18 +119,18 @@ PACKAGES = {
   "tpu": ("libtpu",),
   "cpu": (),
 }
-"""What compiling for a platform needs beside jax; the extra `plan` installs it."""
+"""Modules that compiling for a platform needs besides jax, from the extra `plan`."""
 
 
 def environment(machine: Machine) -> dict[str, str]:
-  """Variables of a process that compiles for a machine, to be set before it starts.
+  """Environment of a process that compiles for a machine.
 
-  jax itself must run on the CPU, or it looks for the device; libtpu else asks where it
-  runs, and takes a lock that only one process may hold.
+  jax itself must run on the CPU, or it would look for the device. libtpu would query
+  where it runs, and take a lock that only one process may hold.
   """
   common = {
     "JAX_PLATFORMS": "cpu",
-    # What comes from this cache brings no text; what goes in would fill the disk.
+    # Cached programs have no HLO text, and new entries would fill the disk.
     "JAX_ENABLE_COMPILATION_CACHE": "false",
   }
   if machine.chip.platform == "cpu":
@@ -139,7 +139,7 @@ def environment(machine: Machine) -> dict[str, str]:
   return {
     **common,
     "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: only its form is looked at
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any value of the right form
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -155,21 +155,21 @@ def devices(machine: Machine) -> list[Any]:
   if platform == "cpu":
     return jax.devices()
   if platform == "tpu":
-    found = topologies.get_topology_desc(machine.topology, platform="tpu")
+    topology = topologies.get_topology_desc(machine.topology, platform="tpu")
   else:
     nodes, gpus = (1, *machine.shape)[-2:]
-    found = topologies.get_topology_desc(
+    topology = topologies.get_topology_desc(
       platform="cuda",
       topology=f"1x{nodes}x{gpus}",
       target_config=_gpu_target(machine.kind),
     )
-  return list(found.devices)
+  return list(topology.devices)
 
 
 def pretend_cudnn(machine: Machine) -> None:
-  """Lets jax trace cuDNN's attention in a process without cuDNN and without GPU.
+  """Lets jax trace cuDNN's attention in a process without cuDNN and without a GPU.
 
-  jax 0.10.2 asks the device for both, in private functions; compiling needs neither.
+  jax 0.10.2 checks both in private functions, though compiling needs neither.
   """
   from jax._src.cudnn import fused_attention_stablehlo as attention
 
@@ -179,7 +179,7 @@ def pretend_cudnn(machine: Machine) -> None:
 
 
 class _Gpu(NamedTuple):
-  """What XLA's compiler asks of a GPU beside its memory."""
+  """The properties of a GPU that XLA's compiler needs, besides its memory."""
 
   name: str
   cores: int
@@ -195,8 +195,10 @@ _H100 = _Gpu("NVIDIA H100 80GB HBM3", 132, 128, 233472, 52428800, 1.98, 9)
 
 
 def _gpu_target(kind: str) -> str:
-  """Text of stream_executor's GpuTargetConfigProto; openxla/xla keeps such files in
-  xla/backends/gpu/target_config/specs."""
+  """The text of stream_executor's GpuTargetConfigProto for a GPU.
+
+  openxla/xla keeps such files in xla/backends/gpu/target_config/specs.
+  """
   gpu, chip = _H100 if kind == "h100" else _A100, CHIPS[kind]
   feature = " feature_extension: ACCELERATED_FEATURES" if gpu.capability == 9 else ""
   fields = {

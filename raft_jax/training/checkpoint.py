@@ -1,11 +1,11 @@
 """Saving and restoring a run with Orbax: state, identity, and whole steps only.
 
 A step is listed once it is complete on disk, so a killed run finds either the previous
-checkpoint or the next, never half of one. Beside the arrays lies `meta`: what the run
-is (model, data, tokenizer) and a fingerprint of every leaf, because Orbax restores a
-flipped bit in array data without noticing (seen with orbax 0.12.8). A seal names every
-file with its size, and with its digest unless it is large: then the fingerprints are
-what tells.
+checkpoint or the next, never half of one. `meta` is stored beside the arrays: what the
+run is (model, data, tokenizer) and a fingerprint of every leaf, because Orbax restores
+a flipped bit in array data without an error (orbax 0.12.8). A seal lists every file
+with its size and, unless the file is large, its digest; large files are checked by the
+fingerprints.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from raft_jax.runtime import distributed
 
 FOLDER = "checkpoints"
 BEST = "best"
-"""Holds the parameters of the best step, where a run is watched."""
+"""The folder with the parameters of the best step, if the run is validated."""
 SEAL = "seal.json"
 UNSEALED = "_CHECKPOINT_METADATA"
-"""Gets the time of the commit when all else is sealed; no array hangs on it."""
+"""Orbax writes the time of the commit here after the seal; no array depends on it."""
 LARGE = 64 * 2**20
-"""Bytes from which on a file's digest would cost more than its arrays' fingerprints."""
+"""Bytes of a file above which a digest would cost more than the fingerprints."""
 
 
 class Damaged(errors.UserError):
-  """A checkpoint that is not what was saved; the message says how to go on."""
+  """A checkpoint differs from what was saved; the message says how to continue."""
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's, which leaves it to the training loop to ask whether to stop.
+  """Orbax's manager, without its own check whether to stop.
 
-  Its background thread would ask about a step that is over. jax takes the step last
-  asked about for the one that this process is at, and could agree on one it has passed.
+  Only the training loop may check. Orbax's background thread would ask jax about a step
+  that is over; jax takes the last step asked about as the current one, so the processes
+  could agree to stop at a step that one of them has passed.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -60,13 +61,12 @@ def manager(
 ) -> Iterator[Any]:
   """Orbax's manager of a folder of checkpoints; saves in the background.
 
-  Leaving the context waits for the last save and raises what it raised: a failed save
-  is never swallowed.
+  On exit it waits for the last save and raises its error, if it failed.
 
   Args:
     output: the run's folder.
-    keep: older checkpoints than so many are deleted; None leaves them to `drop`.
-    name: of the folder of checkpoints in it.
+    keep: how many of the latest checkpoints are kept; None keeps all until `drop`.
+    name: of the folder of checkpoints in the run's folder.
   """
   _hush()
   folder = pathlib.Path(output).resolve() / name
@@ -84,7 +84,7 @@ def manager(
 
 
 def _hush() -> None:
-  """Orbax logs what it also raises: a page of traceback around our one line."""
+  """Silences Orbax, which also logs a traceback for every error that it raises."""
   logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
@@ -92,13 +92,14 @@ def _hush() -> None:
 def fingerprints(tree: Any) -> Any:
   """Two wrap-around sums of the bits of each leaf, the second weighted by position.
 
-  Equal on any sharding; a flipped bit or swapped rows change them. uint32 [2] a leaf.
+  They do not depend on the sharding; a flipped bit or swapped rows change them. uint32
+  [2] per leaf.
   """
 
   def of_leaf(leaf):
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    # Not by flattening, which would gather what lies on several devices.
+    # Flattening would gather arrays that are sharded over devices.
     place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):
       along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
@@ -113,7 +114,7 @@ def named_fingerprints(tree: Any) -> dict[str, list[int]]:
   """Fingerprints by the path of the leaf, ready for JSON."""
   leaves = jax.tree_util.tree_leaves_with_path(distributed.whole(fingerprints(tree)))
   return {
-    # Simple names: those of a NamedTuple and of the dict that Orbax makes of it agree.
+    # Simple names are the same for a NamedTuple and for the dict that Orbax restores.
     jax.tree_util.keystr(path, simple=True, separator="/"): [
       int(part) for part in value
     ]
@@ -122,7 +123,7 @@ def named_fingerprints(tree: Any) -> dict[str, list[int]]:
 
 
 def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
-  """Starts saving `state` under `step`; returns once the arrays may be donated."""
+  """Starts to save `state` under `step`; returns when the arrays may be donated."""
   meta = {
     "identity": identity,
     "fingerprints": named_fingerprints(state),
@@ -138,7 +139,7 @@ def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
 
 
 def commit(orbax: Any) -> None:
-  """Waits until what was saved is on the disk; raises what the saving raised."""
+  """Waits until all saves are on disk; raises the error of one that failed."""
   with _writable(orbax.directory):
     orbax.wait_until_finished()
     orbax.check_for_errors()
@@ -153,14 +154,16 @@ def drop(orbax: Any, steps: Iterable[int]) -> None:
 def check_latest(
   orbax: Any, identity: dict[str, Any], *, on_corrupt: str = "stop"
 ) -> int | None:
-  """The newest step, if there is one, after checking that it is whole and of this run.
+  """The newest step, or None, after a check that it is intact and belongs to this run.
+
+  Reads no large file.
 
   Args:
     identity: what the run is.
-    on_corrupt: "previous" sets a damaged step aside and goes on to the one before.
+    on_corrupt: "previous" sets a damaged step aside and checks the one before it.
 
   Raises:
-    errors.UserError: it is damaged, or of another run; nothing large was read.
+    errors.UserError: it is damaged, or belongs to another run.
   """
   while (step := orbax.latest_step()) is not None:
     folder = pathlib.Path(orbax.directory / str(step))
@@ -182,14 +185,15 @@ def restore(
 ) -> tuple[Any, int]:
   """Restores the newest checkpoint into the shapes and shardings of `abstract`.
 
-  They may be those of other devices, or other processes, than it was saved from.
+  The run may have been saved from other devices or processes. Call `check_latest`
+  first.
 
   Args:
-    identity: what the run is; also asked of a step that is gone back to.
-    on_corrupt: as for `check_latest`, which comes first.
+    identity: what the run is; an earlier step that is restored instead must match it.
+    on_corrupt: as in `check_latest`.
 
   Raises:
-    errors.UserError: when its bytes changed on disk.
+    errors.UserError: its bytes changed on disk.
   """
   while True:
     step = orbax.latest_step()
@@ -210,13 +214,13 @@ def restore(
 def _step_back(
   orbax: Any, folder: pathlib.Path, damage: Damaged, on_corrupt: str
 ) -> None:
-  """Sets a damaged step aside, loudly, if that is wanted and another one is left."""
+  """Sets a damaged step aside with a warning, if `on_corrupt` allows it."""
   if on_corrupt != "previous" or not _earlier(folder):
     raise damage
   aside = folder.with_name(f"damaged-{folder.name}")
   print(
     f"WARNING: {damage}\nWARNING: set aside as {aside}; going back to step "
-    f"{max(_earlier(folder))}, and the steps since then are trained again"
+    f"{max(_earlier(folder))}; the steps since then are trained again"
   )
 
   def move() -> None:
@@ -229,7 +233,7 @@ def _step_back(
 
 
 def _earlier(folder: pathlib.Path) -> list[int]:
-  """The steps saved before the one in `folder`, as far as their names tell."""
+  """The steps saved before the one in `folder`, by the names of their folders."""
   steps = [int(path.name) for path in folder.parent.glob("*") if path.name.isdigit()]
   return [step for step in steps if step < int(folder.name)]
 
@@ -247,13 +251,13 @@ def _remedy(folder: pathlib.Path) -> str:
 
 
 def steps(output: str | pathlib.Path, name: str = FOLDER) -> list[int]:
-  """The steps that a folder of checkpoints holds, in no order."""
+  """The steps in a folder of checkpoints, in no particular order."""
   folder = pathlib.Path(output).resolve() / name
   return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
 
 
 def require(output: str | pathlib.Path, name: str = FOLDER) -> None:
-  """Raises UserError where a folder holds no checkpoint; reads none."""
+  """Raises UserError if a folder holds no checkpoint; reads none."""
   if not steps(output, name):
     raise errors.UserError(
       f"{pathlib.Path(output).resolve() / name}: no checkpoint; run `python -m"
@@ -272,14 +276,14 @@ def restore_params(
   Args:
     output: the run's folder.
     shapes: tree of the parameters that the run trains.
-    identity: those parts of the run's that must be as they were saved.
+    identity: the parts of the run's identity that must match.
     name: of the folder of checkpoints.
 
   Returns:
-    The float32 parameter tree and the step it was saved at.
+    The float32 parameter tree and the step of its checkpoint.
 
   Raises:
-    errors.UserError: when there is no checkpoint, or it is of another model.
+    errors.UserError: there is no checkpoint, or it belongs to another model.
   """
   require(output, name)
   folder = pathlib.Path(output).resolve() / name
@@ -291,7 +295,7 @@ def restore_params(
     )
   }
   _hush()
-  # Not `manager`: reading must not clean up what a running training writes.
+  # Not `manager`, which would clean up what a running training is writing.
   with ocp.CheckpointManager(folder) as orbax:
     step = orbax.latest_step()
     place, meta = folder / str(step), _restore_meta(orbax, step)
@@ -315,7 +319,7 @@ def restore_params(
 def check_identity(
   folder: pathlib.Path, saved: dict[str, Any], identity: dict[str, Any]
 ) -> None:
-  """Raises UserError naming the first part in which two runs differ."""
+  """Raises UserError with the first part in which two runs differ."""
   for key in sorted({*saved, *identity}):
     if saved.get(key) != identity.get(key):
       raise errors.UserError(
@@ -325,10 +329,10 @@ def check_identity(
 
 
 def check_fingerprints(
-  folder: pathlib.Path, saved: dict[str, list[int]], found: dict[str, list[int]]
+  folder: pathlib.Path, saved: dict[str, list[int]], restored: dict[str, list[int]]
 ) -> None:
-  """Raises Damaged when restored arrays are not bit for bit those saved."""
-  changed = [name for name, value in found.items() if saved.get(name) != value]
+  """Raises Damaged if restored arrays are not bit for bit the saved ones."""
+  changed = [name for name, value in restored.items() if saved.get(name) != value]
   if changed:
     raise Damaged(
       f"{folder}: the bytes of {changed[0]} (and {len(changed) - 1} more) are not "
@@ -340,16 +344,18 @@ def check_fingerprints(
 
 
 def _seal_unnamed(folder: pathlib.Path) -> None:
-  """Seals the step that is complete but for its name, which Orbax gives it last."""
+  """Seals a step that is complete except for its name, which Orbax gives it last."""
   if distributed.is_primary():
     for step in folder.glob("*.orbax-checkpoint-tmp*"):
       seal(step)
 
 
 def seal(step: pathlib.Path) -> None:
-  """Writes down size and digest of every file of a step."""
+  """Stores size and digest of every file of a step."""
   files = {
-    path.relative_to(step).as_posix(): _measure(path, path.stat().st_size < LARGE)
+    path.relative_to(step).as_posix(): _size_and_digest(
+      path, with_digest=path.stat().st_size < LARGE
+    )
     for path in sorted(step.rglob("*"))
     if path.is_file() and path.name not in (UNSEALED, SEAL)
   }
@@ -360,7 +366,7 @@ def check_seal(step: pathlib.Path, *, sealed: bool = False) -> None:
   """Compares every file of a step with its seal.
 
   Args:
-    sealed: that there is no seal is damage, too.
+    sealed: whether a missing seal counts as damage.
 
   Raises:
     Damaged: names the file.
@@ -380,14 +386,14 @@ def check_seal(step: pathlib.Path, *, sealed: bool = False) -> None:
     raise Damaged(f"{path}: damaged; {_remedy(step)}")
   for name, (size, digest) in files.items():
     file = step / name
-    found = _measure(file, digest is not None) if file.is_file() else None
-    if found != [size, digest]:
-      what = "missing" if found is None else "not what was saved"
-      raise Damaged(f"{file}: {what}; {_remedy(step)}")
+    if not file.is_file():
+      raise Damaged(f"{file}: missing; {_remedy(step)}")
+    if _size_and_digest(file, with_digest=digest is not None) != [size, digest]:
+      raise Damaged(f"{file}: not what was saved; {_remedy(step)}")
 
 
-def _measure(path: pathlib.Path, whole: bool) -> list[Any]:
-  digest = hashlib.sha256(path.read_bytes()).hexdigest() if whole else None
+def _size_and_digest(path: pathlib.Path, *, with_digest: bool) -> list[Any]:
+  digest = hashlib.sha256(path.read_bytes()).hexdigest() if with_digest else None
   return [path.stat().st_size, digest]
 
 
@@ -404,24 +410,24 @@ def _restore_meta(orbax: Any, step: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _writable(folder: Any) -> Iterator[None]:
-  """Turns Orbax's many ways to fail on a full or read-only disk into one error."""
+  """Turns Orbax's many errors on a full or read-only disk into one clear error."""
   try:
     yield
-  except Exception as error:  # a failed write surfaces as whatever its thread raised
+  except Exception as error:  # a failed write raises whatever its thread raised
     free = shutil.disk_usage(folder).free / 2**30
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise errors.UserError(
       f"{folder}: the checkpoint was not saved ({reason[:200]}; {free:.1f} GiB free); "
-      "earlier ones are whole: mend the disk and rerun the same command"
+      "earlier ones are intact: free or repair the disk and rerun the same command"
     ) from error
 
 
 @contextlib.contextmanager
 def _readable(folder: Any) -> Iterator[None]:
-  """Turns Orbax's many ways to fail on damaged files into one clear error."""
+  """Turns Orbax's many errors for damaged files into one clear error."""
   try:
     yield
-  except Exception as error:  # Orbax raises bare ones, too, for damaged files
+  except Exception as error:  # for damaged files Orbax also raises plain Exceptions
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise Damaged(
       f"{folder}: cannot be restored ({reason[:200]}); {_remedy(pathlib.Path(folder))}"

@@ -51,9 +51,7 @@ def train(
   schedule, state, done = plan.schedule, start.state, start.step
   replayer, build_teacher_context = start.replayer, context_builder(plan, inputs)
   stopwatch = programs_lib.Stopwatch()
-  read = functools.partial(
-    read_metrics, plan=plan, inputs=inputs, replayer=replayer, stopwatch=stopwatch
-  )
+  read = functools.partial(read_metrics, plan, inputs, replayer, stopwatch)
   compiled: set[tuple[int, ...]] = set()
   pending: programs_lib.Dispatched | None = None  # dispatched, but not read yet
   for step, batch in enumerate(batching.iterate(inputs.dataset, start_step=done), done):
@@ -131,12 +129,11 @@ def padded_widths(batch: batching.Batch) -> tuple[int, ...]:
 
 
 def read_metrics(
-  dispatched: programs_lib.Dispatched,
-  *,
   plan: run_plan.RunPlan,
   inputs: run_inputs.RunInputs,
   replayer: mssr.Replayer | None,
   stopwatch: programs_lib.Stopwatch,
+  dispatched: programs_lib.Dispatched,
 ) -> dict[str, float]:
   """Waits for a step and returns its metrics; updates the memory of the replay.
 

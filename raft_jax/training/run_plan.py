@@ -159,8 +159,7 @@ def make_plan(
     config, balancer, rate, split.shapes, decoder, total_steps
   )
   abstract_state, shardings = state_shardings(mesh, split, optimizer)
-  platform = mesh.devices.flat[0].platform
-  settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform)
+  settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform(mesh))
   rollouts = make_rollouts(config.rollout, distill, train.seed, pad_id)
   programs = programs_lib.compile_programs(
     settings,
@@ -237,13 +236,9 @@ def make_settings(
   decoder: transformer.DecoderConfig,
   teacher_decoder: transformer.DecoderConfig | None,
   eos_ids: tuple[int, ...],
-  platform: str,
+  device_platform: str,
 ) -> objective.Settings:
-  """The values of a step that are fixed for a run.
-
-  Args:
-    platform: of the devices, as JAX names it.
-  """
+  """The values of a step that are fixed for a run."""
   model, distill, unroll = config.model, config.distill, config.model.unroll
   return objective.Settings(
     decoder=decoder,
@@ -252,7 +247,7 @@ def make_settings(
     remat=model.remat,
     unroll=unroll,
     attention=model.attention,
-    rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, platform),
+    rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, device_platform),
     micro_batches=config.train.micro_batches,
     cross_entropy=config.train.cross_entropy,
     loss_mean=config.train.loss_mean,
@@ -355,9 +350,10 @@ def check(
 
 def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> None:
   """Raises UserError if cuDNN's attention cannot run this model on these devices."""
-  platform = mesh.devices.flat[0].platform
-  if platform != "gpu":
-    reason = f"runs on NVIDIA GPUs, and the devices here are of platform {platform}"
+  if platform(mesh) != "gpu":
+    reason = (
+      f"runs on NVIDIA GPUs, and the devices here are of platform {platform(mesh)}"
+    )
   elif decoder.attention_softcap is not None:
     reason = f"cannot cap the attention scores, as {source} does"
   elif decoder.head_dim % 8 or decoder.head_dim > 256:
@@ -370,7 +366,12 @@ def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> 
   raise errors.UserError(f"model.attention: cudnn {reason}; use xla")
 
 
-# --- Shapes and shardings -------------------------------------------------------------
+# --- Devices, shapes and shardings ----------------------------------------------------
+
+
+def platform(mesh: Mesh) -> str:
+  """The platform of a mesh's devices, as JAX names it."""
+  return mesh.devices.flat[0].platform
 
 
 def param_shardings(

@@ -258,7 +258,7 @@ def test_steps_without_a_look_are_not_waited_for(start, monkeypatch):
   def noted(name, function):
     def call(*args, **options):
       result = function(*args, **options)
-      step = result[1].step if name == "run" else args[0].step
+      step = result[1].step if name == "run" else args[-1].step
       events.append((name, step + 1))
       return result
 

@@ -29,6 +29,7 @@ from raft_jax.training import (
   optim,
   run_inputs,
   run_plan,
+  step_memory,
   trained_model,
 )
 from tests.helpers import short_run, tiny_decoder, tiny_run, tiny_step
@@ -355,6 +356,15 @@ def test_the_teacher_is_the_frozen_base_and_no_copy(trained, tmp_path, dtype):
     assert ours.dtype == dtype
 
   jax.tree.map(same, {name: frozen[name] for name in teacher}, teacher)
+  # The memory check counts the same arrays, and what they share once.
+  shapes = step_memory.reference_shapes(plan)
+
+  def describe(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype)), tree)
+
+  assert describe((shapes.frozen, shapes.teacher)) == describe((frozen, teacher))
+  counted = {id(leaf) for leaf in jax.tree.leaves(shapes.frozen)}
+  assert all(id(leaf) in counted for leaf in jax.tree.leaves(shapes.teacher))
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("f4")}
 
 

@@ -73,6 +73,24 @@ def test_a_step_takes_its_state_and_less_in_parts_or_recomputed(tmp_path):
   assert sizes["recomputed"] < sizes["whole"] / 2
 
 
+def test_a_base_model_that_only_validation_reads_counts(tmp_path):
+  """In float32, as it is loaded where all parameters are trained."""
+  sizes = []
+  for name, sections in {
+    "sft": {},
+    "watched": {
+      "data": {"validation": "held_out.jsonl"},
+      "watch": {"drift": {"prompts": "absent.jsonl"}},
+    },
+  }.items():
+    folder = tmp_path / name
+    folder.mkdir()
+    plan = make_plan(folder, method="sft", **sections)
+    shapes = step_memory.reference_shapes(plan)
+    sizes.append(step_memory.bytes_per_device(shapes))
+  assert sizes == [0, 4 * bare_model.COUNT]
+
+
 def test_a_containers_limit_counts_where_it_is_less(tmp_path, monkeypatch):
   machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   files = [tmp_path / name for name in ("memory.max", "limit_in_bytes")]
