@@ -150,9 +150,10 @@ def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
     if rate_N:
       median = html_page.number(statistics.median(rate_N), 0)
       rows.append((f"train: {phase}", None, f"median {median} tokens/s"))
-  looks_N = run_folder.series(run, "validation_seconds")[1]
-  if looks_N:
-    rows.append(("train: looks", sum(looks_N), f"{len(looks_N)} looks"))
+  validation_N = run_folder.series(run, "validation_seconds")[1]
+  if validation_N:
+    count = f"{len(validation_N)} validations"
+    rows.append(("train: validation", sum(validation_N), count))
   for who, seconds in (run.scores.get("seconds") or {}).items():
     rows.append((f"evaluate: {who}", seconds, ""))
   return rows

@@ -26,7 +26,8 @@ from raft_jax.config import cli, schema
 from raft_jax.data import batching
 from raft_jax.distillation import objective
 from raft_jax.distillation import step as step_lib
-from raft_jax.evaluation import validation
+from raft_jax.evaluation import early_stopping
+from raft_jax.evaluation import validation as validation_lib
 from raft_jax.hf import chat
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed, interrupts, progress
@@ -178,13 +179,13 @@ def reporter(
   log: metrics_log.Log | None,
   bar: progress.Progress | None,
   replayer: mssr.Replayer | None,
-  watcher: validation.Watcher | None,
+  validation: validation_lib.PeriodicValidation | None,
   faults: distributed.DeferredErrors,
 ) -> Callable[..., None]:
   """A function that waits for a step and, where there are any, moves log and bar.
 
-  Given the parameters after the step, too, it has the watcher look at them. What goes
-  wrong with the log is kept in `faults`.
+  Given the parameters after the step, too, it has the validation measure them. What
+  goes wrong with the log is kept in `faults`.
   """
   last = time.perf_counter()
 
@@ -197,9 +198,9 @@ def reporter(
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now
     values["learning_rate"] = float(built.rates[dispatched.step])
-    if watcher is not None and params is not None:
-      # The step's values were found finite: the panel is not asked about a NaN.
-      values |= watcher.look(dispatched.step + 1, params)
+    if validation is not None and params is not None:
+      # The step's values are finite: a step that diverged is not validated.
+      values |= validation.run(dispatched.step + 1, params)[0]
       last = time.perf_counter()
       values["validation_seconds"] = last - now
     if log is not None:
@@ -231,13 +232,14 @@ def loop(
   start: int,
   *,
   replayer: mssr.Replayer | None,
-  watcher: validation.Watcher | None,
+  validation: validation_lib.PeriodicValidation | None,
   report: Callable[..., None],
   save: Callable[[int, step_lib.TrainState], None],
   stops: Callable[[int], bool],
 ) -> int:
-  """Trains from step `start` to the end, until `stops` or the watcher says that it is
-  over; returns the steps done.
+  """Trains from step `start` to the end, or until `stops` or the validation ends it.
+
+  Returns the number of steps done.
 
   A signal stops the first step between its programs, which may compile for minutes:
   there is nothing to save yet. Later ones end and are saved.
@@ -274,9 +276,9 @@ def loop(
       report(pending)
     pending, done = dispatched, step + 1
     stopping = stops(done)  # once: a signal may come between two askings
-    if watcher is not None and watcher.due(done):
+    if validation is not None and validation.due(done):
       report(pending, state.params)  # before the next step takes their buffers
-      pending, stopping = None, stopping or watcher.verdict.over
+      pending, stopping = None, stopping or validation.status.over
     if done == run.total_steps or stopping or done % config.train.checkpoint_every == 0:
       # The metrics of a step are read before it is saved: a NaN never is.
       if pending is not None:
@@ -310,7 +312,13 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     run = distributed.run_on_all(lambda: setup.prepare(config))
     interrupts.check()
     distributed.assert_same({**setup.facts(config, run), **distributed.versions()})
-    panel = validation.read(config, run.tokenizer, run.decoder)
+    validation_set = validation_lib.read(
+      config.validation,
+      config.data,
+      run.tokenizer,
+      run.decoder,
+      source=config.model.source,
+    )
     built = setup.build(config, run)
     print(sharding.describe(run.mesh))
     enter(output, stack, leads=leads)
@@ -320,11 +328,15 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     )
     newest = checkpoint.check_latest(orbax, run.identity, on_corrupt=on_corrupt)
     if newest is not None:
-      known = validation.so_far(config, newest)
-      if newest == run.total_steps or known.over:
+      status = early_stopping.status_at(config.validation, output, newest)
+      if newest == run.total_steps or status.over:
         print(f"already trained: {orbax.directory / str(newest)}")
         if config.validation is not None:
-          print(validation.summary(config, known, newest, run.total_steps))
+          print(
+            early_stopping.summary(
+              config.validation, status, step=newest, total_steps=run.total_steps
+            )
+          )
         return
     interrupts.check()
     distributed.run_on_all(lambda: step_memory.check(config, run, built))
@@ -345,7 +357,9 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
 
     with (
       journals(config, run, start, leads=leads) as (log, bar),
-      validation.watching(config, run, built, beside, panel, orbax, start) as watcher,
+      validation_lib.during_training(
+        config, run, built, beside, validation_set, orbax, start
+      ) as validation,
     ):
       done = loop(
         config,
@@ -355,18 +369,25 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
         beside,
         start,
         replayer=replayer,
-        watcher=watcher,
+        validation=validation,
         report=reporter(
           *(run, built, chat.leak_phrases(config.distill.teacher_context), log, bar),
-          *(replayer, watcher, faults),
+          *(replayer, validation, faults),
         ),
         save=save,
         stops=distributed.stops,
       )
   if leads:
     finish(output, start, done, run.total_steps, time.perf_counter() - began)
-    if watcher is not None:
-      print(validation.summary(config, watcher.verdict, done, run.total_steps))
+    if validation is not None and config.validation is not None:
+      print(
+        early_stopping.summary(
+          config.validation,
+          validation.status,
+          step=done,
+          total_steps=run.total_steps,
+        )
+      )
   if interrupts.received:
     raise interrupts.Stopped(interrupts.status())
 

@@ -2,9 +2,9 @@
 
 At the learning rates that validation chose, methods stand beside the base model and
 against SFT; at equal loss every setting stands beside SFT that learned as much. All
-numbers have 95 % intervals over items (`bootstrap`); of several seeds each item's
-mean counts, over those seeds that measured the score. Of several domains the mean over
-domains is given, of settings that all of them have.
+numbers have 95 % intervals over items (`evaluation.intervals`); of several seeds each
+item's mean counts, over those seeds that measured the score. Of several domains the
+mean over domains is given, of settings that all of them have.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax.evaluation import bootstrap
+from raft_jax.evaluation import intervals
 from raft_jax.reporting import sweep_results
 
 Domains = Mapping[str, Sequence[sweep_results.Run]]
 Samples = np.ndarray | None
-"""float64 [S] as of `bootstrap.means`, or None where it was not measured."""
+"""float64 [S] as of `intervals.resampled_means`, or None where it was not measured."""
 
 
 class Measure(NamedTuple):
@@ -178,7 +178,9 @@ def _line(
 
 
 def _read_off(line: Line, fit: Samples) -> Samples:
-  return None if fit is None or len(line) < 2 else bootstrap.read_off(line, fit)
+  return (
+    None if fit is None or len(line) < 2 else intervals.interpolate_samples(line, fit)
+  )
 
 
 def _of(
@@ -220,7 +222,7 @@ def _mean(parts: Sequence[Samples]) -> Samples:
 def _cells(scores: Mapping[str, Samples]) -> dict[str, dict[str, float]]:
   """{value, low, high} of what was measured."""
   found = {
-    name: bootstrap.describe(samples)
+    name: intervals.describe_samples(samples)
     for name, samples in scores.items()
     if samples is not None
   }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax.evaluation import bootstrap
+from raft_jax.evaluation import intervals
 from raft_jax.reporting import html_page, method_comparison, sweep_plots, sweep_results
 from raft_jax.storage import atomic
 
@@ -97,7 +97,7 @@ def drift_at(curve: Sequence[tuple[float, float]], loss: float | None) -> float 
   if loss is None or len(curve) < 2:
     return None
   points = [(np.array([x]), np.array([y])) for x, y in curve]
-  drift = float(bootstrap.read_off(points, np.array([loss]))[0])
+  drift = float(intervals.interpolate_samples(points, np.array([loss]))[0])
   return None if np.isnan(drift) else drift
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.evaluation import bootstrap
+from raft_jax.evaluation import intervals
 
 Run = Mapping[str, Any]
 """One run of a sweep, as `sweep.json` has it."""
@@ -28,46 +28,8 @@ second alone one is chosen."""
 SFT = "sft"
 """A run's method."""
 
-ITEM_SCORES = (
-  "validation_loss",
-  "held_out_loss",
-  "rouge_l",
-  "similarity",
-  "d_acc",
-  "open_ended",
-  "ifeval_prompt_strict",
-  "ifeval_instruction_strict_but_no_comma",
-  "mmlu",
-  "drift",
-)
-"""Scores that are compared item by item, beside those of tasks."""
-
 TASK = "task_"
 """How the names of lm-evaluation-harness' scores begin."""
-
-
-def items_of(evaluation: pathlib.Path) -> dict[str, Any]:
-  """The scores to compare of an evaluation's `items.json`, with five digits each."""
-  path = evaluation / "items.json"
-  if not path.exists():  # evaluated by an earlier version
-    return {}
-  found = json.loads(path.read_text(encoding="utf-8"))
-  kept = {}
-  for name, score in found.items():
-    if name in ITEM_SCORES or name.startswith(TASK):
-      kept[name] = {
-        "items": score["items"][:16],
-        **{
-          who: None if score[who] is None else short(score[who])
-          for who in ("base", "trained", "weights")
-        },
-      }
-  return kept
-
-
-def short(numbers: Sequence[float]) -> list[float]:
-  """Five digits of each."""
-  return [float(f"{number:.5g}") for number in numbers]
 
 
 def read(output: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
@@ -228,7 +190,7 @@ def having(runs: Sequence[Run], name: str) -> list[Run]:
 
 def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray | None:
   """A score of a setting, each item's mean over the runs that have it: [S] of
-  `bootstrap.means`.
+  `intervals.resampled_means`.
 
   None where no run has measured it.
 
@@ -243,4 +205,4 @@ def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray 
   count = len(first["trained"])
   values_M = np.mean([score[who] or [0.0] * count for score in scores], axis=0)
   weights_M = None if first["weights"] is None else np.array(first["weights"])
-  return bootstrap.means(values_M, first["items"], weights_M)
+  return intervals.resampled_means(values_M, first["items"], weights_M)

@@ -12,8 +12,8 @@ import time
 
 import jax
 
-from raft_jax import sweep
 from raft_jax.config import load as config_load
+from raft_jax.config import sweep_runs
 from raft_jax.models import sharding
 from raft_jax.training import initial_state, setup
 
@@ -23,7 +23,7 @@ ROUNDS = 4
 def main(folder: str) -> None:
   answers = "data.answers=original"
   base = config_load.load("configs/sweeps/top_k.yaml", [f"output={folder}", answers])
-  runs = [run.config for run in sweep.expand(base)]
+  runs = [run.config for run in sweep_runs.expand(base)]
   prepared = setup.prepare(runs[0])  # K is no part of what is prepared
   built = [setup.build(run, prepared) for run in runs]
   first = built[0]

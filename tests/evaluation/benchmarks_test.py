@@ -168,7 +168,7 @@ def test_bad_items_are_named_with_their_line(tmp_path):
   with pytest.raises(errors.UserError, match=r"ifeval\.jsonl:2: instruction_id_list"):
     _orders(tmp_path, [ORDERS[0], {"key": 2, "prompt": "?", "kwargs": []}])
   assert len(_orders(tmp_path, [ORDERS[0], {}], limit=1)) == 1
-  with pytest.raises(errors.UserError, match="holds no item"):
+  with pytest.raises(errors.UserError, match="has no rows"):
     _orders(tmp_path, [])
   path = tmp_path / "broken.jsonl"
   path.write_text('{"prompt": "x"}\n{"prompt": \n')
@@ -217,7 +217,7 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
   settings = schema.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=2)
   mmlu = test_sets.read_mmlu(settings, codec)
   assert mmlu.prompts == [chat.document_ids(codec, prompt) for prompt in prompts]
-  who = scoring.subject(
+  model = scoring.eval_model(
     hf_load.load_params(folder, decoder),
     decoder,
     codec,
@@ -225,7 +225,7 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
     "tiny",
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    logits = scoring.choices(who, mmlu.prompts, mmlu.letters, log, name="MMLU")
+    logits = scoring.choices(model, mmlu.prompts, mmlu.letters, log, name="MMLU")
   found, wanted = np.array(logits), np.array(expected)
   # The harness has log-probabilities: the same but for one constant a prompt.
   np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], atol=1e-5)

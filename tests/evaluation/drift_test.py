@@ -45,12 +45,13 @@ def test_drift_is_the_full_kl_over_the_answer(pair, tmp_path):
     kl = (log_p0.exp() * (log_p0 - log_p)).sum(-1)
     expected.append(float(kl[len(prompt) - 1 : -1].mean()))
   settings = scoring.Settings(batch_size=2, dtype="float32", unroll=1)
-  who, origin = (
-    scoring.subject(p, config, codec, settings, "tiny") for p in (params, base_params)
+  model, origin = (
+    scoring.eval_model(p, config, codec, settings, "tiny")
+    for p in (params, base_params)
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    found = drift.drift(origin, who, rows, log, name="drift")
-    still = drift.drift(origin, origin, rows, log, name="drift")
+    found = drift.row_drifts(origin, model, rows, log, name="drift")
+    still = drift.row_drifts(origin, origin, rows, log, name="drift")
   assert min(expected) > 1e-3
   np.testing.assert_allclose(found, expected, rtol=1e-3)
   assert still == [0.0] * 3

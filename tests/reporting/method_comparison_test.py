@@ -7,7 +7,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.reporting import method_comparison, sweep_page, sweep_results
-from tests.helpers import sweep_runs
+from tests.helpers import sweep_rows
 
 QUESTIONS, PROMPTS = 40, 30
 RNG = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def _run(
   trained = {"held_out_loss": score}
   if validation is not None:
     trained["validation_loss"] = {**score, "value": validation}
-  return sweep_runs.run(
+  return sweep_rows.run(
     name,
     method,
     base={
