@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from raft_jax import errors, evaluate, report
+from raft_jax import errors, evaluate
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.data import rouge
@@ -18,7 +18,7 @@ from raft_jax.evaluation import (
   scoring,
 )
 from raft_jax.generation import sentence_encoder
-from raft_jax.reporting import run_folder
+from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import records
 from tests.helpers import chat_server, tiny_run
 
@@ -140,7 +140,7 @@ def test_a_whole_evaluation_and_its_repetition(
   assert again["checkpoint_step"] == 4
   assert again["scores"]["base"] == scores["scores"]["base"]
   assert again["paired"]["held_out_loss"]["difference"] != 0.0
-  assert "Held-out loss on 6 test questions" in report.render(
+  assert "Held-out loss on 6 test questions" in run_page.render(
     run_folder.read(output), "t"
   )
 
@@ -203,7 +203,7 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert same["scores"]["trained"]["d_acc"]["value"] == 0.0
   assert same["scores"]["trained"]["d_acc_undecided"]["value"] == 0.0
   assert same["scores"]["base"]["open_ended_undecided"]["n"] == 3
-  page = report.render(run_folder.read(output), "t")
+  page = run_page.render(run_folder.read(output), "t")
   assert "MMLU" in page
   assert "Open-ended requests, good by majority" in page
   assert "Drift on 3 general prompts" in page

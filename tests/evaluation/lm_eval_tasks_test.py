@@ -14,7 +14,7 @@ import transformers
 from lm_eval import tasks as harness_tasks
 from lm_eval.models import huggingface
 
-from raft_jax import errors, evaluate, evaluation, report
+from raft_jax import errors, evaluate, evaluation
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.evaluation import (
@@ -25,7 +25,7 @@ from raft_jax.evaluation import (
   test_sets,
 )
 from raft_jax.models import sampling
-from raft_jax.reporting import run_folder
+from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import journal
 from tests.helpers import tiny_run
 
@@ -425,11 +425,11 @@ def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   assert difference["difference"] != 0
   assert "task_roll_word_perplexity" not in items
   assert "task_roll_bits_per_byte" not in result["retention"]  # lower is better
-  rows = {row["name"]: row for row in report.score_rows(run_folder.read(output))}
+  rows = {row["name"]: row for row in run_page.score_rows(run_folder.read(output))}
   assert rows["task_both_acc"]["general"]
   assert rows["task_roll_bits_per_byte"]["direction"] == "lower is better, "
   assert rows["task_roll_word_perplexity"]["verdict"] == "not compared"
-  assert "task quiz acc norm" in report.render(run_folder.read(output), "t")
+  assert "task quiz acc norm" in run_page.render(run_folder.read(output), "t")
 
 
 def test_scores_of_two_models_are_made_comparable():

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax import errors, evaluate, export, report, train
+from raft_jax import errors, evaluate, export, train
 from raft_jax.config import load as config_load
 from raft_jax.evaluation import scoring, validation
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
-from raft_jax.reporting import run_folder
+from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import journal
 from raft_jax.training import checkpoint, metrics_log, setup, trained_model
 from tests.helpers import short_run, tiny_run
@@ -149,7 +149,7 @@ def test_validations_are_logged_and_the_best_step_is_kept(validated):
   losses = [values["validation_loss"] for _, values in found]
   assert losses == sorted(losses, reverse=True)
   assert set(bests(output)) == {4}
-  page = report.render(run_folder.read(output), "t")
+  page = run_page.render(run_folder.read(output), "t")
   assert "Validation during training" in page
   assert "3 validations" in page
 
