@@ -91,7 +91,7 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   assert page.count("<svg") == 5
   assert "Balance of the two losses" not in page
   lines = (folder / "comparison.md").read_text().splitlines()
-  assert lines[0].endswith(": Every setting")
+  assert lines[0].endswith(": All settings")
   assert lines[2] == (
     "| run | held-out loss | MMLU | retention, % | drift | SFT drift at equal loss |"
     " weight distance |"
