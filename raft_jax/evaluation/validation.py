@@ -236,14 +236,18 @@ def during_training(
       measure=measure_tree,
       save_best=save_best,
     )
-    known = validation.status.best
-    if known is not None and known.step not in best.all_steps():
-      print(
-        f"WARNING: {best.directory} does not hold step {known.step}, the best so far; "
-        "unless a better step comes, `evaluate` and `export` read the last one"
-      )
+    warn_if_missing(validation.status.best, best)
     yield validation
     drop_older(best, checkpoints)
+
+
+def warn_if_missing(point: early_stopping.ValidationPoint | None, best: Any) -> None:
+  """Prints a warning if the checkpoint of the best step was deleted."""
+  if point is not None and point.step not in best.all_steps():
+    print(
+      f"WARNING: {best.directory} does not hold step {point.step}, the best so far; "
+      "unless a better step comes, `evaluate` and `export` read the last one"
+    )
 
 
 def drop_older(best: Any, checkpoints: Any) -> None:
