@@ -48,8 +48,10 @@ def test_transformers_computes_the_same_logits_from_the_export(run, tiny, capsys
   params = tiny_run.save_checkpoint(pathlib.Path(run.output), tiny, step=7, scale=1.5)
   export.main(run)
   folder = pathlib.Path(run.output) / "export"
-  codec = chat.load(tiny)
-  ids = chat.prompt_ids(codec, [records.Message("user", "What is a lawgiver?")])
+  chat_tokenizer = chat.load(tiny)
+  ids = chat.prompt_ids(
+    chat_tokenizer, [records.Message("user", "What is a lawgiver?")]
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   message = [{"role": "user", "content": "What is a lawgiver?"}]
   assert ids == tokenizer.apply_chat_template(

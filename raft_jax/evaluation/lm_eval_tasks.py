@@ -85,12 +85,12 @@ def read(settings: schema.Tasks, positions: int) -> Tasks:
       near = difflib.get_close_matches(name, manager.all_tasks, n=1)
       raise errors.UserError(
         f"evaluate.tasks.names: lm-evaluation-harness"
-        f" {importlib.metadata.version('lm_eval')} knows no {name!r};"
+        f" {importlib.metadata.version('lm_eval')} has no task {name!r};"
         + (f" did you mean {near[0]!r}?" if near else "")
         + " `lm-eval ls tasks` lists them all"
       )
   _seed(())
-  built = [_built(manager, name) for name in dict.fromkeys(settings.names)]
+  built = [_load_task(manager, name) for name in dict.fromkeys(settings.names)]
   try:
     loaded = manager.load([part for parts in built for part in parts])
   except ValueError as error:  # two of the names load the same task
@@ -106,14 +106,14 @@ def read(settings: schema.Tasks, positions: int) -> Tasks:
       task.set_config("num_fewshot", settings.shots)
     _seed([task])
     with _user_errors(
-      f"evaluate.tasks.names: {name} cannot write its requests",
+      f"evaluate.tasks.names: {name} cannot build its requests",
       "lower evaluate.tasks.shots, or leave the task out",
     ):
       task.build_all_requests(limit=1)
   return Tasks(dict(loaded), settings.limit, settings.chat)
 
 
-def _built(manager: Any, name: str) -> list[Any]:
+def _load_task(manager: Any, name: str) -> list[Any]:
   with _user_errors(
     f"evaluate.tasks.names: cannot load {name!r}",
     "without a network its data must be in the cache of `datasets`, or in files that a"
@@ -150,7 +150,7 @@ def _check(name: str, task: Any, positions: int) -> None:
   if getattr(task, "UNSAFE_CODE", False):
     raise errors.UserError(f"{place} runs code that the model writes; leave it out")
   if getattr(task, "MULTIMODAL", False):
-    raise errors.UserError(f"{place} shows images or sound; leave it out")
+    raise errors.UserError(f"{place} needs images or sound; leave it out")
   if task.OUTPUT_TYPE == "generate_until":
     lm_eval_model.generation(
       task.get_config("generation_kwargs") or {}, place, positions

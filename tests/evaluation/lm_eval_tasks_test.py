@@ -322,8 +322,10 @@ def test_bos_is_added_as_the_harness_adds_it(model):
     theirs = types.SimpleNamespace(hf_tokenizer=tokenizer, add_bos_token=None)
     theirs.custom_prefix_token_id = None
     theirs.prefix_token_id = huggingface.HFLM.prefix_token_id.fget(theirs)
-    codec = types.SimpleNamespace(hf_tokenizer=tokenizer, digest="", vocab_size=None)
-    ours = lm_eval_model.Adapter(model._replace(tokenizer=codec), None)
+    chat_tokenizer = types.SimpleNamespace(
+      hf_tokenizer=tokenizer, digest="", vocab_size=None
+    )
+    ours = lm_eval_model.Adapter(model._replace(tokenizer=chat_tokenizer), None)
     assert ours.prefix_token_id == theirs.prefix_token_id == (1 if bos else 2)
     for added in (None, True, False):
       for words in ("rain", "<|im_start|>user\nrain", "<|im_end|>rain", ""):
@@ -354,7 +356,9 @@ def _refused(folder: pathlib.Path, match: str, *names: str, positions: int = 512
 
 
 def test_what_cannot_be_asked_is_named(tmp_path, folder, alone):
-  _refused(folder, r"tasks\.names: .* knows no 'quizz'; did you mean 'quiz'", "quizz")
+  _refused(
+    folder, r"tasks\.names: .* has no task 'quizz'; did you mean 'quiz'", "quizz"
+  )
   _refused(tmp_path / "no", r"tasks\.include: .*no is not a folder", "quiz")
   _refused(folder, r"names: Duplicate task 'quiz'.* leave one", "both", "quiz")
   _refused(folder, r"names: story asks for answers of 40 tokens", "story", positions=40)
@@ -377,7 +381,7 @@ def test_what_cannot_be_asked_is_named(tmp_path, folder, alone):
   _refused(other, r"names: cannot load 'quiz' \(.*no/such_dataset.*network", "quiz")
   (other / "quiz.yaml").write_text(quiz.replace("answer", "!function average.none"))
   _refused(other, r"names: cannot load 'quiz' \(AttributeError", "quiz")
-  with pytest.raises(errors.UserError, match=r"quiz cannot write .* lower .*shots"):
+  with pytest.raises(errors.UserError, match=r"quiz cannot build .* lower .*shots"):
     lm_eval_tasks.read(_settings(folder, "quiz", shots=6), 512)
 
 
@@ -400,7 +404,7 @@ def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   load = functools.partial(config_load.load, tmp_path / "run.yaml")
   tasks = [f"evaluate.tasks.include={folder}", "evaluate.limit=2"]
   # Before a model is loaded: there is no checkpoint, either.
-  with pytest.raises(errors.UserError, match="knows no 'arc'"):
+  with pytest.raises(errors.UserError, match="has no task 'arc'"):
     evaluate.main(load([*tasks, "evaluate.tasks.names=[arc]"]))
   run = load([*tasks, "evaluate.tasks.names=[both, roll]"])
   tiny_run.save_checkpoint(output, tiny, step=1, scale=1.5)

@@ -43,18 +43,18 @@ def _rows(count: int, seed: int = 0) -> list[batching.Row]:
 
 
 def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_path):
-  codec = chat.load(smollm)
+  chat_tokenizer = chat.load(smollm)
   questions = records.read_questions(law / "test.jsonl", limit=8)
   rows = [
     batching.Row(
-      tuple(chat.prompt_ids(codec, q.messages)),
-      tuple(chat.answer_ids(codec, q.answer)),
+      tuple(chat.prompt_ids(chat_tokenizer, q.messages)),
+      tuple(chat.answer_ids(chat_tokenizer, q.answer)),
       (),
       i,
     )
     for i, q in enumerate(questions)
   ]
-  assert all(row.answer[-1] == codec.eos_ids[0] for row in rows)
+  assert all(row.answer[-1] == chat_tokenizer.eos_ids[0] for row in rows)
   path = hf_load.resolve(smollm)
   network = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
@@ -78,7 +78,7 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_pa
   model = scoring.eval_model(
     hf_load.load_params(smollm, decoder),
     decoder,
-    codec,
+    chat_tokenizer,
     SETTINGS._replace(batch_size=5),  # the second batch is filled up
     "real",
   )
@@ -88,9 +88,9 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_pa
 
 
 def _model(params: transformer.Params, batch_size: int = 3, pad_id: int = 0):
-  codec = types.SimpleNamespace(pad_id=pad_id, eos_ids=(3,), digest="tiny")
+  chat_tokenizer = types.SimpleNamespace(pad_id=pad_id, eos_ids=(3,), digest="tiny")
   settings = SETTINGS._replace(batch_size=batch_size)
-  return scoring.eval_model(params, TINY, codec, settings, "tiny")  # type: ignore[arg-type]
+  return scoring.eval_model(params, TINY, chat_tokenizer, settings, "tiny")  # type: ignore[arg-type]
 
 
 def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):

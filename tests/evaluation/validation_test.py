@@ -121,9 +121,9 @@ def validations(output):
 
 def read(settings):
   source = settings.model.source
-  codec, decoder = chat.load(source), hf_load.load_config(source)
+  chat_tokenizer, decoder = chat.load(source), hf_load.load_config(source)
   return validation.read(
-    settings.validation, settings.data, codec, decoder, source=source
+    settings.validation, settings.data, chat_tokenizer, decoder, source=source
   )
 
 
@@ -383,10 +383,11 @@ def test_the_model_that_is_validated_is_the_one_that_is_read(start, overrides):
   decoder = hf_load.load_config(settings.model.source)
   params, step = trained_model.load(settings, decoder)
   base = hf_load.load_params(settings.model.source, decoder)
-  codec = chat.load(settings.model.source)
+  chat_tokenizer = chat.load(settings.model.source)
   how = scoring.Settings(4, settings.model.dtype, 1)
   trained, base = (
-    scoring.eval_model(tree, decoder, codec, how, None) for tree in (params, base)
+    scoring.eval_model(tree, decoder, chat_tokenizer, how, None)
+    for tree in (params, base)
   )
   validation_set = read(settings)
   with journal.open_journal(output / "again.jsonl") as log:
