@@ -1,320 +1,116 @@
-"""Stage 3: the trained model beside the base model, on the domain and in general.
+"""Stage 3: scores of the trained model beside the base model's.
 
-Of the domain: held-out loss of the reference answers, ROUGE-L and sentence-encoder
-similarity of greedy answers, named as what they are, and the paper's judged accuracy
-(D-Acc) where the config names judges. Of general abilities, where it names items:
-IFEval, MMLU, any task of lm-evaluation-harness and judged open-ended requests, with
-their retention (trained in % of base), and the drift on general prompts. A score that
-is a mean of items carries their number and a 95 % interval; trained and base are
-compared item by item.
+On the domain: held-out loss of the reference answers, ROUGE-L and sentence-encoder
+similarity of greedy answers, and, if the config names judges, the paper's judged
+accuracy (D-Acc). On general abilities, if the config names their items: IFEval, MMLU,
+any task of lm-evaluation-harness and judged open-ended requests, with their retention
+(trained in percent of base), and the drift on general prompts. Every mean over items
+has a 95 % interval, and the two models are compared item by item.
 
-Finished items go to `evaluation/journal.jsonl`, keyed by the content of the model, the
-item and the settings: a second run repeats nothing, and a new checkpoint only itself.
+Finished items are kept in `evaluation/journal.jsonl`, keyed by the model's parameters,
+the item and the settings. A second run recomputes nothing, and a run on a new
+checkpoint only the scores of that checkpoint.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import pathlib
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from rich import console, table
 
 from raft_jax.config import cli, run_lock, schema
-from raft_jax.curation import refinement
-from raft_jax.data import rouge
 from raft_jax.evaluation import (
-  benchmarks,
-  intervals,
+  comparison,
+  drift,
   judged_accuracy,
   scoring,
   test_sets,
 )
-from raft_jax.evaluation import (
-  drift as drift_lib,
-)
-from raft_jax.generation import (
-  calls as calls_lib,
-)
-from raft_jax.generation import (
-  engines,
-  openai_engine,
-  roles,
-  sentence_encoder,
-)
+from raft_jax.generation import engines, openai_engine, roles, sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sampling
 from raft_jax.runtime import distributed, interrupts
-from raft_jax.storage import atomic, journal, records, rejects
-from raft_jax.training import checkpoint
-from raft_jax.training import trained_model as trained_model_lib
-
-if TYPE_CHECKING:
-  from raft_jax.evaluation import lm_eval_tasks
+from raft_jax.storage import journal, rejects
+from raft_jax.training import checkpoint, trained_model
 
 
-def domain_scores(
-  losses: Sequence[float],
-  answers: Sequence[scoring.Answer],
-  references: Sequence[str],
-  embed: Callable[[Sequence[str]], np.ndarray],
-) -> dict[str, intervals.Scores]:
-  """Scores of the domain's questions. An answer without a word scores 0, not NaN."""
-  texts = [answer.text for answer in answers]
-  said_N = np.array([bool(answer.strip()) for answer in texts])
-  cosine_N = np.nan_to_num(sentence_encoder.cosine(embed(texts), embed(references)))
-  rouge_N = np.array(
-    [rouge.rouge_l(ref, answer) for ref, answer in zip(references, texts)]
-  )
-  values = {
-    "held_out_loss": np.array(losses),
-    "rouge_l": rouge_N,
-    "similarity": np.where(said_N, cosine_N, 0.0),
-    "answer_tokens": np.array([float(answer.tokens) for answer in answers]),
-    "ended": np.array([float(answer.ended) for answer in answers]),
-  }
-  return {
-    name: intervals.Scores(values_N, share=name == "ended")
-    for name, values_N in values.items()
-  }
-
-
-def judged(
-  who: scoring.EvalModel,
-  domain: test_sets.Domain,
-  general: test_sets.General,
-  answers: Sequence[scoring.Answer],
-  judges: Sequence[calls_lib.Role],
-  settings: schema.Evaluate,
-  log: journal.Journal,
-) -> dict[str, intervals.Scores]:
-  """What a panel finds of a model's answers: D-Acc, and the open-ended requests."""
-  if not judges:
-    return {}
-  calls = calls_lib.Calls(log, seed=0, title=f"{who.title}: ")
-  items = [
-    judged_accuracy.Item(
-      refinement.question_text(question), question.answer, answer.text
-    )
-    for question, answer in zip(domain.questions, answers, strict=True)
-  ]
-  found = judged_accuracy.scores(
-    "d_acc", judged_accuracy.votes("correct", items, judges, calls)
-  )
-  if general.requests:
-    replies = scoring.answers(
-      who,
-      test_sets.open_ended_prompts(general, who.tokenizer),
-      log,
-      max_new_tokens=settings.open_ended.max_new_tokens,
-      name="open-ended answers",
-      messages=[records.user_turn(request.prompt) for request in general.requests],
-    )
-    items = [
-      judged_accuracy.Item(request.prompt, request.reference or "", reply.text)
-      for request, reply in zip(general.requests, replies, strict=True)
-    ]
-    verdicts = judged_accuracy.votes("open_ended", items, judges, calls)
-    found |= judged_accuracy.scores("open_ended", verdicts)
-  return found
-
-
-class Measured(NamedTuple):
-  """One model's scores, its answers to the test questions and the seconds it took.
-
-  Those of `tasks` are in `general`, too.
-  """
-
-  domain: dict[str, intervals.Scores]
-  general: dict[str, intervals.Figure]
-  tasks: lm_eval_tasks.Found | None
-  answers: list[scoring.Answer]
-  seconds: float
-
-
-def measure_model(
-  who: scoring.EvalModel,
-  domain: test_sets.Domain,
-  validation: test_sets.Domain | None,
-  general: test_sets.General,
-  tasks: Callable[[scoring.EvalModel, journal.Journal], lm_eval_tasks.Found] | None,
-  settings: schema.Evaluate,
-  log: journal.Journal,
-  embed: Callable[[Sequence[str]], np.ndarray],
-) -> Measured:
-  """All scores of one model; what the journal knows is not computed again."""
-  started = time.monotonic()
-  losses = scoring.losses(who, domain.rows, log, name="held-out loss")
-  answers = scoring.answers(
-    who,
-    [row.prompt for row in domain.rows],
-    log,
-    max_new_tokens=settings.max_new_tokens,
-    name="greedy answers",
-    messages=[question.messages for question in domain.questions],
-  )
-  references = [question.answer for question in domain.questions]
-  found: dict[str, intervals.Figure] = {}
-  if general.ifeval is not None:
-    new = settings.ifeval.max_new_tokens
-    found |= test_sets.take_ifeval(who, general.ifeval, log, max_new_tokens=new)
-  if general.mmlu is not None:
-    logits = scoring.choices(
-      who, general.mmlu.prompts, general.mmlu.letters, log, name="MMLU"
-    )
-    found |= benchmarks.mmlu_scores(general.mmlu.items, logits)
-  asked = None if tasks is None else tasks(who, log)
-  if asked is not None:
-    found |= asked.scores
+def main(config: schema.Config) -> None:
+  """Scores the base and the trained model, and writes `output/evaluation`."""
+  distributed.refuse("evaluate")
+  source, settings = config.model.source, config.evaluate
+  tokenizer = chat.load(source, config.model.chat_template)
+  decoder = hf_load.load_config(source)
   interrupts.check()
-  scores = domain_scores(losses, answers, references, embed)
-  if validation is not None:
-    values = scoring.losses(who, validation.rows, log, name="validation loss")
-    scores["validation_loss"] = intervals.Scores(np.array(values))
-  return Measured(scores, found, asked, answers, time.monotonic() - started)
-
-
-def summarise(
-  base: Mapping[str, intervals.Figure], trained: Mapping[str, intervals.Figure]
-) -> dict[str, Any]:
-  """Means with intervals for both models, and of trained minus base item by item."""
-  described = {
-    who: {name: intervals.describe(score) for name, score in scores.items()}
-    for who, scores in (("base", base), ("trained", trained))
-  }
-  paired = {name: intervals.compare(base[name], trained[name]) for name in base}
-  return {"scores": described, "paired": paired}
-
-
-def item_lists(
-  domain: test_sets.Domain,
-  validation: test_sets.Domain | None,
-  general: test_sets.General,
-) -> dict[str, str]:
-  """Digests of what was asked, by how scores' names begin; "" is the rest."""
-  asked: dict[str, Any] = {"": [(row.prompt, row.answer) for row in domain.rows]}
-  if validation is not None:
-    asked["validation"] = [(row.prompt, row.answer) for row in validation.rows]
-  if general.ifeval is not None:
-    asked["ifeval"] = general.ifeval.prompts
-  if general.mmlu is not None:
-    asked["mmlu"] = general.mmlu.prompts
-  if general.requests:
-    asked["open"] = [request.prompt for request in general.requests]
-  if general.drift is not None:
-    asked["drift"] = general.drift
-  return {word: journal.content_key(items=items) for word, items in asked.items()}
-
-
-def per_item(
-  base: Mapping[str, intervals.Figure],
-  trained: Mapping[str, intervals.Figure],
-  asked: Mapping[str, str],
-) -> dict[str, Any]:
-  """Every item's scores, by which two runs are compared that were asked the same."""
-  found = {}
-  for name, score in trained.items():
-    if isinstance(score, float):
-      continue
-    weights_N, other = score.weights_N, base.get(name)
-    starts = [word for word in asked if not word or f"{name}_".startswith(f"{word}_")]
-    found[name] = {
-      "items": asked[max(starts, key=len)],
-      "share": score.share,
-      "base": None
-      if other is None or isinstance(other, float)
-      else other.values_N.tolist(),
-      "trained": score.values_N.tolist(),
-      "weights": None if weights_N is None else weights_N.tolist(),
-    }
-  return found
-
-
-def side_by_side(
-  questions: Sequence[records.Question],
-  base: Sequence[scoring.Answer],
-  trained: Sequence[scoring.Answer],
-) -> list[dict[str, str]]:
-  """Questions with their reference and both models' answers, for a reader."""
-  return [
-    {
-      "id": question.id,
-      "question": question.messages[-1].content,
-      "reference": question.answer,
-      "base": base[i].text,
-      "trained": trained[i].text,
-    }
-    for i, question in enumerate(questions)
+  sets = test_sets.read(config.data, settings, tokenizer, decoder, source=source)
+  interrupts.check()
+  judges = [
+    roles.judge("vote", judge, config.model, judged_accuracy.REPLY_SCHEMA)
+    for judge in settings.judges
   ]
-
-
-def write(
-  folder: pathlib.Path,
-  result: Mapping[str, Any],
-  items: Mapping[str, Any],
-  samples: Sequence[Mapping[str, str]],
-) -> None:
-  """The files of an evaluation; `scores.json` last, by which others know it is done."""
-  with atomic.replacing(folder / "items.json") as path:
-    path.write_text(json.dumps(items, allow_nan=False) + "\n")
-  with atomic.replacing(folder / "samples.jsonl") as path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-  with atomic.replacing(folder / "scores.json") as path:
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-
-
-RETAINED = (
-  "open_ended",
-  "ifeval_prompt_strict",
-  "ifeval_prompt_loose",
-  "ifeval_instruction_strict",
-  "ifeval_instruction_loose",
-  "mmlu",
-)
-"""General scores for which the paper's retention, trained in % of base, is given."""
-
-
-def show(result: Mapping[str, Any]) -> None:
-  """Prints the score table."""
-  rows = table.Table(
-    title=f"{result['items']} test questions, checkpoint of step"
-    f" {result['checkpoint_step']}; 95 % intervals; difference paired",
-    title_justify="left",
-    show_lines=True,
+  # Before the encoder is loaded.
+  checkpoint.require(
+    config.output, trained_model.checkpoint_folder(config.output, config.validation)
   )
-  rows.add_column("score")
-  for column in ("base", "trained", "difference", "retention"):
-    rows.add_column(column, justify="right")
-
-  def cell(value: float, interval: Mapping[str, Any], digits: int = 3) -> str:
-    if "low" not in interval:
-      return f"{value:.{digits}f}"
-    low, high = interval["low"], interval["high"]
-    return f"{value:.{digits}f}\n{low:.{digits}f} to {high:.{digits}f}"
-
-  for name, paired in result["paired"].items():
-    base, trained = (result["scores"][who][name] for who in ("base", "trained"))
-    kept = result["retention"].get(name)
-    rows.add_row(
-      name.replace("_", " "),
-      cell(base["value"], base),
-      cell(trained["value"], trained),
-      cell(paired["difference"], paired),
-      f"{cell(kept['value'], kept, 1)} %" if kept else "",
+  trained_server, base_server = connect(settings.servers)
+  embed = sentence_encoder.load(config.refine.encoder)
+  interrupts.check()
+  # Both models are in memory at once, as the drift compares them token by token; that
+  # is less than training needs.
+  params, step = trained_model.load(config, decoder)
+  interrupts.check()
+  run_lock.lock_config(config, "evaluate", ())
+  folder = pathlib.Path(config.output) / "evaluation"
+  folder.mkdir(exist_ok=True)
+  rejected = [*sets.test.rejects, *(sets.validation.rejects if sets.validation else ())]
+  rejects.write(folder / "rejects.jsonl", rejected)
+  base_params = hf_load.load_params(source, decoder)
+  how = run_settings(config)
+  trained, base = (
+    scoring.eval_model(
+      model_params, decoder, tokenizer, how, title=title, server=server
     )
-  if result["drift"]:
-    drift = result["drift"]
-    rows.add_row("drift (nats per token)", "0", cell(drift["value"], drift), "", "")
-  if result["weight_distance"]:
-    mean = result["weight_distance"]["mean"]
-    rows.add_row("weight distance", "0", f"{mean:.2e}", "", "")
-  console.Console().print(rows)
+    for model_params, title, server in (
+      (params, f"step {step}", trained_server),
+      (base_params, "base model", base_server),
+    )
+  )
+  path = settings.journal or folder / "journal.jsonl"
+  with journal.open_journal(pathlib.Path(path)) as log:
+    compared = comparison.compare(
+      base, trained, sets, judges=judges, settings=settings, log=log, embed=embed
+    )
+  interrupts.check()
+  distances = drift.weight_distances(base_params, params)
+  mean_distance = float(np.mean(list(distances.values())))
+  result = {
+    "model": source,
+    "checkpoint_step": step,
+    "edits": trained_model.edits(config.prune, config.interpolate),
+    "items": len(sets.test.rows),
+    **compared.summary,
+    "weight_distance": {"mean": mean_distance, "tensors": distances},
+    "seconds": compared.seconds,
+  }
+  comparison.write(folder, result, compared.items, compared.samples)
+  show(result)
+
+
+def run_settings(config: schema.Config) -> scoring.Settings:
+  """How both models are run."""
+  unroll = config.model.unroll
+  return scoring.Settings(
+    batch_size=config.evaluate.batch_size,
+    dtype=config.model.dtype,
+    unroll=unroll,
+    rollout_unroll=sampling.unrolled(
+      config.rollout.unroll, unroll, jax.default_backend()
+    ),
+  )
 
 
 def connect(
@@ -341,94 +137,41 @@ def connect(
   return trained, base
 
 
-def main(config: schema.Config) -> None:
-  """Scores base and trained parameters and writes `output/evaluation`."""
-  distributed.refuse("evaluate")
-  tokenizer = chat.load(config.model.source, config.model.chat_template)
-  decoder = hf_load.load_config(config.model.source)
-  interrupts.check()
-  domain, validation, general, tasks = test_sets.read(config, tokenizer, decoder)
-  interrupts.check()
-  judges = [
-    roles.judge("vote", stage, config.model, judged_accuracy.REPLY_SCHEMA)
-    for stage in config.evaluate.judges
-  ]
-  # Before an encoder is loaded.
-  checkpoint.require(
-    config.output, trained_model_lib.checkpoint_folder(config.output, config.validation)
+def show(result: Mapping[str, Any]) -> None:
+  """Prints the table of scores."""
+  rows = table.Table(
+    title=f"{result['items']} test questions, checkpoint of step"
+    f" {result['checkpoint_step']}; 95 % intervals, paired differences",
+    title_justify="left",
+    show_lines=True,
   )
-  trained_server, base_server = connect(config.evaluate.servers)
-  embed = sentence_encoder.load(config.refine.encoder)
-  interrupts.check()
-  unroll = config.model.unroll
-  settings = scoring.Settings(
-    *(config.evaluate.batch_size, config.model.dtype, unroll),
-    sampling.unrolled(config.rollout.unroll, unroll, jax.default_backend()),
-  )
-  # Both models are in memory at once, less than training needs: the drift compares them
-  # token by token.
-  params, step = trained_model_lib.load(config, decoder)
-  interrupts.check()
-  run_lock.lock_config(config, "evaluate", ())
-  folder = pathlib.Path(config.output) / "evaluation"
-  folder.mkdir(exist_ok=True)
-  aside = [*domain.rejects, *(validation.rejects if validation else ())]
-  rejects.write(folder / "rejects.jsonl", aside)
-  base_params = hf_load.load_params(config.model.source, decoder)
-  subject = functools.partial(
-    scoring.subject, config=decoder, tokenizer=tokenizer, settings=settings
-  )
-  trained_model = subject(params, title=f"step {step}", server=trained_server)
-  base_model = subject(base_params, title="base model", server=base_server)
-  kept = config.evaluate.journal or folder / "journal.jsonl"
-  with journal.open_journal(pathlib.Path(kept)) as log:
-    trained, base = (
-      measure_model(
-        who, domain, validation, general, tasks, config.evaluate, log, embed
-      )
-      for who in (trained_model, base_model)
+  rows.add_column("score")
+  for column in ("base", "trained", "difference", "retention"):
+    rows.add_column(column, justify="right")
+
+  def cell(value: float, interval: Mapping[str, Any], digits: int = 3) -> str:
+    if "low" not in interval:
+      return f"{value:.{digits}f}"
+    low, high = interval["low"], interval["high"]
+    return f"{value:.{digits}f}\n{low:.{digits}f} to {high:.{digits}f}"
+
+  for name, paired in result["paired"].items():
+    base, trained = (result["scores"][model][name] for model in ("base", "trained"))
+    retention = result["retention"].get(name)
+    rows.add_row(
+      name.replace("_", " "),
+      cell(base["value"], base),
+      cell(trained["value"], trained),
+      cell(paired["difference"], paired),
+      f"{cell(retention['value'], retention, 1)} %" if retention else "",
     )
-    # After both, so that a judge's weights come and go once.
-    for who, found in ((trained_model, trained), (base_model, base)):
-      found.general.update(
-        judged(who, domain, general, found.answers, judges, config.evaluate, log)
-      )
-    engines.release()
-    drift: dict[str, Any] = {}
-    base_scores, scored = intervals.alike(
-      base.domain | base.general, trained.domain | trained.general
-    )
-    compared = summarise(base_scores, scored)
-    if general.drift is not None:
-      new = config.evaluate.drift.max_new_tokens
-      values = drift_lib.from_base(base_model, trained_model, general.drift, new, log)
-      drift = intervals.describe(values)
-      scored["drift"] = values
-  tasks_found = trained.tasks
-  directions = {} if tasks_found is None else tasks_found.directions
-  asked = {} if tasks_found is None else tasks_found.asked
-  interrupts.check()
-  moved = drift_lib.weight_distances(base_params, params)
-  result = {
-    "model": config.model.source,
-    "checkpoint_step": step,
-    "edits": trained_model_lib.edits(config.prune, config.interpolate),
-    "items": len(domain.rows),
-    **compared,
-    "retention": {
-      name: intervals.retention(base_scores[name], scored[name])
-      for name in base_scores
-      if name in RETAINED or directions.get(name) == 1
-    },
-    "directions": directions,
-    "drift": drift,
-    "weight_distance": {"mean": float(np.mean(list(moved.values()))), "tensors": moved},
-    "seconds": {"base": base.seconds, "trained": trained.seconds},
-  }
-  items = per_item(base_scores, scored, item_lists(domain, validation, general) | asked)
-  shown = domain.questions[: config.evaluate.samples]
-  write(folder, result, items, side_by_side(shown, base.answers, trained.answers))
-  show(result)
+  if result["drift"]:
+    score = result["drift"]
+    rows.add_row("drift (nats per token)", "0", cell(score["value"], score), "", "")
+  if result["weight_distance"]:
+    mean = result["weight_distance"]["mean"]
+    rows.add_row("weight distance", "0", f"{mean:.2e}", "", "")
+  console.Console().print(rows)
 
 
 if __name__ == "__main__":

@@ -1,196 +1,16 @@
-"""Stage 5: one self-contained HTML page from the files of a run's output folder.
-
-Reads only what the other stages wrote (`metrics.jsonl`, `refined/summary.json`,
-`evaluation/scores.json`, `evaluation/samples.jsonl`, `config/*.yaml`), so it works
-after a crash and for a run that is not finished: what is missing is said to be
-missing. The total loss is never drawn: under the EMA balance it is about twice the
-SFT loss by construction and shows no progress.
-"""
+"""Stage 5: the report of a run, or the comparison of a sweep, as one HTML page."""
 
 from __future__ import annotations
 
 import pathlib
-import statistics
-from typing import Any
 
 from raft_jax import errors
 from raft_jax.config import cli, schema
-from raft_jax.reporting import (
-  html_page,
-  run_folder,
-  run_plots,
-  sweep_page,
-  sweep_results,
-)
-
-SCORES = {
-  "held_out_loss": ("Held-out loss, nats per token", -1),
-  "validation_loss": ("Loss on validation questions, nats per token", -1),
-  "rouge_l": ("ROUGE-L F1", 1),
-  "similarity": ("Encoder similarity, cosine", 1),
-  "answer_tokens": ("Tokens of an answer", 0),
-  "ended": ("Share of answers that ended with EOS", 0),
-  "d_acc": ("Correct by majority of the judges (D-Acc)", 1),
-  "d_acc_undecided": ("… without a majority", 0),
-  "open_ended": ("Open-ended requests, good by majority", 1),
-  "open_ended_undecided": ("… without a majority", 0),
-  "ifeval_prompt_strict": ("IFEval, prompts, strict", 1),
-  "ifeval_prompt_loose": ("IFEval, prompts, loose", 1),
-  "ifeval_instruction_strict": ("IFEval, instructions, strict", 1),
-  "ifeval_instruction_strict_but_no_comma": ("… without those on commas", 1),
-  "ifeval_instruction_loose": ("IFEval, instructions, loose", 1),
-  "ifeval_answer_tokens": ("Tokens of an IFEval answer", 0),
-  "mmlu": ("MMLU", 1),
-}
-"""Name of a score -> (words, +1 where higher is better, 0 where neither is)."""
-
-
-def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
-  """One row a score: base, trained, their paired difference and what it says.
-
-  The verdict is "better" or "worse" only where the 95 % interval of the paired
-  difference leaves out 0.
-  """
-  scores = run.scores.get("scores") or {}
-  directions = run.scores.get("directions") or {}  # of the harness' tasks
-  tasks = {name: (name.replace("_", " "), sign) for name, sign in directions.items()}
-  rows = []
-  for name, (words, direction) in {**SCORES, **tasks}.items():
-    base = (scores.get("base") or {}).get(name) or {}
-    trained = (scores.get("trained") or {}).get(name) or {}
-    paired = (run.scores.get("paired") or {}).get(name) or {}
-    if not base and not trained:
-      continue
-    low, high = paired.get("low"), paired.get("high")
-    if not (run_folder.is_number(low) and run_folder.is_number(high)):
-      verdict = "not compared"
-    elif low <= 0 <= high:
-      verdict = "no clear change"
-    elif direction == 0:
-      verdict = "higher" if low > 0 else "lower"
-    else:
-      verdict = "better" if low * direction > 0 else "worse"
-    rows.append(
-      {
-        "name": name,
-        "words": words,
-        "direction": {1: "higher is better, ", -1: "lower is better, "}.get(
-          direction, ""
-        ),
-        "base": base,
-        "trained": trained,
-        "paired": paired,
-        "retention": (run.scores.get("retention") or {}).get(name) or {},
-        "general": name.startswith(("open_ended", "ifeval", "mmlu", "task_")),
-        "verdict": verdict,
-      }
-    )
-  return rows
-
-
-def warnings(run: run_folder.Run) -> list[str]:
-  """What a careful reader of the curves would stop at, with its number.
-
-  The limits are rules of thumb, set between runs on a 135M model that answered in
-  sane English and runs that collapsed.
-  """
-  found = list(run.damage)
-  tail = slice(-max(1, len(run.metrics) // 5), None)
-
-  def mean(name: str, part: slice = tail) -> float | None:
-    values = run_folder.series(run, name)[1][part]
-    return statistics.fmean(values) if values else None
-
-  start, end = mean("rollout_length", slice(0, 3)), mean("rollout_length")
-  if start and end is not None and end < start / 2:
-    found.append(
-      f"Rollouts shrank from {html_page.number(start, 1)} to "
-      f"{html_page.number(end, 1)} tokens; read the sample answers."
-    )
-  first, overall = mean("kd_at_0"), mean("loss_kd")
-  if first and overall and first > 3 * overall:
-    found.append(
-      f"Rollout position 0 carries {html_page.number(first, 2)} nats, the mean position"
-      f" {html_page.number(overall, 2)}: teacher and student disagree on how an answer"
-      " starts (distill.teacher_context)."
-    )
-  ratio = mean("kd_ratio")
-  ema = run_folder.setting(run, "balance", "mode") in (None, "ema")
-  if ratio is not None and ema and not 0.5 <= ratio <= 2:
-    found.append(
-      f"λ·L_KD / L_SFT is {html_page.number(ratio, 2)} at the end; it should be near 1."
-    )
-  for name, limit, words in (
-    ("rollout_leaked", 0.05, "of the last rollouts quote the teacher's prompt."),
-    ("rollout_repeated_4gram", 0.5, "of the last rollouts' 4-grams are repetitions."),
-    ("rollout_empty", 0.05, "of the last rollouts are empty."),
-  ):
-    share = mean(name)
-    if share is not None and share > limit:
-      found.append(f"{html_page.percent(share)} {words}")
-  lost = len(run.metrics) - len(run_folder.series(run, "loss_sft")[0])
-  if lost and run_folder.setting(run, "train", "cross_entropy") is not False:
-    found.append(f"{lost} step(s) have no finite SFT loss.")
-  return found
-
-
-def _phases(run: run_folder.Run) -> list[tuple[str, Any, str]]:
-  """(phase, seconds, remark) rows of the time table."""
-  rows: list[tuple[str, Any, str]] = []
-  tokens = run.summary.get("tokens") or {}
-  for role, seconds in (run.summary.get("seconds") or {}).items():
-    remark = f"{html_page.number(tokens[role])} tokens" if role in tokens else ""
-    rows.append((f"refine: {role}", seconds, remark))
-  seconds_N = run_folder.series(run, "step_seconds")[1]
-  if seconds_N:
-    median = html_page.duration(statistics.median(seconds_N))
-    rows.append(("train", sum(seconds_N), f"{len(seconds_N)} steps, median {median}"))
-  for phase in ("rollout", "teacher", "update"):
-    rate_N = run_folder.series(run, f"{phase}_tokens_per_s")[1]
-    if rate_N:
-      median = html_page.number(statistics.median(rate_N), 0)
-      rows.append((f"train: {phase}", None, f"median {median} tokens/s"))
-  looks_N = run_folder.series(run, "validation_seconds")[1]
-  if looks_N:
-    rows.append(("train: looks", sum(looks_N), f"{len(looks_N)} looks"))
-  for who, seconds in (run.scores.get("seconds") or {}).items():
-    rows.append((f"evaluate: {who}", seconds, ""))
-  return rows
-
-
-def render(run: run_folder.Run, title: str) -> str:
-  """The page as one HTML string that loads nothing from elsewhere."""
-  configs: dict[str, list[str]] = {}
-  for stage, text in run.configs.items():
-    configs.setdefault(text, []).append(stage)
-  source = str(run_folder.setting(run, "model", "source") or "")
-  return html_page.template("report.html").render(
-    title=title,
-    run=run,
-    model=source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") or "The model",
-    method=run_folder.setting(run, "method") or "unknown",
-    encoder=run_folder.setting(run, "refine", "encoder") or "the sentence encoder",
-    warnings=warnings(run),
-    figures=run_plots.figures(run),
-    scores=score_rows(run),
-    counts={
-      key: html_page.bars(run.summary.get(key))
-      for key in ("rounds", "reasons", "chosen")
-    },
-    phases=_phases(run),
-    configs=[(", ".join(stages), text) for text, stages in configs.items()],
-  )
-
-
-def write(output: pathlib.Path) -> pathlib.Path:
-  """Writes `report.html` into a run's output folder and returns its path."""
-  path = output / "report.html"
-  html_page.write(path, render(run_folder.read(output), title=output.name))
-  return path
+from raft_jax.reporting import run_page, sweep_page, sweep_results
 
 
 def main(config: schema.Config) -> None:
-  """Writes the report of the run, or of the sweep, whose folder the config names."""
+  """Writes the page of the run or the sweep in the output folder of the config."""
   output = pathlib.Path(config.output)
   if sweep_results.exist(output):
     print(f"comparison: {sweep_page.write(output)}")
@@ -200,7 +20,7 @@ def main(config: schema.Config) -> None:
       f"output: {output} holds no run of raft_jax, so there is nothing to report; run"
       " `python -m raft_jax.train` with this config first"
     )
-  print(f"report: {write(output)}")
+  print(f"report: {run_page.write(output)}")
 
 
 if __name__ == "__main__":

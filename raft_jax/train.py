@@ -15,7 +15,8 @@ import time
 import jax
 
 from raft_jax.config import cli, schema
-from raft_jax.evaluation import validation
+from raft_jax.evaluation import early_stopping
+from raft_jax.evaluation import validation as validation_lib
 from raft_jax.models import sharding
 from raft_jax.runtime import distributed, interrupts, progress
 from raft_jax.training import (
@@ -46,7 +47,13 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     interrupts.check()
     shared = run_inputs.shared_facts(config, inputs.identity)
     distributed.assert_same({**shared, **distributed.versions()})
-    panel = validation.read(config, inputs.tokenizer, plan.decoder)
+    validation_set = validation_lib.read(
+      config.validation,
+      config.data,
+      inputs.tokenizer,
+      plan.decoder,
+      source=config.model.source,
+    )
     print(sharding.describe(plan.mesh))
 
     output_lock.lock(output, stack, is_primary=is_primary)
@@ -57,11 +64,10 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       checkpoints, inputs.identity, on_corrupt=on_corrupt
     )
     if newest is not None:
-      verdict = validation.so_far(config, newest)
-      if newest == total or verdict.over:
+      status = early_stopping.status_at(config.validation, output, newest)
+      if newest == total or status.over:
         print(f"already trained: {checkpoints.directory / str(newest)}")
-        if config.validation is not None:
-          print(validation.summary(config, verdict, newest, total))
+        print_best(config.validation, status, newest, total)
         return
     interrupts.check()
     distributed.run_on_all(lambda: step_memory.check(plan))
@@ -72,9 +78,9 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     began = time.perf_counter()
     board = config.train.tensorboard
     log = stack.enter_context(metrics_log.run_log(output, start.step, total, board))
-    watcher = stack.enter_context(
-      validation.watching(
-        config, plan, inputs, start.reference, panel, checkpoints, start.step
+    validation = stack.enter_context(
+      validation_lib.during_training(
+        config, plan, inputs, start.reference, validation_set, checkpoints, start.step
       )
     )
     done = loop.train(
@@ -83,14 +89,25 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       start,
       checkpoints=checkpoints,
       log=log,
-      validate=None if watcher is None else watcher.look,
+      validate=None if validation is None else validation.run,
     )
   if is_primary:
     print_end(output, start.step, done, total, time.perf_counter() - began)
-    if watcher is not None:
-      print(validation.summary(config, watcher.verdict, done, total))
+    if validation is not None:
+      print_best(config.validation, validation.status, done, total)
   if interrupts.received:
     raise interrupts.Stopped(interrupts.status())
+
+
+def print_best(
+  settings: schema.Validation | None,
+  status: early_stopping.Status,
+  step: int,
+  total_steps: int,
+) -> None:
+  """Prints the best step of a run that was validated."""
+  if settings is not None:
+    print(early_stopping.summary(settings, status, step=step, total_steps=total_steps))
 
 
 def join(cluster: schema.Cluster) -> None:

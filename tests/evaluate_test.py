@@ -6,13 +6,19 @@ import pathlib
 import numpy as np
 import pytest
 
-from raft_jax import errors, evaluate, report
+from raft_jax import errors, evaluate
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.data import rouge
-from raft_jax.evaluation import intervals, scoring
+from raft_jax.evaluation import (
+  comparison,
+  greedy_answers,
+  intervals,
+  model_scores,
+  scoring,
+)
 from raft_jax.generation import sentence_encoder
-from raft_jax.reporting import run_folder
+from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import question_files
 from tests.helpers import chat_server, tiny_run
 
@@ -29,9 +35,9 @@ def test_rouge_l_by_hand():
 
 def test_difference_is_taken_item_by_item():
   losses = np.random.default_rng(2).normal(4.0, 3.0, 40)
-  base = {"held_out_loss": intervals.Scores(losses)}
-  trained = {"held_out_loss": intervals.Scores(losses - 0.25)}
-  result = evaluate.summarise(base, trained)
+  base = {"held_out_loss": intervals.ItemScores(losses)}
+  trained = {"held_out_loss": intervals.ItemScores(losses - 0.25)}
+  result = comparison.summarise(base, trained)
   paired = result["paired"]["held_out_loss"]
   # Every item fell by 0.25, so the difference is certain though the means are not.
   assert [paired[key] for key in ("difference", "low", "high")] == pytest.approx(
@@ -48,9 +54,9 @@ def test_item_scores_with_the_real_encoder():
   answers = [references[0], "  \n", "Bananas are rich in potassium."]
   scores = {
     name: score.values_N
-    for name, score in evaluate.domain_scores(
+    for name, score in model_scores.domain_scores(
       [1.0, 2.0, 3.0],
-      [scoring.Answer(a, 5, i == 0) for i, a in enumerate(answers)],
+      [greedy_answers.Answer(a, 5, i == 0) for i, a in enumerate(answers)],
       references,
       embed,
     ).items()
@@ -119,7 +125,7 @@ def test_a_whole_evaluation_and_its_repetition(
   # Another checkpoint: the base model's items are known, the new one's are not.
   tiny_run.save_checkpoint(output, tiny, step=4, scale=1.5)
   computed: list[int] = []
-  finish = scoring.finish
+  finish = scoring.compute_missing
 
   def counted(log, keys, lengths, compute, **names):
     computed.extend(key not in log.calls for key in keys)
@@ -134,7 +140,7 @@ def test_a_whole_evaluation_and_its_repetition(
   assert again["checkpoint_step"] == 4
   assert again["scores"]["base"] == scores["scores"]["base"]
   assert again["paired"]["held_out_loss"]["difference"] != 0.0
-  assert "Held-out loss on 6 test questions" in report.render(
+  assert "Held-out loss on 6 test questions" in run_page.render(
     run_folder.read(output), "t"
   )
 
@@ -197,7 +203,7 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert same["scores"]["trained"]["d_acc"]["value"] == 0.0
   assert same["scores"]["trained"]["d_acc_undecided"]["value"] == 0.0
   assert same["scores"]["base"]["open_ended_undecided"]["n"] == 3
-  page = report.render(run_folder.read(output), "t")
+  page = run_page.render(run_folder.read(output), "t")
   assert "MMLU" in page
   assert "Open-ended requests, good by majority" in page
   assert "Drift on 3 general prompts" in page
@@ -237,13 +243,13 @@ def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):
     evaluate.main(run)  # asks for nothing again
   assert len(server.asked) == 2 * 6
   scores = json.loads((output / "evaluation/scores.json").read_text())["scores"]
-  for who in ("base", "trained"):
+  for model in ("base", "trained"):
     # The answers are the references; the server counts five tokens and ends each.
-    assert scores[who]["rouge_l"]["value"] == 1.0
-    assert scores[who]["answer_tokens"]["value"] == 5.0
-    assert scores[who]["ended"]["value"] == 1.0
+    assert scores[model]["rouge_l"]["value"] == 1.0
+    assert scores[model]["answer_tokens"]["value"] == 5.0
+    assert scores[model]["ended"]["value"] == 1.0
   # Losses are the models' own.
-  losses = [scores[who]["held_out_loss"]["value"] for who in ("base", "trained")]
+  losses = [scores[model]["held_out_loss"]["value"] for model in ("base", "trained")]
   assert losses[0] != losses[1]
 
   full = chat_server.error(400, "This model's maximum context length is 8 tokens.")

@@ -15,6 +15,7 @@ from raft_jax import errors, export
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
+from raft_jax.reporting import model_card
 from raft_jax.storage import records, shards
 from tests.helpers import tiny_run
 
@@ -47,8 +48,10 @@ def test_transformers_computes_the_same_logits_from_the_export(run, tiny, capsys
   params = tiny_run.save_checkpoint(pathlib.Path(run.output), tiny, step=7, scale=1.5)
   export.main(run)
   folder = pathlib.Path(run.output) / "export"
-  codec = chat.load(tiny)
-  ids = chat.prompt_ids(codec, [records.Message("user", "What is a lawgiver?")])
+  chat_tokenizer = chat.load(tiny)
+  ids = chat.prompt_ids(
+    chat_tokenizer, [records.Message("user", "What is a lawgiver?")]
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   message = [{"role": "user", "content": "What is a lawgiver?"}]
   assert ids == tokenizer.apply_chat_template(
@@ -136,20 +139,20 @@ def test_card_tells_the_data_and_the_scores_of_this_checkpoint(run, tiny):
   )
   # Scores of another checkpoint, or before another edit, are not this model's.
   for step, edits in ((8, {}), (7, {"interpolate": {"weight": 0.5}})):
-    said = export.describe_scores(scores, step, edits)
-    assert said == "This checkpoint was not evaluated."
+    text = model_card.describe_scores(scores, step, edits)
+    assert text == "This checkpoint was not evaluated."
   # A perplexity is no mean of items, and has no interval.
   del score["low"], score["high"]
-  said = export.describe_scores(scores, 7, {})
-  assert "| rouge l | 3.912 | 3.912 | -0.625 (-0.700 to -0.550) |" in said
+  text = model_card.describe_scores(scores, 7, {})
+  assert "| rouge l | 3.912 | 3.912 | -0.625 (-0.700 to -0.550) |" in text
 
 
 def test_base_model_is_named_only_by_a_hub_name(run, monkeypatch):
   named = run.model_copy(
     update={"model": run.model.model_copy(update={"source": "org/model-1.7B"})}
   )
-  monkeypatch.setattr(export, "read_license", lambda source: None)
-  front = yaml.safe_load(export.card(named, 3).split("---\n")[1])
+  monkeypatch.setattr(model_card, "read_license", lambda source: None)
+  front = yaml.safe_load(model_card.render(named, 3, edits={}).split("---\n")[1])
   assert front["base_model"] == "org/model-1.7B"
   assert "license" not in front
 
@@ -192,8 +195,8 @@ def test_damaged_scores_are_refused_by_name(run, tiny, text):
 
 def test_damaged_model_cards_have_no_license(tmp_path):
   (tmp_path / "README.md").write_text("# no front matter\n---\nlicense: mit\n---\n")
-  assert export.read_license(str(tmp_path)) is None
+  assert model_card.read_license(str(tmp_path)) is None
   (tmp_path / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-  assert export.read_license(str(tmp_path)) is None
+  assert model_card.read_license(str(tmp_path)) is None
   (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-  assert export.read_license(str(tmp_path)) == "mit"
+  assert model_card.read_license(str(tmp_path)) == "mit"

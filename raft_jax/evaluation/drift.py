@@ -1,4 +1,4 @@
-"""How far training moved a model: in what it says, and in its weights."""
+"""How far training moved a model: in its output distribution and in its weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from jax import Array
 
 from raft_jax import vocab_head
-from raft_jax.evaluation import intervals, scoring
+from raft_jax.evaluation import greedy_answers, intervals, scoring
 from raft_jax.models import transformer
 from raft_jax.storage import journal
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
-def drifts(
+def answer_kl(
   base_params: transformer.Params,
   params: transformer.Params,
   config: transformer.DecoderConfig,
@@ -29,7 +29,7 @@ def drifts(
   dtype: str = "float32",
   unroll: int = 1,
 ) -> Array:
-  """Mean KL(base, model) over each row's answer tokens, nats per token, float32 [B].
+  """Mean KL(base ‖ model) over the tokens of each answer, nats per token, float32 [B].
 
   Args:
     tokens_BT: int32, prompt and the base model's answer, right-padded with anything.
@@ -50,40 +50,43 @@ def drifts(
   return scoring.answer_mean(kl_BT, prompt_length_B, length_B)
 
 
-def drift(
+def row_drifts(
   base: scoring.EvalModel,
-  who: scoring.EvalModel,
+  trained: scoring.EvalModel,
   rows: Sequence[tuple[Sequence[int], Sequence[int]]],
   log: journal.Journal,
   *,
   name: str,
 ) -> list[float]:
-  """`drifts` of rows of a prompt and the base model's answer."""
+  """`answer_kl` of every row: a prompt and the base model's answer to it."""
 
   def compute(batch: list[int]) -> list[float]:
     tokens_BT, prompt_length_B, length_B = scoring.pad_joined(
       [rows[i] for i in batch],
-      count=min(who.settings.batch_size, len(rows)),
-      pad_id=who.tokenizer.pad_id,
+      count=min(trained.settings.batch_size, len(rows)),
+      pad_id=trained.tokenizer.pad_id,
     )
-    drift_B = drifts(
+    kl_B = answer_kl(
       base.params,
-      who.params,
-      who.config,
+      trained.params,
+      trained.config,
       tokens_BT,
       prompt_length_B,
       length_B,
-      **scoring.precision(who),
+      **scoring.precision(trained),
     )
-    return scoring.finite(np.asarray(drift_B)[: len(batch)], name)
+    return scoring.check_finite(np.asarray(kl_B)[: len(batch)], name)
 
-  return scoring.finish(
+  return scoring.compute_missing(
     log,
-    [scoring.item_key(who, call="drift", base=base.weights, row=row) for row in rows],
+    [
+      scoring.item_key(trained, call="drift", base=base.fingerprints, row=row)
+      for row in rows
+    ],
     [len(prompt) + len(answer) for prompt, answer in rows],
     compute,
-    batch_size=who.settings.batch_size,
-    title=scoring.bar_title(who, name),
+    batch_size=trained.settings.batch_size,
+    title=scoring.bar_title(trained, name),
   )
 
 
@@ -93,14 +96,14 @@ def from_base(
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   log: journal.Journal,
-) -> intervals.Scores:
-  """KL(base, trained) on the base model's own greedy answers to general prompts."""
-  answers = scoring.answers(
+) -> intervals.ItemScores:
+  """KL(base ‖ trained) on the base model's own greedy answers to general prompts."""
+  answers = greedy_answers.generate(
     base, prompts, log, max_new_tokens=max_new_tokens, name="answers for the drift"
   )
   rows = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers)]
-  values = drift(base, trained, rows, log, name="drift")
-  return intervals.Scores(np.array(values))
+  values = row_drifts(base, trained, rows, log, name="drift")
+  return intervals.ItemScores(np.array(values))
 
 
 @jax.jit
@@ -108,7 +111,7 @@ def _distances(
   base_params: transformer.Params, params: transformer.Params
 ) -> transformer.Params:
   def distance(path: Any, base: Array, tuned: Array) -> Array:
-    # Layers are stacked on axis 0; each is a tensor of its own.
+    # Layers are stacked on axis 0; each layer's part is a tensor of its own.
     stacked = any(getattr(key, "key", None) == "layers" for key in path)
     axes = tuple(range(1 if stacked else 0, base.ndim))
     change = jnp.sqrt(jnp.sum(jnp.square(tuned - base), axis=axes))
@@ -120,16 +123,17 @@ def _distances(
 def weight_distances(
   base: transformer.Params, params: transformer.Params
 ) -> dict[str, float]:
-  """Name of a tensor -> its change, relative: norm(tuned - base) / norm(base).
+  """The relative change of every tensor: norm(tuned - base) / norm(base), by name.
 
-  RAFT (arXiv 2606.00147), App. A. It was seen not to measure forgetting: under Adam it
-  mostly follows the sum of the learning rates. A tensor of zeros has no distance.
+  RAFT (arXiv 2606.00147), App. A. In our runs it did not measure forgetting: under Adam
+  it mostly follows the sum of the learning rates. A tensor that is zero in the base
+  model is left out.
   """
-  found: dict[str, float] = {}
+  distances: dict[str, float] = {}
   leaves = jax.tree_util.tree_leaves_with_path(_distances(base, params))
   for path, value in leaves:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     for layer, number in enumerate(np.atleast_1d(np.asarray(value))):
       if np.isfinite(number):
-        found[f"{name}.{layer}" if np.ndim(value) else name] = float(number)
-  return found
+        distances[f"{name}.{layer}" if np.ndim(value) else name] = float(number)
+  return distances

@@ -1,13 +1,19 @@
-"""Intervals of scores over items, and comparisons of two models item by item.
+"""95 % intervals of scores over items, and comparisons of two models on the same items.
 
-Test sets are small (the paper's hold 60 to 185 questions), so no score is shown
-without its interval and no two models are compared but on the same items.
+Test sets are small (the paper's hold 60 to 185 questions), so every score has an
+interval, and two models are compared item by item.
+
+For numbers that are computed from several means (differences, ratios, points on a
+curve), `resampled_means` gives a mean in each of S samples: first over all items, then
+over each bootstrap resample. Means over the same M items use the same resamples, so
+they are paired; means over different items are independent.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,15 +21,18 @@ from scipy import stats
 
 RESAMPLES = 10_000
 
+BATCH = 2_000_000
+"""The most entries of an array of resamples; bounds the memory for large test sets."""
 
-class Scores(NamedTuple):
+
+class ItemScores(NamedTuple):
   """One score, item by item.
 
   Attributes:
-    values_N: float, one an item.
-    weights_N: how many answers a value stands for (an IFEval prompt holds several
-      instructions); None where every item counts once.
-    share: every item just passed (1) or failed (0), and counts once.
+    values_N: float, one value an item.
+    weights_N: how many answers each value counts for (an IFEval prompt holds several
+      instructions); None: one each.
+    share: whether each item just passed (1) or failed (0), and counts once.
   """
 
   values_N: np.ndarray
@@ -31,9 +40,9 @@ class Scores(NamedTuple):
   share: bool = False
 
 
-Figure = Scores | float
-"""A score item by item, or one of a whole set that is no mean of items (a perplexity):
-its intervals are not known."""
+Score = ItemScores | float
+"""A score item by item, or a number for a whole set that is not a mean over its items,
+such as a perplexity; for the latter no interval is known."""
 
 
 class Interval(NamedTuple):
@@ -41,37 +50,37 @@ class Interval(NamedTuple):
   high: float
 
 
-def mean(scores: Figure) -> float:
+def mean(scores: Score) -> float:
   """The weighted mean."""
   if isinstance(scores, float):
     return scores
   return float(np.average(scores.values_N, weights=scores.weights_N))
 
 
-def interval(scores: Scores) -> Interval:
+def interval(scores: ItemScores) -> Interval:
   """95 % interval of the mean: Wilson's for a share, else a percentile bootstrap.
 
   Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927;
-  Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979. One seed draws the
-  same items for every score of a set.
+  Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979. The seed is fixed, so
+  all scores of a test set use the same resamples.
 
   Raises:
-    ValueError: no item.
+    ValueError: there is no item.
   """
   count = len(scores.values_N)
   if count == 0:
     raise ValueError("an interval needs at least one item")
   if scores.share:
     test = stats.binomtest(int(scores.values_N.sum()), count)
-    found = test.proportion_ci(method="wilson")
-    return Interval(float(found.low), float(found.high))
+    wilson = test.proportion_ci(method="wilson")
+    return Interval(float(wilson.low), float(wilson.high))
   return _mean_bootstrap(scores)
 
 
-def ratio_interval(base: Scores, trained: Scores) -> Interval | None:
+def ratio_interval(base: ItemScores, trained: ItemScores) -> Interval | None:
   """95 % paired bootstrap interval of 100 · mean(trained) / mean(base).
 
-  None where a resample can hold no point of the base model's.
+  None if the base model's mean is 0 in some resample.
   """
 
   def ratio(base, trained, weights, axis):
@@ -79,35 +88,35 @@ def ratio_interval(base: Scores, trained: Scores) -> Interval | None:
 
   with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
     warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-    found = _bootstrap(ratio, base.values_N, trained.values_N, _weights(base))
-  return found if np.isfinite(found).all() else None
+    ends = _bootstrap(ratio, base.values_N, trained.values_N, _weights(base))
+  return ends if np.isfinite(ends).all() else None
 
 
 def mcnemar(base_N: np.ndarray, trained_N: np.ndarray) -> float:
-  """Two-sided exact p that two models pass equally many of the same items.
+  """Two-sided exact p-value of the hypothesis that both models pass equally often.
 
   McNemar, "Note on the sampling error of the difference between correlated proportions
   or percentages", 1947, with the binomial distribution in place of its approximation.
 
   Args:
-    base_N, trained_N: 0 or 1 an item.
+    base_N, trained_N: 0 or 1 for each item.
   """
   gained = int(((base_N == 0) & (trained_N == 1)).sum())
   lost = int(((base_N == 1) & (trained_N == 0)).sum())
   return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def _mean_bootstrap(scores: Scores) -> Interval:
+def _mean_bootstrap(scores: ItemScores) -> Interval:
   def weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int) -> Any:
     return (values * weights).sum(axis) / weights.sum(axis)
 
   weights_N = _weights(scores)
-  # A resample of items without an answer has no mean, and the mean none of theirs.
-  held_N = weights_N > 0
-  return _bootstrap(weighted_mean, scores.values_N[held_N], weights_N[held_N])
+  # A resample of items that all count for nothing has no mean, so these are left out.
+  counts_N = weights_N > 0
+  return _bootstrap(weighted_mean, scores.values_N[counts_N], weights_N[counts_N])
 
 
-def _weights(scores: Scores) -> np.ndarray:
+def _weights(scores: ItemScores) -> np.ndarray:
   if scores.weights_N is None:
     return np.ones(len(scores.values_N))
   return scores.weights_N
@@ -118,21 +127,21 @@ def _bootstrap(statistic: Any, *samples: np.ndarray) -> Interval:
   if count == 1:
     only = float(statistic(*samples, axis=-1))
     return Interval(only, only)
-  found = stats.bootstrap(
+  ends = stats.bootstrap(
     samples,
     statistic,
     paired=True,
     vectorized=True,
     n_resamples=RESAMPLES,
-    batch=max(1, 2_000_000 // count),  # bounds the memory for large test sets
+    batch=max(1, BATCH // count),
     method="percentile",
     rng=np.random.default_rng(0),
   ).confidence_interval
-  return Interval(float(found.low), float(found.high))
+  return Interval(float(ends.low), float(ends.high))
 
 
-def describe(scores: Figure) -> dict[str, Any]:
-  """Mean, interval and number of items, ready for JSON."""
+def describe(scores: Score) -> dict[str, Any]:
+  """Mean, interval and number of items, for JSON."""
   if isinstance(scores, float):
     return {"value": scores}
   return {
@@ -142,43 +151,122 @@ def describe(scores: Figure) -> dict[str, Any]:
   }
 
 
-def alike(
-  base: Mapping[str, Figure], trained: Mapping[str, Figure]
-) -> tuple[dict[str, Figure], dict[str, Figure]]:
-  """Two models' scores under the names that both have, of one kind each.
+# --- Two models on the same items -----------------------------------------------------
 
-  What a model said may decide whether a score is known item by item, and whether every
-  item just passed or failed. What one lacks the other loses.
+
+def comparable(
+  base: Mapping[str, Score], trained: Mapping[str, Score]
+) -> tuple[dict[str, Score], dict[str, Score]]:
+  """The scores that both models have, each in the same form for both.
+
+  A model's replies may decide whether a score is known item by item, and whether each
+  item just passed or failed. If only one model's score is, both are given without.
   """
-  left, right = {}, {}
-  for name in base.keys() & trained.keys():
-    one, other = base[name], trained[name]
-    if isinstance(one, float) or isinstance(other, float):
-      one, other = mean(one), mean(other)
-    elif one.share != other.share:
-      one, other = one._replace(share=False), other._replace(share=False)
-    left[name], right[name] = one, other
-  order = [name for name in base if name in left]
-  return {name: left[name] for name in order}, {name: right[name] for name in order}
+  base_scores, trained_scores = {}, {}
+  for name, ours in base.items():
+    if name not in trained:
+      continue
+    theirs = trained[name]
+    if isinstance(ours, float) or isinstance(theirs, float):
+      ours, theirs = mean(ours), mean(theirs)
+    elif ours.share != theirs.share:
+      ours, theirs = ours._replace(share=False), theirs._replace(share=False)
+    base_scores[name], trained_scores[name] = ours, theirs
+  return base_scores, trained_scores
 
 
-def compare(base: Figure, trained: Figure) -> dict[str, Any]:
-  """Trained minus base on the same items, ready for JSON; `p` only for shares."""
+def compare(base: Score, trained: Score) -> dict[str, Any]:
+  """Trained minus base on the same items, for JSON; shares have a p-value `p`, too."""
   if isinstance(base, float) or isinstance(trained, float):
     return {"difference": mean(trained) - mean(base)}
-  difference = Scores(trained.values_N - base.values_N, base.weights_N)
-  found = {"difference": mean(difference), **interval(difference)._asdict()}
+  difference = ItemScores(trained.values_N - base.values_N, base.weights_N)
+  paired = {"difference": mean(difference), **interval(difference)._asdict()}
   if base.share:
-    found["p"] = mcnemar(base.values_N, trained.values_N)
-  return found
+    paired["p"] = mcnemar(base.values_N, trained.values_N)
+  return paired
 
 
-def retention(base: Figure, trained: Figure) -> dict[str, Any]:
-  """100 · trained / base with its paired interval; empty where base scores 0."""
+def retention(base: Score, trained: Score) -> dict[str, Any]:
+  """100 · trained / base with its paired interval; {} if base scores 0."""
   if mean(base) == 0:
     return {}
-  found: dict[str, Any] = {"value": 100.0 * mean(trained) / mean(base)}
+  retained: dict[str, Any] = {"value": 100.0 * mean(trained) / mean(base)}
   if isinstance(base, float) or isinstance(trained, float):
-    return found
-  between = ratio_interval(base, trained)
-  return found | (between._asdict() if between else {})
+    return retained
+  ends = ratio_interval(base, trained)
+  return retained | (ends._asdict() if ends else {})
+
+
+# --- Numbers computed from several means ----------------------------------------------
+
+
+def resampled_means(
+  values_M: np.ndarray, items: str, weights_M: np.ndarray | None = None
+) -> np.ndarray:
+  """The weighted mean over all items, then over each resample of them, float64 [S].
+
+  Args:
+    values_M: one score an item.
+    items: identifies the set of items; equal strings share their resamples.
+    weights_M: how many answers each value counts for; None: one each.
+  """
+  if weights_M is None:
+    weights_M = np.ones(len(values_M))
+  pair_M2 = np.stack([values_M * weights_M, weights_M], axis=-1)
+  totals = [pair_M2.sum(axis=0, keepdims=True)]
+  totals += [
+    counts_BM.astype(np.float64) @ pair_M2
+    for counts_BM in _resample_counts(items, len(values_M))
+  ]
+  total_S2 = np.concatenate(totals)
+  # The mean of a resample without any answer is NaN, and is left out of intervals.
+  with np.errstate(invalid="ignore", divide="ignore"):
+    return total_S2[:, 0] / total_S2[:, 1]
+
+
+@functools.lru_cache(maxsize=8)
+def _resample_counts(items: str, count: int) -> tuple[np.ndarray, ...]:
+  """How often each resample holds each item, in batches uint8 [B, M].
+
+  No count comes near 256.
+  """
+  rng = np.random.default_rng(list(items.encode()))
+  rows = max(1, BATCH // count)
+  sizes = [min(rows, RESAMPLES - done) for done in range(0, RESAMPLES, rows)]
+  share_M = np.full(count, 1 / count)
+  return tuple(rng.multinomial(count, share_M, size=n).astype(np.uint8) for n in sizes)
+
+
+def describe_samples(samples_S: np.ndarray) -> dict[str, float]:
+  """The value over all items and its 95 % interval, for JSON; {} if the value is NaN.
+
+  Resamples that are NaN are left out. If all are, there is no interval.
+  """
+  value = float(samples_S[0])
+  if not np.isfinite(value):
+    return {}
+  finite_S = samples_S[1:][np.isfinite(samples_S[1:])]
+  if not finite_S.size:
+    return {"value": value}
+  low, high = np.percentile(finite_S, [2.5, 97.5])
+  return {"value": value, "low": float(low), "high": float(high)}
+
+
+def interpolate_samples(
+  curve: Sequence[tuple[np.ndarray, np.ndarray]], x_S: np.ndarray
+) -> np.ndarray:
+  """The height of a curve at x, sample by sample, float64 [S].
+
+  The curve is linear between its points, each (x [S], height [S]). Outside of them the
+  value over all items is NaN, and a resample has the height of the nearest point.
+  """
+  x_PS, height_PS = (np.stack(part) for part in zip(*curve))
+  order_PS = np.argsort(x_PS, axis=0)
+  x_PS = np.take_along_axis(x_PS, order_PS, axis=0)
+  height_PS = np.take_along_axis(height_PS, order_PS, axis=0)
+  result_S = np.array(
+    [np.interp(x, x_P, height_P) for x, x_P, height_P in zip(x_S, x_PS.T, height_PS.T)]
+  )
+  if not x_PS[0, 0] <= x_S[0] <= x_PS[-1, 0]:
+    result_S[0] = np.nan
+  return result_S

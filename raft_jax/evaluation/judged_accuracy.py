@@ -1,9 +1,9 @@
-"""Accuracy by the verdicts of a panel of language models, as in the paper's D-Acc.
+"""Accuracy by the majority vote of a panel of language models, as the paper's D-Acc.
 
-An answer counts as right where more than half of the judges say so (RAFT, arXiv
-2606.00147, section 4: three judges). A judge whose reply is not plainly a yes or no
-abstains and stays in the panel; what no majority decides is not right, and its share is
-given beside the accuracy.
+An answer is correct if more than half of the judges say so (RAFT, arXiv 2606.00147,
+section 4: three judges). A judge whose reply is not clearly yes or no abstains and
+still counts as a member of the panel. An answer without a majority is not correct; the
+share of such answers is reported beside the accuracy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import judging
 
 VERDICT = "good"
-"""The key of a judge's reply."""
+"""The key of the verdict in a judge's reply."""
 
 REPLY_SCHEMA = {
   "type": "object",
@@ -29,7 +29,7 @@ REPLY_SCHEMA = {
 
 
 class Item(NamedTuple):
-  """What a judge reads; `reference` may be empty where there is none."""
+  """What a judge reads; `reference` is empty if there is none."""
 
   question: str
   reference: str
@@ -44,36 +44,40 @@ def votes(
 ) -> list[list[bool | None]]:
   """Each judge's verdict on each item, [items][judges]; None for an abstention.
 
-  An empty answer, or one that holds a verdict of its own, is shown to no judge and is
-  wrong.
+  An empty answer, or one that contains a verdict of its own, is wrong without being
+  judged.
 
   Args:
-    template: name of the prompt, "correct" or "open_ended".
+    template: name of the judges' prompt, "correct" or "open_ended".
   """
-  shown = [i for i, item in enumerate(items) if _fair(item.candidate)]
-  prompts = [judging.fenced(template, items[i]._asdict()) for i in shown]
-  found: list[list[bool | None]] = [[False] * len(judges) for _ in items]
+  judged = [i for i, item in enumerate(items) if _can_be_judged(item.candidate)]
+  prompts = [judging.fenced(template, items[i]._asdict()) for i in judged]
+  verdicts: list[list[bool | None]] = [[False] * len(judges) for _ in items]
   for number, role in enumerate(judges):
-    for i, reply in zip(shown, calls.ask(role, prompts), strict=True):
-      said = None if reply is None else judging.parse_flags(reply.text, [VERDICT])
-      found[i][number] = None if said is None else said[VERDICT]
-  return found
+    for i, reply in zip(judged, calls.ask(role, prompts), strict=True):
+      flags = None if reply is None else judging.parse_flags(reply.text, [VERDICT])
+      verdicts[i][number] = None if flags is None else flags[VERDICT]
+  return verdicts
 
 
-def _fair(candidate: str) -> bool:
+def _can_be_judged(candidate: str) -> bool:
   return bool(candidate.strip()) and not judging.steers(candidate, VERDICT)
 
 
 def scores(
-  name: str, found: Sequence[Sequence[bool | None]]
-) -> dict[str, intervals.Scores]:
-  """The share of items that a majority calls right, and of those left undecided."""
-  decided = [judging.majority(panel) for panel in found]
+  name: str, verdicts: Sequence[Sequence[bool | None]]
+) -> dict[str, intervals.ItemScores]:
+  """The share of items that a majority calls correct, and of those without a majority.
+
+  Args:
+    verdicts: as `votes` returns them.
+  """
+  decided = [judging.majority(panel) for panel in verdicts]
   return {
     name: _share([choice is True for choice in decided]),
     f"{name}_undecided": _share([choice is None for choice in decided]),
   }
 
 
-def _share(passed: Sequence[bool]) -> intervals.Scores:
-  return intervals.Scores(np.array(passed, float), share=True)
+def _share(passed: Sequence[bool]) -> intervals.ItemScores:
+  return intervals.ItemScores(np.array(passed, float), share=True)

@@ -1,13 +1,13 @@
-"""A model that is measured, as lm-evaluation-harness asks one.
+"""lm-evaluation-harness' model protocol over a model that is evaluated.
 
-Its model protocol over a `scoring.EvalModel`: every reply goes through batches of like
-length and the journal. Tokens are those of the harness' own Hugging Face model (HFLM):
-special tokens in a text are read as such, the tokenizer adds BOS where it is used to,
-unless the text begins with it, and what is longer than the model's positions loses its
-beginning, with a warning. Unlike there, any of the model's end tokens ends an answer,
-and chat templates that can think are told not to, as in training.
+Replies are computed in batches of similar length and go through the journal. Texts have
+the same tokens as in the harness' own Hugging Face model (HFLM): special tokens in a
+text are read as such, the tokenizer adds BOS by its own rule unless the text begins
+with it, and a text longer than the model's positions loses its beginning, with a
+warning. Two things differ from HFLM: any of the model's end tokens ends an answer, and
+chat templates with a thinking mode have it switched off, as in training.
 
-Imports the harness (the `eval` extra) when it is imported itself.
+Importing this module imports the harness (the `eval` extra).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lm_eval.api import model as protocol
 from lm_eval.models import utils as model_utils
 
 from raft_jax import errors, vocab_head
-from raft_jax.evaluation import scoring
+from raft_jax.evaluation import greedy_answers, scoring
 from raft_jax.hf import chat, chat_template
 from raft_jax.models import transformer
 from raft_jax.storage import journal
@@ -35,39 +35,42 @@ from raft_jax.storage import journal
 _LOG = logging.getLogger(__name__)
 
 FIRST_TOKENS = 16
-"""Of an answer that a stop string may end; then twice as many as before at a time, so
-that little is written past it."""
+"""Tokens written at first when a stop string may end the answer; then twice as many as
+before each time, so that few tokens are written past the stop string."""
 
 GREEDY = {"until", "do_sample", "temperature", "max_gen_toks", "top_p", "top_k"}
-"""What a task may ask of a generation; the last two are for sampling."""
+"""The generation options that a task may set; greedy decoding ignores the last two."""
 
 
 def generation(
   options: Mapping[str, Any], place: str, positions: int
 ) -> tuple[tuple[str, ...], int]:
-  """Stop strings and the longest answer that a task asks for.
+  """A task's stop strings, and the most tokens of an answer.
 
   Raises:
-    UserError: it asks for another kind of generation, or for too long an answer.
+    UserError: the task needs sampling or another kind of generation, or too long an
+      answer.
   """
-  asked = model_utils.normalize_gen_kwargs(dict(options), defaults.DEFAULT_MAX_GEN_TOKS)
-  other = {key: value for key, value in asked.items() if key not in GREEDY}
-  if other.get("num_beams") == 1:
-    del other["num_beams"]
-  if asked["do_sample"] or other:
-    what = ", ".join(f"{key}={value}" for key, value in options.items())
+  wanted = model_utils.normalize_gen_kwargs(
+    dict(options), defaults.DEFAULT_MAX_GEN_TOKS
+  )
+  unknown = {key: value for key, value in wanted.items() if key not in GREEDY}
+  if unknown.get("num_beams") == 1:
+    del unknown["num_beams"]
+  if wanted["do_sample"] or unknown:
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
     raise errors.UserError(
-      f"{place} asks for {what}, but answers are decoded greedily; leave it out, or"
+      f"{place} asks for {given}, but answers are decoded greedily; leave it out, or"
       " change its generation_kwargs in a copy in evaluate.tasks.include"
     )
-  longest = asked["max_gen_toks"]
+  longest = wanted["max_gen_toks"]
   if longest >= positions:
     raise errors.UserError(
       f"{place} asks for answers of {longest} tokens, but the model was made for"
       f" {positions}; leave it out, or lower max_gen_toks in a copy in"
       " evaluate.tasks.include"
     )
-  return tuple(stop for stop in asked["until"] if stop), longest
+  return tuple(stop for stop in wanted["until"] if stop), longest
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
@@ -82,11 +85,11 @@ def continuation_log_probs(
   dtype: str = "float32",
   unroll: int = 1,
 ) -> tuple[Array, Array]:
-  """Log-probability of K continuations a row, and whether greedy decoding writes them.
+  """Log-probability of K continuations a row, and whether they are the greedy ones.
 
   Args:
-    tokens_BT: int32, context and continuation but for its last token, right-padded with
-      anything. The continuations of a row differ in their last token only.
+    tokens_BT: int32, context and continuation without its last token, right-padded with
+      anything. The continuations of a row differ only in their last token.
     length_B: int32 tokens of each.
     targets_BCK: int32, the continuations, right-padded with any valid id.
     count_B: int32 tokens of a row's continuations, 1..C.
@@ -112,7 +115,7 @@ def continuation_log_probs(
 
 
 class Row(NamedTuple):
-  """Continuations of one context that differ in their last token only."""
+  """Continuations of one context that differ only in their last token."""
 
   inputs: tuple[int, ...]
   length: int
@@ -122,7 +125,7 @@ class Row(NamedTuple):
 def _padded(
   rows: Sequence[Row], count: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """The arrays of `continuation_log_probs`; the last row fills the batch."""
+  """The arrays of `continuation_log_probs`; copies of the last row fill the batch."""
   tokens_BT, length_B = scoring.pad(
     [row.inputs for row in rows],
     count=count,
@@ -145,27 +148,27 @@ def _padded(
 
 
 class Adapter(protocol.TemplateLM):
-  """The harness' model protocol over a subject and its journal."""
+  """The harness' model protocol over a model and its journal."""
 
-  def __init__(self, who: scoring.EvalModel, log: journal.Journal) -> None:
+  def __init__(self, model: scoring.EvalModel, log: journal.Journal) -> None:
     super().__init__()
-    self.who, self.log = who, log
-    self.tokenizer = who.tokenizer.hf_tokenizer
+    self.eval_model, self.log = model, log
+    self.tokenizer = model.tokenizer.hf_tokenizer
 
   @property
   def eot_token_id(self) -> int:
     eos = self.tokenizer.eos_token_id
-    return self.who.tokenizer.eos_ids[0] if eos is None else eos
+    return self.eval_model.tokenizer.eos_ids[0] if eos is None else eos
 
   @property
   def prefix_token_id(self) -> int:
-    """What an empty context is: BOS, or EOS where there is none."""
+    """The token that stands for an empty context: BOS, or EOS if there is no BOS."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
   @property
   def tokenizer_name(self) -> str:
-    return self.who.tokenizer.digest
+    return self.eval_model.tokenizer.digest
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -176,7 +179,7 @@ class Adapter(protocol.TemplateLM):
     ):
       add_special_tokens = False
     added = True if add_special_tokens is None else add_special_tokens
-    return chat.raw_ids(self.who.tokenizer, string, add_special_tokens=added)
+    return chat.raw_ids(self.eval_model.tokenizer, string, add_special_tokens=added)
 
   def apply_chat_template(
     self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -188,7 +191,7 @@ class Adapter(protocol.TemplateLM):
       turns = [turn for turn in chat_history if turn["role"] != "system"]
       if turns == chat_history:
         raise
-      _LOG.warning("the chat template refuses the system's turn; it is left out")
+      _LOG.warning("the chat template takes no system message; it is left out")
       return chat_template.render(self.tokenizer, turns, **form)
 
   def _loglikelihood_tokens(
@@ -197,8 +200,8 @@ class Adapter(protocol.TemplateLM):
     **kwargs: Any,
   ) -> list[tuple[float, bool]]:
     del kwargs
-    longest, cut = self.who.config.max_positions, 0
-    asked: list[tuple[tuple[tuple[int, ...], int], int]] = []
+    longest, cut = self.eval_model.config.max_positions, 0
+    keys: list[tuple[tuple[tuple[int, ...], int], int]] = []
     alternatives: dict[tuple[tuple[int, ...], int], set[int]] = {}
     for _, context, continuation in requests:
       if not 0 < len(continuation) <= longest:
@@ -206,38 +209,34 @@ class Adapter(protocol.TemplateLM):
           f"evaluate.tasks: a task asks for the probability of {len(continuation)}"
           f" tokens, but the model was made for 1 to {longest}; leave it out"
         )
-      # A context of spaces alone has given them to the continuation.
+      # The harness moves the spaces of a context of only spaces to the continuation.
       joined = (*(context or [self.prefix_token_id]), *continuation)
       cut += len(joined) > longest + 1
       inputs = joined[-(longest + 1) :][:-1]
-      asked.append(((inputs, len(continuation)), continuation[-1]))
-      alternatives.setdefault(asked[-1][0], set()).add(continuation[-1])
+      keys.append(((inputs, len(continuation)), continuation[-1]))
+      alternatives.setdefault(keys[-1][0], set()).add(continuation[-1])
     self._warn(cut, len(requests))
     rows = {
       key: Row(key[0], key[1], tuple(sorted(last)))
       for key, last in alternatives.items()
     }
     values = dict(zip(rows, self._rows(list(rows.values()))))
-    found = []
-    for key, last in asked:
-      log_p, greedy = values[key][rows[key].last.index(last)]
-      found.append((log_p, greedy))
-    return found
+    return [values[key][rows[key].last.index(last)] for key, last in keys]
 
   def _rows(self, rows: list[Row]) -> list[list[tuple[float, bool]]]:
-    """Log-probability and greediness of every row's continuations."""
-    who = self.who
+    """For every continuation of every row: log-probability, and if it is greedy."""
+    model = self.eval_model
 
     def compute(batch: list[int]) -> list[list[tuple[float, bool]]]:
       chosen = [rows[i] for i in batch]
-      count = min(who.settings.batch_size, len(rows))
+      count = min(model.settings.batch_size, len(rows))
       log_p_BK, greedy_BK = continuation_log_probs(
-        who.params,
-        who.config,
-        *_padded(chosen, count, who.tokenizer.pad_id),
-        **scoring.precision(who),
+        model.params,
+        model.config,
+        *_padded(chosen, count, model.tokenizer.pad_id),
+        **scoring.precision(model),
       )
-      sums = scoring.finite(
+      sums = scoring.check_finite(
         np.asarray(log_p_BK)[: len(batch)], "a task's log-probability"
       )
       return [
@@ -245,13 +244,13 @@ class Adapter(protocol.TemplateLM):
         for i, row in enumerate(chosen)
       ]
 
-    return scoring.finish(
+    return scoring.compute_missing(
       self.log,
-      [scoring.item_key(who, call="continuations", **row._asdict()) for row in rows],
+      [scoring.item_key(model, call="continuations", **row._asdict()) for row in rows],
       [len(row.inputs) for row in rows],
       compute,
-      batch_size=who.settings.batch_size,
-      title=scoring.bar_title(who, "tasks, log-probabilities"),
+      batch_size=model.settings.batch_size,
+      title=scoring.bar_title(model, "tasks, log-probabilities"),
     )
 
   def loglikelihood_rolling(
@@ -263,7 +262,7 @@ class Adapter(protocol.TemplateLM):
       for window in utils.get_rolling_token_windows(
         token_list=self.tok_encode(request.args[0]),
         prefix_token=self.prefix_token_id,
-        max_seq_len=self.who.config.max_positions,
+        max_seq_len=self.eval_model.config.max_positions,
         context_len=1,
       ):
         windows.append((("", ""), *utils.make_disjoint_window(window)))
@@ -277,35 +276,34 @@ class Adapter(protocol.TemplateLM):
     self, requests: list[Any], disable_tqdm: bool = False
   ) -> list[str]:
     del disable_tqdm
-    positions, cut, asked = self.who.config.max_positions, 0, []
+    positions, cut = self.eval_model.config.max_positions, 0
+    keys: list[tuple[tuple[int, ...], tuple[str, ...], int]] = []
     for request in requests:
       context, options = request.args
       place = f"evaluate.tasks.names: {request.task_name}"
       stops, limit = generation(options, place, positions)
       ids = self.tok_encode(context)
       cut += len(ids) > positions - limit
-      asked.append((tuple(ids[-(positions - limit) :]), stops, limit))
+      keys.append((tuple(ids[-(positions - limit) :]), stops, limit))
     self._warn(cut, len(requests))
-    said = {}
-    for stops, limit in dict.fromkeys(key[1:] for key in asked):
-      prompts = list(
-        dict.fromkeys(key[0] for key in asked if key[1:] == (stops, limit))
-      )
-      texts = written(self.who, prompts, stops, limit, self.log)
-      said.update({(ids, stops, limit): words for ids, words in zip(prompts, texts)})
-    return [said[key] for key in asked]
+    answers: dict[tuple[Any, ...], str] = {}
+    for stops, limit in dict.fromkeys(key[1:] for key in keys):
+      prompts = list(dict.fromkeys(key[0] for key in keys if key[1:] == (stops, limit)))
+      texts = answers_until(self.eval_model, prompts, stops, limit, self.log)
+      answers |= {(ids, stops, limit): text for ids, text in zip(prompts, texts)}
+    return [answers[key] for key in keys]
 
   def _warn(self, cut: int, count: int) -> None:
     if cut:
       _LOG.warning(
         "evaluate.tasks: %d of %d requests were longer than the model's %d positions"
         " and lost their beginning",
-        cut, count, self.who.config.max_positions,
+        cut, count, self.eval_model.config.max_positions,
       )  # fmt: skip
 
 
-def written(
-  who: scoring.EvalModel,
+def answers_until(
+  model: scoring.EvalModel,
   prompts: Sequence[Sequence[int]],
   stops: Sequence[str],
   limit: int,
@@ -316,15 +314,15 @@ def written(
 
   def stopped(row: Sequence[int]) -> bool:
     # A stop string may be a special token, which the text itself leaves out.
-    raw = who.tokenizer.hf_tokenizer.decode(list(row), skip_special_tokens=False)
+    raw = model.tokenizer.hf_tokenizer.decode(list(row), skip_special_tokens=False)
     return any(stop in raw for stop in stops)
 
   open_rows, spent = list(range(len(prompts))), 0
   while open_rows and spent < limit:
-    # Without a stop string only the model ends an answer, and the sampler sees that.
+    # Without a stop string only an end token ends the answer; the sampler stops there.
     new = min(max(spent, FIRST_TOKENS), limit - spent) if stops else limit
-    answers = scoring.answers(
-      who,
+    answers = greedy_answers.generate(
+      model,
       [(*prompts[i], *ids[i]) for i in open_rows],
       log,
       max_new_tokens=new,
@@ -335,10 +333,10 @@ def written(
     ended = {i for i, answer in zip(open_rows, answers) if answer.ended}
     open_rows = [i for i in open_rows if i not in ended and not stopped(ids[i])]
     spent += new
-  ends = [*stops, *filter(None, [who.tokenizer.hf_tokenizer.eos_token])]
+  ends = [*stops, *filter(None, [model.tokenizer.hf_tokenizer.eos_token])]
   return [
     model_utils.postprocess_generated_text(
-      chat.decode(who.tokenizer, _until(row, stopped)), ends, None
+      chat.decode(model.tokenizer, _until(row, stopped)), ends, None
     )
     for row in ids
   ]

@@ -1,7 +1,8 @@
-"""What a model does on every item: losses, greedy answers and choices.
+"""Losses and choice logits of a model, item by item, through a journal.
 
-Finished items go to a journal, keyed by the content of the model, the item and the
-settings: what is there is not computed again, and a killed run loses one batch.
+Each finished item is appended to a journal under a key made of the model, the item and
+the settings. Items that the journal holds are not computed again, and a run that is
+killed loses at most one batch.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from jax import Array
 
 from raft_jax import errors, vocab_head
 from raft_jax.data import batching
-from raft_jax.generation import engines, thinking
+from raft_jax.generation import engines
 from raft_jax.hf import chat
-from raft_jax.models import sampling, transformer
+from raft_jax.models import transformer
 from raft_jax.runtime import interrupts, progress
-from raft_jax.storage import journal, records
+from raft_jax.storage import journal
 from raft_jax.training import checkpoint
 
 LOSS_WIDTH, PROMPT_WIDTH, CHOICE_WIDTH = 64, 32, 256
@@ -30,7 +31,7 @@ LOSS_WIDTH, PROMPT_WIDTH, CHOICE_WIDTH = 64, 32, 256
 
 
 class Settings(NamedTuple):
-  """What the measured values depend on beside the model and the items."""
+  """How a model is run; the dtype is part of the journal's keys."""
 
   batch_size: int
   dtype: str
@@ -39,36 +40,24 @@ class Settings(NamedTuple):
 
 
 class EvalModel(NamedTuple):
-  """A model that is measured.
+  """A model to evaluate.
 
   Attributes:
-    weights: fingerprints of `params`, part of the journal's keys.
-    title: what the progress bars call it; None for no bars.
-    server: who writes its answers; None for the built-in sampler.
+    fingerprints: those of `params`, part of the journal's keys.
+    title: its name in the progress bars; None for no bars.
+    server: the engine that writes its answers; None for the built-in sampler.
   """
 
   params: transformer.Params
   config: transformer.DecoderConfig
   tokenizer: chat.ChatTokenizer
   settings: Settings
-  weights: dict[str, list[int]]
+  fingerprints: dict[str, list[int]]
   title: str | None
   server: engines.Generator | None = None
 
 
-class Answer(NamedTuple):
-  """A greedy answer; `tokens` and `ids` count the EOS, `ended` says that there is one.
-
-  A server tells no `ids`.
-  """
-
-  text: str
-  tokens: int
-  ended: bool
-  ids: Sequence[int] = ()
-
-
-def subject(
+def eval_model(
   params: transformer.Params,
   config: transformer.DecoderConfig,
   tokenizer: chat.ChatTokenizer,
@@ -76,9 +65,9 @@ def subject(
   title: str | None,
   server: engines.Generator | None = None,
 ) -> EvalModel:
-  """A model that is measured, with the fingerprints of its weights."""
-  weights = checkpoint.named_fingerprints(params)
-  return EvalModel(params, config, tokenizer, settings, weights, title, server)
+  """A model to evaluate, with the fingerprints of its parameters."""
+  fingerprints = checkpoint.named_fingerprints(params)
+  return EvalModel(params, config, tokenizer, settings, fingerprints, title, server)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
@@ -163,7 +152,11 @@ def last_hidden(
 
 
 def answer_mean(values_BT: Array, prompt_length_B: Array, length_B: Array) -> Array:
-  """Mean over the answer's tokens of values that belong to tokens 1, 2, ..."""
+  """Each row's mean over the tokens of its answer, [B].
+
+  Args:
+    values_BT: values of the tokens 1, 2, ... of each row.
+  """
   column = jnp.arange(1, values_BT.shape[1] + 1)
   answer_BT = (column >= prompt_length_B[:, None]) & (column < length_B[:, None])
   total_B = jnp.sum(jnp.where(answer_BT, values_BT, 0.0), axis=-1)
@@ -173,7 +166,10 @@ def answer_mean(values_BT: Array, prompt_length_B: Array, length_B: Array) -> Ar
 def by_length(
   indices: Sequence[int], lengths: Sequence[int], batch_size: int
 ) -> Iterator[list[int]]:
-  """Batches of indices of like length, longest first: memory runs out at once."""
+  """Batches of items of similar length, longest first.
+
+  If memory is too small, the first batch already shows it.
+  """
   ordered = sorted(indices, key=lambda i: (-lengths[i], i))
   for start in range(0, len(ordered), batch_size):
     yield ordered[start : start + batch_size]
@@ -182,7 +178,10 @@ def by_length(
 def pad(
   rows: Sequence[Sequence[int]], *, count: int, multiple: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Right-padded int32 [count, W] and lengths [count]; the last row fills the batch."""
+  """Rows padded on the right, int32 [count, W], and their lengths [count].
+
+  Fewer rows than `count` are filled up with copies of the last one.
+  """
   rows = [*rows, *[rows[-1]] * (count - len(rows))]
   lengths_B = np.array([len(row) for row in rows], np.int32)
   width = -(-int(lengths_B.max()) // multiple) * multiple
@@ -192,7 +191,7 @@ def pad(
   return tokens_BW, lengths_B
 
 
-def finish(
+def compute_missing(
   log: journal.Journal,
   keys: Sequence[str],
   lengths: Sequence[int],
@@ -201,10 +200,15 @@ def finish(
   batch_size: int,
   title: str | None,
 ) -> list[Any]:
-  """The value of every key, in order; what the journal lacks is computed in batches.
+  """The value of every key, in order; computes in batches what the journal lacks.
+
+  Args:
+    lengths: tokens of each item, by which batches are formed.
+    compute: indices of items -> their values, or a UserError in place of one.
 
   Raises:
-    UserError: the first that `compute` returned, after the rest of its batch was kept.
+    UserError: the first that `compute` returned, after the other values of its batch
+      were written to the journal.
   """
   todo = [i for i, key in enumerate(keys) if key not in log.calls]
   done = len(keys) - len(todo)
@@ -213,8 +217,13 @@ def finish(
     interrupts.check()
     values = compute(batch)
     failed = [value for value in values if isinstance(value, errors.UserError)]
-    found = zip(batch, values)
-    log.append({keys[i]: v for i, v in found if not isinstance(v, errors.UserError)})
+    log.append(
+      {
+        keys[i]: value
+        for i, value in zip(batch, values)
+        if not isinstance(value, errors.UserError)
+      }
+    )
     if failed:
       raise failed[0]
     done += len(batch)
@@ -223,193 +232,61 @@ def finish(
   return [log.calls[key] for key in keys]
 
 
-def bar_title(who: EvalModel, name: str) -> str | None:
-  """What a progress bar says of work on a model."""
-  return None if who.title is None else f"{who.title}: {name}"
+def bar_title(model: EvalModel, name: str) -> str | None:
+  """The title of a progress bar."""
+  return None if model.title is None else f"{model.title}: {name}"
 
 
-def item_key(who: EvalModel, **item: Any) -> str:
-  """The journal's key of one result of a model."""
+def item_key(model: EvalModel, **item: Any) -> str:
+  """The key in the journal of one result of a model."""
   return journal.content_key(
-    model=dataclasses.asdict(who.config),
-    weights=who.weights,
-    dtype=who.settings.dtype,
+    model=dataclasses.asdict(model.config),
+    weights=model.fingerprints,
+    dtype=model.settings.dtype,
     **item,
   )
 
 
-def precision(who: EvalModel) -> dict[str, Any]:
-  """How the forward pass is computed."""
-  return {"dtype": who.settings.dtype, "unroll": who.settings.unroll}
+def precision(model: EvalModel) -> dict[str, Any]:
+  """Keyword arguments of the forward pass."""
+  return {"dtype": model.settings.dtype, "unroll": model.settings.unroll}
 
 
 def losses(
-  who: EvalModel, rows: Sequence[batching.Row], log: journal.Journal, *, name: str
+  model: EvalModel, rows: Sequence[batching.Row], log: journal.Journal, *, name: str
 ) -> list[float]:
   """`answer_losses` of every row."""
 
   def compute(batch: list[int]) -> list[float]:
     tokens_BT, prompt_length_B, length_B = pad_joined(
       [(rows[i].prompt, rows[i].answer) for i in batch],
-      count=min(who.settings.batch_size, len(rows)),
-      pad_id=who.tokenizer.pad_id,
+      count=min(model.settings.batch_size, len(rows)),
+      pad_id=model.tokenizer.pad_id,
     )
     loss_B = answer_losses(
-      who.params, who.config, tokens_BT, prompt_length_B, length_B, **precision(who)
+      model.params,
+      model.config,
+      tokens_BT,
+      prompt_length_B,
+      length_B,
+      **precision(model),
     )
-    return finite(np.asarray(loss_B)[: len(batch)], name)
+    return check_finite(np.asarray(loss_B)[: len(batch)], name)
 
-  return finish(
+  return compute_missing(
     log,
-    [item_key(who, call="loss", prompt=row.prompt, answer=row.answer) for row in rows],
+    [
+      item_key(model, call="loss", prompt=row.prompt, answer=row.answer) for row in rows
+    ],
     [len(row.prompt) + len(row.answer) for row in rows],
     compute,
-    batch_size=who.settings.batch_size,
-    title=bar_title(who, name),
+    batch_size=model.settings.batch_size,
+    title=bar_title(model, name),
   )
-
-
-def answers(
-  who: EvalModel,
-  prompts: Sequence[Sequence[int]],
-  log: journal.Journal,
-  *,
-  max_new_tokens: int,
-  name: str,
-  messages: Sequence[tuple[records.Message, ...]] | None = None,
-) -> list[Answer]:
-  """The greedy answer to every prompt.
-
-  Args:
-    messages: what the prompts are made of, for the subject's server if it has one;
-      None where token ids are wanted, which a server does not tell.
-  """
-  if who.server is not None and messages is not None:
-    return served(who, messages, log, max_new_tokens=max_new_tokens, name=name)
-  tokenizer = who.tokenizer
-
-  def compute(batch: list[int]) -> list[dict[str, Any]]:
-    prompt_BP, length_B = pad(
-      [prompts[i] for i in batch],
-      count=min(who.settings.batch_size, len(prompts)),
-      multiple=PROMPT_WIDTH,
-      pad_id=tokenizer.pad_id,
-    )
-    rollout = sampling.generate(
-      who.params,
-      who.config,
-      prompt_BP,
-      length_B,
-      np.arange(len(length_B), dtype=np.int32),
-      seed=0,
-      step=0,
-      max_new_tokens=max_new_tokens,
-      temperature=0.0,
-      top_p=1.0,
-      eos_ids=tokenizer.eos_ids,
-      pad_id=tokenizer.pad_id,
-      dtype=who.settings.dtype,
-      unroll=who.settings.rollout_unroll,
-    )
-    tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout[:3])
-    rows = [tokens_BR[i, : length_B[i]].tolist() for i in range(len(batch))]
-    return [
-      {"text": thinking.decode(tokenizer, ids), "ids": ids, "ended": bool(ended)}
-      for ids, ended in zip(rows, ended_B)
-    ]
-
-  limits = {"ends": tokenizer.eos_ids, "max_new_tokens": max_new_tokens}
-  found = finish(
-    log,
-    [
-      item_key(who, call="greedy", prompt=prompt, tokenizer=tokenizer.digest, **limits)
-      for prompt in prompts
-    ],
-    [len(prompt) for prompt in prompts],
-    compute,
-    batch_size=who.settings.batch_size,
-    title=bar_title(who, name),
-  )
-  marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
-  return [
-    Answer(
-      **{**answer, "text": _without_thinking(answer["text"], marks)},
-      tokens=len(answer["ids"]),
-    )
-    for answer in found
-  ]
-
-
-def _without_thinking(said: str, marks: Sequence[thinking.Marks]) -> str:
-  """The answer of a reply; none where the thinking never ended."""
-  answer = thinking.answer(said, marks)
-  answer = answer if answer == said else answer.strip()
-  return "" if thinking.left_in(answer, marks) else answer
-
-
-def served(
-  who: EvalModel,
-  asked: Sequence[tuple[records.Message, ...]],
-  log: journal.Journal,
-  *,
-  max_new_tokens: int,
-  name: str,
-) -> list[Answer]:
-  """The greedy answers of the subject's server; thinking is left out of their text.
-
-  Raises:
-    UserError: the server refuses a request, or finds it too long.
-  """
-  server = who.server
-  assert server is not None
-
-  def answer(
-    reply: engines.Completion | errors.UserError,
-  ) -> dict[str, Any] | errors.UserError:
-    if isinstance(reply, errors.UserError):
-      return reply
-    if reply.finish_reason == "too_long":
-      return errors.UserError(
-        f"evaluate.servers: {server.identity} has no room for a prompt and"
-        f" {max_new_tokens} new tokens ({name}); serve it with a longer context"
-      )
-    tokens = reply.completion_tokens
-    if tokens is None:  # the model is this one, and so are its tokens
-      tokens = len(chat.answer_ids(who.tokenizer, reply.text))
-    return {
-      "text": "" if thinking.left_in(reply.text) else reply.text,
-      "tokens": tokens,
-      "ended": reply.finish_reason == "stop",
-    }
-
-  def compute(batch: list[int]) -> list[dict[str, Any] | errors.UserError]:
-    replies = server.generate(
-      [engines.Request(asked[i], max_new_tokens, 0.0, 1.0, seed=0) for i in batch]
-    )
-    return [answer(reply) for reply in replies]
-
-  found = finish(
-    log,
-    [
-      item_key(
-        who,
-        call="served",
-        server=server.identity,
-        messages=messages,
-        max_new_tokens=max_new_tokens,
-      )
-      for messages in asked
-    ],
-    [server.count_tokens(messages) for messages in asked],
-    compute,
-    batch_size=who.settings.batch_size,
-    title=bar_title(who, name),
-  )
-  return [Answer(**answer) for answer in found]
 
 
 def choices(
-  who: EvalModel,
+  model: EvalModel,
   prompts: Sequence[Sequence[int]],
   letters: Sequence[int],
   log: journal.Journal,
@@ -421,31 +298,37 @@ def choices(
   def compute(batch: list[int]) -> list[list[float]]:
     tokens_BT, length_B = pad(
       [prompts[i] for i in batch],
-      count=min(who.settings.batch_size, len(prompts)),
+      count=min(model.settings.batch_size, len(prompts)),
       multiple=CHOICE_WIDTH,
-      pad_id=who.tokenizer.pad_id,
+      pad_id=model.tokenizer.pad_id,
     )
     logits_BK = choice_logits(
-      who.params, who.config, tokens_BT, length_B, np.array(letters), **precision(who)
+      model.params,
+      model.config,
+      tokens_BT,
+      length_B,
+      np.array(letters),
+      **precision(model),
     )
-    return finite(np.asarray(logits_BK)[: len(batch)], name)
+    return check_finite(np.asarray(logits_BK)[: len(batch)], name)
 
-  return finish(
+  return compute_missing(
     log,
     [
-      item_key(who, call="choice", prompt=prompt, letters=letters) for prompt in prompts
+      item_key(model, call="choice", prompt=prompt, letters=letters)
+      for prompt in prompts
     ],
     [len(prompt) for prompt in prompts],
     compute,
-    batch_size=who.settings.batch_size,
-    title=bar_title(who, name),
+    batch_size=model.settings.batch_size,
+    title=bar_title(model, name),
   )
 
 
 def pad_joined(
   rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, count: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Padded tokens of prompt and answer, the prompts' lengths and those of both."""
+  """Padded prompts with answers, the lengths of the prompts, and of both together."""
   tokens_BT, length_B = pad(
     [(*prompt, *answer) for prompt, answer in rows],
     count=count,
@@ -457,11 +340,11 @@ def pad_joined(
   return tokens_BT, prompt_length_B, length_B
 
 
-def finite(values: np.ndarray, name: str) -> list[Any]:
+def check_finite(values: np.ndarray, name: str) -> list[Any]:
   """The values as a list.
 
   Raises:
-    UserError: one is not finite.
+    UserError: a value is not finite.
   """
   if not np.isfinite(values).all():
     raise errors.UserError(

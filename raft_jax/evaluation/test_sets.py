@@ -1,4 +1,4 @@
-"""What a model is examined on: test questions, benchmarks, and their tokens."""
+"""What a model is tested on: questions, benchmarks and tasks, read and tokenized."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.data import batching
-from raft_jax.evaluation import benchmarks, intervals, scoring
+from raft_jax.evaluation import benchmarks, scoring
 from raft_jax.hf import chat
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files, records
@@ -21,8 +19,8 @@ if TYPE_CHECKING:
   from raft_jax.evaluation import lm_eval_tasks
 
 
-class Domain(NamedTuple):
-  """The test questions that fit the budgets, their tokens, and the other questions."""
+class QuestionSet(NamedTuple):
+  """Questions of the domain with their tokens, and the rows that were left out."""
 
   questions: list[records.Question]
   rows: list[batching.Row]
@@ -41,152 +39,169 @@ class Mmlu(NamedTuple):
   letters: list[int]
 
 
+class OpenEnded(NamedTuple):
+  items: list[benchmarks.Request]
+  prompts: list[list[int]]
+
+
+ScoreTasks = Callable[[scoring.EvalModel, journal.Journal], "lm_eval_tasks.TaskScores"]
+"""Scores a model on the tasks of lm-evaluation-harness."""
+
+
 class General(NamedTuple):
-  """General abilities to measure; None where the config names no items."""
+  """Tests of general abilities; None for those that the config does not name.
+
+  Attributes:
+    drift: token ids of general prompts.
+  """
 
   ifeval: Ifeval | None
   mmlu: Mmlu | None
   drift: list[list[int]] | None
-  requests: list[benchmarks.Request]
+  open_ended: OpenEnded | None
+  score_tasks: ScoreTasks | None = None
 
 
-class Exam(NamedTuple):
-  """All that `evaluate` asks a model; `tasks` as of `read_tasks`."""
+class TestSets(NamedTuple):
+  """Everything that `evaluate` tests a model on."""
 
-  domain: Domain
-  validation: Domain | None
+  test: QuestionSet
+  validation: QuestionSet | None
   general: General
-  tasks: Callable[[scoring.EvalModel, journal.Journal], lm_eval_tasks.Found] | None
 
 
 def read(
-  config: schema.Config,
+  data: schema.Data,
+  settings: schema.Evaluate,
   tokenizer: chat.ChatTokenizer,
   decoder: transformer.DecoderConfig,
-) -> Exam:
-  """Reads and checks it, before any weight is.
+  *,
+  source: str,
+) -> TestSets:
+  """Reads and checks all test sets; needs no weights.
+
+  Args:
+    source: the model's, for error messages.
 
   Raises:
-    UserError: a file or a row is no such thing, or too long for the model.
+    UserError: a file or a row is invalid, or too long for the model.
   """
-  domain = read_domain(config, tokenizer)
-  validation = read_validation(config, tokenizer, config.evaluate.limit)
-  general = read_general(config.evaluate, tokenizer)
-  check_lengths(
-    config, domain, general, open_ended_prompts(general, tokenizer), decoder
-  )
-  tasks = read_tasks(config.evaluate.tasks, decoder)
-  return Exam(domain, validation, general, tasks)
+  test = read_test(data, tokenizer, settings.limit)
+  validation = read_validation(data, tokenizer, settings.limit)
+  general = read_general(settings, tokenizer)
+  batching.check_positions(lengths(settings, test, general), source, decoder)
+  score_tasks = read_tasks(settings.tasks, decoder)
+  return TestSets(test, validation, general._replace(score_tasks=score_tasks))
 
 
-def read_domain(config: schema.Config, tokenizer: chat.ChatTokenizer) -> Domain:
-  """Reads `data.test`."""
-  if config.data.test is None:
+# --- Questions of the domain ----------------------------------------------------------
+
+
+def read_test(
+  data: schema.Data, tokenizer: chat.ChatTokenizer, limit: int | None
+) -> QuestionSet:
+  """Reads the first `limit` questions of `data.test`."""
+  if data.test is None:
     raise errors.UserError(
       "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
       " file of held-out questions"
     )
-  return _questions(config, tokenizer, config.data.test, config.evaluate.limit)
+  return _read_questions(data, tokenizer, data.test, limit)
 
 
 def read_validation(
-  config: schema.Config, tokenizer: chat.ChatTokenizer, limit: int | None
-) -> Domain | None:
-  """Reads the first `limit` of `data.validation`, where it is set."""
-  if config.data.validation is None:
+  data: schema.Data, tokenizer: chat.ChatTokenizer, limit: int | None
+) -> QuestionSet | None:
+  """Reads the first `limit` questions of `data.validation`, if it is set."""
+  if data.validation is None:
     return None
-  return _questions(config, tokenizer, config.data.validation, limit)
+  return _read_questions(data, tokenizer, data.validation, limit)
 
 
-def _questions(
-  config: schema.Config,
-  tokenizer: chat.ChatTokenizer,
-  path: str,
-  limit: int | None,
-) -> Domain:
-  found = question_files.read(
+def _read_questions(
+  data: schema.Data, tokenizer: chat.ChatTokenizer, path: str, limit: int | None
+) -> QuestionSet:
+  file = question_files.read(
     path,
     limit=limit,
-    unusable=config.data.unusable,
-    reject_threshold=config.data.reject_threshold,
+    unusable=data.unusable,
+    reject_threshold=data.reject_threshold,
   )
-  questions = found.questions
-  rows, aside = batching.encode_rows(
+  questions = file.questions
+  rows, too_long = batching.encode_rows(
     [(question.messages, question.answer) for question in questions],
     tokenizer=tokenizer,
     teacher_context="none",
-    max_prompt_tokens=config.data.max_prompt_tokens,
-    max_answer_tokens=config.data.max_answer_tokens,
-    max_teacher_tokens=config.data.max_teacher_tokens,
-    too_long=config.data.too_long,
-    unusable=config.data.unusable,
-    places=[found.places[question.id] for question in questions],
+    max_prompt_tokens=data.max_prompt_tokens,
+    max_answer_tokens=data.max_answer_tokens,
+    max_teacher_tokens=data.max_teacher_tokens,
+    too_long=data.too_long,
+    unusable=data.unusable,
+    places=[file.places[question.id] for question in questions],
   )
-  aside = [*found.rejects, *aside]
-  rejects_lib.report(aside)
-  return Domain([questions[row.row_id] for row in rows], rows, aside)
+  rejects = [*file.rejects, *too_long]
+  rejects_lib.report(rejects)
+  return QuestionSet([questions[row.row_id] for row in rows], rows, rejects)
+
+
+# --- General abilities ----------------------------------------------------------------
 
 
 def read_general(settings: schema.Evaluate, tokenizer: chat.ChatTokenizer) -> General:
-  """Reads the benchmarks that the config names, and what scores them."""
-  mmlu = None
-  if settings.mmlu.items is not None:
-    mmlu = read_mmlu(settings.mmlu, tokenizer)
-  requests = []
-  if settings.open_ended.prompts is not None:
-    requests = benchmarks.read(
-      benchmarks.Request,
-      settings.open_ended.prompts,
-      key="evaluate.open_ended.prompts",
-      limit=settings.open_ended.limit,
-    )
-  ifeval = read_ifeval(settings.ifeval, tokenizer, section="evaluate")
-  drift = read_drift(settings.drift, tokenizer, section="evaluate")
-  return General(ifeval, mmlu, drift, requests)
+  """Reads the benchmarks that the config names, but not the harness' tasks."""
+  return General(
+    mmlu=read_mmlu(settings.mmlu, tokenizer),
+    open_ended=read_open_ended(settings.open_ended, tokenizer),
+    ifeval=read_ifeval(settings.ifeval, tokenizer, section="evaluate"),
+    drift=read_drift(settings.drift, tokenizer, section="evaluate"),
+  )
+
+
+def read_open_ended(
+  settings: schema.OpenEnded, tokenizer: chat.ChatTokenizer
+) -> OpenEnded | None:
+  """Reads the open-ended requests, if the config names some."""
+  if settings.prompts is None:
+    return None
+  requests = benchmarks.read(
+    benchmarks.Request,
+    settings.prompts,
+    key="evaluate.open_ended.prompts",
+    limit=settings.limit,
+  )
+  return OpenEnded(requests, _prompt_ids(tokenizer, requests))
 
 
 def read_ifeval(
   settings: schema.Ifeval, tokenizer: chat.ChatTokenizer, *, section: str
 ) -> Ifeval | None:
-  """Reads the prompts, where some are named, and what scores the answers."""
+  """Reads the prompts of IFEval, if the config names some, and loads its checkers.
+
+  Args:
+    section: "evaluate" or "validation", for error messages.
+  """
   if settings.items is None:
     return None
   checkers = benchmarks.load_checkers(settings.nltk_data, key=f"{section}.ifeval")
-  orders = benchmarks.read(
+  items = benchmarks.read(
     benchmarks.Instructions,
     settings.items,
     key=f"{section}.ifeval.items",
-    split="train",  # the hub's copy has no other
+    split="train",  # the hub's dataset has no other split
     limit=settings.limit,
   )
-  benchmarks.check_instructions(orders, checkers, key=f"{section}.ifeval.items")
-  return Ifeval(orders, _asked(tokenizer, orders), checkers)
-
-
-def take_ifeval(
-  who: scoring.EvalModel, asked: Ifeval, log: journal.Journal, *, max_new_tokens: int
-) -> dict[str, intervals.Scores]:
-  """The scores of a model's greedy answers, and how long these are in tokens."""
-  replies = scoring.answers(
-    who,
-    asked.prompts,
-    log,
-    max_new_tokens=max_new_tokens,
-    name="IFEval",
-    messages=[records.user_turn(item.prompt) for item in asked.items],
-  )
-  scores = benchmarks.ifeval_scores(
-    asked.items, [reply.text for reply in replies], asked.checkers
-  )
-  # Answers that become short or stop ending explain much of what IFEval shows.
-  lengths_N = np.array([float(reply.tokens) for reply in replies])
-  return scores | {"ifeval_answer_tokens": intervals.Scores(lengths_N)}
+  benchmarks.check_instructions(items, checkers, key=f"{section}.ifeval.items")
+  return Ifeval(items, _prompt_ids(tokenizer, items), checkers)
 
 
 def read_drift(
   settings: schema.Drift, tokenizer: chat.ChatTokenizer, *, section: str
 ) -> list[list[int]] | None:
-  """Reads the general prompts, where some are named."""
+  """Reads the general prompts for the drift, if the config names some.
+
+  Args:
+    section: "evaluate" or "validation", for error messages.
+  """
   if settings.prompts is None:
     return None
   prompts = benchmarks.read(
@@ -195,12 +210,14 @@ def read_drift(
     key=f"{section}.drift.prompts",
     limit=settings.limit,
   )
-  return _asked(tokenizer, prompts)
+  return _prompt_ids(tokenizer, prompts)
 
 
-def read_mmlu(settings: schema.Mmlu, tokenizer: chat.ChatTokenizer) -> Mmlu:
-  """Reads the questions and puts the solved ones before each."""
-  source = str(settings.items)
+def read_mmlu(settings: schema.Mmlu, tokenizer: chat.ChatTokenizer) -> Mmlu | None:
+  """Reads the questions of MMLU, if the config names some, and adds the examples."""
+  if settings.items is None:
+    return None
+  source = settings.items
   if settings.examples is None and benchmarks.is_file(source) and settings.shots:
     raise errors.UserError(
       "evaluate.mmlu.examples: not set; name the file of solved questions (MMLU's dev"
@@ -234,8 +251,8 @@ def read_mmlu(settings: schema.Mmlu, tokenizer: chat.ChatTokenizer) -> Mmlu:
 
 def read_tasks(
   settings: schema.Tasks, decoder: transformer.DecoderConfig
-) -> Callable[[scoring.EvalModel, journal.Journal], lm_eval_tasks.Found] | None:
-  """Loads the harness' tasks that the config names; returns what asks a model."""
+) -> ScoreTasks | None:
+  """Loads the harness' tasks that the config names."""
   if not settings.names:
     return None
   try:
@@ -243,55 +260,57 @@ def read_tasks(
   except ImportError as error:
     raise errors.UserError(f"evaluate.tasks: needs {benchmarks.EXTRA}") from error
   tasks = lm_eval_tasks.read(settings, decoder.max_positions)
-  return functools.partial(lm_eval_tasks.measured, tasks)
+  return functools.partial(lm_eval_tasks.score, tasks)
 
 
-def check_lengths(
-  config: schema.Config,
-  domain: Domain,
-  general: General,
-  requests: Sequence[Sequence[int]],
-  decoder: transformer.DecoderConfig,
-) -> None:
-  """Whether prompts and answers fit into the model's positions.
-
-  Raises:
-    UserError: they do not.
-  """
-  settings = config.evaluate
-  new = settings.max_new_tokens
-  need = {
-    f"evaluate.max_new_tokens={new}, data.max_*_tokens": max(
-      len(row.prompt) + max(len(row.answer), new) for row in domain.rows
-    )
-  }
-  if general.ifeval is not None:
-    new = settings.ifeval.max_new_tokens
-    key = f"evaluate.ifeval.max_new_tokens={new}"
-    need[key] = max(map(len, general.ifeval.prompts)) + new
-  if general.mmlu is not None:
-    key = f"evaluate.mmlu.shots={settings.mmlu.shots}"
-    need[key] = max(map(len, general.mmlu.prompts))
-  if general.drift is not None:
-    new = settings.drift.max_new_tokens
-    need[f"evaluate.drift.max_new_tokens={new}"] = max(map(len, general.drift)) + new
-  if requests:
-    new = settings.open_ended.max_new_tokens
-    key = f"evaluate.open_ended.max_new_tokens={new}"
-    need[key] = max(map(len, requests)) + new
-  batching.check_positions(need, config.model.source, decoder)
-
-
-def open_ended_prompts(
-  general: General, tokenizer: chat.ChatTokenizer
-) -> list[list[int]]:
-  """The token ids of the open-ended requests."""
-  return _asked(tokenizer, general.requests)
-
-
-def _asked(
+def _prompt_ids(
   tokenizer: chat.ChatTokenizer,
   items: Sequence[benchmarks.Instructions | benchmarks.Prompt],
 ) -> list[list[int]]:
   turns = [records.user_turn(item.prompt) for item in items]
   return [chat.prompt_ids(tokenizer, turn) for turn in turns]
+
+
+# --- Lengths --------------------------------------------------------------------------
+
+
+def lengths(
+  settings: schema.Evaluate, test: QuestionSet, general: General
+) -> dict[str, int]:
+  """The most tokens of prompt and answer, by the keys that decide them."""
+  new = settings.max_new_tokens
+  tokens = {
+    f"evaluate.max_new_tokens={new}, data.max_*_tokens": max(
+      len(row.prompt) + max(len(row.answer), new) for row in test.rows
+    )
+  }
+  tokens |= general_lengths(
+    settings, section="evaluate", ifeval=general.ifeval, drift=general.drift
+  )
+  if general.mmlu is not None:
+    key = f"evaluate.mmlu.shots={settings.mmlu.shots}"
+    tokens[key] = max(map(len, general.mmlu.prompts))
+  if general.open_ended is not None:
+    new = settings.open_ended.max_new_tokens
+    key = f"evaluate.open_ended.max_new_tokens={new}"
+    tokens[key] = max(map(len, general.open_ended.prompts)) + new
+  return tokens
+
+
+def general_lengths(
+  settings: schema.Evaluate | schema.Validation,
+  *,
+  section: str,
+  ifeval: Ifeval | None,
+  drift: list[list[int]] | None,
+) -> dict[str, int]:
+  """As `lengths`, for the tests that `evaluate` and `validation` have in common."""
+  tokens = {}
+  if ifeval is not None:
+    new = settings.ifeval.max_new_tokens
+    key = f"{section}.ifeval.max_new_tokens={new}"
+    tokens[key] = max(map(len, ifeval.prompts)) + new
+  if drift is not None:
+    new = settings.drift.max_new_tokens
+    tokens[f"{section}.drift.max_new_tokens={new}"] = max(map(len, drift)) + new
+  return tokens

@@ -1,13 +1,8 @@
-"""A small fixed panel while a model trains: its best step, and when to stop.
+"""Validation during training: losses, drift and IFEval on a small fixed set.
 
-Every `validation.every` steps the loss of a few validation questions is measured and,
-where the config names items, the drift from the base model and IFEval, with the
-functions of `evaluate`. Looks lie between steps and change nothing of them.
-
-The rule: the best step is that of the lowest validation loss among the looks whose
-drift is at most `validation.max_drift`; training is over after `validation.patience`
-looks in a row without a new best. It reads logged rows alone, so that a resumed run
-judges alike.
+A validation runs between two steps and leaves training bit-identical. It uses the
+functions of `evaluate`, so its values equal what `evaluate` computes for the same
+parameters and items. The parameters of the best step are kept in `output/best`.
 """
 
 from __future__ import annotations
@@ -26,91 +21,27 @@ from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import step as step_lib
 from raft_jax.evaluation import drift as drift_lib
-from raft_jax.evaluation import intervals, scoring, test_sets
+from raft_jax.evaluation import (
+  early_stopping,
+  intervals,
+  model_scores,
+  scoring,
+  test_sets,
+)
 from raft_jax.hf import chat
 from raft_jax.models import transformer
 from raft_jax.runtime import interrupts
 from raft_jax.storage import journal
-from raft_jax.training import (
-  checkpoint,
-  metrics_log,
-  run_inputs,
-  run_plan,
-  trained_model,
-)
-
-# --- The rule -------------------------------------------------------------------------
+from raft_jax.training import checkpoint, run_inputs, run_plan, trained_model
 
 
-class Look(NamedTuple):
-  """What was seen after a step, in nats per token; `drift` is None if not measured."""
-
-  step: int
-  loss: float
-  drift: float | None
-
-
-class Verdict(NamedTuple):
-  """The best look so far, if there is one, and whether training is over.
+class ValidationSet(NamedTuple):
+  """What a validation measures; None for what the config does not name.
 
   Attributes:
-    waited: looks since the best, or since the first step.
+    rows: questions of `data.validation`.
+    drift: token ids of general prompts.
   """
-
-  best: Look | None
-  waited: int
-  over: bool
-
-
-def verdict(
-  looks: Sequence[Look], *, max_drift: float | None, patience: int | None
-) -> Verdict:
-  """What the rule says of all looks so far; of equal losses the first is the best.
-
-  Args:
-    looks: in the order of their steps.
-    max_drift: nats per token; None allows any.
-    patience: looks in a row without a new best; None waits for ever.
-  """
-  best, waited = None, 0
-  for look in looks:
-    allowed = max_drift is None or (look.drift is not None and look.drift <= max_drift)
-    if allowed and (best is None or look.loss < best.loss):
-      best, waited = look, 0
-    else:
-      waited += 1
-  return Verdict(best, waited, patience is not None and waited >= patience)
-
-
-def logged(output: pathlib.Path, until: int) -> list[Look]:
-  """The looks that a run's log tells of, up to a step."""
-  found = []
-  for _, row in metrics_log.rows_until(output / "metrics.jsonl", until):
-    values = row.get("values", {})
-    if "validation_loss" in values:
-      found.append(
-        Look(row["step"], values["validation_loss"], values.get("validation_drift"))
-      )
-  return found
-
-
-def judged(settings: schema.Validation, looks: Sequence[Look]) -> Verdict:
-  """`verdict` by the rule of a run."""
-  return verdict(looks, max_drift=settings.max_drift, patience=settings.patience)
-
-
-def so_far(config: schema.Config, step: int) -> Verdict:
-  """What the rule says of a run that is at a step, from its log."""
-  if config.validation is None:
-    return Verdict(None, 0, over=False)
-  return judged(config.validation, logged(pathlib.Path(config.output), step))
-
-
-# --- The panel ------------------------------------------------------------------------
-
-
-class Panel(NamedTuple):
-  """What is looked at; None where the config names no items."""
 
   rows: list[batching.Row]
   drift: list[list[int]] | None
@@ -118,220 +49,216 @@ class Panel(NamedTuple):
 
 
 def read(
-  config: schema.Config,
+  settings: schema.Validation | None,
+  data: schema.Data,
   tokenizer: chat.ChatTokenizer,
   decoder: transformer.DecoderConfig,
-) -> Panel | None:
-  """Reads and checks the panel of a run, if it has one; no weights.
+  *,
+  source: str,
+) -> ValidationSet | None:
+  """Reads and checks the validation set of a run, if it has one; needs no weights.
+
+  Args:
+    source: the model's, for error messages.
 
   Raises:
-    errors.UserError: a file is bad or too long, or there are several processes.
+    errors.UserError: a file is invalid or too long, or there are several processes.
   """
-  settings = config.validation
   if settings is None:
     return None
   if jax.process_count() > 1:
     raise errors.UserError(
-      f"validation: wants one process, and these are {jax.process_count()}; set "
-      "validation=null, or train with one process"
+      f"validation: needs a run of one process, but there are {jax.process_count()}; "
+      "set validation=null, or train with one process"
     )
-  questions = test_sets.read_validation(config, tokenizer, settings.limit)
+  questions = test_sets.read_validation(data, tokenizer, settings.limit)
   if questions is None or not questions.rows:
     raise errors.UserError(
-      f"data.validation: {config.data.validation} holds no question within "
+      f"data.validation: {data.validation} holds no question within "
       "data.max_*_tokens for `validation`; raise them or give another file"
     )
-  panel = Panel(
-    questions.rows,
-    test_sets.read_drift(settings.drift, tokenizer, section="validation"),
-    test_sets.read_ifeval(settings.ifeval, tokenizer, section="validation"),
-  )
-  need = {
-    "data.max_*_tokens": max(len(row.prompt) + len(row.answer) for row in panel.rows)
+  rows = questions.rows
+  drift = test_sets.read_drift(settings.drift, tokenizer, section="validation")
+  ifeval = test_sets.read_ifeval(settings.ifeval, tokenizer, section="validation")
+  lengths = {
+    "data.max_*_tokens": max(len(row.prompt) + len(row.answer) for row in rows)
   }
-  if panel.drift is not None:
-    new = settings.drift.max_new_tokens
-    need[f"validation.drift.max_new_tokens={new}"] = max(map(len, panel.drift)) + new
-  if panel.ifeval is not None:
-    new = settings.ifeval.max_new_tokens
-    longest = max(map(len, panel.ifeval.prompts))
-    need[f"validation.ifeval.max_new_tokens={new}"] = longest + new
-  batching.check_positions(need, config.model.source, decoder)
-  return panel
+  lengths |= test_sets.general_lengths(
+    settings, section="validation", ifeval=ifeval, drift=drift
+  )
+  batching.check_positions(lengths, source, decoder)
+  return ValidationSet(rows, drift, ifeval)
 
 
-def values(
-  panel: Panel,
+def measure(
+  validation_set: ValidationSet,
   trained: scoring.EvalModel,
   base: scoring.EvalModel | None,
   settings: schema.Validation,
   log: journal.Journal,
 ) -> dict[str, float]:
-  """Names and values for the log; what the journal knows is not computed again.
+  """The metrics of one validation; what the journal holds is not recomputed.
 
   Args:
-    base: the base model, where the panel has prompts for the drift.
+    base: the base model; needed if the set has prompts for the drift.
   """
-  losses = scoring.losses(trained, panel.rows, log, name="validation loss")
-  found = {"validation_loss": intervals.Scores(np.array(losses))}
-  if panel.drift is not None:
+  losses = scoring.losses(trained, validation_set.rows, log, name="validation loss")
+  scores = {"validation_loss": intervals.ItemScores(np.array(losses))}
+  if validation_set.drift is not None:
     assert base is not None
     new = settings.drift.max_new_tokens
-    found["validation_drift"] = drift_lib.from_base(
-      base, trained, panel.drift, new, log
+    scores["validation_drift"] = drift_lib.from_base(
+      base, trained, validation_set.drift, new, log
     )
-  if panel.ifeval is not None:
-    new = settings.ifeval.max_new_tokens
-    scores = test_sets.take_ifeval(trained, panel.ifeval, log, max_new_tokens=new)
-    found["validation_ifeval"] = scores["ifeval_instruction_strict"]
-  return {name: intervals.mean(scores) for name, scores in found.items()}
+  if validation_set.ifeval is not None:
+    ifeval = model_scores.ifeval_scores(
+      trained,
+      validation_set.ifeval,
+      log,
+      max_new_tokens=settings.ifeval.max_new_tokens,
+    )
+    scores["validation_ifeval"] = ifeval["ifeval_instruction_strict"]
+  return {name: intervals.mean(score) for name, score in scores.items()}
 
 
-# --- While it trains ------------------------------------------------------------------
-
-
-class Watcher:
-  """Looks at a run between its steps, and keeps its best step.
+class PeriodicValidation:
+  """Validates a run between its steps, and keeps its best step.
 
   Attributes:
-    verdict: after the last look.
+    status: the best step so far, and whether training is over.
   """
 
   def __init__(
     self,
     settings: schema.Validation,
-    looks: Sequence[Look],
+    points: Sequence[early_stopping.ValidationPoint],
     *,
     measure: Callable[[transformer.Params], dict[str, float]],
-    keep: Callable[[int, transformer.Params], None],
+    save_best: Callable[[int, transformer.Params], None],
   ):
-    """Goes on after earlier looks.
+    """Continues after earlier validations.
 
     Args:
-      measure: trained tree -> names and values for the log.
-      keep: brings step and trained tree of a new best to the disk.
+      points: the earlier validations.
+      measure: trained tree -> metrics to log.
+      save_best: writes the trained tree of a new best step to disk.
     """
-    self.verdict = judged(settings, looks)
-    self._settings, self._looks = settings, [*looks]
-    self._measure, self._keep = measure, keep
+    self._settings, self._points = settings, [*points]
+    self._measure, self._save_best = measure, save_best
+    self.status = self._apply_rule()
 
-  def look(
-    self, done: int, params: transformer.Params
-  ) -> tuple[dict[str, float], bool]:
-    """Metrics to log, and whether to stop; a new best is on the disk on return.
+  def _apply_rule(self) -> early_stopping.Status:
+    return early_stopping.status(
+      self._points,
+      max_drift=self._settings.max_drift,
+      patience=self._settings.patience,
+    )
+
+  def run(self, step: int, params: transformer.Params) -> tuple[dict[str, float], bool]:
+    """Metrics to log, and whether training is over; a new best is on disk on return.
 
     Args:
-      params: the trained tree after `done` steps.
+      params: the trained tree after `step` steps.
     """
     with interrupts.deferred():  # a signal waits until the step is saved
-      found = self._measure(params)
-    self._looks.append(
-      Look(done, found["validation_loss"], found.get("validation_drift"))
+      metrics = self._measure(params)
+    self._points.append(
+      early_stopping.ValidationPoint(
+        step, metrics["validation_loss"], metrics.get("validation_drift")
+      )
     )
-    self.verdict = judged(self._settings, self._looks)
-    best = self.verdict.best
+    self.status = self._apply_rule()
+    best = self.status.best
     if best is not None:
-      found["validation_best"] = float(best.step)
-      if best.step == done:
-        self._keep(done, params)
-    return found, self.verdict.over
+      metrics["validation_best"] = float(best.step)
+      if best.step == step:
+        self._save_best(step, params)
+    return metrics, self.status.over
 
 
 @contextlib.contextmanager
-def watching(
+def during_training(
   config: schema.Config,
   plan: run_plan.RunPlan,
   inputs: run_inputs.RunInputs,
   reference: step_lib.ReferenceParams,
-  panel: Panel | None,
+  validation_set: ValidationSet | None,
   checkpoints: Any,
   start: int,
-) -> Iterator[Watcher | None]:
-  """A run's watcher, if it has one; keeps `output/best` and `output/validation.jsonl`.
+) -> Iterator[PeriodicValidation | None]:
+  """The validation of a run, if it has one; writes `best` and `validation.jsonl`.
 
   Args:
-    checkpoints: Orbax's manager of those that the run resumes from.
-    start: the step it goes on from; a best step after it came from work that was lost.
+    checkpoints: Orbax's manager of the checkpoints that the run resumes from.
+    start: the step that the run continues from. A best step after it is deleted: it
+      belongs to work that was lost.
   """
   settings = config.validation
-  if panel is None or settings is None:
+  if validation_set is None or settings is None:
     yield None
     return
   output = pathlib.Path(config.output)
-  subject = functools.partial(
-    scoring.subject,
+  eval_model = functools.partial(
+    scoring.eval_model,
     config=plan.decoder,
     tokenizer=inputs.tokenizer,
     settings=scoring.Settings(
-      config.evaluate.batch_size,
-      plan.settings.dtype,
-      plan.settings.unroll,
-      plan.settings.rollout_unroll,
+      batch_size=config.evaluate.batch_size,
+      dtype=plan.settings.dtype,
+      unroll=plan.settings.unroll,
+      rollout_unroll=plan.settings.rollout_unroll,
     ),
     title=None,
   )
-  base = None if reference.base is None else subject(reference.base)
+  base = None if reference.base is None else eval_model(reference.base)
   with (
     journal.open_journal(output / "validation.jsonl") as log,
     checkpoint.manager(output, keep=None, name=checkpoint.BEST) as best,
   ):
     checkpoint.drop(best, [step for step in best.all_steps() if step > start])
 
-    def measured(params: transformer.Params) -> dict[str, float]:
-      whole = trained_model.assemble(
+    def measure_tree(params: transformer.Params) -> dict[str, float]:
+      model = trained_model.assemble(
         params,
         reference.frozen,
         reference.base,
         prune=config.prune,
         interpolate=config.interpolate,
       )
-      return values(panel, subject(whole), base, settings, log)
+      return measure(validation_set, eval_model(model), base, settings, log)
 
-    def keep(step: int, params: transformer.Params) -> None:
+    def save_best(step: int, params: transformer.Params) -> None:
       checkpoint.save(best, step, {"params": params}, inputs.identity)
-      settle(best, checkpoints)
+      drop_older(best, checkpoints)
 
-    looks = logged(output, start)
-    watcher = Watcher(settings, looks, measure=measured, keep=keep)
-    known = watcher.verdict.best
-    if known is not None and known.step not in best.all_steps():
-      print(
-        f"WARNING: {best.directory} does not hold step {known.step}, the best so far; "
-        "unless a better one comes, the last step is read"
-      )
-    yield watcher
-    settle(best, checkpoints)
+    validation = PeriodicValidation(
+      settings,
+      early_stopping.logged_points(output, start),
+      measure=measure_tree,
+      save_best=save_best,
+    )
+    warn_if_missing(validation.status.best, best)
+    yield validation
+    drop_older(best, checkpoints)
 
 
-def settle(best: Any, checkpoints: Any) -> None:
-  """Waits for both; of the best steps keeps the newest and the one to fall back on.
+def warn_if_missing(point: early_stopping.ValidationPoint | None, best: Any) -> None:
+  """Prints a warning if the checkpoint of the best step was deleted."""
+  if point is not None and point.step not in best.all_steps():
+    print(
+      f"WARNING: {best.directory} does not hold step {point.step}, the best so far; "
+      "unless a better step comes, `evaluate` and `export` read the last one"
+    )
 
-  A killed run goes on from its last checkpoint. If the newest best step came after
-  that, the run is to have the one that was the best there.
+
+def drop_older(best: Any, checkpoints: Any) -> None:
+  """Waits for both managers; keeps the newest best step and one to fall back on.
+
+  A killed run continues from its last checkpoint. If the newest best step is later than
+  that, the run needs the step that was the best at the checkpoint.
   """
   checkpoint.commit(best)
   checkpoint.commit(checkpoints)
   steps, resumable = sorted(best.all_steps()), checkpoints.latest_step() or 0
   kept = [*[step for step in steps if step <= resumable][-1:], *steps[-1:]]
   checkpoint.drop(best, set(steps) - set(kept))
-
-
-def summary(config: schema.Config, found: Verdict, done: int, total: int) -> str:
-  """Which step was the best, and why training ended before its last step."""
-  settings = config.validation
-  assert settings is not None
-  if found.best is not None:
-    text = f"best step: {found.best.step} (validation loss {found.best.loss:.3g}"
-    if found.best.drift is not None:
-      text += f", drift {found.best.drift:.3g}"
-    text += ")"
-  elif found.waited:
-    text = f"best step: none, no look's drift was within {settings.max_drift:g}"
-  else:
-    text = "best step: none, there was no look yet"
-  if found.over and done < total:
-    text += (
-      f"; stopped early, at step {done} of {total}: no new best in the last "
-      f"{found.waited} looks (validation.patience)"
-    )
-  return text

@@ -1,4 +1,4 @@
-"""HTML pages that load nothing from elsewhere, and numbers written for a reader."""
+"""Self-contained HTML pages, and numbers formatted for a reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raft_jax.storage import atomic
 
 
 def number(value: Any, digits: int = 3) -> str:
-  """For a reader; a dash for what is missing or not finite."""
+  """A number for a reader; a dash if it is missing or not finite."""
   if not run_folder.is_number(value):
     return "–"
   if isinstance(value, int):
@@ -40,7 +40,7 @@ def duration(seconds: Any) -> str:
 
 
 def bars(counts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-  """Rows of a small bar table: label, count, share of all, width in percent."""
+  """Rows of a bar chart: label, count, share of all, width in percent."""
   items = {k: v for k, v in (counts or {}).items() if run_folder.is_number(v)}
   total, largest = sum(items.values()), max(items.values(), default=0)
   return [
@@ -55,7 +55,7 @@ def bars(counts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def template(name: str) -> jinja2.Template:
-  """A page of `raft_jax/templates`; whatever it shows is escaped."""
+  """A template of this wing; all values that it shows are escaped."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
     autoescape=True,
@@ -68,7 +68,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def write(path: pathlib.Path, page: str) -> None:
-  """Writes a page, all of it or nothing."""
+  """Writes a page atomically."""
   with atomic.replacing(path) as temporary:
-    # A lone surrogate, possible in JSON, is not encodable: show it as "?".
+    # JSON may hold lone surrogates, which cannot be encoded: show them as "?".
     temporary.write_bytes(page.encode("utf-8", errors="replace"))

@@ -1,10 +1,11 @@
-"""Methods against each other on the same items: side by side, and at equal loss.
+"""Comparison of methods on the same items: side by side, and at equal loss.
 
-At the learning rates that validation chose, methods stand beside the base model and
-against SFT; at equal loss every setting stands beside SFT that learned as much. All
-numbers have 95 % intervals over items (`bootstrap`); of several seeds each item's
-mean counts, over those seeds that measured the score. Of several domains the mean over
-domains is given, of settings that all of them have.
+Side by side, each method has the learning rate that validation chose, and is compared
+with the base model and with SFT. At equal loss, every setting is compared with the SFT
+that fits the domain equally well. All numbers have 95 % intervals over items
+(`evaluation.intervals`). With several seeds, an item's score is its mean over the seeds
+that measured it. With several domains, the numbers are means over the domains, for
+settings that all domains have.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax.evaluation import bootstrap
+from raft_jax.evaluation import intervals
 from raft_jax.reporting import sweep_results
 
 Domains = Mapping[str, Sequence[sweep_results.Run]]
 Samples = np.ndarray | None
-"""float64 [S] as of `bootstrap.means`, or None where it was not measured."""
+"""float64 [S] as `intervals.resampled_means` returns it; None if not measured."""
 
 
 class Measure(NamedTuple):
-  """A score, its heading and the digits it is shown with."""
+  """A score, its heading, and the number of digits shown."""
 
   name: str
-  words: str
+  heading: str
   digits: int = 3
 
 
@@ -38,18 +39,18 @@ GENERAL = (
   Measure("ifeval_instruction_strict_but_no_comma", "IFEval but commas"),
   Measure("mmlu", "MMLU"),
 )
-"""Shares of general requests answered well: their retention is given."""
+"""Scores of general abilities, which have a retention."""
 
 DRIFT = Measure("drift", "drift")
 
 OF_DOMAIN = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"))
 
 BASE = "base model"
-"""A row's label."""
+"""The label of the base model's row."""
 
 
 class Row(NamedTuple):
-  """A line of a table: name, seeds, and {value, low, high} by the cell's name."""
+  """A row of a table: label, number of seeds, and {value, low, high} by measure."""
 
   label: str
   seeds: int
@@ -57,7 +58,7 @@ class Row(NamedTuple):
 
 
 def general(domains: Domains) -> list[Measure]:
-  """`GENERAL`, and the tasks of lm-evaluation-harness of which more is better."""
+  """`GENERAL`, and the tasks of lm-evaluation-harness where higher is better."""
   retained = {
     name
     for runs in domains.values()
@@ -72,98 +73,108 @@ def general(domains: Domains) -> list[Measure]:
   return [*GENERAL, *tasks]
 
 
-def kept(domains: Domains) -> list[Measure]:
-  """What tells forgetting."""
+def forgetting(domains: Domains) -> list[Measure]:
+  """The measures of forgetting."""
   return [DRIFT, *general(domains)]
 
 
 def measures(domains: Domains) -> list[Measure]:
-  """All that methods are compared by."""
-  return [*OF_DOMAIN, *kept(domains)]
+  """All measures by which methods are compared."""
+  return [*OF_DOMAIN, *forgetting(domains)]
 
 
 def methods(domains: Domains) -> list[Row]:
-  """The scores of the base model and of each method at its chosen learning rate."""
-  picked = [sweep_results.chosen(runs) for runs in domains.values()]
-  asked = measures(domains)
-  base = {m.name: _mean([_base(runs, m) for runs in domains.values()]) for m in asked}
+  """The scores of the base model, and of each method at its chosen learning rate."""
+  chosen = [sweep_results.chosen(runs) for runs in domains.values()]
+  compared = measures(domains)
+  base = {
+    m.name: _mean([_base(runs, m) for runs in domains.values()]) for m in compared
+  }
   rows = [Row(BASE, 1, _cells(base))]
-  for label in _in_all(picked):
-    parts = [found[label] for found in picked]
-    scores = {m.name: _mean([_of(runs, m) for runs in parts]) for m in asked}
+  for label in _in_all(chosen):
+    parts = [by_label[label] for by_label in chosen]
+    scores = {m.name: _mean([_trained(runs, m) for runs in parts]) for m in compared}
     rows.append(Row(label, _seeds(parts), _cells(scores)))
   return rows
 
 
 def against_sft(domains: Domains) -> list[Row]:
-  """Each method minus SFT, and its retention; both at their chosen learning rates.
+  """Each method minus SFT, and its retention; all at their chosen learning rates.
 
-  Cells of retention are named `retained_` and the measure: 100 · method / base.
+  The cell `retained_<measure>` is 100 · method / base.
   """
-  picked = [sweep_results.chosen(runs) for runs in domains.values()]
-  sft = [_first_sft(found) for found in picked]
+  chosen = [sweep_results.chosen(runs) for runs in domains.values()]
+  sft = [_first_sft(by_label) for by_label in chosen]
   rows = []
-  for label in _in_all(picked):
-    parts = [found[label] for found in picked]
+  for label in _in_all(chosen):
+    parts = [by_label[label] for by_label in chosen]
     differences = {
-      m.name: _mean([_difference(_of(a, m), _of(b, m)) for a, b in zip(parts, sft)])
+      m.name: _mean(
+        [_difference(_trained(a, m), _trained(b, m)) for a, b in zip(parts, sft)]
+      )
       for m in measures(domains)
     }
     retained = {
       f"retained_{m.name}": _mean(
-        [_share(_of(a, m), _base(b, m)) for a, b in zip(parts, domains.values())]
+        [
+          _retention(_trained(a, m), _base(b, m))
+          for a, b in zip(parts, domains.values())
+        ]
       )
       for m in general(domains)
     }
-    itself = all(a is b for a, b in zip(parts, sft))
-    cells = _cells(retained if itself else differences | retained)
+    is_sft = all(a is b for a, b in zip(parts, sft))
+    cells = _cells(retained if is_sft else differences | retained)
     if cells:
       rows.append(Row(label, _seeds(parts), cells))
   return rows
 
 
-def _first_sft(found: Mapping[str, list[sweep_results.Run]]) -> list[sweep_results.Run]:
-  sft = (runs for runs in found.values() if runs[0]["method"] == sweep_results.SFT)
+def _first_sft(
+  by_label: Mapping[str, list[sweep_results.Run]],
+) -> list[sweep_results.Run]:
+  sft = (runs for runs in by_label.values() if runs[0]["method"] == sweep_results.SFT)
   return next(sft, [])
 
 
 def at_equal_fit(domains: Domains) -> list[Row]:
-  """Each setting beside SFT that fits the domain as well.
+  """Each setting beside the SFT that fits the domain equally well.
 
-  SFT's rates and the base model are a line of each measure over the held-out loss; it
-  is read off at the setting's own held-out loss, in every resample anew. Both are of
-  the runs that have the measure. Cells: the measure; `fit_`, `sft_` and `gap_` with it:
-  held-out loss, SFT drift at equal loss, setting minus SFT.
+  For each measure, the base model and SFT at its learning rates form a line over the
+  held-out loss. In every resample, the line is interpolated at the setting's held-out
+  loss. Only runs that have the measure count. The cells of a measure are its own name,
+  and with the prefixes `fit_` (held-out loss), `sft_` (SFT at equal loss) and `gap_`
+  (setting minus SFT).
   """
-  named = [dict(sweep_results.settings(runs)) for runs in domains.values()]
-  asked = kept(domains)
+  settings = [dict(sweep_results.settings(runs)) for runs in domains.values()]
+  compared = forgetting(domains)
   rates = [sweep_results.sft_rates(runs) for runs in domains.values()]
   lines = {
     m.name: [_line(runs, sft, m) for runs, sft in zip(domains.values(), rates)]
-    for m in asked
+    for m in compared
   }
   on_line = {run["name"] for sft in rates for same in sft for run in same}
   rows = []
-  for label in _in_all(named):
-    parts = [found[label] for found in named]
+  for label in _in_all(settings):
+    parts = [by_label[label] for by_label in settings]
     if any(runs[0]["name"] in on_line for runs in parts):
       continue
-    found: dict[str, Samples] = {}
-    for m in asked:
-      own = [_of(runs, m) for runs in parts]
+    samples: dict[str, Samples] = {}
+    for m in compared:
+      own = [_trained(runs, m) for runs in parts]
       fits = [_fit(runs, m) for runs in parts]
-      sft = [_read_off(line, fit) for line, fit in zip(lines[m.name], fits)]
-      gaps = [_difference(one, other) for one, other in zip(own, sft)]
-      for name, samples in (("", own), ("fit_", fits), ("sft_", sft), ("gap_", gaps)):
-        found[name + m.name] = _mean(samples)
-    cells = _cells(found)
+      sft = [_at_loss(line, fit) for line, fit in zip(lines[m.name], fits)]
+      gaps = [_difference(score, at_loss) for score, at_loss in zip(own, sft)]
+      for name, values in (("", own), ("fit_", fits), ("sft_", sft), ("gap_", gaps)):
+        samples[name + m.name] = _mean(values)
+    cells = _cells(samples)
     if cells:
       rows.append(Row(label, _seeds(parts), cells))
   return rows
 
 
 Line = list[tuple[np.ndarray, np.ndarray]]
-"""Points (held-out loss [S], measure [S])."""
+"""Points of a line: (held-out loss [S], measure [S])."""
 
 
 def _line(
@@ -171,67 +182,68 @@ def _line(
   sft: Sequence[Sequence[sweep_results.Run]],
   measure: Measure,
 ) -> Line:
-  """The base model and SFT's learning rates, where both scores were measured."""
-  found = [(_base(runs, FIT), _base(runs, measure))]
-  found += [(_fit(same, measure), _of(same, measure)) for same in sft]
-  return [(fit, kept) for fit, kept in found if fit is not None and kept is not None]
+  """The points of the base model and of SFT that have both scores."""
+  points = [(_base(runs, FIT), _base(runs, measure))]
+  points += [(_fit(same, measure), _trained(same, measure)) for same in sft]
+  return [(x, y) for x, y in points if x is not None and y is not None]
 
 
-def _read_off(line: Line, fit: Samples) -> Samples:
-  return None if fit is None or len(line) < 2 else bootstrap.read_off(line, fit)
+def _at_loss(line: Line, fit: Samples) -> Samples:
+  return (
+    None if fit is None or len(line) < 2 else intervals.interpolate_samples(line, fit)
+  )
 
 
-def _of(
-  runs: Sequence[sweep_results.Run], measure: Measure, who: str = "trained"
-) -> Samples:
-  return sweep_results.samples(runs, measure.name, who)
+def _trained(runs: Sequence[sweep_results.Run], measure: Measure) -> Samples:
+  return sweep_results.samples(runs, measure.name)
 
 
 def _fit(runs: Sequence[sweep_results.Run], measure: Measure) -> Samples:
-  """The held-out loss of those runs that have another measure."""
-  return _of(sweep_results.having(runs, measure.name), FIT)
+  """The held-out loss of the runs that have another measure."""
+  return _trained(sweep_results.having(runs, measure.name), FIT)
 
 
 def _base(runs: Sequence[sweep_results.Run], measure: Measure) -> Samples:
-  """Of the base model, which stands beside the first run that measured it."""
-  return _of(sweep_results.having(runs, measure.name)[:1], measure, "base")
+  """The base model's score, from the first run that measured it."""
+  first = sweep_results.having(runs, measure.name)[:1]
+  return sweep_results.samples(first, measure.name, "base")
 
 
-def _difference(one: Samples, other: Samples) -> Samples:
-  return None if one is None or other is None else one - other
+def _difference(score: Samples, reference: Samples) -> Samples:
+  return None if score is None or reference is None else score - reference
 
 
-def _share(one: Samples, base: Samples) -> Samples:
-  if one is None or base is None or base[0] == 0:
+def _retention(score: Samples, base: Samples) -> Samples:
+  if score is None or base is None or base[0] == 0:
     return None
   with np.errstate(divide="ignore", invalid="ignore"):
-    share_S = 100.0 * one / base
-  if not np.isfinite(share_S).all():  # of a base that may score 0 there is no interval
-    share_S[1:] = np.nan
-  return share_S
+    retention_S = 100.0 * score / base
+  if not np.isfinite(retention_S).all():  # no interval if the base may score 0
+    retention_S[1:] = np.nan
+  return retention_S
 
 
 def _mean(parts: Sequence[Samples]) -> Samples:
-  """Over domains; None unless every one has it."""
-  found = [part for part in parts if part is not None]
-  return np.mean(found, axis=0) if found and len(found) == len(parts) else None
+  """The mean over domains; None unless all of them have the score."""
+  values = [part for part in parts if part is not None]
+  return np.mean(values, axis=0) if values and len(values) == len(parts) else None
 
 
 def _cells(scores: Mapping[str, Samples]) -> dict[str, dict[str, float]]:
-  """{value, low, high} of what was measured."""
-  found = {
-    name: bootstrap.describe(samples)
+  """{value, low, high} of the scores that were measured."""
+  cells = {
+    name: intervals.describe_samples(samples)
     for name, samples in scores.items()
     if samples is not None
   }
-  return {name: cell for name, cell in found.items() if cell}
+  return {name: cell for name, cell in cells.items() if cell}
 
 
 def _seeds(parts: Sequence[Sequence[sweep_results.Run]]) -> int:
   return min(len(runs) for runs in parts)
 
 
-def _in_all(found: Sequence[Mapping[str, Any]]) -> list[str]:
-  """The labels that every domain has, in the order of the first."""
-  first, *others = found
+def _in_all(domains: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The labels that all domains have, in the order of the first domain."""
+  first, *others = domains
   return [label for label in first if all(label in other for other in others)]

@@ -1,6 +1,7 @@
-"""What a refinement did, as one HTML page that loads nothing from elsewhere.
+"""The report of a refinement, as one self-contained HTML page.
 
-Drawn with the page's own bars: the environment that refines with vLLM has no plotting.
+Its charts are HTML bars, because the environment that refines with vLLM has no plotting
+library.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from raft_jax.reporting import html_page
 from raft_jax.storage import records
 
 EXAMPLES = 4
-"""Rows shown of each reason."""
+"""Examples shown for each reason."""
 
 SCORES_KEPT = 20_000
-"""Fused answers, the first ones, from which the agreement of judges is computed."""
+"""The agreement of judges is computed from this many fused answers, the first ones."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """How two judges agree on the answers that both scored.
+  """The agreement of two judges on the answers that both scored.
 
   Attributes:
-    n: how many these are.
-    correlation: Pearson's; None where a judge always gave the same score.
-    difference: mean of the first's score minus the second's.
+    n: number of these answers.
+    correlation: Pearson's; None if a judge always gave the same score.
+    difference: mean of the first judge's score minus the second's.
     same_side: share of answers that both or neither would accept.
   """
 
@@ -47,12 +48,12 @@ def agreement(
   scores: Sequence[tuple[float | None, ...]],
   accept_at: float,
 ) -> list[Pair]:
-  """Every two judges, over answers that were scored by both.
+  """The agreement of every two judges, over the answers that both scored.
 
   Args:
-    names: of the panel.
-    scores: one tuple an answer, one score a judge, None for an abstention.
-    accept_at: score from which a judge would accept the answer.
+    names: of the judges.
+    scores: a tuple for each answer, with a score for each judge; None: abstained.
+    accept_at: a judge would accept answers with this score or more.
   """
   pairs = []
   for i, j in itertools.combinations(range(len(names)), 2):
@@ -87,12 +88,12 @@ def write(
   """Writes the page.
 
   Args:
-    refined: every record, read once.
-    summary: as `refined_folder.summarise` gives it.
-    judges: names of the panel, in the order of the scores.
-    accept_at: mean score that ended a question's rounds.
+    refined: all records; they are read once.
+    summary: as `refined_folder.summarise` returns it.
+    judges: names of the judges, in the order of the scores.
+    accept_at: the mean score that ends a question's rounds.
   """
-  names = _apart(judges)
+  names = _distinct(judges)
   examples: dict[str, list[records.Refined]] = collections.defaultdict(list)
   scores: list[tuple[float | None, ...]] = []
   tenths = [collections.Counter[str]() for _ in names]
@@ -132,14 +133,14 @@ def write(
   )
 
 
-def _apart(judges: Sequence[str]) -> list[str]:
-  """Names of which no two are the same."""
-  seen: collections.Counter[str] = collections.Counter()
+def _distinct(judges: Sequence[str]) -> list[str]:
+  """Short names, numbered if two judges are the same model."""
+  counts: collections.Counter[str] = collections.Counter()
   names = []
   for judge in judges:
-    seen[judge] += 1
+    counts[judge] += 1
     short = judge.rstrip("/").rsplit("/", 1)[-1]
-    names.append(f"{short} {seen[judge]}" if judges.count(judge) > 1 else short)
+    names.append(f"{short} {counts[judge]}" if judges.count(judge) > 1 else short)
   return names
 
 
@@ -151,7 +152,7 @@ def _tenth(score: float | None) -> str:
 
 
 def _histogram(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Bars of the cosine, each with whether its rewrites passed the filter."""
+  """Bars of the cosine; each says whether its rewrites passed the filter."""
   edges, counts = summary["similarity"]["edges"], summary["similarity"]["counts"]
   labels = [f"{low:.2f} to {high:.2f}" for low, high in itertools.pairwise(edges)]
   rows = html_page.bars(dict(zip(labels, counts)))
@@ -162,7 +163,7 @@ def _histogram(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _costs(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """One row a role: calls, seconds, tokens, tokens of thinking, tokens per second."""
+  """A row for each role: calls, seconds, tokens, thinking tokens, tokens per second."""
   rows = []
   for role, calls in summary.get("calls", {}).items():
     seconds = summary["seconds"].get(role)

@@ -1,4 +1,4 @@
-"""What a run's output folder holds, read for a person: damage is named, not fatal."""
+"""Reads a run's output folder for its report; damaged files are named, not fatal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a run's folder holds; empty where a file is missing."""
+  """The contents of a run's folder; empty for files that are missing."""
 
   metrics: tuple[Mapping[str, Any], ...]
   summary: Mapping[str, Any]
@@ -22,11 +22,11 @@ class Run:
   samples: tuple[Mapping[str, Any], ...]
   configs: Mapping[str, str]
   damage: tuple[str, ...]
-  """What could not be read, in words."""
+  """Messages about what could not be read."""
 
 
 def read(output: pathlib.Path) -> Run:
-  """Everything under `output` that the page shows; damage is named, not fatal."""
+  """Reads everything under `output` that the page shows."""
   damage: list[str] = []
 
   def objects(path: pathlib.Path, texts: Sequence[bytes]) -> list[dict[str, Any]]:
@@ -49,15 +49,15 @@ def read(output: pathlib.Path) -> Run:
     text = path.read_bytes() if path.exists() else b""
     return objects(path, [line for line in text.split(b"\n") if line.strip()])
 
-  def whole(name: str) -> dict[str, Any]:
+  def document(name: str) -> dict[str, Any]:
     path = output / name
-    found = objects(path, [path.read_bytes()]) if path.exists() else []
-    return found[0] if found else {}
+    parsed = objects(path, [path.read_bytes()]) if path.exists() else []
+    return parsed[0] if parsed else {}
 
   return Run(
     metrics=tuple(_last_of_each_step(lines("metrics.jsonl"))),
-    summary=whole("refined/summary.json"),
-    scores=whole("evaluation/scores.json"),
+    summary=document("refined/summary.json"),
+    scores=document("evaluation/scores.json"),
     samples=tuple(lines("evaluation/samples.jsonl")),
     configs={
       path.stem: path.read_text(encoding="utf-8", errors="replace")
@@ -68,7 +68,7 @@ def read(output: pathlib.Path) -> Run:
 
 
 def _last_of_each_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """A resumed run repeats the steps after its checkpoint; the later line counts."""
+  """One row a step: a resumed run logs steps again, and the later row counts."""
   by_step: dict[int, dict[str, Any]] = {
     row["step"]: row
     for row in rows
@@ -77,14 +77,14 @@ def _last_of_each_step(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     and isinstance(row.get("values"), dict)
   }
   for row in by_step.values():
-    inside = row["values"].get("teacher_mass_in_support")
-    if is_number(inside):
-      row["values"]["teacher_mass_outside_support"] = 1 - inside
+    mass = row["values"].get("teacher_mass_in_support")
+    if is_number(mass):
+      row["values"]["teacher_mass_outside_support"] = 1 - mass
   return [by_step[step] for step in sorted(by_step)]
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-  """Whether a value is a finite number; True is none."""
+  """Whether a value is a finite number; booleans are not."""
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
@@ -93,14 +93,14 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def series(run: Run, name: str) -> tuple[list[int], list[float]]:
-  """Steps and values of one metric, where it was measured and finite."""
+  """Steps and values of one metric; leaves out what is missing or not finite."""
   points = [(row["step"], row["values"].get(name)) for row in run.metrics]
   kept = [(step, float(value)) for step, value in points if is_number(value)]
   return [step for step, _ in kept], [value for _, value in kept]
 
 
 def setting(run: Run, *keys: str) -> Any:
-  """A value of the resolved config, from the stage that trained if it is there."""
+  """A value of the resolved config, of `train` if there is one; None if not set."""
   for stage in ("train", *run.configs):
     try:
       node = yaml.safe_load(run.configs.get(stage, ""))

@@ -1,4 +1,4 @@
-"""The drawings of a report: inline SVG in the page's colours, from a run's numbers."""
+"""The figures of a run's report: inline SVG in the colours of the page."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ KD_POSITIONS = {
 }
 
 MAX_POINTS = 600
-"""A longer curve is drawn as the means of this many bins."""
+"""Longer curves are drawn as the means of this many bins."""
 
-# Colours stand in the drawings as these literals and become CSS variables of the page,
-# so that one drawing suits the light and the dark scheme.
+# Figures use these placeholder colours. `svg` replaces them by CSS variables of the
+# page, so that one figure suits the light and the dark scheme.
 INK, GRID = "#010203", "#040506"
 COLOURS = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05")
 STYLE: dict[Any, Any] = {
@@ -57,7 +57,7 @@ STYLE: dict[Any, Any] = {
 
 
 def _thin(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
-  """At most MAX_POINTS points: the means of bins of equal count."""
+  """At most MAX_POINTS points: the means of bins of equal size."""
   size = -(-len(steps) // MAX_POINTS)
   starts = range(0, len(steps), max(1, size))
   return (
@@ -67,7 +67,7 @@ def _thin(steps: list[int], values: list[float]) -> tuple[list[float], list[floa
 
 
 def _curve(axes: Axes, run: run_folder.Run, name: str, label: str, colour: str) -> bool:
-  """Each step thinly, and where there are enough the trailing mean of a tenth."""
+  """Draws each step thinly and, if there are enough, the trailing mean of a tenth."""
   steps, values = run_folder.series(run, name)
   if not steps:
     return False
@@ -100,8 +100,9 @@ def _panel(
   """A panel of curves over the training step, or None if none was measured.
 
   Args:
-    line_at: value of a dashed line.
-    mark_at: step of a dotted one.
+    curves: names of metrics and their labels.
+    line_at: height of a dashed horizontal line.
+    mark_at: step of a dotted vertical line.
   """
   measured = {
     name: label for name, label in curves.items() if run_folder.series(run, name)[0]
@@ -133,7 +134,7 @@ def _panel(
 
 
 def _histogram(summary: Mapping[str, Any]) -> Callable[[Axes], None] | None:
-  """Similarity of rewrite and original, with the threshold that splits them."""
+  """Similarity of rewrites with their originals, and the acceptance threshold."""
   similarity = summary.get("similarity") or {}
   edges, counts = similarity.get("edges") or [], similarity.get("counts") or []
   threshold = summary.get("threshold")
@@ -156,7 +157,7 @@ def _histogram(summary: Mapping[str, Any]) -> Callable[[Axes], None] | None:
 
 
 def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
-  """How many tensors moved how far from the base model's."""
+  """A histogram of how far the tensors moved from the base model's."""
   tensors = (scores.get("weight_distance") or {}).get("tensors") or {}
   moved = [value for value in tensors.values() if run_folder.is_number(value)]
   if not moved or max(moved) == 0:
@@ -173,10 +174,10 @@ def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
 
 
 def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
-  """One panel as inline SVG in the page's colours."""
+  """One panel as inline SVG in the colours of the page."""
   interrupts.check()
   with matplotlib.rc_context(STYLE):
-    # A Figure of its own, not pyplot: no display and no global state.
+    # Not pyplot, which has global state and may need a display.
     figure = matplotlib.figure.Figure(figsize=(4.9, 2.7))
     draw(figure.add_subplot())
     buffer = io.StringIO()
@@ -191,40 +192,27 @@ def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
+ROLLOUT_SHARES = {
+  "rollout_ended": "ended with EOS",
+  "rollout_repeated_4gram": "repeated 4-grams",
+  "rollout_leaked": "leaked phrase",
+  "rollout_empty": "empty",
+}
+GRADIENT_NORMS = {
+  "grad_norm": "whole step",
+  "grad_norm_sft": "SFT",
+  "grad_norm_kd": "KD",
+}
+MASS_OUTSIDE = {
+  "student_mass_outside_support": "student",
+  "teacher_mass_outside_support": "teacher",
+}
+
+
 def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
-  """Name -> inline SVG of each panel that was measured."""
-  norms = {"grad_norm": "whole step", "grad_norm_sft": "SFT", "grad_norm_kd": "KD"}
-  shares = {
-    "rollout_ended": "ended with EOS",
-    "rollout_repeated_4gram": "repeated 4-grams",
-    "rollout_leaked": "leaked phrase",
-    "rollout_empty": "empty",
-  }
-  outside = {
-    "student_mass_outside_support": "student",
-    "teacher_mass_outside_support": "teacher",
-  }
-  best = run_folder.series(run, "validation_best")[1][-1:]
-  best_step = best[0] if best else None
-  limit = run_folder.setting(run, "validation", "max_drift")
+  """The inline SVG of each panel that was measured, by the name of its figure."""
   panels = {
-    "validation": [
-      _panel(
-        *(run, "Validation loss, nats per token", {"validation_loss": "loss"}),
-        mark_at=best_step,
-      ),
-      _panel(
-        *(run, "Drift, nats per token", {"validation_drift": "drift"}),
-        line_at=limit if run_folder.is_number(limit) else None,
-        mark_at=best_step,
-        bottom=0,
-      ),
-      _panel(
-        *(run, "IFEval, share of instructions", {"validation_ifeval": "share"}),
-        mark_at=best_step,
-        bottom=0,
-      ),
-    ],
+    "validation": _validation(run),
     "losses": [
       _panel(run, "SFT loss, nats per token", {"loss_sft": "L_SFT"}),
       _panel(run, "Distillation loss, nats", {"loss_kd": "L_KD"}, bottom=0),
@@ -232,14 +220,14 @@ def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
       _panel(run, "λ · L_KD / L_SFT", {"kd_ratio": "ratio"}, line_at=1, bottom=0),
     ],
     "gradients": [
-      _panel(run, "Gradient norms", norms, log=True),
-      _panel(run, "Cosine of the two", {"grad_cosine": "cosine"}, line_at=0),
+      _panel(run, "Gradient norms", GRADIENT_NORMS, log=True),
+      _panel(run, "Cosine of both gradients", {"grad_cosine": "cosine"}, line_at=0),
     ],
     "rollouts": [
       _panel(run, "Length, tokens", {"rollout_length": "length"}, bottom=0),
-      _panel(run, "Shares", shares, bottom=0),
+      _panel(run, "Shares", ROLLOUT_SHARES, bottom=0),
       _panel(run, "KL by position in the rollout, nats", KD_POSITIONS, bottom=0),
-      _panel(run, "Probability outside the top-K", outside, bottom=0),
+      _panel(run, "Probability outside the top K", MASS_OUTSIDE, bottom=0),
     ],
     "similarity": [_histogram(run.summary)],
     "distance": [_distances(run.scores)],
@@ -248,3 +236,24 @@ def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
     name: [svg(panel) for panel in row if panel is not None]
     for name, row in panels.items()
   }
+
+
+def _validation(run: run_folder.Run) -> list[Callable[[Axes], None] | None]:
+  """Loss, drift and IFEval during training, with the best step and the drift limit."""
+  best = run_folder.series(run, "validation_best")[1][-1:]
+  best_step = best[0] if best else None
+  limit = run_folder.setting(run, "validation", "max_drift")
+  loss, drift = "Validation loss, nats per token", "Drift, nats per token"
+  share = "IFEval, share of instructions"
+  return [
+    _panel(run, loss, {"validation_loss": "loss"}, mark_at=best_step),
+    _panel(
+      run,
+      drift,
+      {"validation_drift": "drift"},
+      line_at=limit if run_folder.is_number(limit) else None,
+      mark_at=best_step,
+      bottom=0,
+    ),
+    _panel(run, share, {"validation_ifeval": "share"}, mark_at=best_step, bottom=0),
+  ]

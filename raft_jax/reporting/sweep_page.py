@@ -1,4 +1,4 @@
-"""The comparison of a sweep, or of one in each domain, as a page and as tables."""
+"""The comparison of the runs of a sweep, or of several domains' sweeps."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax.evaluation import bootstrap
+from raft_jax.evaluation import intervals
 from raft_jax.reporting import html_page, method_comparison, sweep_plots, sweep_results
 from raft_jax.storage import atomic
 
 
 class Column(NamedTuple):
-  """A column of the table: its name, its heading and the digits it is shown with."""
+  """A column of a table: its name, its heading, and the number of digits shown."""
 
   name: str
-  words: str
+  heading: str
   digits: int
 
 
@@ -38,18 +38,18 @@ SCORES = (
   Column("sft_drift", "SFT drift at equal loss", 3),
   Column("weight_distance", "weight distance", 5),
 )
-"""What a setting scores."""
+"""The scores of a setting."""
 
 COSTS = (
   Column("support_mass", "mass in top K", 4),
-  Column("step_seconds", "s a step", 2),
+  Column("step_seconds", "seconds per step", 2),
   Column("host_peak_gib", "host GiB", 2),
 )
-"""What its training took, and what the distillation saw."""
+"""The costs of training a setting, and the probability mass that was distilled."""
 
 
 def table(runs: Sequence[sweep_results.Run]) -> list[dict[str, Any]]:
-  """Rows of label, number of seeds and cells; the base model's first."""
+  """Rows of label, number of seeds and cells; the base model's row comes first."""
   base = runs[0]["scores"]["scores"]["base"]
   zero = {"value": 0.0}
   rows = [
@@ -71,7 +71,7 @@ def _row(label: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     values = [score["value"] for score in scores]
     if len(runs) == 1 and scores:
       cells[column.name] = scores[0]
-    elif len(values) == 1:  # its interval is of items, those beside it are of seeds
+    elif len(values) == 1:  # an interval over items, where others are ranges of seeds
       cells[column.name] = {"value": values[0]}
     elif values:
       cells[column.name] = {
@@ -93,24 +93,24 @@ def sft_curve(runs: Sequence[sweep_results.Run]) -> list[tuple[float, float]]:
 
 
 def drift_at(curve: Sequence[tuple[float, float]], loss: float | None) -> float | None:
-  """Linear interpolation; None outside the curve, or where there is none."""
+  """The drift of the curve at a loss, interpolated; None outside of the curve."""
   if loss is None or len(curve) < 2:
     return None
   points = [(np.array([x]), np.array([y])) for x, y in curve]
-  drift = float(bootstrap.read_off(points, np.array([loss]))[0])
+  drift = float(intervals.interpolate_samples(points, np.array([loss]))[0])
   return None if np.isnan(drift) else drift
 
 
 def measured(
   columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]
 ) -> list[Column]:
-  """The columns in which some row but the base model's has a value."""
+  """The columns in which a row other than the base model's has a value."""
   trained = [row["cells"] for row in rows if row["label"] != method_comparison.BASE]
   return [c for c in columns if any(cells.get(c.name) for cells in trained)]
 
 
 class Table(NamedTuple):
-  """Rows with cells {value, low, high} by column; `kind` chooses the page's note."""
+  """Rows with cells {value, low, high} by column; `kind` selects the note below it."""
 
   kind: str
   title: str
@@ -123,10 +123,10 @@ def tables(domains: method_comparison.Domains) -> list[Table]:
   where = "" if len(domains) == 1 else f", mean of {len(domains)} domains"
   scores = [Column(*measure) for measure in method_comparison.measures(domains)]
   retained = [
-    Column(f"retained_{m.name}", f"{m.words} retained, %", 1)
+    Column(f"retained_{m.name}", f"{m.heading} retained, %", 1)
     for m in method_comparison.general(domains)
   ]
-  found = [
+  compared = [
     ("methods", "Methods", scores, method_comparison.methods(domains)),
     (
       "against",
@@ -136,40 +136,40 @@ def tables(domains: method_comparison.Domains) -> list[Table]:
     ),
   ]
   equal = method_comparison.at_equal_fit(domains)
-  for m in method_comparison.kept(
+  for m in method_comparison.forgetting(
     domains
-  ):  # one table each: side by side they are too wide
+  ):  # a table each, as one table would be too wide
     columns = [
       Column(
-        f"fit_{m.name}", method_comparison.FIT.words, method_comparison.FIT.digits
+        f"fit_{m.name}", method_comparison.FIT.heading, method_comparison.FIT.digits
       ),
-      Column(m.name, m.words, m.digits),
-      Column(f"sft_{m.name}", f"SFT's {m.words}", m.digits),
+      Column(m.name, m.heading, m.digits),
+      Column(f"sft_{m.name}", f"SFT's {m.heading}", m.digits),
       Column(f"gap_{m.name}", "gap", m.digits),
     ]
     own = [row for row in equal if m.name in row.cells]
-    found.append(("equal", f"At equal loss: {m.words}", columns, own))
+    compared.append(("equal", f"At equal loss: {m.heading}", columns, own))
   shown = []
-  for kind, title, columns, compared in found:
-    rows = [row._asdict() for row in compared]
-    if kept := measured(columns, rows):
-      shown.append(Table(kind, f"{title}{where}", kept, rows))
+  for kind, title, columns, table_rows in compared:
+    rows = [row._asdict() for row in table_rows]
+    if with_values := measured(columns, rows):
+      shown.append(Table(kind, f"{title}{where}", with_values, rows))
   return shown
 
 
-def every_setting(runs: Sequence[sweep_results.Run]) -> list[Table]:
-  """All settings of a sweep: what was measured of them, and what they took."""
+def all_settings(runs: Sequence[sweep_results.Run]) -> list[Table]:
+  """The scores and the costs of all settings of a sweep."""
   rows = table(runs)
-  found = [
-    Table("every", "Every setting", measured(SCORES, rows), rows),
-    Table("costs", "What a step takes", measured(COSTS, rows), rows[1:]),
+  both = [
+    Table("every", "All settings", measured(SCORES, rows), rows),
+    Table("costs", "Cost of a training step", measured(COSTS, rows), rows[1:]),
   ]
-  return [one for one in found if one.columns]
+  return [one for one in both if one.columns]
 
 
 def markdown(one: Table) -> str:
-  """A table for a README."""
-  heads = ["run", *(column.words for column in one.columns)]
+  """A table as Markdown."""
+  heads = ["run", *(column.heading for column in one.columns)]
   lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * len(one.columns) + "|"]
   for row in one.rows:
     cells = []
@@ -188,14 +188,14 @@ def markdown(one: Table) -> str:
 
 
 def _part(name: str, runs: Sequence[sweep_results.Run]) -> dict[str, Any]:
-  """What the page shows of one domain."""
-  # Labels of a table lead to their first run's config.
-  found = [*sweep_results.chosen(runs).items(), *sweep_results.settings(runs)]
+  """The part of the page for one domain."""
+  # The label of a row links to the config of its first run.
+  labelled = [*sweep_results.chosen(runs).items(), *sweep_results.settings(runs)]
   return {
     "name": name,
-    "tables": [*tables({name: runs}), *every_setting(runs)],
+    "tables": [*tables({name: runs}), *all_settings(runs)],
     "figures": sweep_plots.drawings(runs),
-    "anchors": {label: f"{name}/{same[0]['name']}" for label, same in found},
+    "anchors": {label: f"{name}/{same[0]['name']}" for label, same in labelled},
     "sources": [
       {
         **run,

@@ -1,4 +1,4 @@
-"""The drawings of a comparison: what was kept over fit, curves of steps, swept keys."""
+"""The figures of a comparison: forgetting over fit, curves of training, swept keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raft_jax.reporting import run_folder, run_plots, sweep_results
 PANELS = (
   ("drift", "Drift from the base model, nats per token"),
   ("ifeval_prompt_strict", "IFEval, prompts, strict"),
-  ("ifeval_instruction_strict_but_no_comma", "IFEval, instructions but commas, strict"),
+  ("ifeval_instruction_strict_but_no_comma", "IFEval, except commas, strict"),
   ("mmlu", "MMLU"),
 )
 
@@ -26,16 +26,17 @@ def drawings(runs: Sequence[sweep_results.Run]) -> dict[str, list[markupsafe.Mar
   """The panels of each figure; only what was measured.
 
   Returns:
-    "kept": one panel a general measure, over the held-out loss; "looks": drift over
-    the loss while it trained; "ratios": the loss ratio over the steps; "distances": how
-    far tensors moved; "keys": measures over each key that the sweep repeats a run over.
+    "kept": a panel for each general measure, over the held-out loss; "looks": drift
+    over the validation loss during training; "ratios": the ratio of the losses over the
+    steps; "distances": how far tensors moved; "keys": measures over each key that the
+    sweep varies.
   """
   panels: dict[str, list[Draw | None]] = {
     "kept": [_panel(runs, name, title) for name, title in PANELS],
-    "looks": [_looks(runs)],
+    "looks": [_validations(runs)],
     "ratios": [_ratios(runs)],
     "distances": [_distances(runs)],
-    "keys": [_over_key(found) for found in swept(runs)],
+    "keys": [_over_key(swept_key) for swept_key in swept(runs)],
   }
   return {
     name: [run_plots.svg(panel) for panel in drawn if panel is not None]
@@ -46,18 +47,18 @@ def drawings(runs: Sequence[sweep_results.Run]) -> dict[str, list[markupsafe.Mar
 MOST_CURVES = 2 * len(run_plots.COLOURS)
 
 
-def _looks(runs: Sequence[sweep_results.Run]) -> Draw | None:
-  """Drift over the panel's loss, look by look, of each setting's first run."""
+def _validations(runs: Sequence[sweep_results.Run]) -> Draw | None:
+  """Drift over validation loss during training, of each setting's first run."""
   curves = [
-    (label, [(loss, drift) for _, loss, drift in looks])
-    for label, looks in _of_first(runs, "looks")
+    (label, [(loss, drift) for _, loss, drift in validations])
+    for label, validations in _of_first(runs, "looks")
   ]
   if not curves:
     return None
 
   def draw(axes: Axes) -> None:
     _lines(axes, curves, marker="o")
-    axes.set_title("Drift while it trained, nats per token")
+    axes.set_title("Drift during training, nats per token")
     axes.set_xlabel("loss on validation questions, nats per token (left is better)")
     axes.set_ylim(bottom=0)
 
@@ -84,13 +85,13 @@ Curves = Sequence[tuple[str, Sequence[Any]]]
 
 
 def _of_first(runs: Sequence[sweep_results.Run], name: str) -> Curves:
-  """Label and what was logged of each setting's first run, where it was."""
-  found = [(label, same[0].get(name)) for label, same in sweep_results.settings(runs)]
-  return [(label, points) for label, points in found if points]
+  """The logged points of each setting's first run, with the setting's label."""
+  curves = [(label, same[0].get(name)) for label, same in sweep_results.settings(runs)]
+  return [(label, points) for label, points in curves if points]
 
 
 def _lines(axes: Axes, curves: Curves, marker: str | None = None) -> None:
-  """The first of the curves with their legend; the colours go round once, dotted."""
+  """Draws the first curves with a legend; after the last colour, lines are dotted."""
   for number, (label, points) in enumerate(curves[:MOST_CURVES]):
     axes.plot(
       *zip(*points),
@@ -105,12 +106,12 @@ MEASURES = (
   ("held_out_loss", "Held-out loss, nats per token"),
   *PANELS,
   ("support_mass", "Teacher's probability in the top K"),
-  ("step_seconds", "Seconds a step"),
+  ("step_seconds", "Seconds per step"),
 )
 
 
 class Swept(NamedTuple):
-  """A measure over a key: points of its value and the measure's mean, by group."""
+  """A measure over a key: points (value of the key, mean of the measure) by group."""
 
   key: str
   title: str
@@ -118,7 +119,7 @@ class Swept(NamedTuple):
 
 
 def swept(runs: Sequence[sweep_results.Run]) -> list[Swept]:
-  """Measures over each key that takes several numbers in runs of one name."""
+  """The measures over each key that has several numbers in the runs of one name."""
   groups: dict[str, list[sweep_results.Run]] = {}
   for run in runs:
     groups.setdefault(run["group"], []).append(run)
@@ -129,20 +130,20 @@ def swept(runs: Sequence[sweep_results.Run]) -> list[Swept]:
       numbers = all(map(run_folder.is_number, values))
       if key != sweep_results.SEED and numbers and len(set(values)) > 1:
         keys.setdefault(key, []).append(group)
-  found = []
+  swept_keys = []
   for key, names in keys.items():
     for measure, title in MEASURES:
       curves = {name: _means(groups[name], key, measure) for name in names}
       curves = {name: points for name, points in curves.items() if len(points) > 1}
       if curves:
-        found.append(Swept(key, title, curves))
-  return found
+        swept_keys.append(Swept(key, title, curves))
+  return swept_keys
 
 
 def _means(
   runs: Sequence[sweep_results.Run], key: str, measure: str
 ) -> list[tuple[float, float]]:
-  """The mean of the runs that have each value of a key, in the order of the values."""
+  """For each value of a key, in order, the mean over the runs with that value."""
   by_value: dict[float, list[float]] = {}
   for run in runs:
     score = sweep_results.values(run).get(measure)
@@ -151,26 +152,26 @@ def _means(
   return [(value, float(np.mean(scores))) for value, scores in sorted(by_value.items())]
 
 
-def _over_key(found: Swept) -> Draw:
+def _over_key(swept_key: Swept) -> Draw:
   def draw(axes: Axes) -> None:
-    for number, (group, points) in enumerate(found.curves.items()):
+    for number, (group, points) in enumerate(swept_key.curves.items()):
       colour = run_plots.COLOURS[number % len(run_plots.COLOURS)]
       axes.plot(*zip(*points), color=colour, marker="o", markersize=4.5, label=group)
-    places = sorted({x for points in found.curves.values() for x, _ in points})
+    places = sorted({x for points in swept_key.curves.values() for x, _ in points})
     if places[0] > 0 and places[-1] >= 8 * places[0]:
       axes.set_xscale("log")
     axes.set_xticks(places, [f"{x:g}" for x in places])
     axes.minorticks_off()
-    axes.set_title(found.title)
-    axes.set_xlabel(found.key)
-    if len(found.curves) > 1:
+    axes.set_title(swept_key.title)
+    axes.set_xlabel(swept_key.key)
+    if len(swept_key.curves) > 1:
       axes.legend(fontsize=8)
 
   return draw
 
 
 def _panel(runs: Sequence[sweep_results.Run], name: str, title: str) -> Draw | None:
-  """A general measure over the held-out loss: a line for each name in the sweep."""
+  """A general measure over the held-out loss; each name in the sweep has a line."""
   groups: dict[str, list[list[Point]]] = {}
   for _, same in sweep_results.settings(runs):
     points = [point for point in (_point(run, name) for run in same) if point]
@@ -214,15 +215,15 @@ def _point(run: sweep_results.Run, name: str) -> Point | None:
 
 
 def _base_point(runs: Sequence[sweep_results.Run], name: str) -> Point:
-  """The base model's scores, which stand beside every run that measured them."""
+  """The base model's scores, from a run that measured them."""
   having = next(run for run in runs if sweep_results.values(run).get(name))
   base = having["scores"]["scores"]["base"]
-  kept = 0.0 if name == "drift" else base[name]["value"]
-  return base["held_out_loss"]["value"], kept
+  score = 0.0 if name == "drift" else base[name]["value"]
+  return base["held_out_loss"]["value"], score
 
 
 def _distances(runs: Sequence[sweep_results.Run]) -> Draw | None:
-  """How many tensors moved how far, of each method's first run, as in Fig. 3."""
+  """A histogram of tensors by relative change, for each method's first run (Fig. 3)."""
   moved = {
     label: same[0]["weight_distances"]
     for label, same in sweep_results.chosen(runs).items()

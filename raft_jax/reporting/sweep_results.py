@@ -1,6 +1,6 @@
-"""What sweeps have collected: runs by domain, their settings, and scores of both.
+"""Reads the collected runs of sweeps: by domain, by setting, and their scores.
 
-`raft_jax.sweep` leaves `sweep.json` in its folder; a folder of such folders is one
+`raft_jax.sweep` writes `sweep.json` into its folder. A folder of such folders is one
 comparison over several domains.
 """
 
@@ -14,68 +14,30 @@ from typing import Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.evaluation import bootstrap
+from raft_jax.evaluation import intervals
 
 Run = Mapping[str, Any]
-"""One run of a sweep, as `sweep.json` has it."""
+"""One run of a sweep, a row of `sweep.json`."""
 
 FILE = "sweep.json"
 
 SEED, RATE = "train.seed", "train.learning_rate"
-"""Runs that differ in the first alone are one setting; of settings that differ in the
-second alone one is chosen."""
+"""Runs that differ only in the seed are one setting. Among settings that differ only in
+the learning rate, one is chosen."""
 
 SFT = "sft"
-"""A run's method."""
-
-ITEM_SCORES = (
-  "validation_loss",
-  "held_out_loss",
-  "rouge_l",
-  "similarity",
-  "d_acc",
-  "open_ended",
-  "ifeval_prompt_strict",
-  "ifeval_instruction_strict_but_no_comma",
-  "mmlu",
-  "drift",
-)
-"""Scores that are compared item by item, beside those of tasks."""
+"""The method of SFT runs."""
 
 TASK = "task_"
-"""How the names of lm-evaluation-harness' scores begin."""
-
-
-def items_of(evaluation: pathlib.Path) -> dict[str, Any]:
-  """The scores to compare of an evaluation's `items.json`, with five digits each."""
-  path = evaluation / "items.json"
-  if not path.exists():  # evaluated by an earlier version
-    return {}
-  found = json.loads(path.read_text(encoding="utf-8"))
-  kept = {}
-  for name, score in found.items():
-    if name in ITEM_SCORES or name.startswith(TASK):
-      kept[name] = {
-        "items": score["items"][:16],
-        **{
-          who: None if score[who] is None else short(score[who])
-          for who in ("base", "trained", "weights")
-        },
-      }
-  return kept
-
-
-def short(numbers: Sequence[float]) -> list[float]:
-  """Five digits of each."""
-  return [float(f"{number:.5g}") for number in numbers]
+"""The names of lm-evaluation-harness' scores begin with this."""
 
 
 def read(output: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-  """Domain -> the runs of its sweep; of one sweep, its folder's name -> its runs.
+  """The runs of the sweep of each domain; a single sweep has its folder's name.
 
   Raises:
-    errors.UserError: no sweep, a damaged file, one without a run, or with a score that
-      two runs measured on different items.
+    errors.UserError: there is no sweep, a file is damaged or has no run, or two runs
+      measured a score on different items.
   """
   files = [output / FILE] if (output / FILE).exists() else _below(output)
   if not files:
@@ -108,18 +70,18 @@ def _runs(path: pathlib.Path) -> list[dict[str, Any]]:
   first: dict[str, Run] = {}
   for run in runs:
     for name, score in (run.get("items") or {}).items():
-      other = first.setdefault(name, run)
-      if score["items"] != other["items"][name]["items"]:
+      reference = first.setdefault(name, run)
+      if score["items"] != reference["items"][name]["items"]:
         raise errors.UserError(
-          f"{path}: {name} of {other['name']} and of {run['name']} are of different"
-          " items, which cannot be compared; evaluate both on the same, then run"
+          f"{path}: {reference['name']} and {run['name']} measured {name} on different"
+          " items, which cannot be compared; evaluate both on the same items, then run"
           " `python -m raft_jax.sweep` again"
         )
   return runs
 
 
 def values(run: Run) -> dict[str, Mapping[str, Any]]:
-  """Column -> {value, low, high} of one run; {} where it was not measured."""
+  """{value, low, high} of one run by column; {} if it was not measured."""
   result = run["scores"]
   retention = result.get("retention") or {}
   distance = (result.get("weight_distance") or {}).get("mean")
@@ -139,56 +101,56 @@ def values(run: Run) -> dict[str, Mapping[str, Any]]:
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-  """Label and runs of each setting; its runs differ in their seed only."""
+  """Label and runs of each setting; the runs of a setting differ only in their seed."""
   labelled = []
   for same in _alike(runs, {SEED}):
     words = same[0]["name"].split("-")
     word = f"seed_{same[0]['set'].get(SEED)}"
-    if word in words:  # another key's seeds are settings
+    if word in words:  # the seeds of other keys belong to the setting
       words.remove(word)
     labelled.append(("-".join(words), same))
   return labelled
 
 
 def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """Of each setting in all but the learning rate: the runs at the best one, by label.
+  """The runs at the best learning rate, by the label of their setting.
 
-  The best has the lowest mean loss on the validation questions; without those, or
-  where none was measured, the first.
+  The best rate has the lowest mean loss on the validation questions. If none was
+  measured, the first rate counts as the best.
   """
-  found = [
+  best_runs = [
     min(_alike(alike, {SEED}), key=_validation_loss)
     for alike in _alike(runs, {SEED, RATE})
   ]
-  # Of a group that repeats over other keys each setting has a name of its own.
-  groups = [best[0]["group"] for best in found]
+  # A group that repeats over more keys has several settings, each with its own label.
+  groups = [best[0]["group"] for best in best_runs]
   return {
     group if groups.count(group) == 1 else settings(best)[0][0]: best
-    for group, best in zip(groups, found)
+    for group, best in zip(groups, best_runs)
   }
 
 
 def sft_rates(runs: Sequence[Run]) -> list[list[Run]]:
-  """SFT's learning rates, by held-out loss: the runs of each, plain as the first is.
+  """The runs of SFT at each learning rate, in the order of their held-out loss.
 
-  Left out is what also differs in another key, and a rate that fits worse and drifts
-  more than another or the base model, which is no way to keep abilities.
+  Leaves out runs that differ from the first SFT run in another key, and rates that both
+  fit worse and drift more than another rate or the base model.
   """
   first = next((run for run in runs if run["method"] == SFT), None)
   if first is None:
     return []
   plain = _fixed(first, {SEED, RATE})
-  found = [
+  rates = [
     same
     for same in _alike(runs, {SEED})
     if same[0]["method"] == SFT and _fixed(same[0], {SEED, RATE}) == plain
   ]
-  places = [place(same) for same in found]
+  places = [place(same) for same in rates]
   base = runs[0]["scores"]["scores"]["base"]["held_out_loss"]["value"]
   better = [*places, (base, 0.0)]
   kept = [
     (loss, same)
-    for same, (loss, drift) in zip(found, places)
+    for same, (loss, drift) in zip(rates, places)
     if drift is None
     or not any(x < loss and y is not None and y <= drift for x, y in better)
   ]
@@ -196,7 +158,7 @@ def sft_rates(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def place(runs: Sequence[Run]) -> tuple[float, float | None]:
-  """Means of held-out loss and drift over a setting's runs; None: not measured."""
+  """Means of held-out loss and drift over a setting's runs; None if not measured."""
   scores = [values(run) for run in runs]
   drifts = [score["drift"]["value"] for score in scores if score["drift"]]
   loss = float(np.mean([score["held_out_loss"]["value"] for score in scores]))
@@ -209,12 +171,12 @@ def _validation_loss(runs: Sequence[Run]) -> float:
 
 
 def _alike(runs: Sequence[Run], apart_from: set[str]) -> list[list[Run]]:
-  """Runs that agree in their name and in all keys but some."""
-  found: dict[str, list[Run]] = {}
+  """Groups of runs that have the same name and keys, apart from some keys."""
+  groups: dict[str, list[Run]] = {}
   for run in runs:
     fixed = json.dumps(_fixed(run, apart_from))
-    found.setdefault(f"{run['group']} {fixed}", []).append(run)
-  return list(found.values())
+    groups.setdefault(f"{run['group']} {fixed}", []).append(run)
+  return list(groups.values())
 
 
 def _fixed(run: Run, apart_from: set[str]) -> dict[str, Any]:
@@ -226,21 +188,22 @@ def having(runs: Sequence[Run], name: str) -> list[Run]:
   return [run for run in runs if (run.get("items") or {}).get(name)]
 
 
-def samples(runs: Sequence[Run], name: str, who: str = "trained") -> np.ndarray | None:
-  """A score of a setting, each item's mean over the runs that have it: [S] of
-  `bootstrap.means`.
+def samples(
+  runs: Sequence[Run], name: str, model: str = "trained"
+) -> np.ndarray | None:
+  """A score of a setting, [S] as `intervals.resampled_means`; None if not measured.
 
-  None where no run has measured it.
+  The score of an item is its mean over the runs that have it.
 
   Args:
-    who: "trained", or "base" for the model before training.
+    model: "trained", or "base" for the model before training.
   """
   scores = [run["items"][name] for run in having(runs, name)]
   if not scores:
     return None
   first = scores[0]
-  # The base model has no drift from itself.
+  # The base model has no drift, as it does not differ from itself.
   count = len(first["trained"])
-  values_M = np.mean([score[who] or [0.0] * count for score in scores], axis=0)
+  values_M = np.mean([score[model] or [0.0] * count for score in scores], axis=0)
   weights_M = None if first["weights"] is None else np.array(first["weights"])
-  return bootstrap.means(values_M, first["items"], weights_M)
+  return intervals.resampled_means(values_M, first["items"], weights_M)

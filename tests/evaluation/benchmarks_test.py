@@ -168,7 +168,7 @@ def test_bad_items_are_named_with_their_line(tmp_path):
   with pytest.raises(errors.UserError, match=r"ifeval\.jsonl:2: instruction_id_list"):
     _orders(tmp_path, [ORDERS[0], {"key": 2, "prompt": "?", "kwargs": []}])
   assert len(_orders(tmp_path, [ORDERS[0], {}], limit=1)) == 1
-  with pytest.raises(errors.UserError, match="holds no item"):
+  with pytest.raises(errors.UserError, match="has no rows"):
     _orders(tmp_path, [])
   path = tmp_path / "broken.jsonl"
   path.write_text('{"prompt": "x"}\n{"prompt": \n')
@@ -213,19 +213,21 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
   prompts = [row["arguments"][0][0] for row in samples]
   expected = [[response[0][0] for response in row["resps"]] for row in samples]
 
-  codec, decoder = chat.load(folder), hf_load.load_config(folder)
+  chat_tokenizer, decoder = chat.load(folder), hf_load.load_config(folder)
   settings = schema.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=2)
-  mmlu = test_sets.read_mmlu(settings, codec)
-  assert mmlu.prompts == [chat.document_ids(codec, prompt) for prompt in prompts]
-  who = scoring.subject(
+  mmlu = test_sets.read_mmlu(settings, chat_tokenizer)
+  assert mmlu.prompts == [
+    chat.document_ids(chat_tokenizer, prompt) for prompt in prompts
+  ]
+  model = scoring.eval_model(
     hf_load.load_params(folder, decoder),
     decoder,
-    codec,
+    chat_tokenizer,
     scoring.Settings(batch_size=4, dtype="float32", unroll=1),
     "tiny",
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    logits = scoring.choices(who, mmlu.prompts, mmlu.letters, log, name="MMLU")
+    logits = scoring.choices(model, mmlu.prompts, mmlu.letters, log, name="MMLU")
   found, wanted = np.array(logits), np.array(expected)
   # The harness has log-probabilities: the same but for one constant a prompt.
   np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], atol=1e-5)
@@ -234,15 +236,17 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
 
 
 def test_mmlu_needs_its_examples(quiz, smollm):
-  codec = chat.load(smollm)
+  chat_tokenizer = chat.load(smollm)
   with pytest.raises(errors.UserError, match=r"evaluate\.mmlu\.examples: not set"):
-    test_sets.read_mmlu(schema.Mmlu(items=str(quiz["test"])), codec)
+    test_sets.read_mmlu(schema.Mmlu(items=str(quiz["test"])), chat_tokenizer)
   too_many = schema.Mmlu(items=str(quiz["test"]), examples=str(quiz["dev"]), shots=3)
   with pytest.raises(errors.UserError, match="2 examples of subject 'moral_disputes'"):
-    test_sets.read_mmlu(too_many, codec)
-  none = test_sets.read_mmlu(schema.Mmlu(items=str(quiz["test"]), shots=0), codec)
+    test_sets.read_mmlu(too_many, chat_tokenizer)
+  none = test_sets.read_mmlu(
+    schema.Mmlu(items=str(quiz["test"]), shots=0), chat_tokenizer
+  )
   assert "(with answers) about moral disputes.\n\nWhich" in chat.decode(
-    codec, none.prompts[0]
+    chat_tokenizer, none.prompts[0]
   )
 
 

@@ -31,11 +31,20 @@ def pair(tmp_path_factory, smollm):
 
 
 def test_drift_is_the_full_kl_over_the_answer(pair, tmp_path):
-  (base, tuned), (base_params, params), config, codec = pair
+  (base, tuned), (base_params, params), config, chat_tokenizer = pair
   rows = [
-    (chat.encode(codec, "Name a colour."), chat.encode(codec, " Red, like a rose.")),
-    (chat.encode(codec, "Count from one to ten, please."), chat.encode(codec, " One")),
-    (chat.encode(codec, "Hm"), chat.encode(codec, " what is it that you ask of me")),
+    (
+      chat.encode(chat_tokenizer, "Name a colour."),
+      chat.encode(chat_tokenizer, " Red, like a rose."),
+    ),
+    (
+      chat.encode(chat_tokenizer, "Count from one to ten, please."),
+      chat.encode(chat_tokenizer, " One"),
+    ),
+    (
+      chat.encode(chat_tokenizer, "Hm"),
+      chat.encode(chat_tokenizer, " what is it that you ask of me"),
+    ),
   ]
   expected = []
   for prompt, answer in rows:
@@ -45,12 +54,13 @@ def test_drift_is_the_full_kl_over_the_answer(pair, tmp_path):
     kl = (log_p0.exp() * (log_p0 - log_p)).sum(-1)
     expected.append(float(kl[len(prompt) - 1 : -1].mean()))
   settings = scoring.Settings(batch_size=2, dtype="float32", unroll=1)
-  who, origin = (
-    scoring.subject(p, config, codec, settings, "tiny") for p in (params, base_params)
+  model, origin = (
+    scoring.eval_model(p, config, chat_tokenizer, settings, "tiny")
+    for p in (params, base_params)
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    found = drift.drift(origin, who, rows, log, name="drift")
-    still = drift.drift(origin, origin, rows, log, name="drift")
+    found = drift.row_drifts(origin, model, rows, log, name="drift")
+    still = drift.row_drifts(origin, origin, rows, log, name="drift")
   assert min(expected) > 1e-3
   np.testing.assert_allclose(found, expected, rtol=1e-3)
   assert still == [0.0] * 3

@@ -1,4 +1,4 @@
-"""Intervals against closed forms, known distributions and scipy's own tests."""
+"""Intervals against closed forms, known distributions, scipy's tests and numpy."""
 
 import math
 
@@ -12,7 +12,7 @@ def test_bootstrap_covers_the_mean_in_95_percent_of_samples():
   rng = np.random.default_rng(0)
   hits = 0
   for _ in range(300):
-    low, high = intervals.interval(intervals.Scores(rng.exponential(2.0, 60)))
+    low, high = intervals.interval(intervals.ItemScores(rng.exponential(2.0, 60)))
     hits += low <= 2.0 <= high
   # Binomial(300, 0.95) +- 3 sd is 0.91..0.99; percentile intervals of 60 skewed values
   # are known to be a little short (about 0.93).
@@ -21,20 +21,20 @@ def test_bootstrap_covers_the_mean_in_95_percent_of_samples():
 
 def test_bootstrap_width_is_that_of_the_normal_interval():
   values = np.random.default_rng(1).normal(3.0, 2.0, 30_000)  # many blocks of memory
-  low, high = intervals.interval(intervals.Scores(values))
+  low, high = intervals.interval(intervals.ItemScores(values))
   half = 1.96 * values.std() / np.sqrt(len(values))
   assert (high - low) / 2 == pytest.approx(half, rel=0.05)
   assert (high + low) / 2 == pytest.approx(values.mean(), abs=half / 10)
 
 
 def test_bootstrap_of_degenerate_samples():
-  assert intervals.interval(intervals.Scores(np.array([1.5]))) == (1.5, 1.5)
-  assert intervals.interval(intervals.Scores(np.full(9, -2.0))) == (-2.0, -2.0)
-  assert intervals.interval(intervals.Scores(np.arange(5.0))) == intervals.interval(
-    intervals.Scores(np.arange(5.0))
+  assert intervals.interval(intervals.ItemScores(np.array([1.5]))) == (1.5, 1.5)
+  assert intervals.interval(intervals.ItemScores(np.full(9, -2.0))) == (-2.0, -2.0)
+  assert intervals.interval(intervals.ItemScores(np.arange(5.0))) == intervals.interval(
+    intervals.ItemScores(np.arange(5.0))
   )
   with pytest.raises(ValueError, match="at least one"):
-    intervals.interval(intervals.Scores(np.array([])))
+    intervals.interval(intervals.ItemScores(np.array([])))
 
 
 def test_a_share_has_wilsons_interval():
@@ -44,13 +44,13 @@ def test_a_share_has_wilsons_interval():
   centre = (p + z**2 / (2 * n)) / scale
   half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale
   low, high = intervals.interval(
-    intervals.Scores(np.array([1.0] * 9 + [0.0] * 3), share=True)
+    intervals.ItemScores(np.array([1.0] * 9 + [0.0] * 3), share=True)
   )
   assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-9)
 
 
 def test_a_share_of_nothing_has_room_above():
-  described = intervals.describe(intervals.Scores(np.zeros(10), share=True))
+  described = intervals.describe(intervals.ItemScores(np.zeros(10), share=True))
   # With p = 0 the upper end is z^2 / (n + z^2).
   assert described["low"] == pytest.approx(0.0, abs=1e-12)
   assert described["high"] == pytest.approx(3.841459 / 13.841459, rel=1e-5)
@@ -59,7 +59,7 @@ def test_a_share_of_nothing_has_room_above():
 
 def test_weights_count_answers_within_an_item():
   # 1 of 1 and 1 of 3 instructions: 2 of 4, not the mean of 1 and 1/3.
-  scores = intervals.Scores(np.array([1.0, 1 / 3]), np.array([1.0, 3.0]))
+  scores = intervals.ItemScores(np.array([1.0, 1 / 3]), np.array([1.0, 3.0]))
   assert intervals.mean(scores) == pytest.approx(0.5)
   low, high = intervals.interval(scores)
   # Items are resampled whole: both first, or both second.
@@ -68,9 +68,9 @@ def test_weights_count_answers_within_an_item():
 
 def test_items_without_an_answer_move_no_interval():
   values, weights = np.array([1.0, 0.0, 0.5]), np.array([2.0, 1.0, 2.0])
-  padded = intervals.Scores(np.append(values, [0, 0]), np.append(weights, [0, 0]))
+  padded = intervals.ItemScores(np.append(values, [0, 0]), np.append(weights, [0, 0]))
   found = intervals.interval(padded)
-  assert found == intervals.interval(intervals.Scores(values, weights))
+  assert found == intervals.interval(intervals.ItemScores(values, weights))
   assert np.isfinite(found).all()
 
 
@@ -81,7 +81,7 @@ def test_mcnemar_counts_only_the_items_that_changed():
   assert intervals.mcnemar(base, trained) == pytest.approx(74 / 256)
   assert intervals.mcnemar(base, base) == 1.0
   compared = intervals.compare(
-    intervals.Scores(base, share=True), intervals.Scores(trained, share=True)
+    intervals.ItemScores(base, share=True), intervals.ItemScores(trained, share=True)
   )
   assert compared["difference"] == pytest.approx(-4 / 28)
   assert compared["p"] == pytest.approx(74 / 256)
@@ -89,14 +89,14 @@ def test_mcnemar_counts_only_the_items_that_changed():
 
 
 def test_only_shares_are_given_a_p_and_wilsons_interval():
-  drift = intervals.Scores(np.zeros(3))  # happens to look like one
+  drift = intervals.ItemScores(np.zeros(3))  # happens to look like one
   assert "p" not in intervals.compare(drift, drift)
   assert intervals.interval(drift) == (0.0, 0.0)
 
 
 def test_retention_is_a_ratio_of_means_on_the_same_items():
-  base = intervals.Scores(np.random.default_rng(0).uniform(0.5, 1.0, 50))
-  half = intervals.Scores(base.values_N / 2)
+  base = intervals.ItemScores(np.random.default_rng(0).uniform(0.5, 1.0, 50))
+  half = intervals.ItemScores(base.values_N / 2)
   # Every item kept exactly half: so does every resample.
   assert intervals.retention(base, half) == pytest.approx(
     {"value": 50.0, "low": 50.0, "high": 50.0}
@@ -104,8 +104,68 @@ def test_retention_is_a_ratio_of_means_on_the_same_items():
 
 
 def test_retention_of_nothing_is_not_a_number():
-  nothing = intervals.Scores(np.zeros(5))
-  some = intervals.Scores(np.array([1.0, 0, 0, 0, 0]))
+  nothing = intervals.ItemScores(np.zeros(5))
+  some = intervals.ItemScores(np.array([1.0, 0, 0, 0, 0]))
   assert intervals.retention(nothing, some) == {}
   # A resample without the one success has no ratio: the value stays, no interval.
   assert intervals.retention(some, some) == {"value": 100.0}
+
+
+def test_the_interval_is_that_of_the_plain_bootstrap():
+  values = np.random.default_rng(3).exponential(2.0, 80)
+  found = intervals.describe_samples(
+    intervals.resampled_means(values, "test questions")
+  )
+  low, high = intervals.interval(intervals.ItemScores(values))
+  assert found["value"] == pytest.approx(values.mean())
+  # Two sets of 10,000 resamples agree to a few percent of the width.
+  assert found["low"] == pytest.approx(low, abs=0.05 * (high - low))
+  assert found["high"] == pytest.approx(high, abs=0.05 * (high - low))
+
+
+def test_weights_count_answers():
+  values, weights = np.array([1.0, 0.0, 0.5]), np.array([1.0, 3.0, 2.0])
+  samples = intervals.resampled_means(values, "x", weights)
+  assert samples[0] == pytest.approx((1.0 + 0.0 + 1.0) / 6)
+  assert samples.min() == 0.0  # a resample of the second item alone
+  assert samples.max() == 1.0
+
+
+def test_the_same_items_are_resampled_together_and_others_apart():
+  rng = np.random.default_rng(4)
+  values = rng.normal(0.0, 1.0, 50)
+  one, shifted = (
+    intervals.resampled_means(values, "a"),
+    intervals.resampled_means(values - 0.25, "a"),
+  )
+  np.testing.assert_allclose(one - shifted, 0.25)
+  other = intervals.resampled_means(values, "b")
+  assert abs(np.corrcoef(one[1:], other[1:])[0, 1]) < 0.05
+  # Of independent sets the variance of the difference is the sum of both.
+  assert np.var(one - other) == pytest.approx(2 * np.var(one), rel=0.1)
+
+
+def test_resamples_come_in_batches_that_bound_memory(monkeypatch):
+  values = np.arange(7.0)
+  whole = intervals.resampled_means(values, "batches")
+  intervals._resample_counts.cache_clear()
+  monkeypatch.setattr(intervals, "BATCH", 700)
+  np.testing.assert_allclose(intervals.resampled_means(values, "batches"), whole)
+  intervals._resample_counts.cache_clear()
+
+
+def test_what_holds_no_answer_says_nothing():
+  samples = intervals.resampled_means(np.zeros(3), "none", np.zeros(3))
+  assert intervals.describe_samples(samples) == {}
+
+
+def test_a_curve_is_read_off_in_every_sample():
+  places = [np.array([4.0, 4.0]), np.array([3.0, 2.0]), np.array([2.0, 3.0])]
+  heights = [np.array([0.0, 0.0]), np.array([0.1, 0.4]), np.array([0.4, 0.1])]
+  curve = list(zip(places, heights))
+  found = intervals.interpolate_samples(curve, np.array([2.5, 3.5]))
+  # Between 2 (0.4) and 3 (0.1); then between 3 (0.1) and 4 (0).
+  np.testing.assert_allclose(found, [0.25, 0.05])
+  outside = intervals.interpolate_samples(curve, np.array([1.9, 1.9]))
+  assert np.isnan(outside[0])
+  assert outside[1] == pytest.approx(0.4)

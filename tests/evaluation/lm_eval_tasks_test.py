@@ -14,8 +14,7 @@ import transformers
 from lm_eval import tasks as harness_tasks
 from lm_eval.models import huggingface
 
-import raft_jax
-from raft_jax import errors, evaluate, report
+from raft_jax import errors, evaluate, evaluation
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.evaluation import (
@@ -26,7 +25,7 @@ from raft_jax.evaluation import (
   test_sets,
 )
 from raft_jax.models import sampling
-from raft_jax.reporting import run_folder
+from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import journal
 from tests.helpers import tiny_run
 
@@ -128,17 +127,17 @@ def tiny(tmp_path_factory, smollm) -> str:
 
 
 @pytest.fixture(scope="module")
-def who(tiny) -> scoring.EvalModel:
-  return tiny_run.subject(tiny, batch_size=4, title="tiny")
+def model(tiny) -> scoring.EvalModel:
+  return tiny_run.eval_model(tiny, batch_size=4, title="tiny")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, who) -> pathlib.Path:
+def folder(tmp_path_factory, model) -> pathlib.Path:
   """The tasks; the stop string is in the midst of what the model says first."""
   path = tmp_path_factory.mktemp("stop")
-  prompt = who.tokenizer.hf_tokenizer.encode(_questions(0, 1)[0]["question"])
+  prompt = model.tokenizer.hf_tokenizer.encode(_questions(0, 1)[0]["question"])
   with journal.open_journal(path / "journal.jsonl") as log:
-    (said,) = lm_eval_model.written(who, [prompt], [], 40, log)
+    (said,) = lm_eval_model.answers_until(model, [prompt], [], 40, log)
   middle = len(said) // 2
   return _write(path / "tasks", [said[middle : middle + 4], "never said"])
 
@@ -156,7 +155,7 @@ def _settings(folder: pathlib.Path, *names: str, **more) -> schema.Tasks:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_replies_and_scores_equal_those_of_transformers(
-  tmp_path, tiny, who, folder, alone, chat
+  tmp_path, tiny, model, folder, alone, chat
 ):
   names = ["both", "story"] if chat else ["both", "story", "roll"]
   manager = harness_tasks.TaskManager(include_path=str(folder), include_defaults=False)
@@ -171,10 +170,10 @@ def test_replies_and_scores_equal_those_of_transformers(
     huggingface.HFLM(pretrained=tiny, dtype="float32", device="cpu", batch_size=3)
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    ours = ask(lm_eval_model.Adapter(who, log))
+    ours = ask(lm_eval_model.Adapter(model, log))
     computed = len(log.calls)
-    found = lm_eval_tasks.measured(
-      lm_eval_tasks.read(_settings(folder, *names, chat=chat), 512), who, log
+    found = lm_eval_tasks.score(
+      lm_eval_tasks.read(_settings(folder, *names, chat=chat), 512), model, log
     )
     assert len(log.calls) == computed  # the very same requests
   for name, wanted in theirs["samples"].items():
@@ -217,21 +216,21 @@ def test_replies_and_scores_equal_those_of_transformers(
     assert perplexity == pytest.approx(rolled["word_perplexity,none"], rel=1e-3)
 
 
-def test_limit_shots_and_seeds(tmp_path, who, folder, alone):
+def test_limit_shots_and_seeds(tmp_path, model, folder, alone):
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    asked = []
+    digests = []
     for shots in (2, 2, 1):
       tasks = lm_eval_tasks.read(_settings(folder, "quiz", limit=2, shots=shots), 512)
-      found = [lm_eval_tasks.measured(tasks, who, log) for _ in range(2)]
+      found = [lm_eval_tasks.score(tasks, model, log) for _ in range(2)]
       assert len(found[0].scores["task_quiz_acc"].values_N) == 2
       # The examples are drawn, and the same for both models.
-      assert found[0].asked == found[1].asked
-      asked.append(found[0].asked["task_quiz"])
-  assert asked[0] == asked[1] != asked[2]
+      assert found[0].item_digests == found[1].item_digests
+      digests.append(found[0].item_digests["task_quiz"])
+  assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_killed_evaluation_repeats_nothing(
-  tmp_path, who, folder, alone, monkeypatch, caplog
+  tmp_path, model, folder, alone, monkeypatch, caplog
 ):
   tasks = lm_eval_tasks.read(_settings(folder, "both", "story", "roll"), 512)
   computed: list[int] = []
@@ -254,11 +253,11 @@ def test_a_killed_evaluation_repeats_nothing(
   ):
     monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
-  def measured(allowed: int) -> lm_eval_tasks.Found:
+  def measured(allowed: int) -> lm_eval_tasks.TaskScores:
     computed.clear()
     left[0] = allowed
     with journal.open_journal(tmp_path / "journal.jsonl") as log:
-      return lm_eval_tasks.measured(tasks, who, log)
+      return lm_eval_tasks.score(tasks, model, log)
 
   batches = []
   for _ in range(99):
@@ -282,36 +281,36 @@ def test_a_killed_evaluation_repeats_nothing(
   assert "lost their beginning" in caplog.text
 
 
-def test_a_context_of_spaces_is_the_start_of_a_text(tmp_path, who):
+def test_a_context_of_spaces_is_the_start_of_a_text(tmp_path, model):
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    adapter = lm_eval_model.Adapter(who, log)
+    adapter = lm_eval_model.Adapter(model, log)
     requests = [types.SimpleNamespace(args=args) for args in ((" ", "a"), ("", " a"))]
     one, other = adapter.loglikelihood(requests)
   assert one == other
 
 
-def test_the_journal_tells_continuations_apart(tmp_path, who):
+def test_the_journal_tells_continuations_apart(tmp_path, model):
   """Of the same tokens: another last one, and another place where they begin."""
   pairs = (("rain law", " river"), ("rain law", " wind"), ("rain", " law river"))
   found = []
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
     for args in pairs:
-      adapter = lm_eval_model.Adapter(who, log)
+      adapter = lm_eval_model.Adapter(model, log)
       found += adapter.loglikelihood([types.SimpleNamespace(args=args)])
     assert len(log.calls) == 3
   assert len({log_p for log_p, _ in found}) == 3
 
 
-def test_choices_of_one_token_share_their_context(tmp_path, who, folder, alone):
+def test_choices_of_one_token_share_their_context(tmp_path, model, folder, alone):
   tasks = lm_eval_tasks.read(_settings(folder, "letters"), 512)
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    lm_eval_tasks.measured(tasks, who, log)
+    lm_eval_tasks.score(tasks, model, log)
     assert len(log.calls) == 6
 
 
-def test_bos_is_added_as_the_harness_adds_it(who):
+def test_bos_is_added_as_the_harness_adds_it(model):
   backend = tokenizers.Tokenizer.from_str(
-    who.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+    model.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
   )
   backend.post_processor = tokenizers.processors.TemplateProcessing(
     single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
@@ -323,8 +322,10 @@ def test_bos_is_added_as_the_harness_adds_it(who):
     theirs = types.SimpleNamespace(hf_tokenizer=tokenizer, add_bos_token=None)
     theirs.custom_prefix_token_id = None
     theirs.prefix_token_id = huggingface.HFLM.prefix_token_id.fget(theirs)
-    codec = types.SimpleNamespace(hf_tokenizer=tokenizer, digest="", vocab_size=None)
-    ours = lm_eval_model.Adapter(who._replace(tokenizer=codec), None)
+    chat_tokenizer = types.SimpleNamespace(
+      hf_tokenizer=tokenizer, digest="", vocab_size=None
+    )
+    ours = lm_eval_model.Adapter(model._replace(tokenizer=chat_tokenizer), None)
     assert ours.prefix_token_id == theirs.prefix_token_id == (1 if bos else 2)
     for added in (None, True, False):
       for words in ("rain", "<|im_start|>user\nrain", "<|im_end|>rain", ""):
@@ -332,18 +333,18 @@ def test_bos_is_added_as_the_harness_adds_it(who):
         assert ours.tok_encode(words, add_special_tokens=added) == expected
 
 
-def test_a_special_token_may_be_a_stop_string(tmp_path, who):
+def test_a_special_token_may_be_a_stop_string(tmp_path, model):
   ids = [
-    *who.tokenizer.hf_tokenizer.encode("one two"),
+    *model.tokenizer.hf_tokenizer.encode("one two"),
     0,
-    *who.tokenizer.hf_tokenizer.encode("three"),
+    *model.tokenizer.hf_tokenizer.encode("three"),
   ]
 
   def stopped(row):
-    return "<|endoftext|>" in who.tokenizer.hf_tokenizer.decode(row)
+    return "<|endoftext|>" in model.tokenizer.hf_tokenizer.decode(row)
 
   assert lm_eval_model._until(ids, stopped) == [
-    *who.tokenizer.hf_tokenizer.encode("one two"),
+    *model.tokenizer.hf_tokenizer.encode("one two"),
     0,
   ]
   assert lm_eval_model._until(ids[:2], stopped) == ids[:2]
@@ -355,7 +356,9 @@ def _refused(folder: pathlib.Path, match: str, *names: str, positions: int = 512
 
 
 def test_what_cannot_be_asked_is_named(tmp_path, folder, alone):
-  _refused(folder, r"tasks\.names: .* knows no 'quizz'; did you mean 'quiz'", "quizz")
+  _refused(
+    folder, r"tasks\.names: .* has no task 'quizz'; did you mean 'quiz'", "quizz"
+  )
   _refused(tmp_path / "no", r"tasks\.include: .*no is not a folder", "quiz")
   _refused(folder, r"names: Duplicate task 'quiz'.* leave one", "both", "quiz")
   _refused(folder, r"names: story asks for answers of 40 tokens", "story", positions=40)
@@ -378,20 +381,20 @@ def test_what_cannot_be_asked_is_named(tmp_path, folder, alone):
   _refused(other, r"names: cannot load 'quiz' \(.*no/such_dataset.*network", "quiz")
   (other / "quiz.yaml").write_text(quiz.replace("answer", "!function average.none"))
   _refused(other, r"names: cannot load 'quiz' \(AttributeError", "quiz")
-  with pytest.raises(errors.UserError, match=r"quiz cannot write .* lower .*shots"):
+  with pytest.raises(errors.UserError, match=r"quiz cannot build .* lower .*shots"):
     lm_eval_tasks.read(_settings(folder, "quiz", shots=6), 512)
 
 
-def test_the_harness_is_an_extra(monkeypatch, who):
-  for name in ("harness", "harness_model"):
-    monkeypatch.delitem(sys.modules, f"raft_jax.{name}")
-    monkeypatch.delattr(raft_jax, name)
+def test_the_harness_is_an_extra(monkeypatch, model):
+  for name in ("lm_eval_tasks", "lm_eval_model"):
+    monkeypatch.delitem(sys.modules, f"raft_jax.evaluation.{name}")
+    monkeypatch.delattr(evaluation, name)
   monkeypatch.setitem(sys.modules, "lm_eval", None)
-  assert test_sets.read_tasks(schema.Tasks(), who.config) is None
+  assert test_sets.read_tasks(schema.Tasks(), model.config) is None
   with pytest.raises(
     errors.UserError, match=r"evaluate\.tasks: needs the extra `eval`; run"
   ):
-    test_sets.read_tasks(schema.Tasks(names=("arc_easy",)), who.config)
+    test_sets.read_tasks(schema.Tasks(names=("arc_easy",)), model.config)
 
 
 def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
@@ -401,7 +404,7 @@ def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   load = functools.partial(config_load.load, tmp_path / "run.yaml")
   tasks = [f"evaluate.tasks.include={folder}", "evaluate.limit=2"]
   # Before a model is loaded: there is no checkpoint, either.
-  with pytest.raises(errors.UserError, match="knows no 'arc'"):
+  with pytest.raises(errors.UserError, match="has no task 'arc'"):
     evaluate.main(load([*tasks, "evaluate.tasks.names=[arc]"]))
   run = load([*tasks, "evaluate.tasks.names=[both, roll]"])
   tiny_run.save_checkpoint(output, tiny, step=1, scale=1.5)
@@ -417,7 +420,8 @@ def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   assert items["task_quiz_acc"]["items"] != items["task_letters_acc"]["items"]
   assert items["task_quiz_acc"]["items"] != items["rouge_l"]["items"]
   base, trained = (
-    result["scores"][who]["task_roll_word_perplexity"] for who in ("base", "trained")
+    result["scores"][model]["task_roll_word_perplexity"]
+    for model in ("base", "trained")
   )
   difference = result["paired"]["task_roll_word_perplexity"]
   assert difference == {"difference": trained["value"] - base["value"]}
@@ -425,22 +429,22 @@ def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   assert difference["difference"] != 0
   assert "task_roll_word_perplexity" not in items
   assert "task_roll_bits_per_byte" not in result["retention"]  # lower is better
-  rows = {row["name"]: row for row in report.score_rows(run_folder.read(output))}
+  rows = {row["name"]: row for row in run_page.score_rows(run_folder.read(output))}
   assert rows["task_both_acc"]["general"]
   assert rows["task_roll_bits_per_byte"]["direction"] == "lower is better, "
   assert rows["task_roll_word_perplexity"]["verdict"] == "not compared"
-  assert "task quiz acc norm" in report.render(run_folder.read(output), "t")
+  assert "task quiz acc norm" in run_page.render(run_folder.read(output), "t")
 
 
-def test_scores_of_two_models_are_made_alike():
+def test_scores_of_two_models_are_made_comparable():
   ones, halves = np.array([1.0, 0.0]), np.array([0.5, 0.0])
   base = {
-    "a": intervals.Scores(ones, share=True),
-    "b": intervals.Scores(ones),
+    "a": intervals.ItemScores(ones, share=True),
+    "b": intervals.ItemScores(ones),
     "c": 2.0,
   }
-  trained = {"b": 0.25, "a": intervals.Scores(halves), "d": 1.0}
-  left, right = intervals.alike(base, trained)
+  trained = {"b": 0.25, "a": intervals.ItemScores(halves), "d": 1.0}
+  left, right = intervals.comparable(base, trained)
   assert list(left) == list(right) == ["a", "b"]
   assert not left["a"].share
   assert not right["a"].share

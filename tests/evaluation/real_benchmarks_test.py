@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from raft_jax.config import schema
-from raft_jax.evaluation import benchmarks, intervals, scoring, test_sets
+from raft_jax.evaluation import (
+  benchmarks,
+  greedy_answers,
+  intervals,
+  scoring,
+  test_sets,
+)
 from raft_jax.hf import chat
 from raft_jax.hf import save as hf_save
 from raft_jax.storage import journal, records
@@ -133,17 +139,17 @@ def files(tmp_path) -> dict[str, pathlib.Path]:
 
 
 @pytest.fixture(scope="module")
-def who(smollm) -> scoring.EvalModel:
-  return tiny_run.subject(smollm, batch_size=8, title="SmolLM2")
+def model(smollm) -> scoring.EvalModel:
+  return tiny_run.eval_model(smollm, batch_size=8, title="SmolLM2")
 
 
-def test_mmlu_with_five_examples(tmp_path, smollm, who, files, capsys):
+def test_mmlu_with_five_examples(tmp_path, smollm, model, files, capsys):
   folder = tmp_path / "exported"
-  hf_save.save(folder, who.params, who.config, smollm, card="")
+  hf_save.save(folder, model.params, model.config, smollm, card="")
   settings = schema.Mmlu(items=str(files["test"]), examples=str(files["dev"]), shots=5)
-  mmlu = test_sets.read_mmlu(settings, who.tokenizer)
+  mmlu = test_sets.read_mmlu(settings, model.tokenizer)
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    logits = scoring.choices(who, mmlu.prompts, mmlu.letters, log, name="MMLU")
+    logits = scoring.choices(model, mmlu.prompts, mmlu.letters, log, name="MMLU")
   right = benchmarks.mmlu_scores(mmlu.items, logits)["mmlu"].values_N
 
   quiz = {name: files[name] for name in ("test", "dev")}
@@ -151,7 +157,7 @@ def test_mmlu_with_five_examples(tmp_path, smollm, who, files, capsys):
     str(folder), tmp_path / "tasks", quiz, shots=5
   )
   prompts = [
-    chat.document_ids(who.tokenizer, row["arguments"][0][0]) for row in samples
+    chat.document_ids(model.tokenizer, row["arguments"][0][0]) for row in samples
   ]
   wanted = np.array([[reply[0][0] for reply in row["resps"]] for row in samples])
   # Log-probabilities among the four letters: ours are logits, theirs of all tokens.
@@ -190,7 +196,7 @@ class Lowest(random.Random):
     return 0.0
 
 
-def test_ifeval_of_greedy_answers(tmp_path, who, files, capsys, monkeypatch):
+def test_ifeval_of_greedy_answers(tmp_path, model, files, capsys, monkeypatch):
   import lm_eval
   from lm_eval import evaluator, tasks
   from lm_eval.api import model as protocol
@@ -201,10 +207,10 @@ def test_ifeval_of_greedy_answers(tmp_path, who, files, capsys, monkeypatch):
   settings = schema.Evaluate.model_validate(
     {"ifeval": {"items": str(files["ifeval"]), "nltk_data": lm_eval_requests.PUNKT}}
   )
-  ifeval = test_sets.read_general(settings, who.tokenizer).ifeval
+  ifeval = test_sets.read_general(settings, model.tokenizer).ifeval
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    replies = scoring.answers(
-      who,
+    replies = greedy_answers.generate(
+      model,
       ifeval.prompts,
       log,
       max_new_tokens=64,

@@ -43,18 +43,18 @@ def _rows(count: int, seed: int = 0) -> list[batching.Row]:
 
 
 def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_path):
-  codec = chat.load(smollm)
+  chat_tokenizer = chat.load(smollm)
   questions = question_files.read_questions(law / "test.jsonl", limit=8)
   rows = [
     batching.Row(
-      tuple(chat.prompt_ids(codec, q.messages)),
-      tuple(chat.answer_ids(codec, q.answer)),
+      tuple(chat.prompt_ids(chat_tokenizer, q.messages)),
+      tuple(chat.answer_ids(chat_tokenizer, q.answer)),
       (),
       i,
     )
     for i, q in enumerate(questions)
   ]
-  assert all(row.answer[-1] == codec.eos_ids[0] for row in rows)
+  assert all(row.answer[-1] == chat_tokenizer.eos_ids[0] for row in rows)
   path = hf_load.resolve(smollm)
   network = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
@@ -75,22 +75,22 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_pa
     for i, row in enumerate(rows)
   ]
   decoder = hf_load.load_config(smollm)
-  who = scoring.subject(
+  model = scoring.eval_model(
     hf_load.load_params(smollm, decoder),
     decoder,
-    codec,
+    chat_tokenizer,
     SETTINGS._replace(batch_size=5),  # the second batch is filled up
     "real",
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    actual = scoring.losses(who, rows, log, name="loss")
+    actual = scoring.losses(model, rows, log, name="loss")
   np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
-def _subject(params: transformer.Params, batch_size: int = 3, pad_id: int = 0):
-  codec = types.SimpleNamespace(pad_id=pad_id, eos_ids=(3,), digest="tiny")
+def _model(params: transformer.Params, batch_size: int = 3, pad_id: int = 0):
+  chat_tokenizer = types.SimpleNamespace(pad_id=pad_id, eos_ids=(3,), digest="tiny")
   settings = SETTINGS._replace(batch_size=batch_size)
-  return scoring.subject(params, TINY, codec, settings, "tiny")  # type: ignore[arg-type]
+  return scoring.eval_model(params, TINY, chat_tokenizer, settings, "tiny")  # type: ignore[arg-type]
 
 
 def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
@@ -98,8 +98,8 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
   found = []
   for batch_size, pad_id in ((4, 0), (1, 5)):
     with journal.open_journal(tmp_path / f"{batch_size}.jsonl") as log:
-      who = _subject(params, batch_size, pad_id)
-      found.append(scoring.losses(who, rows, log, name="loss"))
+      model = _model(params, batch_size, pad_id)
+      found.append(scoring.losses(model, rows, log, name="loss"))
   np.testing.assert_allclose(*found, rtol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path):
     journal.open_journal(tmp_path / "journal.jsonl") as log,
     pytest.raises(errors.UserError, match=r"train\.learning_rate"),
   ):
-    scoring.losses(_subject(params), _rows(2), log, name="loss")
+    scoring.losses(_model(params), _rows(2), log, name="loss")
 
 
 def test_choices_are_the_logits_after_each_prompt(tmp_path):
@@ -118,7 +118,7 @@ def test_choices_are_the_logits_after_each_prompt(tmp_path):
   params, rows = transformer.init(jax.random.key(0), TINY), _rows(5)
   prompts, letters = [row.prompt for row in rows], [7, 90, 0]
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    found = scoring.choices(_subject(params), prompts, letters, log, name="choices")
+    found = scoring.choices(_model(params), prompts, letters, log, name="choices")
   for prompt, logits in zip(prompts, found):
     valid = jnp.ones((1, len(prompt)), bool)
     hidden, _ = transformer.forward(
@@ -157,7 +157,9 @@ def test_finished_batches_survive_an_interruption(tmp_path):
 
   def run(compute):
     with journal.open_journal(tmp_path / "journal.jsonl") as log:
-      return scoring.finish(log, keys, lengths, compute, batch_size=2, title="test")
+      return scoring.compute_missing(
+        log, keys, lengths, compute, batch_size=2, title="test"
+      )
 
   with pytest.raises(KeyboardInterrupt):
     run(compute)

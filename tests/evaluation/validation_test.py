@@ -1,4 +1,4 @@
-"""The panel while a model trains: its rule, its values, its best step, early stops."""
+"""Validation during training: its values, the best step, and early stops."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax import errors, evaluate, export, report, train
+from raft_jax import errors, evaluate, export, train
 from raft_jax.config import load as config_load
 from raft_jax.evaluation import scoring, validation
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
-from raft_jax.reporting import run_folder
+from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import journal
 from raft_jax.training import (
   checkpoint,
@@ -28,35 +28,6 @@ from raft_jax.training import (
 from tests.helpers import short_run, tiny_run
 
 STEPS = 6
-
-
-def verdict(*looks, **rule):
-  """Best step, looks waited, over; of (loss, drift) after steps 10, 20, ..."""
-  rule = {"max_drift": None, "patience": None, **rule}
-  found = validation.verdict(
-    [validation.Look(10 * i, *look) for i, look in enumerate(looks, start=1)], **rule
-  )
-  return found.best and found.best.step, found.waited, found.over
-
-
-def test_the_rule_by_hand():
-  assert verdict() == (None, 0, False)
-  assert verdict(patience=1) == (None, 0, False)
-  assert verdict((3.0, None)) == (10, 0, False)
-  assert verdict((3.0, None), (2.0, None), (2.5, None)) == (20, 1, False)
-  # Of equal losses the first: the later one brought nothing.
-  assert verdict((2.0, None), (2.0, None)) == (10, 1, False)
-  # The lowest loss drifted too far; a drift of just the limit is allowed.
-  looks = (3.0, 0.1), (2.0, 0.3), (2.5, 0.2)
-  assert verdict(*looks) == (20, 1, False)
-  assert verdict(*looks, max_drift=0.2) == (30, 0, False)
-  assert verdict(*looks, max_drift=0.15) == (10, 2, False)
-  assert verdict(*looks, max_drift=0.05) == (None, 3, False)
-  # Patience counts looks since the best, those that drifted too far among them.
-  assert verdict(*looks, max_drift=0.15, patience=3) == (10, 2, False)
-  assert verdict(*looks, max_drift=0.15, patience=2) == (10, 2, True)
-  assert verdict(*looks, max_drift=0.05, patience=3) == (None, 3, True)
-  assert verdict(*looks, max_drift=0.2, patience=1) == (30, 0, False)
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +52,13 @@ def general(tmp_path_factory):
   return path
 
 
-def make_config(output, source, law, general, *overrides, looks=True):
-  """A run that is looked at, and may be evaluated on the panel's own items.
+def make_config(output, source, law, general, *overrides, validates=True):
+  """A run with validation, which may be evaluated on the same items.
 
-  Its looks, after steps 2, 4 and 6, find falling losses, drifts of 0.010, 0.014 and
-  0.017, and shares of 0.5, 0.5 and 1.
+  Its validations, after steps 2, 4 and 6, measure falling losses, drifts of 0.010,
+  0.014 and 0.017, and shares of 0.5, 0.5 and 1.
   """
-  panel = f"""drift: {{prompts: "{general}", max_new_tokens: 8}}
+  items = f"""drift: {{prompts: "{general}", max_new_tokens: 8}}
   ifeval: {{items: "{general}", max_new_tokens: 8,
     nltk_data: "pkg://llama_index/core/_static/nltk_cache"}}"""
   path = output.parent / f"{output.name}.yaml"
@@ -108,14 +79,14 @@ evaluate:
   limit: 6
   max_new_tokens: 8
   batch_size: 4
-  {panel}
+  {items}
 {
       f'''validation:
   every: 2
   limit: 6
   max_drift: 0.0155
-  {panel}'''
-      if looks
+  {items}'''
+      if validates
       else ""
     }
 output: "{output}"
@@ -138,21 +109,29 @@ def start(tmp_path, source, law, general):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, source, law, general):
-  """A run of which the last look is not the best."""
-  output = tmp_path_factory.mktemp("run") / "watched"
+def validated(tmp_path_factory, source, law, general):
+  """A run whose last validation is not the best."""
+  output = tmp_path_factory.mktemp("run") / "validated"
   _, settings = make_config(output, source, law, general)
   train.fit(settings)
   return output, settings
 
 
-def looks(output):
-  """Step and values of each look."""
+def validations(output):
+  """Step and values of each validation."""
   return [
     (step, {name: value for name, value in values.items() if "validation_" in name})
     for step, values in short_run.rows(output)
     if "validation_loss" in values
   ]
+
+
+def read(settings):
+  source = settings.model.source
+  chat_tokenizer, decoder = chat.load(source), hf_load.load_config(source)
+  return validation.read(
+    settings.validation, settings.data, chat_tokenizer, decoder, source=source
+  )
 
 
 def bests(output):
@@ -164,9 +143,9 @@ def bests(output):
   }
 
 
-def test_looks_are_logged_and_the_best_step_is_kept(watched):
-  output, _ = watched
-  found = looks(output)
+def test_validations_are_logged_and_the_best_step_is_kept(validated):
+  output, _ = validated
+  found = validations(output)
   assert [step for step, _ in found] == [2, 4, 6]
   for name, expected in {
     "validation_drift": [0.010, 0.014, 0.017],
@@ -177,21 +156,23 @@ def test_looks_are_logged_and_the_best_step_is_kept(watched):
   losses = [values["validation_loss"] for _, values in found]
   assert losses == sorted(losses, reverse=True)
   assert set(bests(output)) == {4}
-  page = report.render(run_folder.read(output), "t")
-  assert "Looks while it trained" in page
-  assert "3 looks" in page
+  page = run_page.render(run_folder.read(output), "t")
+  assert "Validation during training" in page
+  assert "3 validations" in page
 
 
 @pytest.fixture(scope="module")
-def evaluated(watched):
+def evaluated(validated):
   """Scores of what `evaluate` reads, and what it prints first."""
-  output, settings = watched
+  output, settings = validated
   evaluate.main(settings)
   return json.loads((output / "evaluation/scores.json").read_text())
 
 
-def test_evaluate_reads_the_best_step_and_finds_what_the_look_found(watched, evaluated):
-  values = dict(looks(watched[0]))[4]
+def test_evaluate_reads_the_best_step_and_agrees_with_its_validation(
+  validated, evaluated
+):
+  values = dict(validations(validated[0]))[4]
   trained = evaluated["scores"]["trained"]
   assert evaluated["checkpoint_step"] == 4
   assert trained["validation_loss"]["value"] == values["validation_loss"]
@@ -201,8 +182,8 @@ def test_evaluate_reads_the_best_step_and_finds_what_the_look_found(watched, eva
   )
 
 
-def test_export_reads_the_best_step_or_the_last_and_says_so(watched, capsys):
-  output, settings = watched
+def test_export_reads_the_best_step_or_the_last_and_says_so(validated, capsys):
+  output, settings = validated
   export.main(settings)
   assert "reading step 4, the best by `validation`" in capsys.readouterr().out
   decoder = hf_load.load_config(settings.model.source)
@@ -218,15 +199,15 @@ def test_export_reads_the_best_step_or_the_last_and_says_so(watched, capsys):
   assert "for 6 steps" in (output / "export/README.md").read_text()
 
 
-def test_a_finished_run_is_not_run_again(watched, capsys):
-  train.fit(watched[1])
+def test_a_finished_run_is_not_run_again(validated, capsys):
+  train.fit(validated[1])
   said = capsys.readouterr().out
   assert "already trained" in said
   assert "best step: 4 (validation loss 9.7" in said
   assert "stopped early" not in said
 
 
-def test_looks_change_no_bit_of_training_and_compile_no_step(
+def test_validation_leaves_training_bit_identical_and_compiles_no_step(
   start, law, monkeypatch, tmp_path
 ):
   plans = []
@@ -238,21 +219,21 @@ def test_looks_change_no_bit_of_training_and_compile_no_step(
 
   monkeypatch.setattr(run_plan, "make_plan", noted)
   outputs = []
-  for name, looks in (("plain", False), ("looked", True)):
+  for name, validates in (("plain", False), ("validated", True)):
     short_run.write_refined(tmp_path / name, law)
     overrides = ["method=raft", "train.max_steps=4", "train.gradient_stats_every=2"]
-    outputs.append(start(name, *overrides, looks=looks)[0])
-  plain, looked = (short_run.whole_state(output, 4) for output in outputs)
-  jax.tree.map(np.testing.assert_array_equal, looked, plain)
-  plain, looked = (short_run.rows(output) for output in outputs)
-  for (step, values), (_, more) in zip(plain, looked, strict=True):
-    assert values == {k: v for k, v in more.items() if "watch" not in k}
+    outputs.append(start(name, *overrides, validates=validates)[0])
+  plain, validated = (short_run.whole_state(output, 4) for output in outputs)
+  jax.tree.map(np.testing.assert_array_equal, validated, plain)
+  plain, validated = (short_run.rows(output) for output in outputs)
+  for (step, values), (_, more) in zip(plain, validated, strict=True):
+    assert values == {k: v for k, v in more.items() if "validation_" not in k}
     assert ("validation_loss" in more) == (step in (2, 4))
-  plain, looked = (plan.programs.update._cache_size() for plan in plans)
-  assert plain == looked > 0
+  plain, validated = (plan.programs.update._cache_size() for plan in plans)
+  assert plain == validated > 0
 
 
-def test_steps_without_a_look_are_not_waited_for(start, monkeypatch):
+def test_steps_without_a_validation_are_not_waited_for(start, monkeypatch):
   events = []
 
   def noted(name, function):
@@ -280,9 +261,9 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", ["row 4", "row 6", "save 6"])
 def test_killed_at_any_place_a_run_ends_with_the_same_best(
-  start, watched, monkeypatch, tmp_path, at
+  start, validated, monkeypatch, tmp_path, at
 ):
-  """Before the row of a look is written, or after it and before the step is saved."""
+  """Before the row of a validation is written, or between it and the step's save."""
   where, step = at.split()
 
   def killing(function, place):
@@ -309,11 +290,11 @@ def test_killed_at_any_place_a_run_ends_with_the_same_best(
   lost = sealed.stat().st_mtime_ns
   start("killed")
   assert sealed.stat().st_mtime_ns > lost
-  assert short_run.rows(output) == short_run.rows(watched[0])
-  assert bests(output) == bests(watched[0])
+  assert short_run.rows(output) == short_run.rows(validated[0])
+  assert bests(output) == bests(validated[0])
 
 
-def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, watched):
+def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, validated):
   output = tmp_path / "signalled"
   path, settings = make_config(output, source, law, general)
   process = short_run.run(path)
@@ -321,23 +302,23 @@ def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, wat
   process.kill()
   process.wait()
   train.fit(settings)
-  assert short_run.rows(output) == short_run.rows(watched[0])
-  assert bests(output) == bests(watched[0])
+  assert short_run.rows(output) == short_run.rows(validated[0])
+  assert bests(output) == bests(validated[0])
 
 
-def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeypatch):
+def test_it_stops_early_and_a_rerun_does_nothing(start, validated, capsys, monkeypatch):
   rule = ["validation.max_drift=0.012", "validation.patience=1"]
   output, _ = start("early", *rule)
   said = capsys.readouterr().out
   assert "best step: 2" in said
-  assert "stopped early, at step 4 of 6: no new best in the last 1 looks" in said
+  assert "stopped early at step 4 of 6: no new best in the last 1 validations" in said
   assert [step for step, _ in short_run.rows(output)] == [1, 2, 3, 4]
   assert max(checkpoint.steps(output)) == 4
   assert set(bests(output)) == {2}
   # The schedule is that of the whole run: these are its first steps.
   rates = [
     [values["learning_rate"] for _, values in short_run.rows(folder)][:4]
-    for folder in (output, watched[0])
+    for folder in (output, validated[0])
   ]
   assert rates[0] == rates[1]
   with monkeypatch.context() as patched:
@@ -345,14 +326,14 @@ def test_it_stops_early_and_a_rerun_does_nothing(start, watched, capsys, monkeyp
     start("early", *rule)
   said = capsys.readouterr().out
   assert "already trained" in said
-  assert "stopped early, at step 4 of 6" in said
+  assert "stopped early at step 4 of 6" in said
   # With more patience it goes on where it stopped.
   start("early", rule[0], "validation.patience=3")
   assert short_run.rows(output)[-1][0] == STEPS
   assert set(bests(output)) == {2}
 
 
-def test_killed_between_the_last_look_and_its_save_it_stops_at_the_same_step(
+def test_killed_between_the_last_validation_and_its_save_it_stops_at_the_same_step(
   start, monkeypatch, tmp_path
 ):
   rule = ["validation.max_drift=0.012", "validation.patience=1"]
@@ -376,9 +357,9 @@ def test_killed_between_the_last_look_and_its_save_it_stops_at_the_same_step(
 
 def test_without_a_best_step_the_last_is_read(start, capsys):
   output, settings = start("far", "validation.max_drift=1.0e-6")
-  assert "best step: none, no look's drift was within 1e-06" in capsys.readouterr().out
+  assert "best step: none; the drift always exceeded 1e-06" in capsys.readouterr().out
   assert bests(output) == {}
-  assert all("validation_best" not in values for _, values in looks(output))
+  assert all("validation_best" not in values for _, values in validations(output))
   _, step = trained_model.load(settings, hf_load.load_config(settings.model.source))
   assert step == STEPS
   assert (
@@ -404,20 +385,21 @@ def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
     ["prune={keep: 0.3}", "model.dtype=bfloat16"],  # of rounded weights others are kept
   ],
 )
-def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
+def test_the_model_that_is_validated_is_the_one_that_is_read(start, overrides):
   output, settings = start("part", *overrides, "validation.ifeval.items=null")
   decoder = hf_load.load_config(settings.model.source)
   params, step = trained_model.load(settings, decoder)
   base = hf_load.load_params(settings.model.source, decoder)
-  codec = chat.load(settings.model.source)
-  asked = scoring.Settings(4, settings.model.dtype, 1)
+  chat_tokenizer = chat.load(settings.model.source)
+  how = scoring.Settings(4, settings.model.dtype, 1)
   trained, base = (
-    scoring.subject(tree, decoder, codec, asked, None) for tree in (params, base)
+    scoring.eval_model(tree, decoder, chat_tokenizer, how, None)
+    for tree in (params, base)
   )
-  panel = validation.read(settings, codec, decoder)
+  validation_set = read(settings)
   with journal.open_journal(output / "again.jsonl") as log:
-    found = validation.values(panel, trained, base, settings.validation, log)
-  logged = dict(looks(output))[step]
+    found = validation.measure(validation_set, trained, base, settings.validation, log)
+  logged = dict(validations(output))[step]
   assert logged.pop("validation_best") == step
   assert found == logged
   if settings.lora is not None:
@@ -425,7 +407,7 @@ def test_the_model_that_is_looked_at_is_the_one_that_is_read(start, overrides):
 
 
 @pytest.mark.slow
-def test_looks_see_the_same_on_eight_devices(tmp_path, source, law, general):
+def test_validation_agrees_on_eight_devices(tmp_path, source, law, general):
   rows = {}
   for name, devices, sizes in (("one", 1, []), ("many", 8, ["mesh.data=2"])):
     output = tmp_path / name
@@ -438,16 +420,16 @@ def test_looks_see_the_same_on_eight_devices(tmp_path, source, law, general):
       timeout=900,
       env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
     )
-    rows[name] = looks(output)
+    rows[name] = validations(output)
   assert [step for step, _ in rows["many"]] == [2, 4, 6]
   for (_, one), (_, many) in zip(rows["one"], rows["many"], strict=True):
     assert many == pytest.approx(one, rel=1e-4)
 
 
-def test_a_damaged_best_step_says_how_to_go_on(start, tmp_path, watched):
+def test_a_damaged_best_step_says_how_to_go_on(start, tmp_path, validated):
   output = tmp_path / "damaged"
-  shutil.copytree(watched[0], output)
-  settings = watched[1].model_copy(update={"output": str(output)})
+  shutil.copytree(validated[0], output)
+  settings = validated[1].model_copy(update={"output": str(output)})
   (output / "best/4/seal.json").unlink()
   with pytest.raises(
     errors.UserError, match=r"best/4/seal\.json.*validation\.keep=last"
@@ -494,20 +476,21 @@ def test_bad_input_is_one_clear_error_before_weights(
   assert "\n" not in str(caught.value)
 
 
-def test_several_processes_are_refused(watched, monkeypatch):
-  settings = watched[1]
-  source = settings.model.source
+def test_several_processes_are_refused(validated, monkeypatch):
+  settings = validated[1]
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  with pytest.raises(errors.UserError, match="wants one process, and these are 2"):
-    validation.read(settings, chat.load(source), hf_load.load_config(source))
+  with pytest.raises(
+    errors.UserError, match="needs a run of one process, but there are 2"
+  ):
+    read(settings)
 
 
 @pytest.mark.parametrize(
   "change", ["validation.every=3", "validation.max_drift=0.02", "validation=null"]
 )
-def test_another_panel_or_rule_may_not_use_the_folder(
-  watched, source, law, general, change
+def test_another_validation_set_or_rule_may_not_use_the_folder(
+  validated, source, law, general, change
 ):
-  _, settings = make_config(watched[0], source, law, general, change)
+  _, settings = make_config(validated[0], source, law, general, change)
   with pytest.raises(errors.UserError, match=r"holds a train run of another config"):
     train.fit(settings)

@@ -52,12 +52,12 @@ def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: floa
   return params
 
 
-def subject(source: str, *, batch_size: int, title: str) -> scoring.EvalModel:
-  """A model as it is measured, in float32."""
+def eval_model(source: str, *, batch_size: int, title: str) -> scoring.EvalModel:
+  """A model to evaluate, in float32."""
   decoder = hf_load.load_config(source)
   settings = scoring.Settings(batch_size=batch_size, dtype="float32", unroll=1)
-  params, codec = hf_load.load_params(source, decoder), chat.load(source)
-  return scoring.subject(params, decoder, codec, settings, title)
+  params, chat_tokenizer = hf_load.load_params(source, decoder), chat.load(source)
+  return scoring.eval_model(params, decoder, chat_tokenizer, settings, title)
 
 
 def write_config(path: pathlib.Path, source: str, output: pathlib.Path, **data: str):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from raft_jax import errors, report
 from raft_jax.config import schema
 from raft_jax.reporting import sweep_page, sweep_plots, sweep_results
-from tests.helpers import sweep_runs
+from tests.helpers import sweep_rows
 
 
 def _score(value: float) -> dict:
@@ -16,7 +16,7 @@ def _score(value: float) -> dict:
 
 
 def _run(name: str, method: str, loss: float, drift: float | None, **overrides) -> dict:
-  return sweep_runs.run(
+  return sweep_rows.run(
     name,
     method,
     base={"held_out_loss": _score(4.0), "mmlu": _score(0.3)},
@@ -91,7 +91,7 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   assert page.count("<svg") == 5
   assert "Balance of the two losses" not in page
   lines = (folder / "comparison.md").read_text().splitlines()
-  assert lines[0].endswith(": Every setting")
+  assert lines[0].endswith(": All settings")
   assert lines[2] == (
     "| run | held-out loss | MMLU | retention, % | drift | SFT drift at equal loss |"
     " weight distance |"
@@ -150,7 +150,7 @@ def test_ratios_of_the_losses_are_drawn_once_a_setting(tmp_path):
 def test_what_was_seen_while_runs_trained_is_drawn_as_drift_over_loss(monkeypatch):
   shown = []
   monkeypatch.setattr(
-    sweep_plots.figures, "svg", lambda draw: shown.append(_drawn(draw)) or ""
+    sweep_plots.run_plots, "svg", lambda draw: shown.append(_drawn(draw)) or ""
   )
   looked = RUNS[0] | {"looks": [[10, 3.8, 0.02], [20, 3.5, 0.05]]}
   assert sweep_plots.drawings([looked, *RUNS[1:]])["looks"] == [""]

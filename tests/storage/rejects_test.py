@@ -126,8 +126,8 @@ def test_every_reader_of_questions_names_the_row(tmp_path, strict):
     return make_config(tmp_path, strict, questions=good, data=data)
 
   for reads in (
-    lambda run: test_sets.read_domain(run, tokenizer).rejects,
-    lambda run: test_sets.read_validation(run, tokenizer, None).rejects,
+    lambda run: test_sets.read_test(run.data, tokenizer, None).rejects,
+    lambda run: test_sets.read_validation(run.data, tokenizer, None).rejects,
   ):
     message = refused(lambda reads=reads: reads(sections("error")))
     assert message.startswith(f"{bad}:5: row 'row-5': ")

@@ -1,0 +1,195 @@
+"""The trained model compared with the base model, and the files with the results."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from raft_jax.config import schema
+from raft_jax.evaluation import (
+  drift as drift_lib,
+)
+from raft_jax.evaluation import (
+  greedy_answers,
+  intervals,
+  model_scores,
+  scoring,
+  test_sets,
+)
+from raft_jax.generation import calls as calls_lib
+from raft_jax.generation import engines
+from raft_jax.storage import atomic, journal, records
+
+RETAINED = (
+  "open_ended",
+  "ifeval_prompt_strict",
+  "ifeval_prompt_loose",
+  "ifeval_instruction_strict",
+  "ifeval_instruction_loose",
+  "mmlu",
+)
+"""General scores with a retention, trained in percent of base, as in the paper."""
+
+
+class Comparison(NamedTuple):
+  """Both models' scores.
+
+  Attributes:
+    summary: the part of `scores.json` that the scores decide.
+    items: every item's scores, for `items.json`.
+    samples: the first questions with both models' answers, for `samples.jsonl`.
+    seconds: how long the scores of "base" and "trained" took.
+  """
+
+  summary: dict[str, Any]
+  items: dict[str, Any]
+  samples: list[dict[str, str]]
+  seconds: dict[str, float]
+
+
+def compare(
+  base_model: scoring.EvalModel,
+  trained_model: scoring.EvalModel,
+  sets: test_sets.TestSets,
+  *,
+  judges: Sequence[calls_lib.Role],
+  settings: schema.Evaluate,
+  log: journal.Journal,
+  embed: model_scores.Embed,
+) -> Comparison:
+  """Scores both models and compares them; what the journal holds is not recomputed."""
+  trained, base = (
+    model_scores.score(model, sets, settings, log, embed)
+    for model in (trained_model, base_model)
+  )
+  # After both models were scored, so that a judge's weights are loaded only once.
+  for model, scores in ((trained_model, trained), (base_model, base)):
+    scores.general.update(
+      model_scores.judged_scores(model, sets, scores.answers, judges, settings, log)
+    )
+  engines.release()
+  base_scores, trained_scores = intervals.comparable(
+    base.domain | base.general, trained.domain | trained.general
+  )
+  summary = {
+    **summarise(base_scores, trained_scores),
+    "retention": {
+      name: intervals.retention(base_scores[name], trained_scores[name])
+      for name in base_scores
+      if name in RETAINED or trained.directions.get(name) == 1
+    },
+    "directions": trained.directions,
+    "drift": {},
+  }
+  if sets.general.drift is not None:
+    new = settings.drift.max_new_tokens
+    drift = drift_lib.from_base(base_model, trained_model, sets.general.drift, new, log)
+    summary["drift"] = intervals.describe(drift)
+    trained_scores["drift"] = drift
+  digests = item_digests(sets) | trained.task_digests
+  questions = sets.test.questions[: settings.samples]
+  return Comparison(
+    summary,
+    items=item_scores(base_scores, trained_scores, digests),
+    samples=sample_answers(questions, base.answers, trained.answers),
+    seconds={"base": base.seconds, "trained": trained.seconds},
+  )
+
+
+def summarise(
+  base: Mapping[str, intervals.Score], trained: Mapping[str, intervals.Score]
+) -> dict[str, Any]:
+  """Means with intervals of both models, and paired differences, trained minus base."""
+  scores = {
+    model: {name: intervals.describe(score) for name, score in scores.items()}
+    for model, scores in (("base", base), ("trained", trained))
+  }
+  paired = {name: intervals.compare(base[name], trained[name]) for name in base}
+  return {"scores": scores, "paired": paired}
+
+
+def item_digests(sets: test_sets.TestSets) -> dict[str, str]:
+  """Digests of the items of each test set, by the start of its scores' names.
+
+  "" stands for the test questions, to which all other scores belong.
+  """
+  general = sets.general
+  items: dict[str, Any] = {"": [(row.prompt, row.answer) for row in sets.test.rows]}
+  if sets.validation is not None:
+    items["validation"] = [(row.prompt, row.answer) for row in sets.validation.rows]
+  if general.ifeval is not None:
+    items["ifeval"] = general.ifeval.prompts
+  if general.mmlu is not None:
+    items["mmlu"] = general.mmlu.prompts
+  if general.open_ended is not None:
+    items["open"] = [request.prompt for request in general.open_ended.items]
+  if general.drift is not None:
+    items["drift"] = general.drift
+  return {start: journal.content_key(items=value) for start, value in items.items()}
+
+
+def item_scores(
+  base: Mapping[str, intervals.Score],
+  trained: Mapping[str, intervals.Score],
+  digests: Mapping[str, str],
+) -> dict[str, Any]:
+  """Every item's scores, for later comparisons with runs on the same items.
+
+  Args:
+    digests: of the items, by the start of the scores' names.
+  """
+  result = {}
+  for name, score in trained.items():
+    if isinstance(score, float):
+      continue
+    base_score = base.get(name)
+    starts = [s for s in digests if not s or f"{name}_".startswith(f"{s}_")]
+    result[name] = {
+      "items": digests[max(starts, key=len)],
+      "share": score.share,
+      "base": None
+      if base_score is None or isinstance(base_score, float)
+      else base_score.values_N.tolist(),
+      "trained": score.values_N.tolist(),
+      "weights": None if score.weights_N is None else score.weights_N.tolist(),
+    }
+  return result
+
+
+def sample_answers(
+  questions: Sequence[records.Question],
+  base: Sequence[greedy_answers.Answer],
+  trained: Sequence[greedy_answers.Answer],
+) -> list[dict[str, str]]:
+  """Questions with their reference and both models' answers, for a reader."""
+  return [
+    {
+      "id": question.id,
+      "question": question.messages[-1].content,
+      "reference": question.answer,
+      "base": base[i].text,
+      "trained": trained[i].text,
+    }
+    for i, question in enumerate(questions)
+  ]
+
+
+def write(
+  folder: pathlib.Path,
+  result: Mapping[str, Any],
+  items: Mapping[str, Any],
+  samples: Sequence[Mapping[str, str]],
+) -> None:
+  """Writes the files of an evaluation.
+
+  `scores.json` comes last: other commands take its presence to mean that the
+  evaluation is complete.
+  """
+  with atomic.replacing(folder / "items.json") as path:
+    path.write_text(json.dumps(items, allow_nan=False) + "\n")
+  with atomic.replacing(folder / "samples.jsonl") as path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+  with atomic.replacing(folder / "scores.json") as path:
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
