@@ -151,8 +151,8 @@ def print_notes(skipped: int, distill: schema.Distill | None) -> None:
     print(f"{skipped} rows are over a length budget and were skipped")
   if distill is not None and distill.teacher_context == "paper":
     print(
-      "warning: distill.teacher_context=paper is the paper's raw form; with a student "
-      "that uses a chat template it was seen to pull answers towards degenerate text"
+      "warning: distill.teacher_context=paper is the paper's raw form; in our runs it "
+      "pulled students that use a chat template towards degenerate text"
     )
 
 
