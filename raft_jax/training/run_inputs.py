@@ -156,8 +156,8 @@ def warn_of_raw_context(distill: schema.Distill | None) -> None:
   """Warns of a teacher's context that harmed students with a chat template."""
   if distill is not None and distill.teacher_context == "paper":
     print(
-      "warning: distill.teacher_context=paper is the paper's raw form; with a student "
-      "that uses a chat template it was seen to pull answers towards degenerate text"
+      "warning: distill.teacher_context=paper is the paper's raw form; in our runs it "
+      "pulled students that use a chat template towards degenerate text"
     )
 
 
