@@ -66,6 +66,10 @@ def worker_share(
       "command line: --select-only calls no model, so it takes no workers; leave out "
       "--num-workers and --worker"
     )
+  if num_workers < 1:
+    raise errors.UserError(
+      f"command line: --num-workers {num_workers}: must be 1 or more"
+    )
   if not 0 <= worker < num_workers:
     raise errors.UserError(
       f"command line: --worker {worker}: the workers are 0 to {num_workers - 1} "

@@ -337,6 +337,8 @@ def test_a_merge_before_the_workers_end_is_told_who_is_at_work(scripted):
     ({"num_workers": 2}, "go together"),
     ({"worker": 0}, "go together"),
     ({"num_workers": 2, "worker": 2}, "the workers are 0 to 1"),
+    ({"num_workers": 2, "worker": -1}, "the workers are 0 to 1"),
+    ({"num_workers": 0, "worker": 0}, "--num-workers 0: must be 1 or more"),
     ({"num_workers": 2, "worker": 0, "select_only": "x"}, "takes no workers"),
   ],
 )

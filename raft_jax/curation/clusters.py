@@ -24,7 +24,7 @@ class Representatives(NamedTuple):
 
 
 def representatives(
-  vectors_NE: np.ndarray, *, clusters: int, keep: int, seed: int
+  vectors_NE: np.ndarray, *, cluster_count: int, keep: int, seed: int
 ) -> Representatives:
   """The rows nearest to the centroids of k-means, a share of each cluster.
 
@@ -34,7 +34,7 @@ def representatives(
 
   Args:
     vectors_NE: finite vectors of equal length; N >= 1.
-    clusters: number of clusters; fewer if there are fewer different rows.
+    cluster_count: fewer if there are fewer different rows.
     keep: number of rows to choose; all rows if there are no more.
   """
   # Imported here, since loading takes a second and only synthesis needs it.
@@ -43,7 +43,7 @@ def representatives(
 
   vectors_NE = np.asarray(vectors_NE, np.float64)
   means = sklearn.cluster.KMeans(
-    min(clusters, len(np.unique(vectors_NE, axis=0))), n_init=10, random_state=seed
+    min(cluster_count, len(np.unique(vectors_NE, axis=0))), n_init=10, random_state=seed
   )
   # Several threads would add in varying order, and give varying bits.
   with threadpoolctl.threadpool_limits(1):

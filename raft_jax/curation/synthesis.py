@@ -201,7 +201,7 @@ def choose(
     return Chosen([], [], dropped, [])
   nearest = clusters.representatives(
     vectors_NE[embedded] / lengths_N[embedded, None],
-    clusters=settings.clusters,
+    cluster_count=settings.clusters,
     keep=settings.keep,
     seed=settings.seed,
   )

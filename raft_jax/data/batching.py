@@ -266,9 +266,9 @@ def dataset(
       chosen += [replayed[i] for i in replay_batches[step]]
     if copies > 1:
       chosen = [
-        row._replace(row_id=row.row_id * copies + copy)
+        row._replace(row_id=row.row_id * copies + number)
         for row in chosen
-        for copy in range(copies)
+        for number in range(copies)
       ]
     return _collate(chosen, pad_id, widths)
 

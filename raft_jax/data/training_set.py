@@ -84,9 +84,9 @@ def load(
   context = config.distill.teacher_context if distil else "none"
   if context == "sibling":  # made after the rollouts
     context = "none"
-  examples, rejects = _domain_examples(config, tokenizer)
+  examples, set_aside = _domain_examples(config, tokenizer)
   rows, refused = _encode(examples, tokenizer, context, data)
-  rejects += refused
+  set_aside += refused
   questions_by_row = {i: (e.messages, e.answer) for i, e in enumerate(examples)}
   replayed: list[batching.Row] = []
   general: list[batching.Row] = []
@@ -95,7 +95,7 @@ def load(
     path = replay.questions or synthesis_run.questions(config)
     examples, unusable = _read_examples(path, data)
     encoded, refused = _encode(examples, tokenizer, context, data)
-    rejects += unusable + refused
+    set_aside += unusable + refused
     questions_by_row |= {
       first + i: (e.messages, e.answer) for i, e in enumerate(examples)
     }
@@ -103,10 +103,10 @@ def load(
   if anchor is not None and anchor.importance != "none" and anchor.questions:
     examples, unusable = _read_examples(anchor.questions, data)
     general, refused = _encode(examples[: anchor.limit], tokenizer, "none", data)
-    rejects += unusable + refused
+    set_aside += unusable + refused
   parts = [part for part in (rows, replayed, general) if part]
   digest = hashlib.sha256(b"".join(repr(part).encode() for part in parts)).hexdigest()
-  return TrainingSet(rows, replayed, general, rejects, digest, questions_by_row)
+  return TrainingSet(rows, replayed, general, set_aside, digest, questions_by_row)
 
 
 def _domain_examples(

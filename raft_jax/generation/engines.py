@@ -149,6 +149,24 @@ def chat_tokenizer(source: str, template: str | None = None) -> chat.ChatTokeniz
   return chat.load(source, template)
 
 
+def encode_prompts(
+  tokenizer: chat.ChatTokenizer, requests: Sequence[Request], prompt_limit: int
+) -> list[list[int]]:
+  """Token ids of the prompt of each request.
+
+  Raises:
+    ValueError: a request exceeds the limit. vLLM would fail its whole batch.
+  """
+  prompts = [chat.prompt_ids(tokenizer, request.messages) for request in requests]
+  for request, prompt in zip(requests, prompts, strict=True):
+    if len(prompt) + request.max_new_tokens > prompt_limit:
+      raise ValueError(
+        f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
+        f"the engine's {prompt_limit}"
+      )
+  return prompts
+
+
 class _Resident(NamedTuple):
   key: Any
   model: Any

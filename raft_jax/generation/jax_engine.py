@@ -67,15 +67,7 @@ class _JaxEngine:
     return len(chat.prompt_ids(self._tokenizer, messages))
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
-    prompts = [
-      chat.prompt_ids(self._tokenizer, request.messages) for request in requests
-    ]
-    for request, prompt in zip(requests, prompts, strict=True):
-      if len(prompt) + request.max_new_tokens > self.prompt_limit:
-        raise ValueError(
-          f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
-          f"the model's {self.prompt_limit}"
-        )
+    prompts = engines.encode_prompts(self._tokenizer, requests, self.prompt_limit)
     completions: dict[int, engines.Completion] = {}
     for rows in _groups(requests, prompts, self.batch_size):
       finished = self._sample([requests[i] for i in rows], [prompts[i] for i in rows])

@@ -121,14 +121,7 @@ class _VllmEngine:
 
   def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
     tokenizer = self._tokenizer
-    prompts = [chat.prompt_ids(tokenizer, request.messages) for request in requests]
-    for request, prompt in zip(requests, prompts, strict=True):
-      # One prompt that is too long would end vLLM's whole batch.
-      if len(prompt) + request.max_new_tokens > self.prompt_limit:
-        raise ValueError(
-          f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
-          f"the engine's {self.prompt_limit}"
-        )
+    prompts = engines.encode_prompts(tokenizer, requests, self.prompt_limit)
     key = ("vllm", self.source, *self.settings.items())
     model = engines.resident(key, lambda: _start(self.source, self.settings), _stop)
     from vllm.v1.engine import exceptions
@@ -153,9 +146,9 @@ def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:
   import vllm
   from vllm import sampling_params
 
-  schema = None
+  structure = None
   if request.reply_schema is not None:
-    schema = sampling_params.StructuredOutputsParams(
+    structure = sampling_params.StructuredOutputsParams(
       json=json.dumps(request.reply_schema)
     )
   return vllm.SamplingParams(
@@ -164,7 +157,7 @@ def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:
     top_p=request.top_p if request.temperature > 0 else 1.0,
     seed=request.seed,
     stop_token_ids=list(tokenizer.eos_ids),
-    structured_outputs=schema,
+    structured_outputs=structure,
     detokenize=False,
   )
 

@@ -148,6 +148,8 @@ def _parse_manifest(path: pathlib.Path) -> Manifest:
     manifest = Manifest(files=files, **tree)
     if manifest.version != MANIFEST_VERSION:
       raise ValueError(f"version {manifest.version}, expected {MANIFEST_VERSION}")
+    if not files or not isinstance(manifest.meta, dict):
+      raise ValueError("it has no shards, or `meta` is not a JSON object")
     if manifest.records != sum(file.records for file in files):
       raise ValueError("its record counts do not add up")
     if any(pathlib.PurePath(file.name).name != file.name for file in files):

@@ -29,7 +29,7 @@ def test_those_nearest_to_the_centres_stand_for_their_clusters(keep):
   true = rng.permutation(np.repeat([0, 1, 2], [30, 20, 10]))
   points = 50 * np.eye(8)[true] + rng.normal(size=(60, 8))
   found = clusters.representatives(
-    points.astype(np.float32), clusters=3, keep=keep, seed=0
+    points.astype(np.float32), cluster_count=3, keep=keep, seed=0
   )
   names = {}
   for label, blob in zip(found.cluster_N, true, strict=True):
@@ -49,7 +49,7 @@ def test_those_nearest_to_the_centres_stand_for_their_clusters(keep):
 def test_fewer_different_rows_than_clusters():
   rows = np.array([[1.0, 0], [0, 1], [1, 0], [1, 0]])
   with np.errstate(all="raise"):
-    found = clusters.representatives(rows, clusters=20, keep=2, seed=0)
+    found = clusters.representatives(rows, cluster_count=20, keep=2, seed=0)
   # 3 and 1 rows share 2: 1.5 and 0.5, of which one is rounded up.
   assert len(found.chosen) == 2
   assert found.cluster_N[0] == found.cluster_N[2] == found.cluster_N[3]

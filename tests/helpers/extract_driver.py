@@ -91,11 +91,11 @@ def result(folder: pathlib.Path) -> dict[str, str]:
 def matrix(root: pathlib.Path, documents: pathlib.Path, plan: list) -> list[dict]:
   """See `refine_driver.strikes`."""
 
-  def fit(output: pathlib.Path, log: pathlib.Path) -> None:
+  def run_stage(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
     extract.extract(make_config(output, documents))
 
-  verdicts = refine_driver.strikes(root, plan, fit, result, "extracted")
+  verdicts = refine_driver.strikes(root, plan, run_stage, result, "extracted")
   return [refine_driver.shown(verdict) for verdict in verdicts]
 
 

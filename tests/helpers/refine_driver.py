@@ -236,14 +236,14 @@ class Verdict(NamedTuple):
 def strikes(
   root: pathlib.Path,
   plan: list,
-  fit: Callable[[pathlib.Path, pathlib.Path], None],
+  run_stage: Callable[[pathlib.Path, pathlib.Path], None],
   result: Callable[[pathlib.Path], dict[str, str]],
   stage: str,
 ) -> list[Verdict]:
   """For each [kind, occurrence, signal, times] of a plan: a struck run, and another.
 
   Args:
-    fit: runs a stage with scripted models; takes its output and the models' log.
+    run_stage: runs a stage with scripted models; takes its output and the models' log.
     result: of an output, what must not depend on the blow.
     stage: the stage's folder in the output.
   """
@@ -252,7 +252,7 @@ def strikes(
     def work() -> None:
       if blow:
         strike(*blow)
-      fit(folder / "out", folder / log)
+      run_stage(folder / "out", folder / log)
 
     folder.mkdir(exist_ok=True)
     return forked(work)
@@ -291,12 +291,12 @@ def shown(verdict: Verdict) -> dict:
 def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict]:
   """Struck refinements, each with the texts that were embedded in all."""
 
-  def fit(output: pathlib.Path, log: pathlib.Path) -> None:
+  def run_stage(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
     refinement_run.WINDOW = 8  # two windows of rows
     refine.refine(make_config(output, questions))
 
-  verdicts = strikes(root, plan, fit, result, "refined")
+  verdicts = strikes(root, plan, run_stage, result, "refined")
   total = logged(root / "whole/log").count("embedded")
   found = []
   for verdict in verdicts:

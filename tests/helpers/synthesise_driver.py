@@ -90,11 +90,11 @@ def result(folder: pathlib.Path) -> dict[str, str]:
 def matrix(root: pathlib.Path, seeds: pathlib.Path, plan: list) -> list[dict]:
   """See `refine_driver.strikes`."""
 
-  def fit(output: pathlib.Path, log: pathlib.Path) -> None:
+  def run_stage(output: pathlib.Path, log: pathlib.Path) -> None:
     script(log)
     synthesise.synthesise(make_config(output, seeds))
 
-  verdicts = refine_driver.strikes(root, plan, fit, result, "synthesised")
+  verdicts = refine_driver.strikes(root, plan, run_stage, result, "synthesised")
   return [refine_driver.shown(verdict) for verdict in verdicts]
 
 

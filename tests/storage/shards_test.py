@@ -174,3 +174,13 @@ def test_a_shard_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
 def test_nothing_to_write_is_a_programming_error(tmp_path):
   with pytest.raises(ValueError, match="needs records"):
     shards.write_shards(tmp_path, [], records_per_shard=1, meta={})
+
+
+@pytest.mark.parametrize(
+  "changed", [{"files": [], "records": 0}, {"meta": 3}, {"meta": None}]
+)
+def test_a_manifest_without_shards_or_meta_is_refused(tmp_path, changed):
+  seal(tmp_path)
+  path = tmp_path / "MANIFEST.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+  assert broken(tmp_path).startswith(f"{path}: damaged")
