@@ -117,7 +117,7 @@ def cut(
 ) -> tuple[list[documents.Chunk], list[qa_pairs.Dropped]]:
   """Every document in chunks; those that are too short to ask about are dropped."""
   kept, dropped = [], []
-  for document in progress.watched(found, "cut", unit="document"):
+  for document in progress.with_bar(found, "cut", unit="document"):
     for chunk in documents.cut(document, settings.chunk_tokens, count_tokens):
       tokens = count_tokens(chunk.text.strip())
       if tokens < settings.min_chunk_tokens:

@@ -27,7 +27,7 @@ from raft_jax.data import batching
 from raft_jax.distillation import objective
 from raft_jax.distillation import step as step_lib
 from raft_jax.evaluation import validation
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed, interrupts, progress
 from raft_jax.storage import journal
@@ -120,7 +120,7 @@ def fetch(
     errors.UserError: when a loss or the gradient is not finite.
   """
   # At once: where several processes train, each fetching is a program of its own.
-  values, batch, trajectory, ended_B = distributed.whole(
+  values, batch, trajectory, ended_B = distributed.to_host(
     (
       dispatched.values,
       dispatched.batch,
@@ -192,7 +192,7 @@ def reporter(
     nonlocal last
     values = fetch(dispatched, run.tokenizer, leaks)
     if replayer is not None:
-      loss_B = distributed.whole(dispatched.values[objective.ROWS])
+      loss_B = distributed.to_host(dispatched.values[objective.ROWS])
       values |= replayer.observe(dispatched.step, loss_B)
     now = time.perf_counter()
     values["step_seconds"], last = now - last, now
@@ -297,7 +297,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
   """
   cluster, output = config.cluster, pathlib.Path(config.output)
   distributed.join(
-    asked=cluster.join,
+    wanted=cluster.join,
     coordinator=cluster.coordinator,
     processes=cluster.processes,
     index=cluster.index,
@@ -338,7 +338,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     faults = distributed.DeferredErrors()
 
     def save(step: int, state: step_lib.TrainState) -> None:
-      faults.tell()
+      faults.raise_on_all()
       checkpoint.save(
         orbax, step, initial_state.saved(run, state, replayer), run.identity
       )
@@ -357,11 +357,17 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
         replayer=replayer,
         watcher=watcher,
         report=reporter(
-          *(run, built, chat.leak_phrases(config.distill.teacher_context), log, bar),
+          *(
+            run,
+            built,
+            teacher_prompts.leak_phrases(config.distill.teacher_context),
+            log,
+            bar,
+          ),
           *(replayer, watcher, faults),
         ),
         save=save,
-        stops=distributed.stops,
+        stops=distributed.should_stop,
       )
   if leads:
     finish(output, start, done, run.total_steps, time.perf_counter() - began)
@@ -394,7 +400,7 @@ def enter(output: pathlib.Path, stack: contextlib.ExitStack, *, leads: bool) -> 
       time.sleep(0.2)
 
   distributed.run_on_all(lock)
-  name = distributed.exchange(journal.holder(path).read_text() if leads else "")[0]
+  name = distributed.gather_texts(journal.holder(path).read_text() if leads else "")[0]
   distributed.run_on_all(see)
 
 

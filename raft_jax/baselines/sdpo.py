@@ -16,7 +16,7 @@ import numpy as np
 from raft_jax.data import batching, rouge
 from raft_jax.distillation import objective
 from raft_jax.generation import thinking
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sharding
 from raft_jax.runtime import distributed
 
@@ -79,7 +79,7 @@ def instruct(
     max_tokens: budget of a context; a longer one counts as none. Contexts are as wide
       as it, so that nothing compiles anew.
   """
-  tokens_BR, length_B, row_id_B = distributed.whole(
+  tokens_BR, length_B, row_id_B = distributed.to_host(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
@@ -97,7 +97,9 @@ def instruct(
   for row, sibling in enumerate(first_other_success(success_B, group)):
     if sibling < 0:
       continue
-    ids = chat.teacher_ids(tokenizer, source[row][0], texts[sibling], "sibling")
+    ids = teacher_prompts.teacher_ids(
+      tokenizer, source[row][0], texts[sibling], "sibling"
+    )
     if len(ids) <= max_tokens:
       context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
       taught_B[row] = True

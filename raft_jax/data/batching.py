@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.storage import records, rejects
 
 # Numpy's or a device's: the same for all who read a batch.
@@ -75,7 +75,7 @@ def encode_rows(
   Args:
     examples: conversation up to a user turn, and the answer to learn.
     tokenizer: tokenizer and chat template.
-    teacher_context: "chat", "paper" or "none", see `chat.teacher_ids`.
+    teacher_context: "chat", "paper" or "none", see `teacher_prompts.teacher_ids`.
     max_prompt_tokens: budget of a row's prompt; the next two, of its answer with its
       end token and of the teacher's context without the rollout.
     too_long: "error" refuses a row over a budget, "skip" sets it aside.
@@ -96,7 +96,7 @@ def encode_rows(
   aside: dict[int, rejects.Reject] = {}
   for row_id, (messages, answer) in enumerate(examples):
     try:
-      prompt, learned, teacher = chat.row_ids(
+      prompt, learned, teacher = teacher_prompts.row_ids(
         tokenizer, messages, answer, teacher_context
       )
     except errors.UserError as error:  # of the chat template

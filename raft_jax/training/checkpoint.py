@@ -111,7 +111,7 @@ def fingerprints(tree: Any) -> Any:
 
 def named_fingerprints(tree: Any) -> dict[str, list[int]]:
   """Fingerprints by the path of the leaf, ready for JSON."""
-  leaves = jax.tree_util.tree_leaves_with_path(distributed.whole(fingerprints(tree)))
+  leaves = jax.tree_util.tree_leaves_with_path(distributed.to_host(fingerprints(tree)))
   return {
     # Simple names: those of a NamedTuple and of the dict that Orbax makes of it agree.
     jax.tree_util.keystr(path, simple=True, separator="/"): [

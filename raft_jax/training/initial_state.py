@@ -176,7 +176,7 @@ def first_memory(
   )
   losses_of = jax.jit(functools.partial(objective.row_losses, settings=built.settings))
   found = [
-    distributed.whole(losses_of(base, batch))
+    distributed.to_host(losses_of(base, batch))
     for batch in placed(run, batches, "losses before training")
   ]
   first_N = np.concatenate(found)[: len(plan.rows)]
@@ -214,14 +214,14 @@ def restored(
     run.identity,
     on_corrupt=on_corrupt,
   )
-  memory = distributed.whole(found.pop("memory"))
+  memory = distributed.to_host(found.pop("memory"))
   return step_lib.TrainState(**found), memory, step
 
 
 def placed(run: setup.Prepared, batches: Any, title: str) -> Iterable[batching.Batch]:
   """Batches on their devices, with a bar of how many were used."""
   if distributed.is_primary():
-    batches = progress.watched(batches, title, unit="step")
+    batches = progress.with_bar(batches, title, unit="step")
   for batch in batches:
     # A batch may be a single row here, which every device then reads.
     rows = sharding.place(run.mesh, ("batch",), batch.row_id_B.shape)

@@ -8,7 +8,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.data import batching
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.storage import question_files, rejects
 
 POLICIES = {"too_long": "error", "unusable": "error"}
@@ -76,7 +76,7 @@ def test_rows_hold_the_codecs_ids_in_order(questions, codec):
   row, question = rows[7], questions[7]
   assert row.prompt == tuple(chat.prompt_ids(codec, question.messages))
   assert row.answer == tuple(chat.answer_ids(codec, question.answer))
-  form = chat.teacher_ids(codec, question.messages, question.answer, "chat")
+  form = teacher_prompts.teacher_ids(codec, question.messages, question.answer, "chat")
   assert row.teacher == tuple(form)
   assert row.answer[-1] in codec.eos_ids
   assert chat.decode(codec, row.answer) == question.answer
