@@ -1,15 +1,15 @@
-"""The exceptions that mean "the user can mend this".
+"""Exceptions for errors that the user can correct.
 
-Every command turns one into one line on stderr and exit code 2, or 75 where nothing
-need be mended but the same command run again. The message says what was wrong, where
-(file, line or key) and what to do about it.
+A command prints one as a line on stderr and exits with code 2, or with 75 if running
+the same command again may be enough. The message says what was wrong, where (file, line
+or key) and what to do about it.
 """
 
 
 def install(extra: str) -> str:
-  """The command that adds an extra of pyproject.toml where this program runs.
+  """The command that installs an extra of pyproject.toml into this environment.
 
-  Not `raft_jax[extra]`: no index holds the project, and its name there is anybody's.
+  Not `raft_jax[extra]`: the project is on no index, where anybody could take its name.
   """
   return (
     f"`python -m pip install --constraint constraints.txt --editable '.[{extra}]'` in "
@@ -18,8 +18,8 @@ def install(extra: str) -> str:
 
 
 class UserError(ValueError):
-  """Bad input: a config, a data file, a checkpoint or a model we cannot use."""
+  """Bad input: an unusable config, data file, checkpoint or model."""
 
 
 class TryAgainError(UserError):
-  """Something outside was away or busy: the same command may do, a little later."""
+  """A temporary failure: e.g. a server is unreachable, or a folder is locked."""

@@ -113,7 +113,7 @@ def print_best(
 def join(cluster: schema.Cluster) -> None:
   """Joins the other processes of the run, if there are any."""
   distributed.join(
-    asked=cluster.join,
+    wanted=cluster.join,
     coordinator=cluster.coordinator,
     processes=cluster.processes,
     index=cluster.index,

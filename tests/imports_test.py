@@ -71,6 +71,7 @@ LIGHT = {
   "generation.thinking",
   "generation.vllm_engine",
   "hf.chat",
+  "hf.teacher_prompts",
   "runtime.environment",
   "runtime.interrupts",
   "storage.journal",

@@ -17,7 +17,7 @@ import numpy as np
 from raft_jax.data import batching, rouge
 from raft_jax.distillation import objective
 from raft_jax.generation import thinking
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sharding
 from raft_jax.runtime import distributed
 
@@ -92,7 +92,7 @@ def build_teacher_context(
     questions_by_row: messages and answer by row id, before rows were copied.
     siblings: of the run.
   """
-  tokens_BR, length_B, row_id_B = distributed.whole(
+  tokens_BR, length_B, row_id_B = distributed.to_host(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
   )
   texts = [
@@ -112,7 +112,9 @@ def build_teacher_context(
   for row, sibling in enumerate(first_other_success(success_B, siblings.group)):
     if sibling < 0:
       continue
-    ids = chat.teacher_ids(tokenizer, questions[row][0], texts[sibling], "sibling")
+    ids = teacher_prompts.teacher_ids(
+      tokenizer, questions[row][0], texts[sibling], "sibling"
+    )
     if len(ids) <= siblings.max_tokens:
       context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
       taught_B[row] = True

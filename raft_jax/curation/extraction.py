@@ -104,7 +104,7 @@ def cut(
 ) -> tuple[list[documents.Chunk], list[qa_pairs.Dropped]]:
   """Cuts every document into chunks, and drops those that are too short for a pair."""
   kept, dropped = [], []
-  for document in progress.watched(texts, "cut", unit="document"):
+  for document in progress.with_bar(texts, "cut", unit="document"):
     for chunk in documents.cut(document, settings.chunk_tokens, count_tokens):
       tokens = count_tokens(chunk.text.strip())
       if tokens < settings.min_chunk_tokens:

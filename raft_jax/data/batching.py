@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import transformer
 from raft_jax.storage import records, rejects
 
@@ -72,7 +72,7 @@ def encode_rows(
   """Tokenises examples; never truncates one.
 
   Args:
-    teacher_context: "chat", "paper" or "none"; see `chat.teacher_ids`.
+    teacher_context: "chat", "paper" or "none"; see `teacher_prompts.teacher_ids`.
     max_prompt_tokens: budget of a prompt.
     max_answer_tokens: budget of an answer with its end token.
     max_teacher_tokens: budget of the teacher's context without the rollout.
@@ -129,7 +129,7 @@ def _tokenise(
   refused: dict[int, rejects.Reject] = {}
   for row_id, (messages, answer) in enumerate(examples):
     try:
-      ids = chat.row_ids(tokenizer, messages, answer, teacher_context)
+      ids = teacher_prompts.row_ids(tokenizer, messages, answer, teacher_context)
     except errors.UserError as error:
       refused[row_id] = rejects.Reject(places[row_id], str(error), "refused")
       continue

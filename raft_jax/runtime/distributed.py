@@ -1,8 +1,8 @@
-"""Several processes that train as one: joining, agreeing, stopping together.
+"""Several processes that train as one: they join, agree and stop together.
 
-Each process runs the same programs on its own devices, so that none may decide anything
-alone: what one of them finds wrong, or is told, must reach the others before the next
-program. With a single process every function here is the plain thing.
+All processes run the same programs on their own devices, so none may decide alone: an
+error or a signal in one of them must reach the others before the next program. With a
+single process, the functions here do nothing special.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ T = TypeVar("T")
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:
-  """Who started several processes, or None; the same signs that jax goes by.
+  """The launcher that started several processes, or None; by the signs that jax reads.
 
-  A Cloud TPU VM outside GKE shows no sign without asking its metadata server.
+  A Cloud TPU VM outside GKE shows no sign unless its metadata server is asked.
   """
 
   def number(name: str) -> int:
     text = environment.get(name, "")
     return int(text) if text.isdigit() else 1
 
-  # Set within `srun` only: a batch script knows the tasks, too, but is one process.
+  # Set within `srun` only; a batch script also has SLURM_NTASKS, but is one process.
   if "SLURM_STEP_NODELIST" in environment and number("SLURM_NTASKS") > 1:
     return "Slurm"
   if "OMPI_MCA_orte_hnp_uri" in environment and number("OMPI_COMM_WORLD_SIZE") > 1:
@@ -58,29 +58,31 @@ def launcher(environment: Mapping[str, str]) -> str | None:
 
 def join(
   *,
-  asked: bool | None,
+  wanted: bool | None,
   coordinator: str | None,
   processes: int | None,
   index: int | None,
   heartbeat_s: int,
 ) -> None:
-  """Makes this process one of several, before anything touches a device.
+  """Joins this process to the others, before anything uses a device.
 
   Args:
-    asked: None joins where `launcher` sees several processes, or a coordinator is
-      given; True always, as jax finds them (on Cloud TPU VMs it asks for them).
-    coordinator: host:port of process 0; like the next two it may come from the
-      environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), and
-      Slurm, Open MPI, GKE and Cloud TPU need none of them.
-    processes: how many there are.
-    index: this one's number, from 0.
-    heartbeat_s: a process silent for so long is lost, which ends the others.
+    wanted: None joins if `launcher` sees several processes or a coordinator is given;
+      True joins as jax detects the processes (on Cloud TPU VMs it asks for them); False
+      never joins.
+    coordinator: host:port of process 0. This and the next two may also come from the
+      environment (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID); Slurm,
+      Open MPI, GKE and Cloud TPU need none of them.
+    processes: number of processes.
+    index: of this process, from 0.
+    heartbeat_s: seconds without a heartbeat after which a process counts as lost, which
+      ends the others.
 
   Raises:
-    errors.UserError: the others cannot be found or reached.
+    errors.UserError: the other processes cannot be found or reached.
   """
   started = launcher(os.environ)
-  if asked is False or not (asked or coordinator or started):
+  if wanted is False or not (wanted or coordinator or started):
     return
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
   processes = _given(processes, "JAX_NUM_PROCESSES")
@@ -121,7 +123,7 @@ def _given(value: int | None, variable: str) -> int | None:
 
 
 def refuse(stage: str) -> None:
-  """Refuses to run a stage for a single process in several.
+  """Refuses to run a stage in several processes that needs a single one.
 
   Raises:
     errors.UserError: `launcher` sees several.
@@ -135,64 +137,65 @@ def refuse(stage: str) -> None:
 
 
 def is_primary() -> bool:
-  """Whether this is the process that writes and prints for all."""
+  """Whether this is the process that writes and prints for all of them."""
   return jax.process_index() == 0
 
 
 # --- Agreeing -------------------------------------------------------------------------
 
 
-def exchange(text: str) -> list[str]:
-  """What every process says, in the order of their numbers; waits for all of them."""
+def gather_texts(text: str) -> list[str]:
+  """The texts of all processes, in the order of their indices; waits for all."""
   if jax.process_count() == 1:
     return [text]
-  own = np.frombuffer(text.encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.array([own.size]))
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([encoded.size]))
   padded = np.zeros(sizes.max(), np.uint8)
-  padded[: own.size] = own
+  padded[: encoded.size] = encoded
   rows = multihost_utils.process_allgather(padded)
   return [bytes(row[:size]).decode() for row, [size] in zip(rows, sizes)]
 
 
 def run_on_all(work: Callable[[], T]) -> T:
-  """Does what any process may find impossible; then all of them do.
+  """Runs `work` in every process; if it fails in one, all raise.
 
-  The work must not wait for other processes itself.
+  `work` must not wait for other processes.
 
   Raises:
-    errors.UserError: that of the first process that had one, and on which host.
+    errors.UserError: of the first process that failed, with its host.
   """
   result: Any = None
-  own, passes = "", False
+  message, is_temporary = "", False
   try:
     result = work()
   except (errors.UserError, OSError) as error:
     if jax.process_count() == 1:
       raise
-    own, passes = str(error), isinstance(error, errors.TryAgainError)
-  own_words = json.dumps([socket.gethostname(), own, passes])
-  said = [json.loads(text) for text in exchange(own_words)]
-  faults = {fault for _, fault, _ in said}
-  if faults == {""}:
+    message, is_temporary = str(error), isinstance(error, errors.TryAgainError)
+  report = json.dumps([socket.gethostname(), message, is_temporary])
+  reports = [json.loads(text) for text in gather_texts(report)]
+  messages = {message for _, message, _ in reports}
+  if messages == {""}:
     return result
-  for number, (host, fault, passes) in enumerate(said):
-    if fault:
-      place = "" if len(faults) == 1 else f"process {number} on {host}: "
-      raise (errors.TryAgainError if passes else errors.UserError)(place + fault)
+  for index, (host, message, is_temporary) in enumerate(reports):
+    if message:
+      place = "" if len(messages) == 1 else f"process {index} on {host}: "
+      kind = errors.TryAgainError if is_temporary else errors.UserError
+      raise kind(place + message)
   raise AssertionError
 
 
 class DeferredErrors:
-  """What one process alone may find impossible, kept until all can hear of it.
+  """The first error of one process, kept until all processes can raise it.
 
-  Were it raised at once, the others would wait for this process until jax gave it up.
+  If it were raised at once, the others would wait until jax counts this one as lost.
   """
 
   def __init__(self) -> None:
     self._first: Exception | None = None
 
   def keep(self, work: Callable[[], None]) -> None:
-    """Does the work, unless some failed before. Alone, a fault is raised at once."""
+    """Runs `work`, unless an error is kept; a single process raises at once."""
     try:
       if self._first is None:
         work()
@@ -201,43 +204,43 @@ class DeferredErrors:
         raise
       self._first = error
 
-  def tell(self) -> None:
-    """Raises the fault, in all processes; call it in all of them."""
-    run_on_all(self._tell)
+  def raise_on_all(self) -> None:
+    """Raises the kept error in all processes; call it in all of them."""
+    run_on_all(self._raise)
 
-  def _tell(self) -> None:
+  def _raise(self) -> None:
     if self._first is not None:
       raise self._first
 
 
 def assert_same(facts: Mapping[str, Any]) -> None:
-  """Checks that all processes were started with the same facts.
+  """Checks that all processes have the same facts.
 
   Raises:
-    errors.UserError: names the host that differs, in what, and from what.
+    errors.UserError: names a host that differs, the fact, and both values.
   """
-  said = exchange(json.dumps([socket.gethostname(), facts], sort_keys=True))
-  fault = difference([json.loads(text) for text in said])
-  if fault is not None:
-    raise errors.UserError(fault)
+  texts = gather_texts(json.dumps([socket.gethostname(), facts], sort_keys=True))
+  message = difference([json.loads(text) for text in texts])
+  if message is not None:
+    raise errors.UserError(message)
 
 
-def difference(said: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
-  """In words, the first fact on which a process is not with the most; None if none.
+def difference(processes: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+  """A message on the first fact in which a process differs from most; None if none.
 
   Args:
-    said: host and facts of every process.
+    processes: host and facts of each process.
   """
-  for name in sorted({name for _, facts in said for name in facts}):
-    values = [json.dumps(facts.get(name), sort_keys=True) for _, facts in said]
+  for name in sorted({name for _, facts in processes for name in facts}):
+    values = [json.dumps(facts.get(name), sort_keys=True) for _, facts in processes]
     common, count = collections.Counter(values).most_common(1)[0]
-    if count < len(said):
-      odd = next(number for number, value in enumerate(values) if value != common)
+    if count < len(processes):
+      odd = next(index for index, value in enumerate(values) if value != common)
       usual = values.index(common)
       return (
-        f"{name}: {values[odd]} in process {odd} on {said[odd][0]}, but {common} in "
-        f"process {usual} on {said[usual][0]}; start all of them with the same config, "
-        "data and versions"
+        f"{name}: {values[odd]} in process {odd} on {processes[odd][0]}, but {common} "
+        f"in process {usual} on {processes[usual][0]}; start all of them with the same "
+        "config, data and versions"
       )
   return None
 
@@ -246,7 +249,7 @@ LIBRARIES = ("jax", "jaxlib", "numpy", "optax", "orbax-checkpoint", "grain")
 
 
 def versions() -> dict[str, str]:
-  """What decides which programs a process runs, beside its config and data."""
+  """The versions that decide, with config and data, which programs a process runs."""
   sources = sorted(pathlib.Path(__file__).parents[1].rglob("*.py"))
   code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
   return {
@@ -259,10 +262,10 @@ def versions() -> dict[str, str]:
 # --- Arrays ---------------------------------------------------------------------------
 
 
-def whole(tree: Any) -> Any:
-  """The values of arrays that lie on all processes' devices, as numpy arrays.
+def to_host(tree: Any) -> Any:
+  """The full values of arrays that are spread over all processes, as numpy arrays.
 
-  Every process must ask for the same ones at the same time, under `jax.set_mesh`.
+  All processes must call this with the same arrays, under `jax.set_mesh`.
   """
   if jax.process_count() > 1:
     tree = jax.jit(_same, out_shardings=jax.P())(tree)
@@ -276,10 +279,10 @@ def _same(tree: Any) -> Any:
 # --- Stopping -------------------------------------------------------------------------
 
 
-def stops(done: int) -> bool:
-  """Whether to stop after `done` steps; ask after each step, in every process.
+def should_stop(done: int) -> bool:
+  """Whether to stop after `done` steps; call this after each step in all processes.
 
-  A SIGTERM that another process was sent counts as received here.
+  A SIGTERM to another process counts as received in this one.
   """
   received = interrupts.received
   if not interrupts.handed_over():

@@ -1,6 +1,6 @@
-"""What a command takes over from the shell that starts it, and what it sets aside.
+"""Settings of the shell that a command ignores because they would change its results.
 
-Commands only: these settings are other programs' own where they import our losses.
+Only commands call this. Programs that import our losses keep their own settings.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import MutableMapping, Sequence
 _NO = ("", "0", "f", "false", "n", "no", "off")
 _YES = ("1", "on", "t", "true", "y", "yes")
 
-# Name -> the values that change nothing. Set aside is what decides the values of a run
-# or forbids what it does; not what decides where it runs, its caches and its logs.
+# Name -> the values that change nothing. These settings change the values of a run or
+# forbid what it does. Settings for its devices, caches and logs are kept.
 JAX_SETTINGS = {
   **dict.fromkeys(
     (
@@ -83,22 +83,22 @@ JAX_SETTINGS = {
 
 
 def prepare() -> None:
-  """Sets aside what would change a run or end it, with one line; before jax loads."""
+  """Removes and prints settings that would change a run; call before jax loads."""
   aside = set_aside(os.environ)
   if _lenient():
     aside.append("warnings as errors")
   command = with_docstrings(sys.orig_argv, os.environ) if sys.flags.optimize > 1 else []
   if command:
-    aside.append("Python without docstrings")  # which transformers reads
+    aside.append("Python without docstrings")  # transformers reads docstrings
   if aside:
     print(
-      f"not used in this command, which it would change: {', '.join(aside)}",
+      f"ignored, because it would change this command: {', '.join(aside)}",
       file=sys.stderr,
       flush=True,
     )
   if command:
     os.execv(sys.executable, command)
-  # Where its folder cannot be written it takes another, and says so in two lines.
+  # If its folder is not writable, matplotlib takes another one and logs two lines.
   logging.getLogger("matplotlib").setLevel(logging.ERROR)
   fault = flags_fault(os.environ)
   if fault is not None:
@@ -107,19 +107,19 @@ def prepare() -> None:
 
 
 def set_aside(environment: MutableMapping[str, str]) -> list[str]:
-  """Removes jax's settings that decide results; returns those that were not usual."""
-  found = []
+  """Removes jax's settings that change results; returns those with an effect."""
+  removed = []
   for name, usual in JAX_SETTINGS.items():
     value = environment.pop(name, None)
     if value is not None and value.lower() not in usual:
-      found.append(f"{name}={value}")
-  return found
+      removed.append(f"{name}={value}")
+  return removed
 
 
 def with_docstrings(
   command: Sequence[str], environment: MutableMapping[str, str]
 ) -> list[str]:
-  """The command that starts Python again, but with docstrings; [] if unknown."""
+  """The command that starts Python again with docstrings; [] if it is not known."""
   module = command.index("-m")
   options = [word for word in command[1:module] if word not in ("-O", "-OO")]
   known = environment.pop("PYTHONOPTIMIZE", None) or len(options) + 1 < module
@@ -127,7 +127,7 @@ def with_docstrings(
 
 
 def _lenient() -> bool:
-  """Whether warnings were errors, which they are not any more: libraries warn."""
+  """Stops treating warnings as errors, since libraries warn; returns whether it did."""
   if not any(option.startswith("error") for option in sys.warnoptions):
     return False
   sys.warnoptions.clear()
@@ -140,27 +140,29 @@ def _lenient() -> bool:
 
 
 def flags_fault(environment: MutableMapping[str, str]) -> str | None:
-  """What XLA says of XLA_FLAGS where it would end the process; None if it takes them.
+  """XLA's message if XLA_FLAGS would end the process; None if XLA accepts them.
 
-  It is asked in a process of its own.
+  XLA runs in a process of its own for this.
   """
   if not environment.get("XLA_FLAGS", "").strip():
     return None
-  import subprocess  # a Ctrl-C is heard earlier without it
+  import subprocess  # not at the top: it would delay the handling of Ctrl-C
 
   code = "from jaxlib import xla_client; xla_client.CompileOptions()"
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, check=False, env=environment
   )
   lines = done.stderr.decode(errors="replace").splitlines()
-  said = next((line for line in lines if "XLA_FLAGS" in line), None)
-  return None if done.returncode == 0 or said is None else said.rpartition("] ")[2]
+  message = next((line for line in lines if "XLA_FLAGS" in line), None)
+  if done.returncode == 0 or message is None:
+    return None
+  return message.rpartition("] ")[2]
 
 
-# Output
+# --- Output ---------------------------------------------------------------------------
 
 PLAIN = "raft_jax_plain"
-"""Name of the way to write what a stream's encoding lacks."""
+"""Name of the error handler for characters that a stream's encoding lacks."""
 
 _WORDS = {
   "λ": "lambda",
@@ -182,7 +184,7 @@ _WORDS = {
 
 
 def plain(text: str) -> str:
-  """A text in ASCII that can still be read."""
+  """A readable ASCII form of a text."""
   return "".join(map(_plain, text))
 
 
@@ -206,7 +208,7 @@ def _replace(error: UnicodeError) -> tuple[str, int]:
 
 
 def plain_streams() -> None:
-  """Lets stdout and stderr write plain letters where their encoding has no others."""
+  """Makes stdout and stderr replace characters that their encoding lacks."""
   codecs.register_error(PLAIN, _replace)
   for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):

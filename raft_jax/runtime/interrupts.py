@@ -1,9 +1,9 @@
-"""Ctrl-C (SIGINT) and SIGTERM: noted at any time, acted on where work can stop.
+"""Ctrl-C (SIGINT) and SIGTERM, which stop work at its next safe point.
 
-An exception raised by a signal handler lands wherever the main thread is: a library's
-callback may swallow it, and a compilation of minutes delays it. So the handlers here do
-nothing. The interpreter writes each signal to a pipe, which a thread reads: the first
-signal is noted, and `check` raises it at the next safe point; a second one ends the
+A signal handler's exception would be raised wherever the main thread is: a library's
+callback may swallow it, and a long compilation delays it. So the handlers here do
+nothing. The interpreter writes each signal to a pipe, which a thread reads. The first
+signal is recorded, and `check` raises it at the next safe point; a second one ends the
 process at once.
 """
 
@@ -23,22 +23,22 @@ HINT = "run the same command again to continue"
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 SAME_S = 0.2
-"""Signals this close are one: a terminal and a launcher may both pass on a Ctrl-C."""
+"""Signals this close count as one: terminal and launcher may both send a Ctrl-C."""
 
 received: list[int] = []
-"""The first signal that came while `listening`; empty if none did."""
+"""The first signal received while `listening`; empty if there was none."""
 
 
 @dataclasses.dataclass
 class _Process:
-  """What the process does with signals; there is one of it.
+  """The process's handling of signals; there is one instance.
 
   Attributes:
-    before: handlers that ours replaced; empty while nobody listens.
+    before: handlers that ours replaced; empty outside `listening`.
     children: processes that signals are passed on to.
-    noted_at: when the first signal came.
+    noted_at: time of the first signal.
     terminated: exit status after SIGTERM.
-    deferrals: how many `deferred` last.
+    deferrals: number of open `deferred` contexts.
     handed_over: whether `hand_over` was called.
   """
 
@@ -54,11 +54,11 @@ _process = _Process()
 
 
 class Stopped(SystemExit):
-  """Work ended at a safe point, because of a signal. The code is the exit status."""
+  """Work stopped at a safe point after a signal. The code is the exit status."""
 
 
 def status() -> int:
-  """The exit status by which the signal that was noted ends the process."""
+  """The exit status for the signal that was received."""
   return 128 + signal.SIGINT if received[0] == signal.SIGINT else _process.terminated
 
 
@@ -71,7 +71,7 @@ def check() -> None:
   """A safe point: nothing is lost if work stops here.
 
   Raises:
-    Stopped: a signal came.
+    Stopped: a signal was received.
   """
   if due():
     raise Stopped(status())
@@ -79,7 +79,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-  """`check` raises nothing meanwhile; the caller looks at `received` itself."""
+  """Within it `check` raises nothing; the caller reads `received` itself."""
   _process.deferrals += 1
   try:
     yield
@@ -89,9 +89,9 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(*, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
-  """Notes signals while it lasts; its end is a safe point. May be nested.
+  """Records signals within it; its end is a safe point. May be nested.
 
-  A signal that is ignored, as SIGINT is in a shell's background jobs, stays ignored.
+  A signal that was ignored before, as SIGINT in background jobs of a shell, stays so.
 
   Args:
     terminated: exit status after SIGTERM.
@@ -108,7 +108,7 @@ def listening(*, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing_on(child: int) -> Iterator[None]:
-  """Signals that are noted are sent to a child process, too."""
+  """Within it, received signals are also sent to a child process."""
   _process.children.add(child)
   try:
     yield
@@ -117,12 +117,11 @@ def passing_on(child: int) -> Iterator[None]:
 
 
 def hand_over() -> None:
-  """From now on several processes stop together, as jax tells them.
+  """From now on, jax decides when all processes stop; no process may stop alone.
 
-  jax has taken SIGTERM, and tells the others; a SIGINT is handed on to it. No process
-  may stop alone.
+  jax handles SIGTERM and informs the other processes. A SIGINT is passed on to it.
   """
-  _process.before.pop(signal.SIGTERM, None)  # it must not be taken back from jax
+  _process.before.pop(signal.SIGTERM, None)  # jax keeps it
   _process.deferrals += 1
   _process.handed_over = True
   if received:
@@ -135,9 +134,9 @@ def handed_over() -> bool:
 
 
 def at_once(number: int, frame: object = None) -> None:
-  """Ends the process, with one line; also a signal handler, while nothing can be lost.
+  """Ends the process with one line; also a signal handler, while nothing can be lost.
 
-  It raises nothing: an import would turn that into a page of traceback.
+  It does not raise, because an exception during an import prints a long traceback.
   """
   del frame
   _say(f"interrupted; {HINT}\n")
@@ -146,7 +145,7 @@ def at_once(number: int, frame: object = None) -> None:
 
 @contextlib.contextmanager
 def _pipe() -> Iterator[None]:
-  """Takes the signals, and has a thread note those that come."""
+  """Installs the handlers and a thread that records signals."""
   read, write = os.pipe()
   os.set_blocking(write, False)
   thread = threading.Thread(target=_read, args=(read,), name="signals", daemon=True)
@@ -168,7 +167,7 @@ def _pipe() -> Iterator[None]:
 
 
 def _nothing(number: int, frame: object) -> None:
-  """A handler in Python is what makes the interpreter write to the pipe."""
+  """Does nothing; with a Python handler, the interpreter writes to the pipe."""
 
 
 def _read(pipe: int) -> None:
@@ -190,8 +189,8 @@ def _note(number: int) -> None:
   _process.noted_at = now
   received.append(number)
   _say(
-    "stopping at the next safe point, after the step, batch or compilation that runs; "
-    "once more to stop now\n"
+    "stopping after the current step, batch or compilation; send the signal again to "
+    "stop now\n"
   )
   if _process.handed_over and number != signal.SIGTERM:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -203,7 +202,7 @@ def _say(line: str) -> None:
 
 
 def _forget() -> None:
-  """A fork has no thread that reads, and must not write to its parent's pipe."""
+  """Resets a forked child, which has no reader and must not use its parent's pipe."""
   if _process.before:
     signal.set_wakeup_fd(-1)
     for number, handler in _process.before.items():

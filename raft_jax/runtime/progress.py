@@ -1,4 +1,4 @@
-"""How far long work is: a bar with rate and time left, or plain lines in a log."""
+"""Progress of long work: a bar with rate and time left, or plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from raft_jax.runtime import interrupts
 
 
 class Progress:
-  """A bar with rate and time left; one plain line an interval where no one watches.
+  """A bar with rate and time left; without a terminal, a plain line at an interval.
 
-  Without a title nothing is shown: the work is a part of other work that has a bar.
+  Without a title nothing is shown, for work that is a part of work with its own bar.
   """
 
   def __init__(
@@ -48,7 +48,7 @@ class Progress:
       self._bar.start()
 
   def advance(self, done: int, note: str = "") -> None:
-    """Says that `done` of the total are finished."""
+    """Shows that `done` of the total are finished."""
     self._done, now = done, time.monotonic()
     if self._bar is not None:
       self._bar.update(self._task, completed=done, note=note)
@@ -71,8 +71,8 @@ class Progress:
       self._bar.stop()
 
 
-def watched(items: Any, title: str, *, unit: str) -> Iterator[Any]:
-  """The items one by one, with a bar of those used up; a safe point before each."""
+def with_bar(items: Any, title: str, *, unit: str) -> Iterator[Any]:
+  """Yields the items and shows progress; each item starts at a safe point."""
   bar = Progress(title, len(items), unit=unit)
   for done, item in enumerate(items):
     interrupts.check()
@@ -83,7 +83,7 @@ def watched(items: Any, title: str, *, unit: str) -> Iterator[Any]:
 
 
 def amounts(by_name: Mapping[str, float | None]) -> str:
-  """Names and amounts, for a reader; None is an amount that nobody knows."""
+  """Names and amounts as text; None means unknown."""
   return ", ".join(
     f"{name} {'unknown' if value is None else format(round(value, 1), ',')}"
     for name, value in by_name.items()

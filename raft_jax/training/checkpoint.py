@@ -112,7 +112,7 @@ def fingerprints(tree: Any) -> Any:
 
 def named_fingerprints(tree: Any) -> dict[str, list[int]]:
   """Fingerprints by the path of the leaf, ready for JSON."""
-  leaves = jax.tree_util.tree_leaves_with_path(distributed.whole(fingerprints(tree)))
+  leaves = jax.tree_util.tree_leaves_with_path(distributed.to_host(fingerprints(tree)))
   return {
     # Simple names are the same for a NamedTuple and for the dict that Orbax restores.
     jax.tree_util.keystr(path, simple=True, separator="/"): [

@@ -246,7 +246,7 @@ def first_memory(
   )
   losses_of = jax.jit(functools.partial(objective.row_losses, settings=plan.settings))
   losses = [
-    distributed.whole(losses_of(base, batch))
+    distributed.to_host(losses_of(base, batch))
     for batch in placed(plan.mesh, batches, "losses before training")
   ]
   return mssr.fresh(
@@ -259,7 +259,7 @@ def first_memory(
 def placed(mesh: Any, batches: Any, title: str) -> Iterable[batching.Batch]:
   """Batches on their devices, with a progress bar."""
   if distributed.is_primary():
-    batches = progress.watched(batches, title, unit="step")
+    batches = progress.with_bar(batches, title, unit="step")
   for batch in batches:
     # A batch of few rows, such as one, may not divide: every device then reads it all.
     rows = sharding.place(mesh, ("batch",), batch.row_id_B.shape)
@@ -304,5 +304,5 @@ def restore(
     identity,
     on_corrupt=on_corrupt,
   )
-  memory = distributed.whole(tree.pop("memory"))
+  memory = distributed.to_host(tree.pop("memory"))
   return step_lib.TrainState(**tree), memory, step

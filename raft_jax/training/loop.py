@@ -81,7 +81,7 @@ def train(
       log.write(done, read(pending))
     pending, done = dispatched, step + 1
 
-    stopping = distributed.stops(done)  # the only check: once per step
+    stopping = distributed.should_stop(done)  # the only check: once per step
     validating = validate is not None and run_plan.validates(schedule, done)
     saving = stopping or run_plan.saves(schedule, done)
     if validating or saving:
@@ -141,7 +141,7 @@ def read_metrics(
     errors.UserError: a loss or the gradient is not finite.
   """
   # In one call: with several processes each fetch is a program of its own.
-  metrics, batch, trajectory, ended_B = distributed.whole(
+  metrics, batch, trajectory, ended_B = distributed.to_host(
     (
       dispatched.metrics,
       dispatched.batch,

@@ -152,18 +152,18 @@ class RunLog:
   """
 
   def __init__(self, log: Log | None, bar: progress.Progress | None):
-    self._log, self._bar, self._faults = log, bar, distributed.DeferredErrors()
+    self._log, self._bar, self._errors = log, bar, distributed.DeferredErrors()
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Logs the metrics after `step` steps."""
     if self._log is not None:
-      self._faults.keep(functools.partial(self._log.write, step, values))
+      self._errors.keep(functools.partial(self._log.write, step, values))
     if self._bar is not None:
       self._bar.advance(step, note(values))
 
   def check(self) -> None:
     """Raises the first error of a write; call it in all processes."""
-    self._faults.tell()
+    self._errors.raise_on_all()
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def lock(
 
   distributed.run_on_all(acquire)
   own = journal.holder(path).read_text() if is_primary else ""
-  holder = distributed.exchange(own)[0]
+  holder = distributed.gather_texts(own)[0]
   distributed.run_on_all(check_shared)
 
 

@@ -19,8 +19,8 @@ from raft_jax.baselines import mssr, sdpo
 from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import objective, step
-from raft_jax.hf import chat, peft_adapter
 from raft_jax.hf import load as hf_load
+from raft_jax.hf import peft_adapter, teacher_prompts
 from raft_jax.models import lora, partition, sampling, sharding, transformer
 from raft_jax.training import optim
 from raft_jax.training import programs as programs_lib
@@ -184,7 +184,7 @@ def make_plan(
     batch_rows=batch_layout(config).rows,
     widest=widest,
     siblings=make_siblings(distill, config.rollout, config.data) if distils else None,
-    leak_phrases=chat.leak_phrases(distill.teacher_context),
+    leak_phrases=teacher_prompts.leak_phrases(distill.teacher_context),
     frozen_teacher=distils and distill.teacher == "base",
     anchored=optim.reads_anchor(config.anchor, config.recadam),
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),

@@ -10,7 +10,7 @@ import pytest
 from raft_jax.baselines import sdpo
 from raft_jax.data import batching
 from raft_jax.distillation import objective
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sampling
 from raft_jax.storage import records
 from tests.helpers import tiny_decoder, tiny_step
@@ -67,7 +67,7 @@ def test_contexts_show_a_successful_sibling_or_leave_the_loss(codec):
       assert ids == [codec.pad_id]
       continue
     asked = (records.Message("user", f"Question {row // 3}?"),)
-    assert ids == chat.teacher_ids(codec, asked, demonstration, "sibling")
+    assert ids == teacher_prompts.teacher_ids(codec, asked, demonstration, "sibling")
   np.testing.assert_allclose(found.metrics["rollout_success"], 3 / 6)
   np.testing.assert_allclose(found.metrics["rollout_taught"], 5 / 6)
   # The same shapes whatever was sampled: nothing compiles anew.

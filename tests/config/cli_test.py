@@ -92,8 +92,8 @@ def struck_once_ready(
 
 HINT = "interrupted; run the same command again to continue\n"
 NOTED = (
-  "stopping at the next safe point, after the step, batch or compilation that runs; "
-  "once more to stop now\n"
+  "stopping after the current step, batch or compilation; send the signal again to "
+  "stop now\n"
 )
 
 
@@ -436,7 +436,7 @@ def test_settings_of_jax_that_decide_results_are_set_aside(tmp_path, name, value
   done = report(tmp_path, **{name: value})
   assert done.returncode == 2
   line, error = done.stderr.splitlines()
-  assert line == f"not used in this command, which it would change: {name}={value}"
+  assert line == f"ignored, because it would change this command: {name}={value}"
   assert error.startswith("error: output: ")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.data import batching
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.storage import question_files, rejects
 
 POLICIES = {"too_long": "error", "unusable": "error"}
@@ -76,7 +76,9 @@ def test_rows_hold_the_tokenizers_ids_in_order(questions, tokenizer):
   row, question = rows[7], questions[7]
   assert row.prompt == tuple(chat.prompt_ids(tokenizer, question.messages))
   assert row.answer == tuple(chat.answer_ids(tokenizer, question.answer))
-  form = chat.teacher_ids(tokenizer, question.messages, question.answer, "chat")
+  form = teacher_prompts.teacher_ids(
+    tokenizer, question.messages, question.answer, "chat"
+  )
   assert row.teacher == tuple(form)
   assert row.answer[-1] in tokenizer.eos_ids
   assert chat.decode(tokenizer, row.answer) == question.answer

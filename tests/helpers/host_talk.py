@@ -31,13 +31,13 @@ def sulk(index: int):
 
 def main() -> None:
   distributed.join(
-    asked=None, coordinator=None, processes=None, index=None, heartbeat_s=60
+    wanted=None, coordinator=None, processes=None, index=None, heartbeat_s=60
   )
   own = jax.process_index()
   said = {
     "leads": distributed.is_primary(),
     # Of different lengths, one of them empty.
-    "words": distributed.exchange("né" * own),
+    "words": distributed.gather_texts("né" * own),
     "both": distributed.run_on_all(lambda: f"result {own}"),
     "second": fault(lambda: distributed.run_on_all(lambda: sulk(1))),
     "all alike": fault(lambda: distributed.run_on_all(lambda: sulk(own) and "")),
@@ -48,7 +48,7 @@ def main() -> None:
   with jax.set_mesh(mesh):
     rows = sharding.spread(sharding.batch(mesh), {"x": np.arange(8).reshape(4, 2)})
     said["own rows"] = [shard.data.tolist() for shard in rows["x"].addressable_shards]
-    said["all rows"] = distributed.whole(rows)["x"].tolist()
+    said["all rows"] = distributed.to_host(rows)["x"].tolist()
   json.dump(said, sys.stdout)
 
 

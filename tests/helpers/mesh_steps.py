@@ -155,12 +155,12 @@ def steps(
       jax.block_until_ready(state)
       assert dispatched.trajectory is not None
       trajectory = dispatched.trajectory._asdict()
-      out |= flat(f"rollout {index} ", distributed.whole(trajectory))
-      out |= flat(f"values {index} ", distributed.whole(dispatched.metrics))
+      out |= flat(f"rollout {index} ", distributed.to_host(trajectory))
+      out |= flat(f"values {index} ", distributed.to_host(dispatched.metrics))
       if index == 0:
         # A tenth of the clipped gradient.
-        out |= flat("first ", distributed.whole(state.opt_state["adamw"][0].mu))
-    out |= flat("params ", distributed.whole(state.params))
+        out |= flat("first ", distributed.to_host(state.opt_state["adamw"][0].mu))
+    out |= flat("params ", distributed.to_host(state.params))
   shards = jax.tree.map(
     lambda leaf: np.array(leaf.sharding.shard_shape(leaf.shape)),
     {"params": state.params, "adam": state.opt_state["adamw"][0].mu},
@@ -174,7 +174,7 @@ def chosen(meshes: dict, names: list[str]) -> list:
 
 def main() -> None:
   distributed.join(
-    asked=None, coordinator=None, processes=None, index=None, heartbeat_s=60
+    wanted=None, coordinator=None, processes=None, index=None, heartbeat_s=60
   )
   path, *names = sys.argv[1:]
   out = flat("start ", base_params())

@@ -25,6 +25,7 @@ from raft_jax.hf import (
   chat,
   chat_template,
   gguf_file,
+  teacher_prompts,
 )
 from raft_jax.hf import (
   load as hf_load,
@@ -229,7 +230,7 @@ def still(monkeypatch):
 
 
 def made(tokenizer, template: str, folder: pathlib.Path) -> chat.ChatTokenizer:
-  """The codec that a model with this template has, but for markers in contents."""
+  """The chat tokenizer of a model with this template, without markers in contents."""
   (folder / "config.json").write_text("{}")
   own = copy.copy(tokenizer)
   own.chat_template = template
@@ -238,8 +239,8 @@ def made(tokenizer, template: str, folder: pathlib.Path) -> chat.ChatTokenizer:
   return chat.ChatTokenizer(own, ends, ends[0], "", chat.controls(own, ends))
 
 
-def whole(codec: chat.ChatTokenizer) -> chat.ChatTokenizer:
-  return chat.of(codec.hf_tokenizer, codec.eos_ids)
+def whole(chat_tokenizer: chat.ChatTokenizer) -> chat.ChatTokenizer:
+  return chat.of(chat_tokenizer.hf_tokenizer, chat_tokenizer.eos_ids)
 
 
 def theirs(tokenizer, template, messages, *, prompt: bool) -> str:
@@ -265,18 +266,18 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
     with pytest.raises(errors.UserError, match=REFUSED[name, situation]):
       chat.turn_ids(made(tokenizer, template, tmp_path), messages, ANSWERS[0])
     return
-  codec = made(tokenizer, template, tmp_path)
+  chat_tokenizer = made(tokenizer, template, tmp_path)
   asked = theirs(tokenizer, template, messages, prompt=True)
-  end = tokenizer.decode([codec.eos_ids[0]])
+  end = tokenizer.decode([chat_tokenizer.eos_ids[0]])
   for answer in ANSWERS:
     finished = [*messages, Message("assistant", answer)]
     full = theirs(tokenizer, template, finished, prompt=False)
     start = full.rindex(answer.strip())
     cut = full.find(end, start)
     turn = full[: cut + len(end)] if cut >= 0 else full[: start + len(answer.strip())]
-    prompt, learned = chat.turn_ids(codec, messages, answer)
-    assert learned[-1] == codec.eos_ids[0]
-    assert prompt == chat.prompt_ids(codec, messages)
+    prompt, learned = chat.turn_ids(chat_tokenizer, messages, answer)
+    assert learned[-1] == chat_tokenizer.eos_ids[0]
+    assert prompt == chat.prompt_ids(chat_tokenizer, messages)
     if cut < 0:  # the template writes no end
       learned = learned[:-1]
     read, said = tokenizer.decode(prompt), tokenizer.decode(learned)
@@ -345,11 +346,11 @@ QUESTION = [Message("user", "1")]
 @PLACES
 def test_the_default_of_several_templates_is_used(folder, write):
   write(folder, {"default": PLAIN, "tool_use": OTHER, "rag": OTHER})
-  codec = chat.load(str(folder))
-  assert chat.prompt_ids(codec, QUESTION) == asked(folder)
+  chat_tokenizer = chat.load(str(folder))
+  assert chat.prompt_ids(chat_tokenizer, QUESTION) == asked(folder)
   chosen = chat.load(str(folder), "tool_use")
   assert chat.prompt_ids(chosen, QUESTION) == asked(folder, chat_template="tool_use")
-  assert chosen.digest != codec.digest
+  assert chosen.digest != chat_tokenizer.digest
 
 
 @PLACES
@@ -367,15 +368,15 @@ def test_several_templates_without_a_default(folder):
     errors.UserError, match=r"named 'default' \(it has: rag, tool_use"
   ):
     chat.load(str(folder))
-  codec = chat.load(str(folder), "rag")
-  assert chat.prompt_ids(codec, QUESTION) == asked(folder, chat_template="rag")
+  chat_tokenizer = chat.load(str(folder), "rag")
+  assert chat.prompt_ids(chat_tokenizer, QUESTION) == asked(folder, chat_template="rag")
 
 
 def test_a_template_from_a_file(folder, tmp_path):
   file = tmp_path / "mine.jinja"
   file.write_text(OTHER)
-  codec = chat.load(str(folder), str(file))
-  assert chat.prompt_ids(codec, QUESTION) == asked(folder, chat_template=OTHER)
+  chat_tokenizer = chat.load(str(folder), str(file))
+  assert chat.prompt_ids(chat_tokenizer, QUESTION) == asked(folder, chat_template=OTHER)
   with pytest.raises(errors.UserError, match=r"none\.jinja cannot be read"):
     chat.load(str(folder), str(tmp_path / "none.jinja"))
   file.write_bytes(b"\xff\xfe")
@@ -416,9 +417,9 @@ def test_an_export_renders_as_it_was_trained(folder, write, templates, name, kep
   config = hf_load.load_config(str(folder))
   params, out = hf_load.load_params(str(folder), config), folder.parent / "out"
   hf_save.save(out, params, config, str(folder), template=name, card="")
-  codec = chat.load(str(folder), name)
-  assert asked(out) == chat.prompt_ids(codec, QUESTION)
-  assert chat.load(str(out)).digest == codec.digest
+  chat_tokenizer = chat.load(str(folder), name)
+  assert asked(out) == chat.prompt_ids(chat_tokenizer, QUESTION)
+  assert chat.load(str(out)).digest == chat_tokenizer.digest
   if kept:
     assert asked(out, chat_template="tool_use") == asked(
       folder, chat_template="tool_use"
@@ -448,14 +449,18 @@ def test_templates_without_an_open_part_stay(tokenizer, name):
 
 def test_what_the_teacher_reads_is_followed_as_the_prompt_is(tokenizer, tmp_path):
   """And a template that looks into the question is refused."""
-  codec = made(tokenizer, MANNERS["always_thinks"], tmp_path)
+  chat_tokenizer = made(tokenizer, MANNERS["always_thinks"], tmp_path)
   messages = CONVERSATIONS["multi"]
   for form in ("chat", "example", "sibling"):
-    prompt, learned, teacher = chat.row_ids(codec, messages, "It is 12.", form)
-    shown = chat.taught(messages, "It is 12.", form)
-    assert (prompt, learned) == chat.turn_ids(codec, messages, "It is 12.")
-    assert (teacher, learned) == chat.turn_ids(codec, shown, "It is 12.")
-    assert teacher == chat.teacher_ids(codec, messages, "It is 12.", form)
+    prompt, learned, teacher = teacher_prompts.row_ids(
+      chat_tokenizer, messages, "It is 12.", form
+    )
+    shown = teacher_prompts.teacher_messages(messages, "It is 12.", form)
+    assert (prompt, learned) == chat.turn_ids(chat_tokenizer, messages, "It is 12.")
+    assert (teacher, learned) == chat.turn_ids(chat_tokenizer, shown, "It is 12.")
+    assert teacher == teacher_prompts.teacher_ids(
+      chat_tokenizer, messages, "It is 12.", form
+    )
     assert tokenizer.decode(teacher).endswith("<think>\n\n</think>\n\n")
   looks = opens("").replace(
     "m.content",
@@ -463,8 +468,8 @@ def test_what_the_teacher_reads_is_followed_as_the_prompt_is(tokenizer, tmp_path
     " + m.content",
   )
   single = CONVERSATIONS["single"]
-  with pytest.raises(errors.UserError, match="behind what the teacher reads"):
-    chat.row_ids(made(tokenizer, looks, tmp_path), single, "12", "chat")
+  with pytest.raises(errors.UserError, match="after the teacher's context"):
+    teacher_prompts.row_ids(made(tokenizer, looks, tmp_path), single, "12", "chat")
 
 
 @pytest.mark.parametrize("answer", ["a</think>b", "<think>x</think>y", "[/THINK]"])
@@ -473,12 +478,12 @@ def test_a_template_that_drops_a_part_of_the_answer(tokenizer, answer, tmp_path)
   drops = MANNERS["magistral"].replace(
     "split('[/THINK]')", "replace('</think>', '[/THINK]').split('[/THINK]')"
   )
-  codec = whole(made(tokenizer, drops, tmp_path))
-  _, learned = chat.turn_ids(codec, QUESTION, answer)
+  chat_tokenizer = whole(made(tokenizer, drops, tmp_path))
+  _, learned = chat.turn_ids(chat_tokenizer, QUESTION, answer)
   assert tokenizer.decode(learned) == answer + "<|im_end|>"
   marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "[/THINK]"])
   assert not set(learned) & set(marks)
-  bare = dataclasses.replace(codec, controls=("<|im_start|>", "<|im_end|>"))
+  bare = dataclasses.replace(chat_tokenizer, controls=("<|im_start|>", "<|im_end|>"))
   with pytest.raises(errors.UserError, match="leaves out a part of the answer"):
     chat.turn_ids(bare, QUESTION, answer)
 
@@ -498,24 +503,26 @@ def test_markers_in_content_are_text(smollm, template):
   before = {content: given(content).input_ids for content in CONTENTS}
   given.add_tokens(list(MARKERS))
   given.chat_template = template
-  codec = chat.of(given, (2,))
+  chat_tokenizer = chat.of(given, (2,))
   marks = set(given.convert_tokens_to_ids(list(MARKERS)))
   assert min(marks) >= 49152
   roles = ("system", "user", "assistant", "user")
   clean = [Message(role, "x") for role in roles]
   for content in CONTENTS:
-    assert chat.encode(codec, content) == before[content]
-    assert chat.decode(codec, chat.encode(codec, content)) == content
+    assert chat.encode(chat_tokenizer, content) == before[content]
+    assert chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content)) == content
     messages = [Message(role, content) for role in roles]
     for form in ("chat", "paper", "none"):
-      foul = chat.row_ids(codec, messages, content, form)
-      fair = chat.row_ids(codec, clean, "x", form)
+      foul = teacher_prompts.row_ids(chat_tokenizer, messages, content, form)
+      fair = teacher_prompts.row_ids(chat_tokenizer, clean, "x", form)
       for ids, others in zip(foul, fair, strict=True):
         assert [i for i in ids if i in marks] == [i for i in others if i in marks]
   # What a model writes with its markers is read with them, and its thinking is found.
   said = "<think>hm</think>yes"
   assert set(given(said).input_ids) & marks
-  reply = engines.Completion(chat.decode(codec, given(said).input_ids), "stop", 1, 4)
+  reply = engines.Completion(
+    chat.decode(chat_tokenizer, given(said).input_ids), "stop", 1, 4
+  )
   assert reply.text == said
   assert engines.strip_thinking(reply).text == "yes"
 
@@ -525,10 +532,10 @@ def test_words_of_a_domain_stay_single_tokens(smollm):
   given = hf_tokenizer.load(smollm)
   words = ["<extra_0>", "[GENE]", "Vertragsrecht", "    ", "<table>", "</h1>"]
   given.add_tokens([*words, "<think>"])
-  codec = chat.of(given, (2,))
+  chat_tokenizer = chat.of(given, (2,))
   for word in words:
-    assert len(chat.encode(codec, word)) == 1
-  assert len(chat.encode(codec, "<think>")) > 1
+    assert len(chat.encode(chat_tokenizer, word)) == 1
+  assert len(chat.encode(chat_tokenizer, "<think>")) > 1
 
 
 def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
@@ -538,11 +545,11 @@ def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
   tokens = [*whole.tokens, "<think>", "</think>"]
   changed = whole._replace(added=added, tokens=tokens)
   monkeypatch.setattr(gguf_file, "vocabulary", lambda path: changed)
-  codec = chat.load(smollm)
-  assert codec.hf_tokenizer("<think>").input_ids == [49152]
-  before = chat.encode(dataclasses.replace(codec, plain=None), "<|im_end|>")
-  assert chat.encode(codec, "<|im_end|>") == before
-  assert max(chat.turn_ids(codec, QUESTION, "<think>2</think>")[1]) < 49152
+  chat_tokenizer = chat.load(smollm)
+  assert chat_tokenizer.hf_tokenizer("<think>").input_ids == [49152]
+  before = chat.encode(dataclasses.replace(chat_tokenizer, plain=None), "<|im_end|>")
+  assert chat.encode(chat_tokenizer, "<|im_end|>") == before
+  assert max(chat.turn_ids(chat_tokenizer, QUESTION, "<think>2</think>")[1]) < 49152
 
 
 # --- The date, for all that renders ---------------------------------------------------
@@ -550,12 +557,12 @@ def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
 
 @pytest.mark.parametrize("name", ["trl/llama3_2", "trl/gptoss", "smollm3"])
 def test_the_harness_reads_the_date_and_template_of_training(name, tokenizer, tmp_path):
-  codec = made(tokenizer, TEMPLATES[name], tmp_path)
-  adapter = lm_eval_model.Adapter(types.SimpleNamespace(hf_tokenizer=codec), None)
+  chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
+  adapter = lm_eval_model.Adapter(types.SimpleNamespace(tokenizer=chat_tokenizer), None)
   turns = [{"role": "user", "content": "1"}]
   rendered = adapter.apply_chat_template(turns)
   assert "26 Jul 2024" in rendered
   ids = adapter.tok_encode(rendered, add_special_tokens=False)
-  assert ids == chat.prompt_ids(codec, QUESTION)
+  assert ids == chat.prompt_ids(chat_tokenizer, QUESTION)
   begun = [*turns, {"role": "assistant", "content": "It is"}]
   assert adapter.apply_chat_template(begun, False).endswith("It is")

@@ -15,7 +15,7 @@ import transformers
 from hypothesis import strategies
 
 from raft_jax import errors
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.storage.records import Message
@@ -49,7 +49,7 @@ VARIED = (
 
 
 @pytest.fixture(scope="module")
-def codec(smollm) -> chat.ChatTokenizer:
+def chat_tokenizer(smollm) -> chat.ChatTokenizer:
   return chat.load(smollm)
 
 
@@ -75,8 +75,8 @@ def template_ids(tokenizer, messages) -> list[int]:
 # --- The tokenizer built from GGUF ----------------------------------------------------
 
 
-def test_vocabulary_and_special_tokens_are_transformers(codec, theirs):
-  ours = codec.hf_tokenizer
+def test_vocabulary_and_special_tokens_are_transformers(chat_tokenizer, theirs):
+  ours = chat_tokenizer.hf_tokenizer
   assert ours.get_vocab() == theirs.get_vocab()
   for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
     assert getattr(ours, name) == getattr(theirs, name)
@@ -93,9 +93,9 @@ def test_vocabulary_and_special_tokens_are_transformers(codec, theirs):
 # same, since the vocabulary merges none; ours differ from theirs, rightly, where white
 # space stands before a digit and in digits of several bytes. The next test has those.
 @pytest.mark.parametrize("content", VARIED)
-def test_ids_are_transformers(codec, theirs, content):
-  assert chat.encode(codec, content) == theirs(content).input_ids
-  assert chat.decode(codec, chat.encode(codec, content)) == content
+def test_ids_are_transformers(chat_tokenizer, theirs, content):
+  assert chat.encode(chat_tokenizer, content) == theirs(content).input_ids
+  assert chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content)) == content
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,10 @@ def test_ids_are_transformers(codec, theirs, content):
     ("مع أرقام ١٢٣", None, False),
   ],
 )
-def test_ids_around_digits_are_the_original(codec, theirs, content, tokens, same):
-  ours = codec.hf_tokenizer.tokenize(content)
+def test_ids_around_digits_are_the_original(
+  chat_tokenizer, theirs, content, tokens, same
+):
+  ours = chat_tokenizer.hf_tokenizer.tokenize(content)
   assert tokens is None or ours == tokens
   assert (theirs.tokenize(content) == ours) is same
   # The pre-tokenizer of SmolLM2's tokenizer.json, written out.
@@ -119,10 +121,12 @@ def test_ids_around_digits_are_the_original(codec, theirs, content, tokens, same
       tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     ]
   )
-  backend = tokenizers.Tokenizer.from_str(codec.hf_tokenizer.backend_tokenizer.to_str())
+  backend = tokenizers.Tokenizer.from_str(
+    chat_tokenizer.hf_tokenizer.backend_tokenizer.to_str()
+  )
   backend.pre_tokenizer = original
   assert backend.encode(content).tokens == ours
-  assert chat.decode(codec, chat.encode(codec, content)) == content
+  assert chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content)) == content
 
 
 @pytest.mark.parametrize(
@@ -145,51 +149,54 @@ def test_splitters(pre, pieces):
 
 
 @pytest.mark.parametrize("content", VARIED)
-def test_prompt_ids_are_transformers(codec, content):
+def test_prompt_ids_are_transformers(chat_tokenizer, content):
   for messages in (
     conversation(content),
     conversation(content, system="Be brief. " + content),
     conversation("Hi", content, content),
     conversation(content, "Yes.", "Why?", content, content, system=""),
   ):
-    assert chat.prompt_ids(codec, messages) == template_ids(
-      codec.hf_tokenizer, messages
+    assert chat.prompt_ids(chat_tokenizer, messages) == template_ids(
+      chat_tokenizer.hf_tokenizer, messages
     )
 
 
 @pytest.mark.parametrize("content", [c for c in VARIED if not c[:1].isspace()])
-def test_prompt_and_answer_are_the_template(codec, content):
+def test_prompt_and_answer_are_the_template(chat_tokenizer, content):
   """The answer continues the prompt just as the template writes the whole."""
   messages = conversation("What is that?")
   whole = [*messages, Message("assistant", content)]
-  want = codec.hf_tokenizer.apply_chat_template(
+  want = chat_tokenizer.hf_tokenizer.apply_chat_template(
     [m._asdict() for m in whole], return_dict=False
   )
-  ours = chat.prompt_ids(codec, messages) + chat.answer_ids(codec, content)
-  newline = chat.encode(codec, "\n")
+  ours = chat.prompt_ids(chat_tokenizer, messages) + chat.answer_ids(
+    chat_tokenizer, content
+  )
+  newline = chat.encode(chat_tokenizer, "\n")
   assert ours + newline == want
 
 
-def test_template_that_refuses(codec):
+def test_template_that_refuses(chat_tokenizer):
   strict = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.hf_tokenizer.backend_tokenizer,
+    tokenizer_object=chat_tokenizer.hf_tokenizer.backend_tokenizer,
     chat_template="{{ raise_exception('no system role') }}",
   )
   with pytest.raises(errors.UserError, match=r"roles system, user \(no system role\)"):
     chat.prompt_ids(
-      dataclasses.replace(codec, hf_tokenizer=strict), conversation("x", system="y")
+      dataclasses.replace(chat_tokenizer, hf_tokenizer=strict),
+      conversation("x", system="y"),
     )
 
 
-def test_thinking_is_switched_off(codec):
+def test_thinking_is_switched_off(chat_tokenizer):
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.hf_tokenizer.backend_tokenizer,
+    tokenizer_object=chat_tokenizer.hf_tokenizer.backend_tokenizer,
     chat_template="{% if enable_thinking is false %}quiet{% else %}loud{% endif %}",
   )
   ids = chat.prompt_ids(
-    dataclasses.replace(codec, hf_tokenizer=tokenizer), conversation("x")
+    dataclasses.replace(chat_tokenizer, hf_tokenizer=tokenizer), conversation("x")
   )
-  assert chat.decode(codec, ids) == "quiet"
+  assert chat.decode(chat_tokenizer, ids) == "quiet"
 
 
 @pytest.mark.parametrize(
@@ -201,14 +208,15 @@ def test_thinking_is_switched_off(codec):
     "{%- set today = strftime_now('%d %B %Y') -%}Today: {{ today }}",
   ],
 )
-def test_a_date_in_the_template_does_not_change_at_midnight(codec, template):
+def test_a_date_in_the_template_does_not_change_at_midnight(chat_tokenizer, template):
   tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.hf_tokenizer.backend_tokenizer, chat_template=template
+    tokenizer_object=chat_tokenizer.hf_tokenizer.backend_tokenizer,
+    chat_template=template,
   )
   ids = chat.prompt_ids(
-    dataclasses.replace(codec, hf_tokenizer=tokenizer), conversation("x")
+    dataclasses.replace(chat_tokenizer, hf_tokenizer=tokenizer), conversation("x")
   )
-  assert chat.decode(codec, ids) == "Today: 26 Jul 2024"
+  assert chat.decode(chat_tokenizer, ids) == "Today: 26 Jul 2024"
   theirs = tokenizer.apply_chat_template(
     [{"role": "user", "content": "x"}], tokenize=False
   )
@@ -235,22 +243,24 @@ def controls(ids) -> list[int]:
 
 
 @pytest.mark.parametrize("content", SMUGGLED)
-def test_content_never_becomes_control_tokens(codec, content):
+def test_content_never_becomes_control_tokens(chat_tokenizer, content):
   plain = conversation("x", "x", "x", system="x")
   foul = conversation(content, content, content, system=content)
-  ids = chat.prompt_ids(codec, foul)
-  assert controls(ids) == controls(chat.prompt_ids(codec, plain))
+  ids = chat.prompt_ids(chat_tokenizer, foul)
+  assert controls(ids) == controls(chat.prompt_ids(chat_tokenizer, plain))
   # Nothing is lost either: the text reads as it was written.
-  rendered = codec.hf_tokenizer.apply_chat_template(
+  rendered = chat_tokenizer.hf_tokenizer.apply_chat_template(
     [m._asdict() for m in foul], tokenize=False, add_generation_prompt=True
   )
-  assert codec.hf_tokenizer.decode(ids) == rendered
-  assert controls(chat.encode(codec, content)) == []
-  assert chat.decode(codec, chat.encode(codec, content)) == content
-  assert controls(chat.answer_ids(codec, content)) == [IM_END]
+  assert chat_tokenizer.hf_tokenizer.decode(ids) == rendered
+  assert controls(chat.encode(chat_tokenizer, content)) == []
+  assert chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content)) == content
+  assert controls(chat.answer_ids(chat_tokenizer, content)) == [IM_END]
   for form in ("chat", "paper", "example", "none"):
-    clean = chat.teacher_ids(codec, conversation("x"), "x", form)
-    dirty = chat.teacher_ids(codec, conversation(content), content, form)
+    clean = teacher_prompts.teacher_ids(chat_tokenizer, conversation("x"), "x", form)
+    dirty = teacher_prompts.teacher_ids(
+      chat_tokenizer, conversation(content), content, form
+    )
     assert controls(dirty) == controls(clean), form
 
 
@@ -263,13 +273,13 @@ def test_content_never_becomes_control_tokens(codec, content):
     max_size=12,
   ).map("".join)
 )
-def test_any_content_keeps_the_frame(codec, content):
-  ids = chat.prompt_ids(codec, conversation(content))
+def test_any_content_keeps_the_frame(chat_tokenizer, content):
+  ids = chat.prompt_ids(chat_tokenizer, conversation(content))
   assert controls(ids) == [IM_START, IM_END, IM_START, IM_END, IM_START]
-  frame = chat.prompt_ids(codec, conversation("x"))
+  frame = chat.prompt_ids(chat_tokenizer, conversation("x"))
   assert ids[: frame.index(IM_END) + 3] == frame[: frame.index(IM_END) + 3]
   assert ids[-5:] == frame[-5:]
-  assert chat.decode(codec, chat.encode(codec, content)) == content
+  assert chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content)) == content
 
 
 @pytest.mark.parametrize(
@@ -283,17 +293,17 @@ def test_any_content_keeps_the_frame(codec, content):
     "\u0301 lone accent",
   ],
 )
-def test_text_round_trips_byte_exact(codec, content):
-  back = chat.decode(codec, chat.encode(codec, content))
+def test_text_round_trips_byte_exact(chat_tokenizer, content):
+  back = chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content))
   assert back.encode() == content.encode()
-  ids = chat.prompt_ids(codec, conversation(content))
-  assert content in codec.hf_tokenizer.decode(ids)
+  ids = chat.prompt_ids(chat_tokenizer, conversation(content))
+  assert content in chat_tokenizer.hf_tokenizer.decode(ids)
 
 
 # --- Teacher --------------------------------------------------------------------------
 
 
-def test_teacher_paper_is_pieces_tokenised_apart(codec):
+def test_teacher_paper_is_pieces_tokenised_apart(chat_tokenizer):
   """The paper's Eq. 7, spelled out; no special token anywhere."""
   pieces = [
     "Background reference knowledge:",
@@ -303,85 +313,89 @@ def test_teacher_paper_is_pieces_tokenised_apart(codec):
     "\nAnswer:",
   ]
   plain = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=codec.hf_tokenizer.backend_tokenizer
+    tokenizer_object=chat_tokenizer.hf_tokenizer.backend_tokenizer
   )
   want = [i for p in pieces for i in plain(p, add_special_tokens=False).input_ids]
-  got = chat.teacher_ids(codec, conversation("What is a tort?"), ": A wrong.", "paper")
+  got = teacher_prompts.teacher_ids(
+    chat_tokenizer, conversation("What is a tort?"), ": A wrong.", "paper"
+  )
   assert got == want
   assert controls(got) == []
   # Joined text would merge across a seam, here "::".
-  assert got != chat.encode(codec, "".join(pieces))
+  assert got != chat.encode(chat_tokenizer, "".join(pieces))
   several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
-  ids = chat.teacher_ids(codec, several, "A wrong.", "paper")
-  assert "Be brief.\nHi\nHello.\nWhat is a tort?\nAnswer:" in chat.decode(codec, ids)
+  ids = teacher_prompts.teacher_ids(chat_tokenizer, several, "A wrong.", "paper")
+  assert "Be brief.\nHi\nHello.\nWhat is a tort?\nAnswer:" in chat.decode(
+    chat_tokenizer, ids
+  )
 
 
-def test_teacher_chat_is_one_user_turn(codec):
+def test_teacher_chat_is_one_user_turn(chat_tokenizer):
   words = (
     "Background reference knowledge:A wrong."
     "\nAnswer the question based on the reference knowledge:\nWhat is a tort?\nAnswer:"
   )
   several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
   asked = conversation("Hi", "Hello.", words, system="Be brief.")
-  got = chat.teacher_ids(codec, several, "A wrong.", "chat")
-  assert got == template_ids(codec.hf_tokenizer, asked)
+  got = teacher_prompts.teacher_ids(chat_tokenizer, several, "A wrong.", "chat")
+  assert got == template_ids(chat_tokenizer.hf_tokenizer, asked)
 
 
-def test_teacher_example_is_one_user_turn(codec):
+def test_teacher_example_is_one_user_turn(chat_tokenizer):
   several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
   content = (
     "What is a tort?\n\nThis is an example for a response to the question:\nA wrong."
     "\n\nNow answer with a response of your own, including the thinking process."
   )
-  got = chat.teacher_ids(codec, several, "A wrong.", "example")
+  got = teacher_prompts.teacher_ids(chat_tokenizer, several, "A wrong.", "example")
   asked = conversation("Hi", "Hello.", content, system="Be brief.")
-  assert got == template_ids(codec.hf_tokenizer, asked)
+  assert got == template_ids(chat_tokenizer.hf_tokenizer, asked)
 
 
-def test_teacher_none_is_the_student(codec):
+def test_teacher_none_is_the_student(chat_tokenizer):
   messages = conversation("What is a tort?")
-  got = chat.teacher_ids(codec, messages, "A wrong.", "none")
-  assert got == chat.prompt_ids(codec, messages)
+  got = teacher_prompts.teacher_ids(chat_tokenizer, messages, "A wrong.", "none")
+  assert got == chat.prompt_ids(chat_tokenizer, messages)
   with pytest.raises(ValueError, match="form 'raw'"):
-    chat.teacher_ids(codec, messages, "A wrong.", "raw")
+    teacher_prompts.teacher_ids(chat_tokenizer, messages, "A wrong.", "raw")
 
 
 def test_leak_phrases():
   """A rollout that repeats the teacher's words is caught, an innocent one is not."""
   for form in ("chat", "paper"):
-    phrases = chat.leak_phrases(form)
+    phrases = teacher_prompts.leak_phrases(form)
     for leaked in (
-      chat.KNOWLEDGE,
-      chat.INSTRUCTION,
+      teacher_prompts.KNOWLEDGE,
+      teacher_prompts.INSTRUCTION,
       "The answer to this question is:",
     ):
       assert any(phrase in leaked.lower() for phrase in phrases)
     innocent = "A tort is a civil wrong; knowledge of it is no answer to a question."
     assert not any(phrase in innocent.lower() for phrase in phrases)
-  assert chat.leak_phrases("none") == ()
+  assert teacher_prompts.leak_phrases("none") == ()
 
 
 # --- Loading --------------------------------------------------------------------------
 
 
-def test_codec(codec):
-  assert codec.eos_ids == (IM_END, ENDOFTEXT)
-  assert codec.pad_id == IM_END
-  assert len(codec.digest) == 64
+def test_codec(chat_tokenizer):
+  assert chat_tokenizer.eos_ids == (IM_END, ENDOFTEXT)
+  assert chat_tokenizer.pad_id == IM_END
+  assert len(chat_tokenizer.digest) == 64
 
 
 @pytest.fixture
-def folder(codec, tmp_path) -> pathlib.Path:
-  codec.hf_tokenizer.save_pretrained(tmp_path)
+def folder(chat_tokenizer, tmp_path) -> pathlib.Path:
+  chat_tokenizer.hf_tokenizer.save_pretrained(tmp_path)
   (tmp_path / "config.json").write_text("{}")
   return tmp_path
 
 
-def test_digest_is_of_ids_and_template(codec, folder):
-  assert chat.load(str(folder)).digest == codec.digest
+def test_digest_is_of_ids_and_template(chat_tokenizer, folder):
+  assert chat.load(str(folder)).digest == chat_tokenizer.digest
   (folder / "chat_template.jinja").write_text("{{ messages }}")
   changed = chat.load(str(folder))
-  assert changed.digest != codec.digest
+  assert changed.digest != chat_tokenizer.digest
   assert changed.eos_ids == (IM_END, ENDOFTEXT)
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from raft_jax import errors
-from raft_jax.hf import chat
+from raft_jax.hf import chat, teacher_prompts
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.storage import records
 from tests.helpers import tiny_llama
@@ -64,10 +64,10 @@ def test_an_added_token_beyond_the_model_may_be_unused(complete, special):
   add_token(complete, special=special)
   tiny_llama.edit_config(vocab_size=90)(complete)
   edit_tokenizer_config(complete, pad_token="<|odd|>", bos_token="<|odd|>")
-  codec = chat.load(str(complete))
-  assert codec.hf_tokenizer.pad_token_id == 90
-  assert codec.pad_id == codec.eos_ids[0] == 2
-  assert max(chat.prompt_ids(codec, records.user_turn("1 + 1 <|odd|>"))) < 90
+  chat_tokenizer = chat.load(str(complete))
+  assert chat_tokenizer.hf_tokenizer.pad_token_id == 90
+  assert chat_tokenizer.pad_id == chat_tokenizer.eos_ids[0] == 2
+  assert max(chat.prompt_ids(chat_tokenizer, records.user_turn("1 + 1 <|odd|>"))) < 90
 
 
 def add_word(folder: pathlib.Path, word: str, index: int) -> None:
@@ -82,14 +82,16 @@ def add_word(folder: pathlib.Path, word: str, index: int) -> None:
 def test_a_word_beyond_the_model_is_refused_where_it_is_used(complete, word):
   add_word(complete, word, 90)
   tiny_llama.edit_config(vocab_size=90)(complete)
-  codec = chat.load(str(complete))
-  chat.row_ids(codec, records.user_turn("1"), "2", "chat")
+  chat_tokenizer = chat.load(str(complete))
+  teacher_prompts.row_ids(chat_tokenizer, records.user_turn("1"), "2", "chat")
   says = re.escape(f"needs the token {word!r}, whose id 90 is beyond")
   for question, answer in ((f"a {word} b", "2"), ("1", f"a {word}")):
     with pytest.raises(errors.UserError, match=says):
-      chat.row_ids(codec, records.user_turn(question), answer, "none")
+      teacher_prompts.row_ids(
+        chat_tokenizer, records.user_turn(question), answer, "none"
+      )
   with pytest.raises(errors.UserError, match=says):
-    chat.document_ids(codec, word)
+    chat.document_ids(chat_tokenizer, word)
 
 
 def test_end_tokens_beyond_the_model(complete):
@@ -111,9 +113,9 @@ def test_a_beginning_beyond_the_model_that_the_template_writes(complete):
   tiny_llama.edit_config(vocab_size=90)(complete)
   template = complete / "chat_template.jinja"
   template.write_text("<|odd|>" + template.read_text())
-  codec = chat.load(str(complete))
+  chat_tokenizer = chat.load(str(complete))
   with pytest.raises(errors.UserError, match=r"needs the token '<\|odd\|>'"):
-    chat.prompt_ids(codec, records.user_turn("1"))
+    chat.prompt_ids(chat_tokenizer, records.user_turn("1"))
 
 
 @pytest.mark.parametrize(("config", "end"), [([7], 4), ([5], 5), ([5, 4], 4), ([], 4)])

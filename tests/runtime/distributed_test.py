@@ -23,7 +23,7 @@ from raft_jax.runtime import distributed
 from raft_jax.training import checkpoint
 from tests.helpers import mesh_steps, tiny_llama
 
-ALONE = {"asked": None, "coordinator": None, "processes": None, "index": None}
+ALONE = {"wanted": None, "coordinator": None, "processes": None, "index": None}
 SLURM = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}
 MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://n1:5", "OMPI_COMM_WORLD_SIZE": "2"}
 
@@ -78,9 +78,9 @@ def test_what_is_missing_to_join_is_named(monkeypatch, environment, given, messa
 def test_a_process_alone_joins_nobody_and_keeps_its_own_errors(monkeypatch):
   distributed.join(**ALONE, heartbeat_s=1)
   monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "n1:5")
-  distributed.join(**{**ALONE, "asked": False}, heartbeat_s=1)
+  distributed.join(**{**ALONE, "wanted": False}, heartbeat_s=1)
   assert distributed.is_primary()
-  assert distributed.exchange("word") == ["word"]
+  assert distributed.gather_texts("word") == ["word"]
 
   def fail():
     raise errors.UserError("mine")
@@ -99,16 +99,18 @@ def test_a_fault_of_one_process_waits_until_all_can_hear_of_it(monkeypatch):
     alone.keep(fail)
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(distributed, "exchange", lambda text: ['["n0", "", false]', text])
+  monkeypatch.setattr(
+    distributed, "gather_texts", lambda text: ['["n0", "", false]', text]
+  )
   monkeypatch.setattr(socket, "gethostname", lambda: "n1")
   done = []
   several = distributed.DeferredErrors()
-  several.tell()
+  several.raise_on_all()
   several.keep(lambda: done.append(1))
   several.keep(fail)
   several.keep(lambda: done.append(2))  # after a hole, a log says nothing
   with pytest.raises(errors.UserError, match=r"process 1 on n1: .*No space left"):
-    several.tell()
+    several.raise_on_all()
   assert done == [1]
 
   def busy():
