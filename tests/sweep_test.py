@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -10,10 +9,8 @@ import pytest
 
 from raft_jax import errors, sweep
 from raft_jax.config import load as config_load
-from raft_jax.config import schema, sweep_runs
-from raft_jax.generation import sentence_encoder
+from raft_jax.config import sweep_runs
 from raft_jax.reporting import sweep_collection
-from raft_jax.runtime import stage_process
 from tests.helpers import sweep_rows, tiny_run
 
 SWEEP = """
@@ -133,19 +130,6 @@ def test_a_sweep_is_run_resumed_and_collected(file):
   )
 
 
-@pytest.mark.parametrize(
-  ("number", "ends"), [(signal.SIGKILL, errors.UserError), (signal.SIGTERM, SystemExit)]
-)
-def test_a_stage_that_is_killed_for_memory_ends_its_own_run_only(
-  tmp_path, monkeypatch, number, ends
-):
-  kill = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {number:d})"]
-  started = subprocess.Popen
-  monkeypatch.setattr(subprocess, "Popen", lambda command: started(kill))
-  with pytest.raises(ends, match=r"train of one was killed by signal 9, perhaps|143"):
-    stage_process.run("train", tmp_path / "one.yaml")
-
-
 def test_its_table_fits_a_terminal(monkeypatch, capsys):
   monkeypatch.setenv("COLUMNS", "80")
   score = {"value": 1.0, "low": 0.5, "high": 1.5}
@@ -162,67 +146,3 @@ def test_its_table_fits_a_terminal(monkeypatch, capsys):
   assert shown.count("0.500–1.500") == 2 * len(sweep.SHOWN) + 2
   # A long name is folded, not cut.
   assert "…" not in shown
-
-
-@pytest.mark.parametrize(
-  ("name", "count"),
-  [
-    ("reproduce", 33),
-    ("top_k", 7),
-    ("ablations", 19),
-    ("methods", 21),
-    ("long", 3),
-    ("factors", 17),
-  ],
-)
-def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
-  path = pathlib.Path("configs/sweeps") / f"{name}.yaml"
-  assert f"# {count} runs of" in path.read_text(encoding="utf-8")
-  base = config_load.load(path)
-  assert len(sweep_runs.expand(base)) == count
-  if "evaluate" in base.sweep.stages:  # where there is no hub
-    assert sentence_encoder.find(base.refine.encoder).is_dir()
-
-
-@pytest.mark.parametrize("name", ["raft_paper", "raft_tuned"])
-def test_the_presets_are_runs_of_the_reproduction(name):
-  preset = config_load.load(pathlib.Path("configs") / f"{name}.yaml")
-  runs = sweep_runs.expand(config_load.load("configs/sweeps/reproduce.yaml"))
-  group = {"raft_paper": "raft", "raft_tuned": "raft_original"}[name]
-  run = next(run.config for run in runs if run.group == group)
-  # What is measured and kept on the way is no setting of a method, nor is where the
-  # calls are kept, and IFEval's items come from outside.
-  apart = {
-    "refine": ("journal",),
-    "train": ("checkpoint_every", "gradient_stats_every"),
-  }
-  for section in schema.Config.model_fields.keys() - {"output", "sweep", "evaluate"}:
-    ours, theirs = getattr(preset, section), getattr(run, section)
-    if section in apart:
-      same = {key: getattr(ours, key) for key in apart[section]}
-      theirs = theirs.model_copy(update=same)
-    assert ours == theirs, section
-
-
-def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
-  rows = [
-    {"step_seconds": 60.0, "kd_ratio": 1.0, "teacher_mass_in_support": 0.8},
-    {"step_seconds": 2.0, "kd_ratio": None, "teacher_mass_in_support": 0.9},
-    {"step_seconds": 4.0, "kd_ratio": 0.5, "teacher_mass_in_support": 1.0},
-  ]
-  rows[1] |= {"validation_loss": 2.5}  # without the drift it is no point of a curve
-  rows[2] |= {"validation_loss": 2.0, "validation_drift": 0.1}
-  (tmp_path / "metrics.jsonl").write_text(
-    "".join(
-      json.dumps({"step": step, "split": "train", "values": values}) + "\n"
-      for step, values in enumerate(rows, 1)
-    )
-  )
-  (tmp_path / "cost.json").write_text('{"host_peak_bytes": 5}')
-  assert sweep_collection.training_values(tmp_path) == {
-    "cost": {"host_peak_bytes": 5, "step_seconds": 3.0},
-    "support_mass": pytest.approx(0.9),
-    "ratio": [(1, 1.0), (3, 0.5)],
-    "looks": [(3, 2.0, 0.1)],
-  }
-  assert sweep_collection.training_values(tmp_path / "empty") == {"cost": {}}

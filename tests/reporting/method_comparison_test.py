@@ -8,7 +8,6 @@ import pytest
 from raft_jax import errors
 from raft_jax.reporting import (
   method_comparison,
-  sweep_collection,
   sweep_page,
   sweep_results,
 )
@@ -215,29 +214,3 @@ def test_a_folder_of_domains_is_one_comparison(tmp_path):
   lines = (tmp_path / "comparison.md").read_text().splitlines()
   assert lines[0] == "### Methods, mean of 2 domains"
   assert "### web: All settings" in lines
-
-
-def test_what_is_kept_of_an_evaluation_is_short(tmp_path):
-  (tmp_path / "items.json").write_text(
-    json.dumps(
-      {
-        "drift": {
-          "items": "a" * 64, "share": False, "base": None,
-          "trained": [0.123456789], "weights": None,
-        },
-        "ended": {
-          "items": "b" * 64, "share": True, "base": [0.0], "trained": [1.0],
-          "weights": None,
-        },
-      }
-    )
-  )  # fmt: skip
-  assert sweep_collection.item_scores(tmp_path) == {
-    "drift": {
-      "items": "a" * 16,
-      "base": None,
-      "trained": [0.12346],
-      "weights": None,
-    }
-  }
-  assert sweep_collection.item_scores(tmp_path / "absent") == {}

@@ -1,0 +1,21 @@
+"""Paired comparisons of two models, by hand."""
+
+import numpy as np
+import pytest
+
+from raft_jax.evaluation import comparison, intervals
+
+
+def test_difference_is_taken_item_by_item():
+  losses = np.random.default_rng(2).normal(4.0, 3.0, 40)
+  base = {"held_out_loss": intervals.ItemScores(losses)}
+  trained = {"held_out_loss": intervals.ItemScores(losses - 0.25)}
+  result = comparison.summarise(base, trained)
+  paired = result["paired"]["held_out_loss"]
+  # Every item fell by 0.25, so the difference is certain though the means are not.
+  assert [paired[key] for key in ("difference", "low", "high")] == pytest.approx(
+    [-0.25] * 3
+  )
+  score = result["scores"]["base"]["held_out_loss"]
+  assert score["high"] - score["low"] > 1.0
+  assert score["n"] == 40
