@@ -1,9 +1,9 @@
 """The command line of every stage, and the keys of the config written out.
 
-Bad input is one message and exit code 2; what may pass by itself (a server that is
-away) one and 75, which `launch/again.sh` and schedulers take for "start it again";
-Ctrl-C a hint and 130; never a traceback. A signal that comes when all is done ends the
-command by its code, too: what would follow the command in a script was meant, too.
+Bad input prints one message and exits with 2. A temporary failure (an unreachable
+server) exits with 75, which `launch/again.sh` and schedulers read as "start it again".
+Ctrl-C prints a hint and exits with 130. No user error prints a traceback. A signal that
+arrives after the work is done also sets the exit code, so that a script stops, too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ def run(
 ) -> None:
   """Runs `python -m raft_jax.<stage> --config FILE [key=value ...] [--print-config]`.
 
-  `main` gets the config, and the values of the stage's own `options` by name: each is
-  what `argparse` takes for it. `without_data`: the files of questions may be absent.
-
-  Bad input is a message on stderr and exit code 2 (75: try again), a signal a hint and
-  the exit code of `interrupts`; neither shows a traceback.
+  `main` is called with the config and, by keyword, the values of the stage's own
+  `options`: name -> arguments of `argparse`'s `add_argument`. `without_data`: whether
+  the files of questions may be absent.
   """
   environment.plain_streams()
   parser = argparse.ArgumentParser(
@@ -91,7 +89,7 @@ def run(
 
 
 def _flush() -> None:
-  """Notices a full disk or a closed pipe while that can still be told."""
+  """Flushes stdout, so that a full disk or a closed pipe is an error here."""
   if sys.stdout is not None:
     sys.stdout.flush()
 
@@ -113,7 +111,7 @@ def _end(error: BaseException) -> NoReturn:
     _complain(f"interrupted; {interrupts.HINT}")
     _leave(error)
   if isinstance(error, BrokenPipeError):
-    # Who reads our output has closed it, as `head` does: nobody is left to tell.
+    # The reader of our output has closed it, as `head` does.
     _silence()
     sys.exit(128 + signal.SIGPIPE)
   text = _user_fault(error)
@@ -125,9 +123,9 @@ def _end(error: BaseException) -> NoReturn:
 
 
 def _leave(error: BaseException) -> NoReturn:
-  """Ends a process that a signal has stopped; all that it leaves is on the disk.
+  """Ends a process after a signal; all its results are on disk.
 
-  At once: while Python ends, threads of XLA and others still run, and may crash.
+  Without Python's shutdown, in which threads of XLA and others may crash.
   """
   code = 128 + signal.SIGINT
   if isinstance(error, interrupts.Stopped):
@@ -146,7 +144,7 @@ def _complain(line: str) -> None:
 
 
 def _silence() -> None:
-  """Writes out both streams; one that cannot be written is left, not complained of."""
+  """Flushes both streams; replaces one that cannot be written by the null device."""
   for stream in (sys.stdout, sys.stderr):
     try:
       if stream is not None:
@@ -156,11 +154,11 @@ def _silence() -> None:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Of writing, which does not say into which file."""
+"""Errors of writing, which do not name the file."""
 
 
 def _user_fault(error: BaseException) -> str | None:
-  """What the user can mend about an exception, or None: then it is a defect."""
+  """The message for an error that the user can correct; None: it is a defect."""
   if isinstance(error, errors.UserError):
     return str(error)
   if isinstance(error, argparse.ArgumentError):
@@ -172,7 +170,7 @@ def _user_fault(error: BaseException) -> str | None:
     return f"{str(error).splitlines()[0][:300]}; correct or unset JAX_PLATFORMS"
   if isinstance(error, OSError) and error.errno in FULL:
     return f"{os.strerror(error.errno)}: make room, then run the same command again"
-  # By name: a stage that holds no jax must not import it for this.
+  # By name, because a stage without jax must not import it for this.
   if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
     return (
       f"a device's memory is full ({str(error).splitlines()[0][:200]}). Lower "
@@ -183,7 +181,7 @@ def _user_fault(error: BaseException) -> str | None:
   return None
 
 
-# The reference
+# --- The reference --------------------------------------------------------------------
 
 
 def _help_table() -> str:
@@ -211,7 +209,7 @@ def _help_lines(keys: Sequence[config_reference.Key]) -> list[str]:
 
 
 def reference() -> str:
-  """A Markdown table of all keys but those that roles share."""
+  """A Markdown table of all keys except those that roles share."""
   return _markdown(config_reference.reference_keys())
 
 

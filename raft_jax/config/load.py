@@ -131,7 +131,7 @@ def _validate(
   except errors.UserError as e:
     note("method", str(e))
   if method is not None:
-    tree = methods.under(method.settings, tree)
+    tree = methods.merge(method.settings, tree)
   try:
     # JSON's strict mode accepts a list for a tuple and 1 for 1.0, but not "8" for 8.
     config = schema.Config.model_validate_json(json.dumps(tree), strict=True)

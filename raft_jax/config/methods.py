@@ -1,7 +1,7 @@
 """The table of methods: one word in the config names how a model is fine-tuned.
 
-A method is a set of config keys and their values: answers, teacher, losses, weights,
-updates, edit of the result. `load.load` merges the user's own file over them, so any
+A method is a set of config keys and values: answers, teacher, losses, their weights,
+updates, and edits of the result. `load.load` merges the user's file over them, so any
 part of a method can be changed.
 """
 
@@ -15,14 +15,14 @@ from raft_jax import errors
 
 
 class Method(NamedTuple):
-  """What a word stands for.
+  """A method: its settings, and what the user must add.
 
   Attributes:
     summary: one line for the table of methods.
     source: authors and place of the paper, or "".
-    settings: tree of config keys with the values that make up the method; all others
-      keep their defaults.
-    needs: keys that the user must set, with what to set them to.
+    settings: tree of config keys with the method's values; other keys keep their
+      defaults.
+    needs: keys that the user must set -> what to set them to.
   """
 
   summary: str
@@ -32,12 +32,12 @@ class Method(NamedTuple):
 
 
 def _on_questions(**sections: Any) -> dict[str, Any]:
-  """Learns the questions' own answers; without a teacher unless a section says so."""
+  """Settings that learn the answers of the questions, by default without a teacher."""
   return {"data": {"answers": "original"}, "distill": {"teacher": "none"}, **sections}
 
 
-# No reference answer for the teacher, and the loss of the whole vocabulary as far as
-# the top K resolve it: all the mass outside is one more class.
+# The teacher reads no reference answer. The loss approximates that of the whole
+# vocabulary: the mass outside the top K is one more class.
 _PLAIN_TEACHER = {
   "teacher": "base",
   "teacher_context": "none",
@@ -46,7 +46,7 @@ _PLAIN_TEACHER = {
 }
 _REVERSE = {**_PLAIN_TEACHER, "direction": "reverse"}
 _WEIGHT_1 = {"mode": "fixed", "weight": 1.0}
-_NO_DECAY = {"weight_decay": 0.0}  # a decay to 0 works against an anchor
+_NO_DECAY = {"weight_decay": 0.0}  # decay to 0 works against an anchor
 
 METHODS = {
   "raft": Method(
@@ -186,10 +186,10 @@ METHODS = {
 
 
 def get(name: str) -> Method:
-  """Looks a method up.
+  """The method of that name.
 
   Raises:
-    errors.UserError: for an unknown name, with the nearest known one.
+    errors.UserError: the name is unknown; the message suggests a similar one.
   """
   if name in METHODS:
     return METHODS[name]
@@ -198,23 +198,23 @@ def get(name: str) -> Method:
   raise errors.UserError(f"unknown method {name!r}; {hint}")
 
 
-def under(settings: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-  """The tree of both, in which `own` wins wherever it says something."""
-  merged = {**settings, **own}
-  for key, value in own.items():
-    below = settings.get(key)
-    if isinstance(below, dict) and isinstance(value, dict):
-      merged[key] = under(below, value)
+def merge(settings: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+  """Both trees in one; where both have a value, that of `tree` counts."""
+  merged = {**settings, **tree}
+  for key, value in tree.items():
+    section = settings.get(key)
+    if isinstance(section, dict) and isinstance(value, dict):
+      merged[key] = merge(section, value)
   return merged
 
 
 def words(settings: dict[str, Any], prefix: str = "") -> list[str]:
-  """Settings as overrides, `distill.teacher=none`."""
-  found = []
+  """Settings as overrides, e.g. `distill.teacher=none`."""
+  overrides = []
   for key, value in settings.items():
     if isinstance(value, dict) and value:
-      found += words(value, f"{prefix}{key}.")
+      overrides += words(value, f"{prefix}{key}.")
     else:
       shown = str(value).lower() if isinstance(value, bool) else value
-      found.append(f"{prefix}{key}={shown}")
-  return found
+      overrides.append(f"{prefix}{key}={shown}")
+  return overrides

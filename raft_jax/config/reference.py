@@ -1,7 +1,7 @@
-"""The keys of a run's file as a list: names, types, defaults and meanings, for help.
+"""The config keys as a list of names, types, defaults and meanings, for `--help`.
 
-Every section with the key `engine` is a role: a language model that writes or judges.
-Roles share most of their keys, which `reference_keys` names once, as `<role>.KEY`.
+A section with the key `engine` is a role: a language model that writes or judges. Roles
+share most of their keys, which `engine_keys` lists once.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _REQUIRED = object()
 
 class Key(NamedTuple):
   name: str  # dotted; [] for each item of a list
-  type: str  # "" for a section that is always there
+  type: str  # "" for a section that is never null
   default: str
   meaning: str
 
 
 @functools.cache
 def every_key() -> tuple[Key, ...]:
-  """Every section and key of the file, in its order."""
+  """All sections and keys of the file, in order."""
   tree = schema.Config.model_json_schema()
   return tuple(_walk(tree, tree["$defs"], "", {}))
 
 
 @functools.cache
 def roles() -> tuple[str, ...]:
-  """The sections that name a language model, in the file's order."""
+  """The sections of language models, in the order of the file."""
   names = [key.name for key in every_key()]
   return tuple(
     name.removesuffix(".engine") for name in names if _leaf(name) == "engine"
@@ -41,7 +41,7 @@ def roles() -> tuple[str, ...]:
 
 @functools.cache
 def engine_keys() -> tuple[Key, ...]:
-  """The keys that roles share, with the roles that do not take one in its meaning."""
+  """The keys that roles share; the meaning names the roles that lack a key."""
   names = {key.name for key in every_key()}
   result = []
   for key in _shared():
@@ -53,7 +53,7 @@ def engine_keys() -> tuple[Key, ...]:
 
 
 def reference_keys() -> tuple[Key, ...]:
-  """Every key, without those of a role that are as in `engine_keys`."""
+  """All keys, without those of a role that are the same in `engine_keys`."""
   shared = {key._replace(name=_leaf(key.name)) for key in _shared()}
   return tuple(
     key
@@ -99,7 +99,7 @@ def _walk(
 
 
 def _unless_null(field: dict[str, Any]) -> dict[str, Any]:
-  """What a value may be beside null."""
+  """The schema of a value that is not null."""
   options = [
     option for option in field.get("anyOf", ()) if option.get("type") != "null"
   ]

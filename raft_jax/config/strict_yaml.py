@@ -1,7 +1,6 @@
-"""YAML 1.2 read strictly: plain values, the line of every key, every fault kept.
+"""Strict reading of YAML 1.2: plain values, the line of each key, and all faults.
 
-A duplicate key, an alias or a tag is a fault; nothing is executed or guessed. Knows
-nothing of what the values mean.
+A duplicate key, an alias or a tag is a fault. Nothing is executed or guessed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Problem(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-  """YAML 1.2's scalars: `1e-5` is a number; `no`, `12:30` and dates are text."""
+  """Reads scalars as YAML 1.2: `1e-5` is a number; `no`, `12:30` and dates are text."""
 
   yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
@@ -33,12 +32,12 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-  """Quotes a text exactly where `_Loader` would read something else."""
+  """Quotes a text only if `_Loader` would read it as something else."""
 
   yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
   def represent_str(self, text: str) -> yaml.ScalarNode:
-    # PyYAML's other styles fold line breaks such as U+0085 away.
+    # PyYAML's other styles drop line breaks such as U+0085.
     style = None if text.isprintable() else '"'
     return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -80,13 +79,13 @@ _SCALARS: dict[str, Callable[[str], Any]] = {
 
 
 class Draft:
-  """What was read so far: plain values, where each key stands, what is wrong."""
+  """The values read so far, the place of each key, and the faults."""
 
   def __init__(self) -> None:
     self.tree: Any = {}
     self.places: dict[str, str] = {}
     self.problems: list[Problem] = []
-    self.unread: set[str] = set()  # keys whose value could not be read at all
+    self.unread: set[str] = set()  # keys whose value could not be read
 
   def read(self, text: str, key: str, place: Callable[[int], str]) -> Any:
     """The plain value of a YAML text; `place` turns a line into file:line."""
@@ -135,7 +134,7 @@ class Draft:
     return result
 
   def override(self, key: str, text: str) -> None:
-    """Sets one dotted key to a value read by the rules of the file."""
+    """Sets a dotted key to a value, which is read like one in the file."""
     where = "command line"
     value = self.read(text, key, lambda line: where)
     self.places[key] = where
@@ -158,13 +157,13 @@ class Draft:
       what = f"there is no {'.'.join(parents)} to put it in; give that key whole"
       self.problems.append(Problem(where, key, what))
 
-  def place(self, loc: Sequence[str | int], otherwise: str) -> str:
-    """Where a key stands, else its closest parent."""
+  def place(self, loc: Sequence[str | int], default: str) -> str:
+    """The place of a key, or else that of its closest parent."""
     for end in range(len(loc), 0, -1):
       dotted = ".".join(map(str, loc[:end]))
       if dotted in self.places:
         return self.places[dotted]
-    return otherwise
+    return default
 
 
 def dump(tree: dict[str, Any]) -> str:

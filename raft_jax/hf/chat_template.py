@@ -1,7 +1,7 @@
-"""The chat template of a model: which one, and the one place that renders with it.
+"""The chat template of a model: choosing and rendering it.
 
-Training, evaluation and every engine that renders prompts here see the same text:
-thinking is off, and the clock stands still.
+Training, evaluation and the engines all render here, so they read the same text, with
+thinking switched off and a fixed date.
 """
 
 from __future__ import annotations

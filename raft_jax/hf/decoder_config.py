@@ -1,4 +1,4 @@
-"""The config of a model outside as the decoder's: what is read, and what is refused.
+"""A model's config fields to a `DecoderConfig`; unsupported features are refused.
 
 `config.json` and GGUF metadata both arrive as the same dict of Hugging Face config
 fields, so that every rule is written once.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def of(fields: families.Fields, place: str) -> families.Family:
-  """The family of a model, refusing what `model` does not compute.
+  """The family of a model; refuses features that the decoder does not compute.
 
   Args:
     fields: the model's config.

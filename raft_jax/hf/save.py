@@ -1,4 +1,4 @@
-"""Models out: a folder that transformers and vLLM load."""
+"""Export of models and adapters to folders that transformers, vLLM and PEFT load."""
 
 from __future__ import annotations
 

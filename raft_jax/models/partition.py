@@ -1,8 +1,8 @@
-"""Which parameters a run trains: its trainable tree, and a frozen one beside it.
+"""The parameters that a run trains, and those that stay frozen.
 
-The trainable tree gets gradients, optimizer state and checkpoints. The frozen tree is
-an argument of every program, never differentiated and never copied. `combine` makes of
-both what `transformer.forward` reads.
+The trainable tree has gradients, optimizer state and checkpoints. The frozen tree is an
+argument of every program and is never differentiated or copied. `combine` joins both to
+the tree that `transformer.forward` reads.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from raft_jax.models import transformer
 
 
 class Split(NamedTuple):
-  """How a model is divided.
+  """How a model is split into a trainable and a frozen tree.
 
   Attributes:
     shapes: the trainable tree, as `jax.ShapeDtypeStruct` leaves; float32.
     axes: its logical axis names, for `sharding.tree`.
-    start: base model's parameters -> the trainable tree at step 0, in buffers of its
-      own: a step donates them.
-    freeze: base model's parameters -> the frozen tree, in the same buffers; None where
+    start: base model's parameters -> the trainable tree at step 0, in new buffers,
+      because a step donates them.
+    freeze: base model's parameters -> the frozen tree, in the same buffers; None if
       nothing is frozen.
-    trains_base: some of the base model's own parameters are trained, so that they are
-      wanted in float32.
+    trains_base: whether some parameters of the base model are trained, and therefore
+      needed in float32.
   """
 
   shapes: transformer.Params
@@ -38,7 +38,7 @@ class Split(NamedTuple):
 
 
 def everything(config: transformer.DecoderConfig) -> Split:
-  """Full fine-tuning: all is trained, nothing frozen."""
+  """Full fine-tuning: all parameters are trained."""
   return Split(
     shapes=transformer.shapes(config),
     axes=transformer.axes(config),
@@ -51,12 +51,12 @@ def everything(config: transformer.DecoderConfig) -> Split:
 def combine(
   frozen: transformer.Params, trained: transformer.Params
 ) -> transformer.Params:
-  """The parameters that `forward` reads, of two trees that share no leaf."""
-  whole = dict(frozen)
+  """The parameters that `forward` reads, from two trees that share no leaf."""
+  combined = dict(frozen)
   for name, value in trained.items():
-    if name in whole:
-      if not (isinstance(value, dict) and isinstance(whole[name], dict)):
+    if name in combined:
+      if not (isinstance(value, dict) and isinstance(combined[name], dict)):
         raise ValueError(f"{name} is both frozen and trained")
-      value = combine(whole[name], value)
-    whole[name] = value
-  return whole
+      value = combine(combined[name], value)
+    combined[name] = value
+  return combined

@@ -1,8 +1,8 @@
 """Rotary position embeddings: frequencies, their scaling for long texts, the rotation.
 
-A rotary embedding is data, a `Rope`: every published scaling is a divisor of each
-frequency. Shapes: B rows, T tokens, H heads, h head width, K frequencies (half of the
-width that turns).
+A `Rope` describes one rotary embedding; each published scaling divides the frequencies.
+Shapes: B rows, T tokens, H heads, h head width, K frequencies (half of the width that
+is rotated).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Rope:
 
   Attributes:
     theta: base of the frequencies.
-    width: the leading part of a head that turns; None: the whole head.
-    divisors: of the frequencies: none, one for all, or one each. A frequency divided by
-      infinity does not turn: (inf,) is a layer without positions.
-    long_divisors: take the place of `divisors` in rows that are longer than
-      `long_after` positions (Ding et al., "LongRoPE", arXiv 2402.13753). One of the two
-      turns a row from its first token to its last, also while it is generated: the
-      length that it may come to decides, so that cached keys never need turning anew.
-      transformers decides by the longest row of the batch, call by call, and computes
-      the cache again where an answer crosses the length; up to there it differs.
-    scale: of cosine and sine.
+    width: of the leading part of a head that is rotated; None: the whole head.
+    divisors: of the frequencies: none, one for all, or one for each. A frequency
+      divided by infinity does not rotate: (inf,) is a layer without positions.
+    long_divisors: replace `divisors` in rows longer than `long_after` positions (Ding
+      et al., "LongRoPE", arXiv 2402.13753). A row uses one of the two from its first
+      token to its last, also while it is generated: the length that it may reach
+      decides, so that cached keys never need another rotation. transformers decides by
+      the longest row of the batch in each call, and recomputes the cache when an answer
+      crosses the length; before that point it differs.
+    scale: factor of cosine and sine.
   """
 
   theta: float
@@ -50,7 +50,7 @@ def rotation(
   Su et al., "RoFormer", arXiv 2104.09864.
 
   Args:
-    reach_B: int32, the length of each row in positions; read with `long_divisors` only.
+    reach_B: int32, length of each row in positions; read only with `long_divisors`.
   """
   width = rope.width or head_dim
   exponent = jnp.arange(0, width, 2, dtype=jnp.float32) / width
@@ -70,10 +70,10 @@ def rotation(
 
 
 def rotate(x_BTHh: Array, cos: Array, sin: Array) -> Array:
-  """Turns the leading 2K of each head, its halves against each other."""
-  turning, still = jnp.split(x_BTHh, [2 * cos.shape[-1]], axis=-1)
-  first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
+  """Rotates the leading 2K dimensions of each head, the first half with the second."""
+  rotating, fixed = jnp.split(x_BTHh, [2 * cos.shape[-1]], axis=-1)
+  first, second = jnp.split(rotating.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
   ).astype(x_BTHh.dtype)
-  return jnp.concatenate([rotated, still], axis=-1) if still.shape[-1] else rotated
+  return jnp.concatenate([rotated, fixed], axis=-1) if fixed.shape[-1] else rotated

@@ -1,7 +1,7 @@
-"""Where every array lives: one table from logical axes to the axes of the device mesh.
+"""Sharding of every array: one table from logical axes to axes of the device mesh.
 
-Mesh axes are `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp`;
-parameters, and with them optimizer state, over `fsdp` and `tensor`.
+Mesh axes are `data`, `fsdp` and `tensor`. A batch is sharded over `data` and `fsdp`;
+parameters and optimizer state over `fsdp` and `tensor`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "head_dim": None,
   "rank": None,
 }
-"""Logical axis to mesh axes. A name that is not here is an error, not a default."""
+"""Logical axis -> mesh axes. An unknown name is an error and has no default."""
 
 GATHERED = {"embed": "width"}
-"""What a parameter's axis is where the parameter is used: whole over `fsdp`."""
+"""A parameter's logical axis -> that axis where it is used, gathered over `fsdp`."""
 
 
 def make_mesh(
   data: int, fsdp: int, tensor: int, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
-  """Builds the mesh over all devices; one size may be -1, meaning what is left.
+  """Builds the mesh over all devices; one size may be -1, meaning the remaining ones.
 
   Args:
-    devices: by default those that there are.
+    devices: None: all devices.
 
   Raises:
     errors.UserError: when the sizes do not multiply to the number of devices.
@@ -57,13 +57,13 @@ def make_mesh(
       f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not fit {count} "
       "devices; the sizes must multiply to that number (one may be -1)"
     )
-  # As `jax.make_mesh`, which refuses to split an axis of a TPU slice over two of ours.
+  # Like `jax.make_mesh`, which refuses to split one axis of a TPU slice over two axes.
   placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def describe(mesh: Mesh) -> str:
-  """One line: the devices, and how they are shared out."""
+  """One line: the devices and the sizes of the mesh."""
   kind = mesh.devices.flat[0].device_kind
   sizes = ", ".join(f"{name} {mesh.shape[name]}" for name in MESH_AXES)
   return f"device: {kind}" if mesh.size == 1 else f"{mesh.size} x {kind}: {sizes}"
@@ -77,8 +77,10 @@ def spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
 def place(
   mesh: Mesh | AbstractMesh, axes: tuple[str, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-  """The sharding of one array; a dimension that does not divide stays whole, as does
-  one whose axes a mesh of another's making lacks."""
+  """The sharding of one array.
+
+  A dimension is not sharded if its size does not divide or the mesh lacks its axes.
+  """
   names = []
   for name, size in zip(axes, shape, strict=True):
     target = RULES[name]
@@ -90,10 +92,10 @@ def place(
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-  """Fixes where an activation lives, under `jax.set_mesh`; without a mesh, nothing.
+  """Constrains the sharding of an activation under `jax.set_mesh`; else does nothing.
 
-  Left to itself the compiler follows the parameters, sums partial products over `fsdp`
-  and sends activations around where it should gather weights.
+  Without constraints the compiler follows the parameters: it sums partial products over
+  `fsdp` and moves activations where it should gather weights.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -102,20 +104,20 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-  """A whole copy on every device, under `jax.set_mesh`."""
+  """Replicates an array on every device, under `jax.set_mesh`."""
   return constrain(x, *("width",) * x.ndim)
 
 
 def gathered(weight: jax.Array, *axes: str) -> jax.Array:
-  """A weight whole over `fsdp`, gathered here and not wherever it is read.
+  """A weight gathered over `fsdp` here, and not wherever it is read.
 
-  Its gradient goes back to the shares in which the weight lives: a plain constraint
-  would hold every device to the whole gradient.
+  Its gradient is scattered back to the shards of the weight. With a plain constraint
+  every device would hold the full gradient.
   """
 
   @jax.custom_vjp
   def gather(weight: jax.Array) -> jax.Array:
-    # Held in its shares first: else a cast before this moves behind the gathering.
+    # Sharded first: else the compiler moves an earlier cast behind the gathering.
     weight = constrain(weight, *axes)
     return constrain(weight, *(GATHERED.get(name, name) for name in axes))
 
@@ -142,15 +144,15 @@ def tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """Rows over `data` and `fsdp`; everything else whole."""
+  """The sharding of a batch: rows over `data` and `fsdp`."""
   return NamedSharding(mesh, spec(("batch",)))
 
 
 def spread(place: jax.sharding.Sharding, rows: Any) -> Any:
-  """A tree of numpy arrays of the whole batch, on the devices that `place` names.
+  """Puts a tree of numpy arrays, with all rows of the batch, on devices by a sharding.
 
-  Every process gives all rows and places those of its own devices, so that which rows
-  a step reads does not depend on how many processes there are.
+  Every process passes all rows and places those of its own devices, so that the rows of
+  a step do not depend on the number of processes.
   """
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), rows
@@ -158,5 +160,5 @@ def spread(place: jax.sharding.Sharding, rows: Any) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
+  """The sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all."""
+"""Atomic writes: a file is replaced completely, or not at all."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from raft_jax import errors
 
 TEMPORARY = ".tmp-"
-"""How the name of an unfinished file begins."""
+"""Prefix of the names of unfinished files."""
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a temporary path; the file written there becomes `path`, durably.
+  """Yields a temporary path; the file written there then replaces `path` durably.
 
-  A kill at any instant leaves the old file, or the new one whole.
+  A kill at any time leaves the old file or the complete new one.
 
   Raises:
     errors.UserError: the disk is full or unwritable (names the file and free space),
       or the body raised RuntimeError.
   """
-  # No process id: those of containers that share a disk are all 1.
+  # Not the process id: containers that share a disk all have process 1.
   temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
   try:
     yield temporary
@@ -46,7 +46,7 @@ def _write_failure(path: pathlib.Path, e: Exception) -> str:
 
 
 def sync(path: pathlib.Path) -> None:
-  """Waits until a file, or the names in a folder, would survive a power cut."""
+  """Waits until a file, or the entries of a folder, would survive a power failure."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

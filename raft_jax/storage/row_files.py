@@ -1,6 +1,6 @@
-"""Rows of JSONL and Parquet files, before anything is known of what they mean.
+"""Rows of JSONL and Parquet files, whatever their fields mean.
 
-A row is read when `values` is asked for it, so that one bad row spoils no other.
+A row is parsed when `values` is called with it, so a bad row does not affect others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OTHER_FORMATS = {
 
 
 Row = bytes | Callable[[], dict[str, Any]]
-"""A raw line of JSONL, or what reads a row of Parquet."""
+"""A raw line of JSONL, or a function that reads a row of Parquet."""
 
 
 class Fault(Exception):
@@ -35,10 +35,10 @@ def rows(path: pathlib.Path, fields: Sequence[str]) -> Iterator[tuple[int, Row]]
   """Each row with its line, or its number from 1.
 
   Args:
-    fields: that are read of Parquet; of other columns the names alone are known.
+    fields: columns to read from Parquet; of other columns only the names are kept.
 
   Raises:
-    errors.UserError: the file cannot be read, or is no file of the two formats.
+    errors.UserError: the file cannot be read or has another format.
   """
   if not path.is_file():
     what = "is a folder, not a file" if path.is_dir() else "no such file"
@@ -85,7 +85,7 @@ def _parquet_rows(
     file = parquet.ParquetFile(path)
     names = file.schema_arrow.names
     columns = [name for name in names if name in fields]
-    # Not read, but named where a field is missing, as those of a JSON object are.
+    # Not read; their names serve as suggestions where a field is missing.
     others = dict.fromkeys((name for name in names if name not in fields), True)
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:
@@ -123,7 +123,7 @@ def _parse(raw: bytes) -> Any:
   except json.JSONDecodeError as e:
     raise Fault(f"is not valid JSON: {e.msg} at column {e.colno}") from e
   except (ValueError, RecursionError) as e:
-    reason = str(e).partition(";")[0]  # what follows is for programmers
+    reason = str(e).partition(";")[0]  # the rest is for programmers
     raise Fault(f"is not valid JSON: {reason}") from e
 
 
@@ -141,7 +141,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def values(row: Row) -> Mapping[str, Any]:
-  """The fields of a raw JSONL line, or of a row of Parquet, else Fault."""
+  """The fields of a row. Raises Fault if it cannot be read."""
   fields = _parse(row) if isinstance(row, bytes) else row()
   if not isinstance(fields, Mapping):
     raise Fault(f"is a JSON {type(fields).__name__}, not an object; one row a line")
@@ -149,10 +149,10 @@ def values(row: Row) -> Mapping[str, Any]:
 
 
 def unit(path: pathlib.Path) -> str:
-  """What a row's number counts."""
+  """The unit of a row's number: rows or lines."""
   return "row" if path.suffix.lower() == ".parquet" else "line"
 
 
 def excerpt(row: Row) -> str:
-  """The beginning of a line, for people."""
+  """The beginning of a line, for messages."""
   return row.decode("utf-8", "replace").strip()[:500] if isinstance(row, bytes) else ""

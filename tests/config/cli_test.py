@@ -480,7 +480,7 @@ def test_flags_that_xla_does_not_know_are_one_line(tmp_path):
 )
 def test_warnings_are_no_errors(tmp_path, options, shell):
   line, error = report(tmp_path, *options, **shell).stderr.splitlines()
-  assert line.endswith("change: warnings as errors")
+  assert line.endswith("change this command: warnings as errors")
   assert error.startswith("error: output: ")
 
 

@@ -169,6 +169,6 @@ def test_another_method_brings_its_own_settings(load):
 def test_under_merges_and_changes_neither():
   settings = {"a": {"x": 1, "y": {"z": 2}}, "b": {}}
   own = {"a": {"y": {"w": 3}}, "b": None, "c": 4}
-  merged = methods.under(settings, own)
+  merged = methods.merge(settings, own)
   assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 3}}, "b": None, "c": 4}
   assert settings == {"a": {"x": 1, "y": {"z": 2}}, "b": {}}
