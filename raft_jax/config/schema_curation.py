@@ -73,7 +73,7 @@ class Refine(Section):
 
   rewriter: Engine = Engine()
   prompt: Literal["rewrite", "sdft"] = "rewrite"
-  """Template of the request for a rewrite: `raft_jax/prompts/NAME.txt`."""
+  """Template of the request for a rewrite: `raft_jax/generation/prompts/NAME.txt`."""
   encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
   """Sentence encoder: a hub name, a folder, or `pkg://PACKAGE/FOLDER`."""
   similarity_threshold: Annotated[float, pydantic.Field(ge=-1.0, le=1.0)] = 0.8
