@@ -26,6 +26,8 @@ from raft_jax.models import layer_functions, sampling, sharding, transformer
 class Settings(NamedTuple):
   """The values of a step that are fixed for a run; hashable, hence static under jit.
 
+  `run_plan.make_settings` sets them from the config, whose defaults count.
+
   Attributes:
     rollout_unroll: layers per iteration of the sampler's scan over layers.
     beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
