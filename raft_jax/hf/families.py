@@ -38,7 +38,8 @@ class Family(NamedTuple):
     names: our path in the tree -> names in files.
     defaults: config fields that a config.json may leave out, as in transformers' class.
     only: config field -> supported values; other values are refused.
-    extra: config -> fields of `DecoderConfig` in which it differs from Llama.
+    extra: config -> fields of `DecoderConfig` in which it differs from Llama; not those
+      that `decoder_config` sets for every family.
     ropes: kinds of rotary scaling that are read.
     slides: config and layer -> whether the layer has a sliding window; None: never.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
