@@ -84,8 +84,8 @@ class Distill(Section):
   top_k: Positive = 512
   """Number of tokens compared at each position: the most probable of `support` [P]."""
   support: Literal["teacher", "student"] = "teacher"
-  """Whose most probable tokens are compared [P]. `student`: as it sampled the
-  rollout."""
+  """Whose most probable tokens are compared [P]. `student`: those of the student that
+  sampled the rollout."""
   temperature: Annotated[float, pydantic.Field(gt=0.0)] = 1.5
   """Divides both models' logits in the loss; not the sampling temperature [R]."""
   direction: Literal["forward", "reverse", "jsd"] = "forward"
@@ -107,7 +107,8 @@ class Distill(Section):
   teacher_context: Literal["chat", "paper", "example", "sibling", "none"] = "chat"
   """How the teacher sees the answer. `chat`: in a chat turn; `paper`: as raw text [P];
   `example`: as an example of an answer; `none`: not at all. `sibling`: it sees another
-  rollout of the same question that succeeded; rollouts without one leave the loss."""
+  rollout of the same question that succeeded; the loss leaves out rollouts without
+  one."""
   success: Probability = 0.5
   """`sibling`: a rollout succeeds if its ROUGE-L F1 with the answer reaches this
   [O]."""
