@@ -102,6 +102,7 @@ METHODS = {
         **_PLAIN_TEACHER,
         "teacher": "average",
         "teacher_context": "example",
+        "direction": "forward",
         "skip_first": 3,
       },
       balance=_WEIGHT_1,
