@@ -77,13 +77,11 @@ def faults(call: instructions.Call) -> list[str]:
     return pip_faults(tuple(rest), pathlib.Path(call.folder))
   if module in MODULES:
     return []
-  package, _, room = module.partition(".")
-  if (
-    package not in ("raft_jax", "tests") or not (ROOT / package / f"{room}.py").exists()
-  ):
+  package, path = module.partition(".")[0], ROOT / f"{module.replace('.', '/')}.py"
+  if package not in ("raft_jax", "tests") or not path.exists():
     return [f"no module {module}"]
   if package == "tests":
-    return arity_faults(ROOT / "tests" / f"{room}.py", rest)
+    return arity_faults(path, rest)
   return stage_faults(module, tuple(rest), call.folder)
 
 

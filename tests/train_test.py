@@ -319,7 +319,7 @@ def test_edited_data_do_not_pass_for_a_finished_run(tmp_path, source, law):
 def test_a_process_sees_whether_the_folder_is_the_first_ones(tmp_path, monkeypatch):
   said = ["pid 5 on n0"]
   monkeypatch.setattr(
-    distributed, "exchange", lambda text: [text] if text.startswith("[") else said
+    distributed, "gather_texts", lambda text: [text] if text.startswith("[") else said
   )
   monkeypatch.setattr(output_lock, "VISIBLE_WITHIN_S", 0.5)
   (tmp_path / "config").mkdir()

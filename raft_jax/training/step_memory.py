@@ -108,7 +108,7 @@ def check(plan: run_plan.RunPlan) -> None:
       f"{available / 2**30:.1f} GiB; {recompute}raise train.micro_batches (now "
       f"{plan.settings.micro_batches}, of {plan.batch_rows} rows), or lower "
       "data.max_*_tokens or rollout.max_new_tokens. `python -m raft_jax.plan "
-      "--topology cpu:1` shows what each of them saves"
+      "--config FILE --topology cpu:1` shows what each of them saves"
     )
 
 

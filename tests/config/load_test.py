@@ -187,7 +187,7 @@ BAD_FILES = {
     "train: {measure_every: 8}",
     4,
     "",
-    "train.measure_every is now train.gradient_stats_every; rename it",
+    "train.measure_every: unknown key; it is now called `train.gradient_stats_every`",
   ),
   "no ratio to reach": (
     "balance: {mode: gradient_norm, weight: 0.0}",

@@ -451,11 +451,11 @@ def test_a_damaged_best_step_says_how_to_go_on(start, tmp_path, validated):
     ),
     (
       ["validation.drift.max_new_tokens=600"],
-      r"validation\.drift\.max_new_tokens=600: prompt",
+      r"validation\.drift\.max_new_tokens=600: the longest row",
     ),
     (
       ["validation.ifeval.max_new_tokens=600"],
-      r"validation\.ifeval\.max_new_tokens=600: prompt",
+      r"validation\.ifeval\.max_new_tokens=600: the longest row",
     ),
     (["validation.ifeval.nltk_data=/no/where"], r"/no/where"),
     (

@@ -119,7 +119,7 @@ def unmarked(text: str) -> list[str]:
 def strings(path: pathlib.Path) -> Iterator[tuple[int, str]]:
   """The package's strings; of the tests, whose strings are data, the docstrings."""
   tree = ast.parse(path.read_text(encoding="utf-8"))
-  if path.parent.name == "tests":
+  if ROOT / "tests" in path.parents:
     text = ast.get_docstring(tree)
     yield from [(1, text)] if text else []
     return

@@ -73,7 +73,7 @@ def start(split, base):
   params = split.start(base)
   state = step.TrainState(jnp.int32(0), params, optimizer.init(params))
   update = functools.partial(step.update, optimizer=optimizer, balancer=balancer)
-  return state, jax.jit(update, static_argnames=("settings", "measure"))
+  return state, jax.jit(update, static_argnames=("settings", "gradient_stats"))
 
 
 def all_logits(params):
