@@ -319,7 +319,7 @@ def test_bos_is_added_as_the_harness_adds_it(model):
     tokenizer = transformers.PreTrainedTokenizerFast(
       tokenizer_object=backend, bos_token=bos, eos_token="<|im_end|>"
     )
-    theirs = types.SimpleNamespace(hf_tokenizer=tokenizer, add_bos_token=None)
+    theirs = types.SimpleNamespace(tokenizer=tokenizer, add_bos_token=None)
     theirs.custom_prefix_token_id = None
     theirs.prefix_token_id = huggingface.HFLM.prefix_token_id.fget(theirs)
     chat_tokenizer = types.SimpleNamespace(

@@ -185,7 +185,7 @@ def test_sdpo(resolve):
   settings = resolve("sdpo", "train.loss_mean=sequence")
   assert (settings.top_k, settings.max_importance) == (100, 2.0)
   ids = np.argsort(-student, axis=-1)[..., :100]
-  sampler_stats = sampling.Seen(jnp.array(ids), jnp.array(before))
+  sampler_stats = sampling.SamplerStats(jnp.array(ids), jnp.array(before))
   peers = self_distillation(
     sdpo_trainer.SDPOTrainer,
     old=before,

@@ -78,9 +78,9 @@ def test_a_base_model_that_only_validation_reads_counts(tmp_path):
   sizes = []
   for name, sections in {
     "sft": {},
-    "watched": {
+    "validated": {
       "data": {"validation": "held_out.jsonl"},
-      "watch": {"drift": {"prompts": "absent.jsonl"}},
+      "validation": {"drift": {"prompts": "absent.jsonl"}},
     },
   }.items():
     folder = tmp_path / name
