@@ -42,6 +42,7 @@ from raft_jax.config.schema_endpoints import (
   VerdictJudge,
 )
 from raft_jax.config.schema_evaluation import (
+  Chat,
   Drift,
   Evaluate,
   Ifeval,
@@ -62,6 +63,7 @@ __all__ = [
   "Adaptive",
   "Anchor",
   "Balance",
+  "Chat",
   "Cluster",
   "Config",
   "Data",
@@ -254,5 +256,6 @@ class Config(Section):
   evaluate: Evaluate = Evaluate()
   sweep: Sweep = Sweep()
   export: Export = Export()
+  chat: Chat = Chat()
   output: str
   """Folder for everything a run writes; each run needs its own."""

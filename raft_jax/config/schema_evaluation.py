@@ -1,4 +1,4 @@
-"""Config sections of `evaluate` and of validation during training."""
+"""Config sections of `evaluate`, of validation during training, and of `chat`."""
 
 from __future__ import annotations
 
@@ -167,3 +167,14 @@ class Validation(Section):
   keep: Literal["best", "last"] = "best"
   """The step that `evaluate` and `export` read: the best, if there is one, or the
   last."""
+
+
+class Chat(Section):
+  """How `chat` writes answers."""
+
+  max_new_tokens: Positive = 512
+  """Longest answer."""
+  temperature: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
+  """Temperature of sampling; 0 always takes the most probable token."""
+  top_p: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0
+  """Sample from the most probable tokens that reach this probability."""

@@ -2,20 +2,21 @@
 
 A signal handler's exception would be raised wherever the main thread is: a library's
 callback may swallow it, and a long compilation delays it. So the handlers here do
-nothing. The interpreter writes each signal to a pipe, which a thread reads. The first
-signal is recorded, and `check` raises it at the next safe point; a second one ends the
-process at once.
+nothing but end a wait for input. The interpreter writes each signal to a pipe, which a
+thread reads. The first signal is recorded, and `check` raises it at the next safe
+point; a second one ends the process at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 HINT = "run the same command again to continue"
@@ -24,6 +25,12 @@ WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 SAME_S = 0.2
 """Signals this close count as one: terminal and launcher may both send a Ctrl-C."""
+
+NOTICE = (
+  "stopping after the current step, batch or compilation; send the signal again to "
+  "stop now\n"
+)
+"""What the first signal prints."""
 
 received: list[int] = []
 """The first signal received while `listening`; empty if there was none."""
@@ -36,7 +43,9 @@ class _Process:
   Attributes:
     before: handlers that ours replaced; empty outside `listening`.
     children: processes that signals are passed on to.
-    noted_at: time of the first signal.
+    noted_at: time of the last signal that was recorded.
+    notice: what the first signal prints.
+    at_input: whether the main thread waits for input; see `input_or_signal`.
     terminated: exit status after SIGTERM.
     deferrals: number of open `deferred` contexts.
     handed_over: whether `hand_over` was called.
@@ -44,7 +53,9 @@ class _Process:
 
   before: dict[int, Any] = dataclasses.field(default_factory=dict)
   children: set[int] = dataclasses.field(default_factory=set)
-  noted_at: float = 0.0
+  noted_at: float = -math.inf
+  notice: str = NOTICE
+  at_input: bool = False
   terminated: int = 128 + signal.SIGTERM
   deferrals: int = 0
   handed_over: bool = False
@@ -55,6 +66,10 @@ _process = _Process()
 
 class Stopped(SystemExit):
   """Work stopped at a safe point after a signal. The code is the exit status."""
+
+
+class _Woken(Stopped):
+  """Ends a call that waits for input; `input_or_signal` catches it."""
 
 
 def status() -> int:
@@ -85,6 +100,46 @@ def deferred() -> Iterator[None]:
     yield
   finally:
     _process.deferrals -= 1
+
+
+@contextlib.contextmanager
+def per_answer(notice: str) -> Iterator[None]:
+  """Within it `pardon` may be called; the first signal prints `notice`."""
+  outer, _process.notice = _process.notice, notice
+  try:
+    yield
+  finally:
+    _process.notice = outer
+
+
+def pardon() -> bool:
+  """Forgets a Ctrl-C that has done its work, as ending one answer of many.
+
+  Returns:
+    Whether there was one. SIGTERM is not forgotten.
+  """
+  if received != [signal.SIGINT]:
+    return False
+  received.clear()
+  return True
+
+
+def input_or_signal(read: Callable[[], str]) -> str | None:
+  """What `read` returns, which waits for input; None if a signal came first.
+
+  Nothing is printed then, and `received` holds the signal, unless it was a repetition.
+  """
+  try:
+    _process.at_input = True
+    return None if received else read()
+  except _Woken:
+    # The thread that reads the pipe records the signal.
+    deadline = time.monotonic() + SAME_S
+    while not received and time.monotonic() < deadline:
+      time.sleep(0.005)
+    return None
+  finally:
+    _process.at_input = False
 
 
 @contextlib.contextmanager
@@ -139,6 +194,8 @@ def at_once(number: int, frame: object = None) -> None:
   It does not raise, because an exception during an import prints a long traceback.
   """
   del frame
+  if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
+    _say("\x1b[?25h")  # progress bars hide the cursor
   _say(f"interrupted; {HINT}\n")
   os._exit(128 + number)
 
@@ -153,7 +210,7 @@ def _pipe() -> Iterator[None]:
   fd_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
   for watched in WATCHED:
     if signal.getsignal(watched) is not signal.SIG_IGN:
-      _process.before[watched] = signal.signal(watched, _nothing)
+      _process.before[watched] = signal.signal(watched, _handle)
   try:
     yield
   finally:
@@ -163,11 +220,14 @@ def _pipe() -> Iterator[None]:
     os.close(write)
     thread.join()
     _process.before.clear()
+    _process.noted_at = -math.inf
     received.clear()
 
 
-def _nothing(number: int, frame: object) -> None:
-  """Does nothing; with a Python handler, the interpreter writes to the pipe."""
+def _handle(number: int, frame: object) -> None:
+  """Does nothing but wake input; with a handler, the interpreter writes to the pipe."""
+  if _process.at_input:
+    raise _Woken(128 + number)
 
 
 def _read(pipe: int) -> None:
@@ -179,7 +239,7 @@ def _read(pipe: int) -> None:
 
 def _note(number: int) -> None:
   now = time.monotonic()
-  if received and now - _process.noted_at < SAME_S:
+  if now - _process.noted_at < SAME_S:
     return
   for child in _process.children:
     with contextlib.suppress(OSError):
@@ -188,10 +248,8 @@ def _note(number: int) -> None:
     at_once(number)
   _process.noted_at = now
   received.append(number)
-  _say(
-    "stopping after the current step, batch or compilation; send the signal again to "
-    "stop now\n"
-  )
+  if not _process.at_input:
+    _say(_process.notice)
   if _process.handed_over and number != signal.SIGTERM:
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -40,13 +40,19 @@ def save_model(
   return folder
 
 
-def save_checkpoint(output: pathlib.Path, source: str, *, step: int, scale: float):
-  """A checkpoint of the model's parameters times `scale`; returns those."""
+def save_checkpoint(
+  output: pathlib.Path, source: str, *, step: int, scale: float, of: str | None = None
+):
+  """A checkpoint of the model's parameters times `scale`; returns those.
+
+  Args:
+    of: the model that was trained; None: `source`.
+  """
   params = hf_load.load_params(source, hf_load.load_config(source))
   params = jax.tree.map(lambda leaf: leaf * scale, params)
   with checkpoint.manager(output, keep=2) as orbax:
     checkpoint.save(
-      orbax, step, {"params": params}, {"model": engines.identity(source)}
+      orbax, step, {"params": params}, {"model": engines.identity(of or source)}
     )
   (output / "config").mkdir(exist_ok=True)
   return params

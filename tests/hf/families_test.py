@@ -20,7 +20,13 @@ import transformers
 
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
-from raft_jax.models import layer_functions, sampling, sharding, transformer
+from raft_jax.models import (
+  layer_functions,
+  sampling,
+  sharding,
+  streaming,
+  transformer,
+)
 from tests.helpers import tiny_families
 
 VOCAB = tiny_families.TINY["vocab_size"]
@@ -287,6 +293,20 @@ def test_cached_decoding_equals_one_forward(made):
     )
     parts.append(head(made.params, made.config, part[0]))
   assert gap([np.concatenate(parts)], [want]) <= 2e-5
+
+
+def test_two_turns_of_a_chat_equal_transformers(made):
+  """The second one reads the first from the cache; it reaches behind every window."""
+  network = streaming.network(made.params, made.config, dtype="float32", unroll=1)
+  drawing = streaming.Drawing(8, 0.0, 1.0, eos_ids=(VOCAB,), seed=0, step=0)
+  memory, row = streaming.Memory(), made.rows[2]
+  for question in (row, made.rows[1]):
+    prompt = np.concatenate([row, question]) if question is not row else row
+    answer = list(streaming.stream(network, memory, prompt.tolist(), drawing))
+    row = np.concatenate([prompt, answer])
+    (logits_TV,) = their_logits(made.reference, [row])
+    want = logits_TV[len(prompt) - 1 : -1].argmax(axis=-1)
+    np.testing.assert_array_equal(answer, want)
 
 
 @pytest.mark.parametrize("made", ["phi-4-mini"], indirect=True)
