@@ -1,21 +1,15 @@
 """Talking to a tiny model: answers as transformers', turns, signals, and bad input."""
 
 import io
-import os
 import pathlib
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import transformers
 
-from raft_jax import chat, errors, export
+from raft_jax import chat, export
 from raft_jax.config import load as config_load
-from raft_jax.config import run_lock
-from raft_jax.training import run_inputs
 from tests.helpers import tiny_run
 
 NEW = 12

@@ -206,7 +206,8 @@ def _side_by_side(
     interrupts.per_answer(""),  # the columns say it
     live.Live(console=console, get_renderable=view, transient=True),
   ):
-    for replies in conversation.together(answers):
+    for latest in conversation.together(answers):
+      replies = latest
       if interrupts.received:
         break
   console.print(_columns(console, titles, replies, running=False))

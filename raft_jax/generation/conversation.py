@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from raft_jax import errors
@@ -80,7 +80,7 @@ def prompt_ids(speaker: Speaker, question: str) -> list[int]:
 
 def answer(
   speaker: Speaker, question: str, ids: Sequence[int], sampling: Sampling, number: int
-) -> Iterator[Reply]:
+) -> Generator[Reply]:
   """Yields the answer after each step of the model: a part of the prompt, or a token.
 
   When it ends, or the caller closes it, question and answer become turns of the

@@ -95,9 +95,9 @@ def stream(
   then holds what was read.
 
   Args:
-    memory: of the conversation so far. What the prompt shares with it is not read again.
+    memory: of the conversation so far; what the prompt shares with it is not read.
   """
-  key_1 = sampling.row_keys(drawing.seed, drawing.step, np.zeros(1, np.int32))
+  key_1 = sampling.row_keys(drawing.seed, drawing.step, jnp.zeros(1, jnp.int32))
   reach = len(prompt) + drawing.max_new_tokens
   _prepare(network, memory, prompt, reach)
   unread = list(prompt[len(memory.ids) :])

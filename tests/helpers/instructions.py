@@ -166,7 +166,7 @@ def in_comments(text: str, file: str) -> Iterator[Printed]:
 # --- Words for the reader's own -------------------------------------------------------
 
 USAGE = (
-  (r"<stage>|(?<=raft_jax\.)(STAGE|\{PLACE\})", "train"),
+  (r"<stage>|(?<=raft_jax\.)(STAGE|COMMAND|\{PLACE\})", "train"),
   (r"(?<=\.\[)\{PLACE\}", "refine"),
   (r"\{PLACE\}", "place"),
   (r" \[--print-config\]", ""),

@@ -1,4 +1,4 @@
-"""Tokens one at a time: the sampler's own, whatever the cache holds of earlier turns."""
+"""Tokens one at a time: the sampler's own, whatever the cache holds of other turns."""
 
 import jax.numpy as jnp
 import numpy as np
