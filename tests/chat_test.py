@@ -1,15 +1,27 @@
 """Talking to a tiny model: answers as transformers', turns, signals, and bad input."""
 
+import contextlib
 import io
+import os
 import pathlib
+import pty
+import re
+import select
+import signal
+import subprocess
 import sys
+import termios
+import time
 
 import pytest
 import torch
 import transformers
 
-from raft_jax import chat, export
+from raft_jax import chat, errors, export
 from raft_jax.config import load as config_load
+from raft_jax.config import run_lock
+from raft_jax.runtime import interrupts
+from raft_jax.training import run_inputs
 from tests.helpers import tiny_run
 
 NEW = 12
@@ -98,3 +110,172 @@ def test_an_export_can_be_talked_to_in_place_of_the_checkpoint(path, capsys):
   folder = f"{config.output}/export"
   chat.main(config, once="What is a tort?", model=folder)
   assert capsys.readouterr().out == expected.replace("trained, step 3", folder)
+
+
+@pytest.mark.parametrize(
+  ("change", "once", "model", "says"),
+  [
+    ("output=nowhere", "Hm?", None, "no checkpoint; run `python -m raft_jax.train`"),
+    (
+      "method=sft",
+      "Hm?",
+      None,
+      "raft -> sft; distill.teacher: base -> none); choose",
+    ),
+    ("data.limit=7", "Hm?", None, "holds a train run of another config (data.limit"),
+    ("train.seed=0", "", None, "--once: the question is empty"),
+    ("train.seed=0", " \n", None, "--once: the question is empty"),
+    ("train.seed=0", "\udcff?", None, "--once: the question is not UTF-8"),
+    ("train.seed=0", "tort " * 600, None, r"takes 6\d\d tokens, .* has room for 512;"),
+    ("train.seed=0", "Hm?", "no/where", "no/where"),
+  ],
+)
+def test_bad_input_is_named(path, bound, change, once, model, says):
+  del bound
+  if not says.startswith(r"takes"):
+    says = re.escape(says)
+  with pytest.raises(errors.UserError, match=says):
+    chat.main(load(path, change), once=once, model=model)
+
+
+@pytest.fixture
+def bound(path):
+  """The output folder bound to its config, as `train` does it."""
+  lock = pathlib.Path(load(path).output) / "config/train.yaml"
+  run_lock.lock_config(load(path), "train", run_inputs.IDENTITY_KEYS)
+  yield
+  lock.unlink()
+
+
+def test_a_piped_question_without_an_answer_does_not_stop_the_others(
+  path, capsys, monkeypatch
+):
+  lines = ["What is a tort?", "tort " * 600, "/what", "And a lien?"]
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+  with pytest.raises(errors.UserError, match="1 of 3 questions have no answer"):
+    chat.main(load(path, "chat.max_new_tokens=3"), once=None, model=None)
+  out, complaint = capsys.readouterr()
+  assert out.count("== base") == 2
+  assert re.search(r"error: the question with the turns .* begin anew", complaint)
+  assert "/what is no command" in complaint
+
+
+def test_an_answer_fills_the_context_and_no_more(path, capsys):
+  """The question leaves room for few tokens of the answer."""
+  question = "tort " * 470
+  chat.main(load(path, "chat.max_new_tokens=99"), once=question, model=None)
+  left = re.findall(r"\(cut after (\d+) tokens", capsys.readouterr().out)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(load(path).model.source)
+  turn = [{"role": "user", "content": question}]
+  ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+  assert left == [str(512 - len(ids))] * 2
+  assert 0 < 512 - len(ids) < 99
+
+
+# --- In a terminal --------------------------------------------------------------------
+
+
+class Terminal:
+  """A chat in a terminal of 100 columns, whose output is read as it comes."""
+
+  def __init__(self, path, *words):
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, 100))
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", "raft_jax.chat", "--config", str(path), *words],
+      stdin=theirs,
+      stdout=theirs,
+      stderr=theirs,
+      start_new_session=True,
+      env={**os.environ, "TERM": "xterm", "JAX_PLATFORMS": "cpu"},
+    )
+    os.close(theirs)
+    self._file, self.shown = ours, ""
+
+  def type(self, line):
+    os.write(self._file, line.encode())
+
+  def strike(self):
+    time.sleep(2 * interrupts.SAME_S)
+    self.process.send_signal(signal.SIGINT)
+
+  def wait_for(self, pattern):
+    """Until the output matches; forgets it up to the end of the match."""
+    deadline = time.monotonic() + 200
+    while not (match := re.search(pattern, self.shown, re.DOTALL)):
+      assert time.monotonic() < deadline, self.shown[-3000:]
+      if select.select([self._file], [], [], 1.0)[0]:
+        try:
+          self.shown += os.read(self._file, 4096).decode(errors="replace")
+        except OSError:  # the other end is closed
+          raise AssertionError(self.shown[-3000:]) from None
+    self.shown = self.shown[match.end() :]
+
+  def status(self):
+    """The exit status; reads on, so that the process can write its last words."""
+    deadline = time.monotonic() + 60
+    while self.process.poll() is None and time.monotonic() < deadline:
+      if select.select([self._file], [], [], 0.1)[0]:
+        with contextlib.suppress(OSError):
+          self.shown += os.read(self._file, 4096).decode(errors="replace")
+    return self.process.wait(1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_answer_and_a_second_one_the_program(path):
+  terminal = Terminal(path, "chat.max_new_tokens=400")
+  terminal.wait_for("/reset begins a new conversation.*> ")
+  terminal.type("What is a tort?\n")
+  terminal.wait_for(r"trained, step 3.*base.*\w+")
+  terminal.strike()  # in the first compilation, or while an answer is written
+  terminal.wait_for("stopped.*stopped.*> ")
+  terminal.type("And a lien?\n")
+  terminal.wait_for(r"trained, step 3.*\w{3}.*trained, step 3.*\w{3}")
+  terminal.strike()
+  terminal.wait_for("stopped.*stopped.*> ")
+  terminal.type("/reset\n")
+  terminal.wait_for("a new conversation.*> ")
+  terminal.strike()  # a second one in a row
+  assert terminal.status() == 0
+  assert "Traceback" not in terminal.shown
+
+
+@pytest.mark.slow
+def test_at_the_prompt_two_ctrl_c_or_ctrl_d_leave(path):
+  terminal = Terminal(path, "chat.max_new_tokens=4")
+  terminal.wait_for("> ")
+  terminal.strike()
+  terminal.wait_for("another Ctrl-C, Ctrl-D or /quit leaves.*> ")
+  terminal.type("What is a tort?\n")
+  terminal.wait_for("cut after 4 tokens.*cut after 4 tokens.*> ")
+  terminal.strike()
+  terminal.wait_for("another Ctrl-C.*> ")
+  terminal.type("\x04")
+  assert terminal.status() == 0
+  other = Terminal(path)
+  other.wait_for("> ")
+  other.process.terminate()
+  assert other.status() == 143
+  assert "Traceback" not in terminal.shown + other.shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.3, 2.0, 5.0, 8.0, 11.0])
+def test_a_single_question_is_interrupted_as_any_command(path, after_s):
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-m", "raft_jax.chat", "--config", str(path)),
+      *("--once", "What is a tort?", "chat.max_new_tokens=450"),
+    ],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  time.sleep(after_s)
+  process.send_signal(signal.SIGINT)
+  _, complaint = process.communicate(timeout=100)
+  assert process.returncode in (130, 0)  # 0: it was over
+  assert process.returncode == 0 or complaint.endswith(
+    "interrupted; run the same command again to continue\n"
+  )
+  assert "Traceback" not in complaint

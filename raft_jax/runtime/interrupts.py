@@ -248,10 +248,22 @@ def _note(number: int) -> None:
     at_once(number)
   _process.noted_at = now
   received.append(number)
-  if not _process.at_input:
+  if _process.at_input:
+    _wake(number)
+  else:
     _say(_process.notice)
   if _process.handed_over and number != signal.SIGTERM:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wake(number: int) -> None:
+  """Repeats a signal that came just before the wait for input, which it did not end."""
+  main = threading.main_thread().ident
+  time.sleep(SAME_S / 4)
+  while _process.at_input and main is not None:
+    signal.pthread_kill(main, number)
+    time.sleep(SAME_S / 4)
+  _process.noted_at = time.monotonic()  # the pipe has the repetitions
 
 
 def _say(line: str) -> None:
