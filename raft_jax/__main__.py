@@ -1,4 +1,4 @@
-"""The list of commands, and any of them: `python -m raft_jax [COMMAND ...]`."""
+"""The list of commands (`python -m raft_jax`), and any of them by its name."""
 
 import sys
 

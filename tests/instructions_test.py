@@ -25,6 +25,7 @@ from pip._internal.cli import main_parser
 from pip._internal.commands import create_command
 
 from raft_jax import errors
+from raft_jax.config import commands
 from raft_jax.generation import vllm_engine
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
@@ -32,8 +33,7 @@ from raft_jax.planning import machines
 from tests.helpers import instructions, tiny_llama
 
 ROOT = instructions.ROOT
-STAGES = ("extract", "synthesise", "refine", "train", "evaluate", "export")
-STAGES += ("report", "sweep", "plan")
+STAGES = tuple(commands.COMMANDS)
 
 # Programs that are not ours to run, or not here, and what is checked of them instead.
 ELSEWHERE = {
@@ -75,8 +75,13 @@ def faults(call: instructions.Call) -> list[str]:
   module, *rest = arguments[1:]
   if module == "pip":
     return pip_faults(tuple(rest), pathlib.Path(call.folder))
-  if module in MODULES:
+  if module in MODULES or (module == "raft_jax" and not rest):
     return []
+  if module == "raft_jax":
+    fault = commands.fault(rest[0])
+    module = f"raft_jax.{rest.pop(0)}"
+    if fault is not None:
+      return [fault]
   package, path = module.partition(".")[0], ROOT / f"{module.replace('.', '/')}.py"
   if package not in ("raft_jax", "tests") or not path.exists():
     return [f"no module {module}"]
@@ -237,6 +242,8 @@ def test_a_command_in_a_sentence_says_where_it_ends():
   ("text", "says"),
   [
     ("python -m raft_jax.trian --config my.yaml", "no module raft_jax.trian"),
+    ("python -m raft_jax trian --config my.yaml", "no command 'trian'"),
+    ("python -m raft_jax train --config none.yaml", "none.yaml: cannot read"),
     ("python -m raft_jax.train --config none.yaml", "none.yaml: cannot read"),
     ("python -m raft_jax.train --config FILE --workers 3", "--workers"),
     ("python -m raft_jax.refine --config C --worker x", "invalid int value"),
