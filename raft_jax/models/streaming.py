@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,9 @@ def network(
 ) -> Network:
   """Casts the weights once, since they are read for every token.
 
+  They are bound to the default device: arrays that are not bound would need programs of
+  their own.
+
   Args:
     unroll: as for `sampling.generate`.
   """
@@ -82,7 +85,11 @@ def network(
       transformer.gathered, config=config, dtype=dtype, apart=unroll == 0
     )
   )
-  return Network(prepare(params), config, dtype, unroll)
+  return Network(_bound(prepare(params)), config, dtype, unroll)
+
+
+def _bound(tree: Any) -> Any:
+  return jax.device_put(tree, jax.local_devices()[0])
 
 
 def stream(
@@ -132,7 +139,7 @@ def _prepare(
   while length < reach + PIECE:  # a piece is written whole, with its padding
     length *= 2
   if memory.cache is None:
-    memory.cache = transformer.init_cache(config, 1, length, network.dtype)
+    memory.cache = _bound(transformer.init_cache(config, 1, length, network.dtype))
   elif (more := length - memory.cache["k"].shape[2]) > 0:
     memory.cache = {
       name: _lengthened(leaf, more, axis=1 if name == "positions" else 2)
