@@ -23,7 +23,7 @@ from jax import Array
 
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.models import sharding, transformer
 
 
@@ -91,13 +91,16 @@ def disagreement(
     settings: of the run.
     rate: share of units that a pass drops.
   """
-  no_rollout = objective.empty_trajectory(len(batch.row_id_B))
+  no_rollout = sequences.empty_trajectory(len(batch.row_id_B))
   decoder = settings.decoder
 
   def run_pass(key: Array) -> tuple[Array, Array]:
     model = gated(params, dropped(key, gates, rate), decoder.head_dim)
-    hidden_BAD, _ = objective.student_hidden(model, batch, no_rollout, settings)
-    return hidden_BAD, transformer.output_embedding(model).astype(settings.dtype)
+    hidden_BAD, _ = sequences.student_hidden(
+      model, decoder, batch, no_rollout, settings.compute
+    )
+    embedding_VD = transformer.output_embedding(model)
+    return hidden_BAD, embedding_VD.astype(settings.compute.dtype)
 
   first, second = (run_pass(pass_key) for pass_key in jax.random.split(key))
   softcap = decoder.logit_softcap
@@ -118,7 +121,7 @@ def disagreement(
   as_second = kl(
     q_BAK, p_BAK, kind="forward", student_logsumexp=q_sum_BA, teacher_logsumexp=p_sum_BA
   )
-  answer_BA = objective.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
+  answer_BA = sequences.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   return losses.masked_mean(
     as_first + as_second - jax.lax.stop_gradient(as_second), answer_BA
   )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from raft_jax.data import batching, rouge
-from raft_jax.distillation import objective
+from raft_jax.distillation import sequences
 from raft_jax.generation import thinking
 from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sharding
@@ -46,7 +46,7 @@ class TeacherContext(NamedTuple):
   """
 
   batch: batching.Batch
-  trajectory: objective.Trajectory
+  trajectory: sequences.Trajectory
   metrics: dict[str, float]
 
 
@@ -75,7 +75,7 @@ def _answer(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
 
 def build_teacher_context(
   batch: batching.Batch,
-  trajectory: objective.Trajectory,
+  trajectory: sequences.Trajectory,
   *,
   tokenizer: chat.ChatTokenizer,
   questions_by_row: Mapping[int, batching.Conversation],

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raft_jax.models import transformer
+from raft_jax.models import param_sharding, transformer
 
 
 class Split(NamedTuple):
@@ -41,7 +41,7 @@ def everything(config: transformer.DecoderConfig) -> Split:
   """Full fine-tuning: all parameters are trained."""
   return Split(
     shapes=transformer.shapes(config),
-    axes=transformer.axes(config),
+    axes=param_sharding.axes(config),
     start=lambda base: jax.tree.map(jnp.copy, base),
     freeze=None,
     trains_base=True,

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from raft_jax import vocab_head
-from raft_jax.models import sharding, transformer
+from raft_jax.models import kv_cache, param_sharding, sharding, transformer
 
-Forward = Callable[..., tuple[Array, dict[str, Array] | None]]
+Forward = Callable[..., tuple[Array, kv_cache.Cache | None]]
 """`transformer.forward` with the parameters and settings of a rollout."""
 Head = Callable[[Array], Array]
 """Hidden states [B, D] to logits [B, V]."""
@@ -79,7 +79,7 @@ class DecodeState(NamedTuple):
   logits_BV: Array
   tokens_BR: Array
   done_B: Array
-  cache: dict[str, Array] | None
+  cache: kv_cache.Cache | None
   stats: SamplerStats | None
 
 
@@ -195,14 +195,14 @@ def prefill(
   prompt_BP: Array,
   prompt_length_B: Array,
   *,
-  empty_cache: dict[str, Array],
+  empty_cache: kv_cache.Cache,
   pad_id: int,
   top_tokens: int,
 ) -> DecodeState:
   """Fills the cache with the prompts and computes the logits of the first token.
 
   Args:
-    empty_cache: from `transformer.init_cache`; as long as prompts and answers together.
+    empty_cache: from `kv_cache.init`; as long as prompts and answers together.
   """
   batch, width = prompt_BP.shape
   column_S = jnp.arange(empty_cache["k"].shape[2])
@@ -258,7 +258,7 @@ def decode_rows(
       (prompt_length_B + state.decided)[:, None],
       (prompt_key_BS | decoded_S)[:, None, :],
       cache=state.cache,
-      cache_index=width + state.decided,
+      column=width + state.decided,
     )
     logits_BV = head(hidden_BTD[:, 0])
     return state._replace(decided=state.decided + 1, logits_BV=logits_BV, cache=cache)
@@ -321,16 +321,17 @@ def generate(
   """
   batch, width = prompt_BP.shape
   # Cast and gathered once: inside the loop this would be repeated for every token.
-  params = transformer.gathered(params, config, dtype, apart=unroll == 0)
+  params = param_sharding.gathered(params, config, dtype, apart=unroll == 0)
   embedding_VD = transformer.output_embedding(params)
   head = functools.partial(
     vocab_head.head_logits, embedding_VD=embedding_VD, softcap=config.logit_softcap
   )
   reach_B = prompt_length_B + max_new_tokens
+  compute = transformer.Compute(dtype=dtype, unroll=unroll)
   run = functools.partial(
-    transformer.forward, params, config, reach_B=reach_B, dtype=dtype, unroll=unroll
+    transformer.forward, params, config, reach_B=reach_B, compute=compute
   )
-  cache = transformer.init_cache(config, batch, width + max_new_tokens, dtype)
+  cache = kv_cache.init(config, batch, width + max_new_tokens, dtype)
   first = prefill(
     run,
     head,
