@@ -40,7 +40,7 @@ def diagonal(
   Args:
     log_likelihood: (params, batch) -> mean over the batch's rows of log p(y | x).
     params: where the information is taken.
-    batches: of equal size.
+    batches: batches of equal size.
     size: B, rows of a batch.
 
   Returns:

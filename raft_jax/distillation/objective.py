@@ -19,11 +19,7 @@ from jax import Array
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
 from raft_jax.distillation import sequences
-from raft_jax.models import (
-  param_sharding,
-  sharding,
-  transformer,
-)
+from raft_jax.models import param_sharding, sharding, transformer
 
 
 class Settings(NamedTuple):
@@ -33,7 +29,7 @@ class Settings(NamedTuple):
   has their defaults.
 
   Attributes:
-    compute: of the passes of student and teacher; the teacher's is never recomputed.
+    compute: how the passes of student and teacher are computed.
     rollout_unroll: layers per iteration of the sampler's scan over layers.
     beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
     teacher_decoder: the teacher's network; None if it is the student's.
@@ -181,10 +177,10 @@ def loss_terms(
   Args:
     params: the student's, as `transformer.forward` reads them.
     batch: rows; without `settings.cross_entropy` their answers are not read.
-    trajectory: of the same rows.
-    support: from `score_teacher`; None makes the `kd` loss 0.
-    weights: from `token_weights` of the whole batch.
-    settings: of the run.
+    trajectory: tokens of the same rows.
+    support: result of `score_teacher`; None makes the `kd` loss 0.
+    weights: result of `token_weights` for the whole batch.
+    settings: settings of the run.
 
   Returns:
     `{"sft": ..., "kd": ...}`, and auxiliary values to log, without gradient.
@@ -256,9 +252,9 @@ def distillation_loss(
     hidden_BRD: the student's hidden states that predict the trajectory.
     embedding_VD: the student's output embedding.
     trajectory: the compared tokens.
-    support: from `score_teacher`.
-    weight_BR: from `token_weights`.
-    settings: of the run.
+    support: result of `score_teacher`.
+    weight_BR: `kd_BR` of `token_weights`.
+    settings: settings of the run.
   """
   logits_BRK, logsumexp_BR, log_prob_BR = student_logits(
     hidden_BRD, embedding_VD, support.ids_BRK, trajectory.tokens_BR, settings=settings

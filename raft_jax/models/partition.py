@@ -21,7 +21,7 @@ class Split(NamedTuple):
 
   Attributes:
     shapes: the trainable tree, as `jax.ShapeDtypeStruct` leaves; float32.
-    axes: its logical axis names, for `sharding.tree`.
+    axes: logical axis names of the trainable tree, for `sharding.tree`.
     start: base model's parameters -> the trainable tree at step 0, in new buffers,
       because a step donates them.
     freeze: base model's parameters -> the frozen tree, in the same buffers; None if

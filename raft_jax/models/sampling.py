@@ -44,8 +44,8 @@ class Rollout(NamedTuple):
     tokens_BR: int32; the pad id after a row's end.
     length_B: int32, number of tokens of each row, with the EOS that ends it.
     ended_B: whether the row sampled an EOS within the limit.
-    stats: for every token, if `generate` was given `top_tokens`; zeros after the last
-      token that was sampled.
+    stats: statistics of every token, if `generate` was given `top_tokens`; zeros after
+      the last token that was sampled.
   """
 
   tokens_BR: Array
@@ -71,8 +71,8 @@ class DecodeState(NamedTuple):
     logits_BV: float32, for the next token.
     tokens_BR: int32, the tokens sampled so far.
     done_B: whether the row has sampled an EOS.
-    cache: of keys and values; never None here, but `forward` also runs without one.
-    stats: as in `Rollout`.
+    cache: keys and values; never None here, but `forward` also runs without a cache.
+    stats: statistics so far, as in `Rollout`.
   """
 
   decided: Array
@@ -202,7 +202,7 @@ def prefill(
   """Fills the cache with the prompts and computes the logits of the first token.
 
   Args:
-    empty_cache: from `kv_cache.init`; as long as prompts and answers together.
+    empty_cache: result of `kv_cache.init`, as long as prompts and answers together.
   """
   batch, width = prompt_BP.shape
   column_S = jnp.arange(empty_cache["k"].shape[2])
@@ -309,8 +309,9 @@ def generate(
     prompt_BP: int32, right-padded; every row has at least one token.
     prompt_length_B: int32, number of tokens of each prompt.
     row_id_B: int32 ids; they give each row its own randomness.
-    seed: of the run, in 0..2³¹ - 1; `step`: of the optimizer.
-    temperature: of sampling; 0 is greedy.
+    seed: seed of the run, in 0..2³¹ - 1.
+    step: step of the optimizer.
+    temperature: sampling temperature; 0 is greedy.
     top_p: nucleus; 1 keeps every token.
     eos_ids: any of them ends a row (a hashable tuple).
     unroll: layers per iteration of the scan over layers; 0: no scan, see `unrolled`.

@@ -113,12 +113,12 @@ class LayerInputs(NamedTuple):
   """What a layer reads beside its input and its parameters.
 
   Attributes:
-    rotation: of the layer's rotary embedding.
+    rotation: cosine and sine of the layer's rotary embedding.
     mask_BTS: True where a query may attend to a key.
     cache: keys and values of all layers; None without a cache.
     layer: index of this layer in the cache.
     column: first column of the cache that this pass writes.
-    attention: its implementation.
+    attention: implementation of attention.
   """
 
   rotation: rotary.Rotation
@@ -272,7 +272,7 @@ class Compute(NamedTuple):
   """How a forward pass is computed, whatever the network.
 
   Attributes:
-    dtype: of the activations.
+    dtype: type of the activations.
     remat: whether to recompute each layer in the backward pass.
     unroll: layers per iteration of the scan over layers; 0: all.
     attention: implementation of attention.
@@ -310,20 +310,20 @@ def forward(
     positions_BT: int32 rotary positions; they may differ from the columns.
     mask_BTS: True where a query may attend to a key. S is the length of the cache, or T
       without a cache.
-    cache: from `kv_cache.init`; this pass writes the columns `column` .. `column + T`.
-    column: see `cache`.
+    cache: keys and values of earlier passes; `kv_cache.init` makes an empty one.
+    column: first column of the cache that this pass writes; it writes T columns.
     reach_B: int32, the length that each row may reach while its cache is filled; read
       if the rotary embedding depends on it. None: the present length.
-    compute: types and implementations.
+    compute: how the pass is computed.
 
   Returns:
     hidden_BTD in `compute.dtype`, and the updated cache (None without one).
   """
   x_BTD = _embed(params, config, tokens_BT, compute.dtype)
-  keys_BS, cache = kv_cache.write_positions(cache, positions_BT, column)
-  rotations = _rotations(config, positions_BT, keys_BS, mask_BTS, reach_B)
+  key_positions_BS, cache = kv_cache.write_positions(cache, positions_BT, column)
+  rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
-  distance_BTS = positions_BT[:, :, None] - keys_BS[:, None, :]
+  distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
@@ -358,22 +358,24 @@ def _embed(
 def _rotations(
   config: DecoderConfig,
   positions_BT: Array,
-  keys_BS: Array,
+  key_positions_BS: Array,
   mask_BTS: Array,
   reach_B: Array | None,
 ) -> list[rotary.Rotation]:
   """The rotation of each of the config's rotary embeddings."""
   ropes = config.ropes or (rotary.Rope(config.rope_theta),)
-  reach_B = _reach(keys_BS, mask_BTS, reach_B) if config.reads_key_positions else None
+  reach_B = (
+    _reach(key_positions_BS, mask_BTS, reach_B) if config.reads_key_positions else None
+  )
   return [
     rotary.rotation(rope, positions_BT, config.head_dim, reach_B) for rope in ropes
   ]
 
 
-def _reach(keys_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
+def _reach(key_positions_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
   """Length of each row in positions, without padding, to which nothing attends."""
   attended_BS = jnp.any(mask_BTS, axis=1)
-  length_B = jnp.max(jnp.where(attended_BS, keys_BS, 0), axis=1) + 1
+  length_B = jnp.max(jnp.where(attended_BS, key_positions_BS, 0), axis=1) + 1
   return length_B if reach_B is None else jnp.maximum(length_B, reach_B)
 
 
