@@ -145,8 +145,7 @@ def last_hidden(
     tokens_BT,
     transformer.positions(valid_BT),
     transformer.causal_mask(valid_BT),
-    dtype=dtype,
-    unroll=unroll,
+    compute=transformer.Compute(dtype=dtype, unroll=unroll),
   )
   return hidden_BTD
 

@@ -204,8 +204,8 @@ def during_training(
     tokenizer=inputs.tokenizer,
     settings=scoring.Settings(
       batch_size=config.evaluate.batch_size,
-      dtype=plan.settings.dtype,
-      unroll=plan.settings.unroll,
+      dtype=plan.settings.compute.dtype,
+      unroll=plan.settings.compute.unroll,
       rollout_unroll=plan.settings.rollout_unroll,
     ),
     title=None,

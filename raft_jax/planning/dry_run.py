@@ -24,7 +24,7 @@ from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
-from raft_jax.models import sharding, transformer
+from raft_jax.models import kv_cache, sharding, transformer
 from raft_jax.planning import hlo_cost, machines
 from raft_jax.training import programs as programs_lib
 from raft_jax.training import run_plan, step_memory
@@ -52,7 +52,7 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
     distill = config.distill.model_copy(update={"trajectory": "rollout"})
     config = config.model_copy(update={"distill": distill})
   plan = make_plan(config, machine)
-  if plan.settings.attention == "cudnn":
+  if plan.settings.compute.attention == "cudnn":
     machines.pretend_cudnn(machine)
   reference = step_memory.reference_shapes(plan)
   batch = step_memory.widest_batch(plan)
@@ -62,7 +62,7 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   rows = batch.row_id_B.sharding.shard_shape(batch.row_id_B.shape)[0]
   length = config.data.max_prompt_tokens + plan.rollouts.max_new_tokens
   cache = jax.eval_shape(
-    lambda: transformer.init_cache(plan.decoder, rows, length, plan.settings.dtype)
+    lambda: kv_cache.init(plan.decoder, rows, length, plan.settings.compute.dtype)
   )
   parameters = transformer.shapes(plan.decoder)
   return {

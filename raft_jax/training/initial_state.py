@@ -74,7 +74,7 @@ def start(
     source_teacher = load_params(
       str(config.distill.source),
       plan.teacher_decoder,
-      plan.settings.dtype,
+      plan.settings.compute.dtype,
       run_plan.param_shardings(plan.mesh, plan.teacher_decoder),
     )
   reference = reference_params(plan, base, source_teacher)
@@ -126,7 +126,7 @@ def reference_params(
     return step_lib.ReferenceParams({}, source_teacher, None)
   rounded = base
   if _reads_rounded_base(plan):
-    rounded = jax.tree.map(lambda leaf: _cast(leaf, plan.settings.dtype), base)
+    rounded = jax.tree.map(lambda leaf: _cast(leaf, plan.settings.compute.dtype), base)
   teacher = source_teacher
   if plan.frozen_teacher and plan.teacher_decoder is None:
     teacher = rounded

@@ -21,7 +21,14 @@ from raft_jax.data import batching
 from raft_jax.distillation import objective, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
-from raft_jax.models import lora, partition, sampling, sharding, transformer
+from raft_jax.models import (
+  lora,
+  param_sharding,
+  partition,
+  sampling,
+  sharding,
+  transformer,
+)
 from raft_jax.training import optim
 from raft_jax.training import programs as programs_lib
 
@@ -127,7 +134,7 @@ class RunPlan(NamedTuple):
   def base_dtype(self) -> str:
     """The type in which the base model is loaded."""
     exact = self.split.trains_base or self.edits_base
-    return "float32" if exact else self.settings.dtype
+    return "float32" if exact else self.settings.compute.dtype
 
 
 def make_plan(
@@ -243,10 +250,12 @@ def make_settings(
   return objective.Settings(
     decoder=decoder,
     eos_ids=eos_ids,
-    dtype=model.dtype,
-    remat=model.remat,
-    unroll=unroll,
-    attention=model.attention,
+    compute=transformer.Compute(
+      dtype=model.dtype,
+      remat=model.remat,
+      unroll=unroll,
+      attention=model.attention,
+    ),
     rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, device_platform),
     micro_batches=config.train.micro_batches,
     cross_entropy=config.train.cross_entropy,
@@ -378,7 +387,7 @@ def param_shardings(
   mesh: Mesh, decoder: transformer.DecoderConfig
 ) -> transformer.Params:
   """Shardings of all parameters of a model."""
-  return sharding.tree(mesh, transformer.axes(decoder), transformer.shapes(decoder))
+  return sharding.tree(mesh, param_sharding.axes(decoder), transformer.shapes(decoder))
 
 
 def state_shardings(

@@ -20,10 +20,11 @@ from jax.sharding import AxisType, Mesh
 from raft_jax import balance
 from raft_jax.data import batching
 from raft_jax.distillation import objective, step
-from raft_jax.models import lora, partition, sharding, transformer
+from raft_jax.models import lora, param_sharding, partition, sharding, transformer
 from raft_jax.runtime import distributed
 from raft_jax.training import optim, run_plan
 from raft_jax.training import programs as programs_lib
+from tests.helpers import tiny_step
 
 # 8 divides every width but the feed-forward's 44, which then stays whole; a head of 8
 # spread over tensor = 8 with 4 heads is cut in two.
@@ -67,9 +68,8 @@ ROLLOUTS = programs_lib.Rollouts(
 
 
 def make_settings(micro_batches: int, *, apart: bool) -> objective.Settings:
-  return objective.Settings(
+  return tiny_step.SETTINGS._replace(
     decoder=DECODER,
-    eos_ids=(5,),
     micro_batches=micro_batches,
     rollout_unroll=0 if apart else 1,
     top_k=16,
@@ -138,7 +138,9 @@ def steps(
   )
   out = {}
   with jax.set_mesh(mesh):
-    placed = sharding.tree(mesh, transformer.axes(DECODER), transformer.shapes(DECODER))
+    placed = sharding.tree(
+      mesh, param_sharding.axes(DECODER), transformer.shapes(DECODER)
+    )
     teacher = jax.device_put(base_params(), placed)
     frozen = split.freeze(teacher) if split.freeze else {}
     reference = step.ReferenceParams(frozen, teacher, None)

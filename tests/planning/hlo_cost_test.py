@@ -35,7 +35,7 @@ def test_flops_of_a_decoder_are_those_of_the_formula(remat):
       tokens_BT,
       transformer.positions(valid_BT),
       transformer.causal_mask(valid_BT),
-      remat=remat,
+      compute=transformer.Compute(remat=remat),
     )
     return jnp.sum(hidden_BTD)
 
