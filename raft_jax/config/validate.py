@@ -53,10 +53,25 @@ def conflicts(config: schema.Config) -> Problems:
   yield from _attention(config.model, config.rollout)
   yield from _balance(config.train, config.distill, config.balance)
   yield from _distillation(config.distill, config.rollout)
-  yield from _replay(config)
+  if config.replay is not None:
+    yield from _replay(config.replay, config.synthesise)
+    if config.replay.adaptive is not None:
+      yield from _adaptive_replay(
+        config.replay.adaptive, config.train, config.rollout, config.distill
+      )
   yield from _validation(config.validation, config.data)
-  yield from _updates(config)
-  yield from _adapter(config)
+  yield from _updates(config.anchor, config.recadam, config.freeze)
+  yield from _adapter(
+    config.lora,
+    config.export,
+    edits={"prune": config.prune, "interpolate": config.interpolate},
+    base_methods={
+      "anchor": config.anchor,
+      "recadam": config.recadam,
+      "freeze": config.freeze,
+      "soft_mask": config.soft_mask,
+    },
+  )
   yield from _unused(config.distill, config.balance, config.rollout)
   yield from _refine(config.refine)
   yield from _evaluate(config.evaluate)
@@ -248,26 +263,28 @@ def _distillation(distill: schema.Distill, rollout: schema.Rollout) -> Problems:
     yield "distill.source", "is read with distill.teacher=base only; delete this line"
 
 
-def _replay(config: schema.Config) -> Problems:
-  replay = config.replay
-  if replay is None:
-    return
-  if replay.questions is None and config.synthesise is None:
+def _replay(replay: schema.Replay, synthesise: schema.Synthesise | None) -> Problems:
+  if replay.questions is None and synthesise is None:
     yield (
       "replay.questions",
       "is required: name a file of general questions, or add a `synthesise` section, "
       "which makes one",
     )
-  adaptive = replay.adaptive
-  if adaptive is None:
-    return
-  if not config.train.cross_entropy:
+
+
+def _adaptive_replay(
+  adaptive: schema.Adaptive,
+  train: schema.Train,
+  rollout: schema.Rollout,
+  distill: schema.Distill,
+) -> Problems:
+  if not train.cross_entropy:
     yield (
       "replay.adaptive",
       "reads the cross-entropy of the replayed rows, which train.cross_entropy=false "
       "leaves out; set replay.adaptive=null",
     )
-  if config.rollout.group > 1 and config.distill.teacher != "none":
+  if rollout.group > 1 and distill.teacher != "none":
     yield (
       "replay.adaptive",
       "counts each row of the batch as a question, and with rollout.group a question "
@@ -292,13 +309,16 @@ def _validation(validation: schema.Validation | None, data: schema.Data) -> Prob
     )
 
 
-def _updates(config: schema.Config) -> Problems:
+def _updates(
+  anchor: schema.Anchor | None,
+  recadam: schema.Recadam | None,
+  freeze: schema.Freeze | None,
+) -> Problems:
   """Methods that change or restrict the updates."""
-  anchor, freeze = config.anchor, config.freeze
   if anchor is not None:
     if anchor.importance != "none" and anchor.questions is None:
       yield "anchor.questions", "anchor.importance needs general questions; name a file"
-    if config.recadam is not None:
+    if recadam is not None:
       yield "anchor", "recadam has its own pull; delete one of the two sections"
   if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
     yield (
@@ -309,26 +329,38 @@ def _updates(config: schema.Config) -> Problems:
     yield "freeze.layers", "is read with freeze.mode=bottom only; set that or delete it"
 
 
-def _adapter(config: schema.Config) -> Problems:
-  """LoRA beside other methods, and the export of an adapter."""
-  if config.export.adapter:
+def _adapter(
+  lora: schema.Lora | None,
+  export: schema.Export,
+  *,
+  edits: Mapping[str, schema.Section | None],
+  base_methods: Mapping[str, schema.Section | None],
+) -> Problems:
+  """LoRA beside other methods, and the export of an adapter.
+
+  Args:
+    edits: the sections that edit the model after training.
+    base_methods: the sections of methods that need the base model's parameters to be
+      trained.
+  """
+  if export.adapter:
     for name, participle in (("prune", "pruned"), ("interpolate", "interpolated")):
-      if getattr(config, name) is not None:
+      if edits[name] is not None:
         yield (
           "export.adapter",
           f"{participle} weights cannot be exported as an adapter; delete one of the "
           "two",
         )
-  if config.lora is not None:
+  if lora is not None:
     for name, verb in (
       ("anchor", "pulls to the base model's parameters"),
       ("recadam", "pulls to the base model's parameters"),
       ("freeze", "names the base model's parameters"),
       ("soft_mask", "masks the base model's parameters"),
     ):
-      if getattr(config, name) is not None:
+      if base_methods[name] is not None:
         yield name, f"{verb}, and `lora` trains none of these; delete one of the two"
-  elif config.export.adapter:
+  elif export.adapter:
     yield "export.adapter", "needs a `lora` section; add it, or delete this line"
 
 

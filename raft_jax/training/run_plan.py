@@ -181,7 +181,9 @@ def make_plan(
     abstract_state=abstract_state,
     state_shardings=shardings,
     programs=programs,
-    batch_rows=batch_layout(config).rows,
+    batch_rows=batch_layout(
+      train.batch_size, config.replay, config.rollout, distils=distils
+    ).rows,
     widest=widest,
     siblings=make_siblings(distill, config.rollout, config.data) if distils else None,
     leak_phrases=teacher_prompts.leak_phrases(distill.teacher_context),
@@ -239,18 +241,20 @@ def make_settings(
   device_platform: str,
 ) -> objective.Settings:
   """The values of a step that are fixed for a run."""
-  model, distill, unroll = config.model, config.distill, config.model.unroll
+  model, train, distill = config.model, config.train, config.distill
   return objective.Settings(
     decoder=decoder,
     eos_ids=eos_ids,
     dtype=model.dtype,
     remat=model.remat,
-    unroll=unroll,
+    unroll=model.unroll,
     attention=model.attention,
-    rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, device_platform),
-    micro_batches=config.train.micro_batches,
-    cross_entropy=config.train.cross_entropy,
-    loss_mean=config.train.loss_mean,
+    rollout_unroll=sampling.unrolled(
+      config.rollout.unroll, model.unroll, device_platform
+    ),
+    micro_batches=train.micro_batches,
+    cross_entropy=train.cross_entropy,
+    loss_mean=train.loss_mean,
     top_k=distill.top_k,
     support=distill.support,
     max_importance=distill.max_importance,
@@ -308,38 +312,51 @@ class BatchLayout(NamedTuple):
     return (self.questions + self.replayed) * self.group
 
 
-def batch_layout(config: schema.Config) -> BatchLayout:
+def batch_layout(
+  questions: int,
+  replay: schema.Replay | None,
+  rollout: schema.Rollout,
+  *,
+  distils: bool,
+) -> BatchLayout:
   """The rows of a batch, by kind.
 
   Raises:
     errors.UserError: the share of replayed rows is not a whole number of them.
   """
-  size, replay, replayed = config.train.batch_size, config.replay, 0
+  replayed = 0
   if replay is not None and not mssr.is_adaptive(replay):
-    replayed = batching.count_replays(size, replay.share)
-  distils = uses_distillation(config.distill, config.balance)
-  return BatchLayout(size, replayed, config.rollout.group if distils else 1)
+    replayed = batching.count_replays(questions, replay.share)
+  return BatchLayout(questions, replayed, rollout.group if distils else 1)
 
 
 def check(
-  config: schema.Config, decoder: transformer.DecoderConfig, mesh: Mesh
+  model: schema.Model,
+  decoder: transformer.DecoderConfig,
+  mesh: Mesh,
+  *,
+  top_k: int | None,
+  rows: int,
+  micro_batches: int,
 ) -> None:
   """Checks a config against its model and mesh, before weights or rows are read.
+
+  Args:
+    top_k: tokens on which teacher and student are compared; None if nothing is
+      distilled.
+    rows: of every batch, from `batch_layout`.
 
   Raises:
     errors.UserError: they do not fit together.
   """
-  source, top_k = config.model.source, config.distill.top_k
-  distils = uses_distillation(config.distill, config.balance)
-  if distils and top_k > decoder.vocab_size:
+  if top_k is not None and top_k > decoder.vocab_size:
     raise errors.UserError(
-      f"distill.top_k: {top_k} is larger than the vocabulary of {source} "
+      f"distill.top_k: {top_k} is larger than the vocabulary of {model.source} "
       f"({decoder.vocab_size}); lower it"
     )
-  if config.model.attention == "cudnn":
-    check_cudnn(source, decoder, mesh)
-  parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
-  rows = batch_layout(config).rows
+  if model.attention == "cudnn":
+    check_cudnn(model.source, decoder, mesh)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
   if rows % parts:
     raise errors.UserError(
       f"train.batch_size: {rows} rows (with replay and rollout.group) do not "
