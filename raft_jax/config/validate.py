@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from raft_jax.config import schema
+from raft_jax.config import schema, validate_endpoints
 
-Problems = Iterator[tuple[str, str]]
-"""Dotted keys, each with what is wrong and what to do."""
+Problems = validate_endpoints.Problems
 
 QUESTION_FILES = (
   "data.questions",
@@ -123,10 +122,10 @@ def _attention(model: schema.Model, rollout: schema.Rollout) -> Problems:
 
 
 def _refine(refine: schema.Refine) -> Problems:
-  yield from _engines(
+  yield from validate_endpoints.engines(
     {"refine.rewriter": refine.rewriter, "refine.fusion": refine.fusion}
   )
-  yield from _panel("refine.judges", refine.judges)
+  yield from validate_endpoints.panel("refine.judges", refine.judges)
   for i, judge in enumerate(refine.judges):
     if judge.engine == "encoder" and judge.model is not None:
       yield (
@@ -136,7 +135,7 @@ def _refine(refine: schema.Refine) -> Problems:
 
 
 def _evaluate(evaluate: schema.Evaluate) -> Problems:
-  yield from _panel("evaluate.judges", evaluate.judges)
+  yield from validate_endpoints.panel("evaluate.judges", evaluate.judges)
   if evaluate.open_ended.prompts is not None and not evaluate.judges:
     yield (
       "evaluate.open_ended.prompts",
@@ -145,8 +144,8 @@ def _evaluate(evaluate: schema.Evaluate) -> Problems:
 
 
 def _extract(extract: schema.Extract) -> Problems:
-  yield from _engines({"extract.writer": extract.writer})
-  yield from _panel("extract.judges", extract.judges)
+  yield from validate_endpoints.engines({"extract.writer": extract.writer})
+  yield from validate_endpoints.panel("extract.judges", extract.judges)
   total = math.fsum(extract.shares.model_dump().values())
   if abs(total - 1) > 1e-9:
     yield "extract.shares", f"sum to {total:g}, not to 1; change one of the three"
@@ -158,43 +157,12 @@ def _extract(extract: schema.Extract) -> Problems:
 
 
 def _synthesise(synthesise: schema.Synthesise) -> Problems:
-  yield from _engines({"synthesise.writer": synthesise.writer})
+  yield from validate_endpoints.engines({"synthesise.writer": synthesise.writer})
   if synthesise.keep > synthesise.drafts:
     yield (
       "synthesise.keep",
       f"must not exceed synthesise.drafts={synthesise.drafts}",
     )
-
-
-def _panel(place: str, judges: Sequence[schema.ModelEndpoint]) -> Problems:
-  yield from _engines({f"{place}.{i}": judge for i, judge in enumerate(judges)})
-  # Replies are kept by model and request, wherever the model runs.
-  requests = [judge.model_dump(exclude={*schema.PLACEMENT}) for judge in judges]
-  for i, judge in enumerate(judges):
-    if requests[i] in requests[:i]:
-      note = " (servers tell models apart by name)" if judge.engine == "openai" else ""
-      yield f"{place}.{i}", f"is the same judge again{note}; delete it or change it"
-
-
-def _engines(roles: Mapping[str, schema.ModelEndpoint]) -> Problems:
-  """Keys of engines that a role does not use, and keys that its engine needs."""
-  for place, role in roles.items():
-    for engine, keys in schema.ENGINE_KEYS.items():
-      for key in keys:
-        default = type(role).model_fields[key].default
-        if role.engine != engine and getattr(role, key) != default:
-          yield (
-            f"{place}.{key}",
-            f"is read with engine: {engine} only; set that or delete it",
-          )
-    if role.engine == "openai":
-      if not (role.base_url or "").startswith(("http://", "https://")):
-        yield (
-          f"{place}.base_url",
-          "must be the server's address, like http://localhost:8000/v1",
-        )
-      if not role.model:
-        yield f"{place}.model", "is required with engine: openai: its name there"
 
 
 def _balance(

@@ -24,7 +24,7 @@ from raft_jax.hf import chat
 from raft_jax.models import transformer
 from raft_jax.runtime import interrupts, progress
 from raft_jax.storage import journal
-from raft_jax.training import checkpoint
+from raft_jax.training import tree_fingerprints
 
 LOSS_WIDTH, PROMPT_WIDTH, CHOICE_WIDTH = 64, 32, 256
 """Rows are padded to multiples of these, so that few shapes are compiled."""
@@ -66,7 +66,7 @@ def eval_model(
   server: engines.Generator | None = None,
 ) -> EvalModel:
   """A model to evaluate, with the fingerprints of its parameters."""
-  fingerprints = checkpoint.named_fingerprints(params)
+  fingerprints = tree_fingerprints.by_path(params)
   return EvalModel(params, config, tokenizer, settings, fingerprints, title, server)
 
 

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families
+from raft_jax.hf import families, tensor_layout
 
 
 def _reader(path: pathlib.Path) -> gguf.GGUFReader:
@@ -137,7 +137,7 @@ def _llama3_scaling(
   return {"rope_type": "llama3", **numbers}
 
 
-def tensors(path: pathlib.Path) -> dict[str, families.Stored]:
+def tensors(path: pathlib.Path) -> dict[str, tensor_layout.Stored]:
   """The tensors by name, dequantised to float32 as they are read.
 
   Raises:
@@ -156,7 +156,7 @@ def tensors(path: pathlib.Path) -> dict[str, families.Stored]:
       known.add(tensor.tensor_type)
 
     def read(
-      index: families.Index, data=tensor.data, kind=tensor.tensor_type
+      index: tensor_layout.Index, data=tensor.data, kind=tensor.tensor_type
     ) -> np.ndarray:
       if len(index) == 1:  # a part of a vector may begin within a block
         return gguf.dequantize(data, kind)[index]
@@ -164,19 +164,19 @@ def tensors(path: pathlib.Path) -> dict[str, families.Stored]:
 
     # GGUF lists the fastest dimension first.
     shape = tuple(int(n) for n in reversed(tensor.shape))
-    stored[tensor.name] = families.Stored(shape, read)
+    stored[tensor.name] = tensor_layout.Stored(shape, read)
   return stored
 
 
-def uninterleaved(tensor: families.Stored, heads: int) -> families.Stored:
+def uninterleaved(tensor: tensor_layout.Stored, heads: int) -> tensor_layout.Stored:
   """Rows from interleaved rotary order (pairs 2i, 2i + 1) back to halves."""
   pairs = np.arange(tensor.shape[0]).reshape(heads, -1, 2)
   order = pairs.swapaxes(1, 2).reshape(-1)
 
-  def read(index: families.Index) -> np.ndarray:
+  def read(index: tensor_layout.Index) -> np.ndarray:
     return tensor.read((order[index[0]], *index[1:]))
 
-  return families.Stored(tensor.shape, read)
+  return tensor_layout.Stored(tensor.shape, read)
 
 
 class Vocabulary(NamedTuple):

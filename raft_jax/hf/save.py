@@ -19,7 +19,13 @@ from flax import traverse_util
 
 import raft_jax
 from raft_jax import errors
-from raft_jax.hf import decoder_config, families, peft_adapter
+from raft_jax.hf import (
+  decoder_config,
+  families,
+  model_source,
+  peft_adapter,
+  tensor_layout,
+)
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.runtime import interrupts
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 
   from raft_jax.models import transformer
 
-Shard = list[families.Piece]
+Shard = list[tensor_layout.Piece]
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -70,7 +76,7 @@ def save(
     folder: the target. An existing one that is not empty is refused; `overwrite`
       replaces it, and only if its config.json has the mark of an earlier `save`.
     params: tree as `transformer.shapes(config)`.
-    source: where the model came from, as for `load.resolve`.
+    source: where the model came from, as for `model_source.resolve`.
     dtype: of the written weights.
     template: which chat template, as `model.chat_template`. Where it is not what the
       source's own files say, it takes the place of all of theirs.
@@ -83,12 +89,12 @@ def save(
   _check_target(target, overwrite, _wrote_model)
   if hf_load.load_config(source) != config:
     raise ValueError(f"the config is not that of {source}")
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   fields = hf_load.fields(path)
   tokenizer = hf_tokenizer.load(source, template)
   family, kind = decoder_config.of(fields, source), hf_load.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
-  pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
+  pieces = tensor_layout.pieces(leaves, tensor_layout.file_names(family, in_gguf=False))
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
   with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
     _write_weights(temporary, leaves, plan, kind)
@@ -123,7 +129,7 @@ def save_adapter(
     folder: the target, as of `save`.
     adapters: kernel -> {"a", "b"}, from `lora`.
     config: of the base model.
-    source: the base model, as for `load.resolve`.
+    source: the base model, as for `model_source.resolve`.
     base_name: what the adapter's config calls the base model.
     template: the chat template that lies beside it; None for the base model's own.
     card: content of README.md.
@@ -176,7 +182,7 @@ def _size(shard: Shard) -> int:
 
 
 def _plan_shards(
-  pieces: list[families.Piece], itemsize: int, limit: int
+  pieces: list[tensor_layout.Piece], itemsize: int, limit: int
 ) -> list[Shard]:
   """Cuts the tensors into files of at most `limit` bytes (a tensor is never cut)."""
   shards: list[Shard] = [[]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.hf import chat_template, gguf_file
+from raft_jax.hf import chat_template, gguf_file, model_source
 from raft_jax.hf import load as hf_load
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load(
     UserError: it is absent, of a kind not supported, or another model's; or it has no
       such chat template.
   """
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
   chosen = chat_template.choose(tokenizer.chat_template, template, source)
   tokenizer.chat_template = chosen
@@ -71,7 +71,7 @@ def load(
 def changed_template(source: str, template: str | None) -> str | None:
   """The chat template of `load`, where transformers would use another with the source's
   files as they are; None where it would not."""
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   own = (_from_gguf(path) if path.is_file() else _from_folder(path)).chat_template
   if isinstance(own, dict):
     own = own.get("default")
@@ -133,7 +133,7 @@ def _check_vocabulary(
 
 def vocab_size(source: str) -> int | None:
   """Rows of the model's embedding, as its config says; None where it does not."""
-  return _vocab_size(hf_load.resolve(source))
+  return _vocab_size(model_source.resolve(source))
 
 
 def _vocab_size(path: pathlib.Path) -> int | None:
@@ -216,7 +216,7 @@ def eos_ids(
   Raises:
     UserError: the model has no row for the first.
   """
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   known: list[Any] = []
   if path.is_dir():
     for file in ("generation_config.json", "config.json"):

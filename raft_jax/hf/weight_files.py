@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 
 from raft_jax import errors
-from raft_jax.hf import families
+from raft_jax.hf import tensor_layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -153,14 +153,14 @@ def _some(names: Sequence[str]) -> str:
 # --- What is in them ------------------------------------------------------------------
 
 
-def tensors(folder: pathlib.Path, files: Shards) -> dict[str, families.Stored]:
+def tensors(folder: pathlib.Path, files: Shards) -> dict[str, tensor_layout.Stored]:
   """The tensors by name, from the headers alone.
 
   Raises:
     UserError: a file is damaged, or holds other tensors than the index lists; both
       files are named.
   """
-  stored: dict[str, families.Stored] = {}
+  stored: dict[str, tensor_layout.Stored] = {}
   holders: dict[str, str] = {}
   for file in files:
     for name, tensor in _open(folder / file):
@@ -182,7 +182,7 @@ def tensors(folder: pathlib.Path, files: Shards) -> dict[str, families.Stored]:
   return stored
 
 
-def _open(path: pathlib.Path) -> Iterator[tuple[str, families.Stored]]:
+def _open(path: pathlib.Path) -> Iterator[tuple[str, tensor_layout.Stored]]:
   try:
     with path.open("rb") as file:
       pointer = file.read(len(_LFS)) == _LFS
@@ -199,10 +199,10 @@ def _open(path: pathlib.Path) -> Iterator[tuple[str, families.Stored]]:
     piece = handle.get_slice(name)
     read = functools.partial(_read, path, name)
     shape = tuple(piece.get_shape())
-    yield name, families.Stored(shape, read, str(piece.get_dtype()))
+    yield name, tensor_layout.Stored(shape, read, str(piece.get_dtype()))
 
 
-def _read(file: pathlib.Path, name: str, index: families.Index) -> np.ndarray:
+def _read(file: pathlib.Path, name: str, index: tensor_layout.Index) -> np.ndarray:
   # Opened anew each time: what an open file has read stays in its memory map.
   with safetensors.safe_open(file, framework="numpy") as handle:
     return handle.get_slice(name)[index]
@@ -218,7 +218,7 @@ _BUFFER = re.compile(
 _MASK = re.compile(r"(.*\.)?(\w*attn|attention)\.(bias|masked_bias|causal_mask)")
 
 
-def is_buffer(name: str, tensor: families.Stored) -> bool:
+def is_buffer(name: str, tensor: tensor_layout.Stored) -> bool:
   """Whether a tensor holds what a model computes for itself: positions, masks."""
   if _MASK.fullmatch(name):  # a bias of a projection has one axis
     whole = len(tensor.shape) != 1 or tensor.shape == (1,)
@@ -273,7 +273,7 @@ _UNKNOWN = "unexpected tensors"
 
 
 def strangers(
-  stored: Mapping[str, families.Stored], names: Iterable[str]
+  stored: Mapping[str, tensor_layout.Stored], names: Iterable[str]
 ) -> tuple[dict[str, list[str]], str | None]:
   """Tensors that a model does not ask for, by what they are, and a remedy for them."""
   found: dict[str, list[str]] = {}

@@ -13,7 +13,7 @@ import yaml
 
 from raft_jax import errors
 from raft_jax.config import schema
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 from raft_jax.storage import sealed_folder, shards
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -128,7 +128,7 @@ def hub_name(source: str) -> str | None:
 
 def read_license(source: str) -> str | None:
   """The licence in the model card of the source folder, if it has one."""
-  path = hf_load.resolve(source) / "README.md"
+  path = model_source.resolve(source) / "README.md"
   if not path.is_file():
     return None
   parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)

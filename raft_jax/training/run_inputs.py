@@ -130,6 +130,7 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     decoder,
     teacher_decoder,
     mesh,
+    batch_rows=layout.rows,
     widest=widths[-1],
     total_steps=len(dataset),
     eos_ids=tokenizer.eos_ids,
@@ -332,7 +333,7 @@ def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, A
   """What all processes of a run must have in common, by name."""
   keys = [key for key in schema.Config.model_fields if key != "cluster"]
   content = {f"content of {name}": value for name, value in identity.items()}
-  return {**config_load.values(config, keys), **content}
+  return {**config_load.values(config, keys), **content, **distributed.versions()}
 
 
 # --- Probing batches ------------------------------------------------------------------

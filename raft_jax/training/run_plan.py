@@ -22,51 +22,8 @@ from raft_jax.distillation import objective, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
 from raft_jax.models import lora, partition, sampling, sharding, transformer
-from raft_jax.training import optim
+from raft_jax.training import optim, step_schedule
 from raft_jax.training import programs as programs_lib
-
-
-class StepSchedule(NamedTuple):
-  """At which steps a run does more than train.
-
-  Attributes:
-    gradient_stats_every: steps between two measurements of both gradients; 0: never.
-    gradient_stats_early: also measure at steps 1, 2, 4, ..., while the distillation
-      loss grows from 0.
-    validate_every: steps between two validations; None: never.
-  """
-
-  total_steps: int
-  checkpoint_every: int
-  gradient_stats_every: int
-  gradient_stats_early: bool
-  validate_every: int | None
-
-
-def takes_gradient_stats(schedule: StepSchedule, step: int) -> bool:
-  """Whether a step, counted from 0, takes each loss's own gradient."""
-  every = schedule.gradient_stats_every
-  if every == 0:
-    return False
-  early = schedule.gradient_stats_early and step < every and step & (step - 1) == 0
-  return step % every == 0 or early
-
-
-def times_phases(schedule: StepSchedule, step: int) -> bool:
-  """Whether a step, counted from 0, waits for each phase to time it."""
-  every = schedule.gradient_stats_every
-  return every > 0 and step % every == every // 2
-
-
-def validates(schedule: StepSchedule, done: int) -> bool:
-  """Whether to validate after `done` steps."""
-  every = schedule.validate_every
-  return every is not None and (done % every == 0 or done == schedule.total_steps)
-
-
-def saves(schedule: StepSchedule, done: int) -> bool:
-  """Whether to save a checkpoint after `done` steps."""
-  return done % schedule.checkpoint_every == 0 or done == schedule.total_steps
 
 
 class RunPlan(NamedTuple):
@@ -93,7 +50,7 @@ class RunPlan(NamedTuple):
   split: partition.Split
   settings: objective.Settings
   rollouts: programs_lib.Rollouts
-  schedule: StepSchedule
+  schedule: step_schedule.StepSchedule
   optimizer: optax.GradientTransformationExtraArgs
   rates: np.ndarray
   abstract_state: step.TrainState
@@ -136,6 +93,7 @@ def make_plan(
   teacher_decoder: transformer.DecoderConfig | None,
   mesh: Mesh,
   *,
+  batch_rows: int,
   widest: batching.Widths,
   total_steps: int,
   eos_ids: tuple[int, ...],
@@ -161,29 +119,26 @@ def make_plan(
   abstract_state, shardings = state_shardings(mesh, split, optimizer)
   settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform(mesh))
   rollouts = make_rollouts(config.rollout, distill, train.seed, pad_id)
-  programs = programs_lib.compile_programs(
-    settings,
-    rollouts,
-    optimizer=optimizer,
-    balancer=balancer,
-    state_shardings=shardings,
-    teacher=distill.teacher if distils else None,
-  )
   edits = config.prune is not None or config.interpolate is not None
   return RunPlan(
     mesh=mesh,
     split=split,
     settings=settings,
     rollouts=rollouts,
-    schedule=make_schedule(train, config.balance, validation, total_steps),
+    schedule=step_schedule.make(train, config.balance, validation, total_steps),
     optimizer=optimizer,
     rates=np.asarray(jax.vmap(rate)(jnp.arange(total_steps))),
     abstract_state=abstract_state,
     state_shardings=shardings,
-    programs=programs,
-    batch_rows=batch_layout(
-      train.batch_size, config.replay, config.rollout, distils=distils
-    ).rows,
+    programs=programs_lib.compile_programs(
+      settings,
+      rollouts,
+      optimizer=optimizer,
+      balancer=balancer,
+      state_shardings=shardings,
+      teacher=distill.teacher if distils else None,
+    ),
+    batch_rows=batch_rows,
     widest=widest,
     siblings=make_siblings(distill, config.rollout, config.data) if distils else None,
     leak_phrases=teacher_prompts.leak_phrases(distill.teacher_context),
@@ -191,22 +146,6 @@ def make_plan(
     anchored=optim.reads_anchor(config.anchor, config.recadam),
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
     edits_base=validation is not None and edits,
-  )
-
-
-def make_schedule(
-  train: schema.Train,
-  balance: schema.Balance,
-  validation: schema.Validation | None,
-  total_steps: int,
-) -> StepSchedule:
-  """At which steps a run does more than train."""
-  return StepSchedule(
-    total_steps=total_steps,
-    checkpoint_every=train.checkpoint_every,
-    gradient_stats_every=train.gradient_stats_every,
-    gradient_stats_early=balance.mode == "gradient_norm",
-    validate_every=None if validation is None else validation.every,
   )
 
 

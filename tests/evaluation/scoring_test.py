@@ -12,7 +12,7 @@ import transformers
 from raft_jax import errors
 from raft_jax.data import batching
 from raft_jax.evaluation import scoring
-from raft_jax.hf import chat
+from raft_jax.hf import chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files
@@ -55,7 +55,7 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_pa
     for i, q in enumerate(questions)
   ]
   assert all(row.answer[-1] == chat_tokenizer.eos_ids[0] for row in rows)
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   network = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )

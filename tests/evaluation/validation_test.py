@@ -24,6 +24,7 @@ from raft_jax.training import (
   programs,
   run_plan,
   trained_model,
+  tree_fingerprints,
 )
 from tests.helpers import short_run, tiny_run
 
@@ -188,7 +189,7 @@ def test_export_reads_the_best_step_or_the_last_and_says_so(validated, capsys):
   assert "reading step 4, the best by `validation`" in capsys.readouterr().out
   decoder = hf_load.load_config(settings.model.source)
   exported = hf_load.load_params(str(output / "export"), decoder)
-  assert checkpoint.named_fingerprints({"params": exported}) == bests(output)[4]
+  assert tree_fingerprints.by_path({"params": exported}) == bests(output)[4]
   assert "for 4 steps" in (output / "export/README.md").read_text()
   # `keep` is no part of what was trained: it may change afterwards.
   last = settings.model_copy(

@@ -6,8 +6,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.generation import engines, jax_engine
-from raft_jax.hf import chat
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import chat, model_source
 from raft_jax.storage import records
 from tests.helpers import tiny_run
 
@@ -74,7 +73,7 @@ def test_greedy_equals_transformers(engine, smollm, law):
   import torch
   import transformers
 
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )

@@ -25,6 +25,7 @@ from raft_jax.hf import (
   chat,
   chat_template,
   gguf_file,
+  model_source,
   teacher_prompts,
 )
 from raft_jax.hf import (
@@ -195,7 +196,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm):
-  vocabulary = gguf_file.vocabulary(hf_load.resolve(smollm))
+  vocabulary = gguf_file.vocabulary(model_source.resolve(smollm))
   ids = {token: index for index, token in enumerate(vocabulary.tokens)}
   backend = hf_tokenizer.byte_level_bpe(
     ids, vocabulary.merges, hf_tokenizer.SPLITTERS["qwen2"]
@@ -540,7 +541,7 @@ def test_words_of_a_domain_stay_single_tokens(smollm):
 
 def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
   """GGUF calls them user-defined."""
-  whole = gguf_file.vocabulary(hf_load.resolve(smollm))
+  whole = gguf_file.vocabulary(model_source.resolve(smollm))
   added = {**whole.added, "<think>": False, "</think>": False}
   tokens = [*whole.tokens, "<think>", "</think>"]
   changed = whole._replace(added=added, tokens=tokens)

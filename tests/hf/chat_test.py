@@ -15,8 +15,7 @@ import transformers
 from hypothesis import strategies
 
 from raft_jax import errors
-from raft_jax.hf import chat, teacher_prompts
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import chat, model_source, teacher_prompts
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.storage.records import Message
 
@@ -56,7 +55,7 @@ def chat_tokenizer(smollm) -> chat.ChatTokenizer:
 @pytest.fixture(scope="module")
 def theirs(smollm):
   """transformers' own conversion of the GGUF tokenizer."""
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from raft_jax import errors
-from raft_jax.hf import decoder_config, families
+from raft_jax.hf import decoder_config, families, tensor_layout
 from tests.helpers import tiny_families
 
 LLAMA = {**tiny_families.TINY, "model_type": "llama"}
@@ -70,9 +70,9 @@ def test_a_part_of_a_fused_tensor_is_read_alone():
 
   leaves = {f"layers/{x}": np.zeros((1, n, 10)) for x, n in zip("kqv", (2, 4, 2))}
   names = dict.fromkeys(("layers/q", "layers/k", "layers/v"), "{}.qkv")
-  (piece,) = families.pieces(leaves, names)
+  (piece,) = tensor_layout.pieces(leaves, names)
   assert piece.shape == (8, 10)
-  part = families.part(families.Stored((8, 10), read), piece, "layers/k")
+  part = tensor_layout.part(tensor_layout.Stored((8, 10), read), piece, "layers/k")
   assert part.shape == (2, 10)
   got = part.read((slice(1, 2), slice(None)))
   np.testing.assert_array_equal(got, whole[5:6])

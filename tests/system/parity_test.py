@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from raft_jax.hf import chat
+from raft_jax.hf import chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.models import sampling, transformer
@@ -51,7 +51,7 @@ def conversations(law: pathlib.Path) -> list[list[Message]]:
 
 @pytest.fixture(scope="module")
 def real(smollm, law) -> Real:
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   reference = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   ).eval()
