@@ -36,6 +36,8 @@ class Family(NamedTuple):
     names: our path in the tree -> names in files.
     defaults: config fields that a config.json may leave out, as in transformers' class.
     only: config field -> supported values; other values are refused.
+    renamed: config field -> its name in this family's config.json, where that differs
+      from Llama's. `defaults`, `only` and `extra` use Llama's name.
     extra: config -> fields of `DecoderConfig` in which it differs from Llama; not those
       that `decoder_config` sets for every family.
     ropes: kinds of rotary scaling that are read.
@@ -48,6 +50,7 @@ class Family(NamedTuple):
   names: Mapping[str, Name]
   defaults: Mapping[str, Any]
   only: Mapping[str, tuple[Any, ...]]
+  renamed: Mapping[str, str] = {}
   extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
   ropes: tuple[str, ...] = ("default", "llama3")
   slides: Callable[[Fields, int], bool] | None = None
@@ -214,7 +217,7 @@ FAMILIES = {
     },
     only=_NO_BIAS,
     slides=_by_layer_type(
-      lambda fields, layer: not turns(fields, layer) and fields["use_sliding_window"]
+      lambda fields, layer: not has_rope(fields, layer) and fields["use_sliding_window"]
     ),
   ),
   "olmo2": Family(
@@ -290,11 +293,11 @@ FAMILIES = {
 }
 
 
-def turns(fields: Fields, layer: int) -> bool:
+def has_rope(fields: Fields, layer: int) -> bool:
   """Whether a layer has rotary positions at all."""
-  given = fields.get("no_rope_layers")
-  if given:
-    return bool(given[layer])
+  flags = fields.get("no_rope_layers")  # despite its name, 1 for layers with them
+  if flags:
+    return bool(flags[layer])
   interval = fields.get("no_rope_layer_interval")
   return not interval or (layer + 1) % interval != 0
 

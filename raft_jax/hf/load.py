@@ -60,7 +60,7 @@ def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConf
 def family(source: str) -> families.Family:
   """The family of the source's model."""
   path = model_source.resolve(source, weights=False)
-  return decoder_config.of(fields(path), _config_place(path))
+  return decoder_config.find_family(fields(path), _config_place(path))
 
 
 def _config_place(path: pathlib.Path) -> str:
@@ -209,7 +209,7 @@ def _matched(
   from raft_jax.models import transformer
 
   in_gguf = path.is_file()
-  family = decoder_config.of(fields(path), _config_place(path))
+  family = decoder_config.find_family(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else _safetensors(path)
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
@@ -275,7 +275,7 @@ def _check_fit(
     return ", ".join(names[:3]) + more
 
   missing = [name for name in expected if name not in stored]
-  strangers, remedy = weight_files.strangers(
+  unexpected, remedy = weight_files.unexpected(
     stored,
     (
       name
@@ -299,7 +299,7 @@ def _check_fit(
     for kind, names in (
       ("quantised weights", coded),
       ("missing tensors", missing),
-      *strangers.items(),
+      *unexpected.items(),
       ("wrong shapes", wrong),
     )
     if names

@@ -146,7 +146,10 @@ def small(path: pathlib.Path, kind: Kind, meta: dict | None = None, **extra) -> 
     else:
       writer.add_tensor(f"{name}.weight", rng.standard_normal(rows, np.float32))
   for name, array in extra.items():
-    writer.add_tensor(name, np.asarray(array, np.float32))
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8:
+      writer.add_tensor(name, array, raw_dtype=Kind.Q8_K)
+    else:
+      writer.add_tensor(name, np.asarray(array, np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -245,6 +248,13 @@ def test_a_quantisation_that_cannot_be_read_is_named(tmp_path):
   source = small(tmp_path / "m.gguf", Kind.Q8_K)
   with pytest.raises(errors.UserError, match=r"token_embd\.weight is stored as Q8_K"):
     hf_load.check_params(source, hf_load.load_config(source))
+
+
+def test_rope_divisors_that_cannot_be_read_are_named(tmp_path):
+  divisors = encoded(Kind.Q8_K, 1, np.random.default_rng(0))
+  source = small(tmp_path / "m.gguf", Kind.F32, **{"rope_freqs.weight": divisors})
+  with pytest.raises(errors.UserError, match=r"rope_freqs\.weight is stored as Q8_K"):
+    hf_load.load_config(source)
 
 
 def test_a_quantisation_of_the_future(tmp_path):
