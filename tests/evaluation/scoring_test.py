@@ -1,5 +1,6 @@
 """Values of single items against transformers, and what is kept of a killed run."""
 
+import dataclasses
 import types
 
 import jax
@@ -16,19 +17,10 @@ from raft_jax.hf import chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files
+from tests.helpers import tiny_decoder
 
-TINY = transformer.DecoderConfig(
-  vocab_size=97,
-  d_model=16,
-  n_layers=2,
-  n_heads=4,
-  n_kv_heads=2,
-  head_dim=4,
-  d_ff=24,
-  rms_eps=1e-5,
-  rope_theta=10000.0,
-  max_positions=256,
-  tie_embeddings=True,
+TINY = dataclasses.replace(
+  tiny_decoder.CONFIG, d_model=16, n_layers=2, head_dim=4, d_ff=24, max_positions=256
 )
 SETTINGS = scoring.Settings(batch_size=3, dtype="float32", unroll=1)
 
