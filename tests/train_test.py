@@ -38,10 +38,12 @@ def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
   jax.clear_caches()  # of what other tests have compiled
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     train.fit(settings)
-  found = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-  counts = {name: found.count(name) for name in ("generate", "score_teacher", "update")}
+  compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+  counts = {
+    name: compiled.count(name) for name in ("generate", "score_teacher", "update")
+  }
   # The update also with its gradients taken apart.
-  assert counts == {"generate": 1, "score_teacher": 1, "update": 2}, found
+  assert counts == {"generate": 1, "score_teacher": 1, "update": 2}, compiled
 
 
 def test_when_the_gradients_are_taken_apart():
@@ -389,15 +391,17 @@ def test_answers_to_other_questions_than_the_file_has_now_are_refused(
   tmp_path, source, law
 ):
   output, digest = tmp_path / "edited", hashlib.sha256()
-  asked = tmp_path / "questions.jsonl"
-  asked.write_bytes((law / "train.jsonl").read_bytes())
-  for question in question_files.read_questions(asked):
+  questions_file = tmp_path / "questions.jsonl"
+  questions_file.write_bytes((law / "train.jsonl").read_bytes())
+  for question in question_files.read_questions(questions_file):
     digest.update(refined_folder.question_bytes(question))
   short_run.write_refined(output, law, questions=digest.hexdigest())
-  _, settings = short_run.make_config(output, source, law, f"data.questions={asked}")
+  _, settings = short_run.make_config(
+    output, source, law, f"data.questions={questions_file}"
+  )
   plan, _ = run_inputs.prepare(settings)
   assert plan.schedule.total_steps == short_run.STEPS
-  asked.write_text(asked.read_text().replace("court", "tribunal"))
+  questions_file.write_text(questions_file.read_text().replace("court", "tribunal"))
   with pytest.raises(errors.UserError, match=r"other questions than .* has now; run"):
     run_inputs.prepare(settings)
 

@@ -87,12 +87,12 @@ def _model(params: transformer.Params, batch_size: int = 3, pad_id: int = 0):
 
 def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
   params, rows = transformer.init(jax.random.key(0), TINY), _rows(4)
-  found = []
+  actual = []
   for batch_size, pad_id in ((4, 0), (1, 5)):
     with journal.open_journal(tmp_path / f"{batch_size}.jsonl") as log:
       model = _model(params, batch_size, pad_id)
-      found.append(scoring.losses(model, rows, log, name="loss"))
-  np.testing.assert_allclose(*found, rtol=1e-5)
+      actual.append(scoring.losses(model, rows, log, name="loss"))
+  np.testing.assert_allclose(*actual, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path):
@@ -110,8 +110,8 @@ def test_choices_are_the_logits_after_each_prompt(tmp_path):
   params, rows = transformer.init(jax.random.key(0), TINY), _rows(5)
   prompts, letters = [row.prompt for row in rows], [7, 90, 0]
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    found = scoring.choices(_model(params), prompts, letters, log, name="choices")
-  for prompt, logits in zip(prompts, found):
+    actual = scoring.choices(_model(params), prompts, letters, log, name="choices")
+  for prompt, logits in zip(prompts, actual):
     valid = jnp.ones((1, len(prompt)), bool)
     hidden, _ = transformer.forward(
       params,
@@ -139,12 +139,12 @@ def test_batches_are_longest_first_and_complete():
 def test_finished_batches_survive_an_interruption(tmp_path):
   keys = [journal.content_key(i=i) for i in range(7)]
   lengths = [1, 2, 3, 4, 5, 6, 7]
-  asked: list[int] = []
+  computed: list[int] = []
 
   def compute(batch: list[int]) -> list[int]:
-    if len(asked) >= 4:
+    if len(computed) >= 4:
       raise KeyboardInterrupt
-    asked.extend(batch)
+    computed.extend(batch)
     return [10 * i for i in batch]
 
   def run(compute):
@@ -155,7 +155,7 @@ def test_finished_batches_survive_an_interruption(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     run(compute)
-  assert asked == [6, 5, 4, 3]
+  assert computed == [6, 5, 4, 3]
   later: list[int] = []
   values = run(lambda batch: later.extend(batch) or [10 * i for i in batch])
   assert later == [2, 1, 0]

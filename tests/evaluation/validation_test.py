@@ -146,15 +146,15 @@ def bests(output):
 
 def test_validations_are_logged_and_the_best_step_is_kept(validated):
   output, _ = validated
-  found = validations(output)
-  assert [step for step, _ in found] == [2, 4, 6]
+  actual = validations(output)
+  assert [step for step, _ in actual] == [2, 4, 6]
   for name, expected in {
     "validation_drift": [0.010, 0.014, 0.017],
     "validation_ifeval": [0.5, 0.5, 1.0],
     "validation_best": [2, 4, 4],
   }.items():
-    assert [values[name] for _, values in found] == pytest.approx(expected, abs=7e-4)
-  losses = [values["validation_loss"] for _, values in found]
+    assert [values[name] for _, values in actual] == pytest.approx(expected, abs=7e-4)
+  losses = [values["validation_loss"] for _, values in actual]
   assert losses == sorted(losses, reverse=True)
   assert set(bests(output)) == {4}
   page = run_page.render(run_folder.read(output), "t")
@@ -399,10 +399,10 @@ def test_the_model_that_is_validated_is_the_one_that_is_read(start, overrides):
   )
   validation_set = read(settings)
   with journal.open_journal(output / "again.jsonl") as log:
-    found = validation.measure(validation_set, trained, base, settings.validation, log)
+    actual = validation.measure(validation_set, trained, base, settings.validation, log)
   logged = dict(validations(output))[step]
   assert logged.pop("validation_best") == step
-  assert found == logged
+  assert actual == logged
   if settings.lora is not None:
     assert all("/lora/" in name for name in bests(output)[step])
 

@@ -86,10 +86,10 @@ def test_sharded_over_eight_devices(tmp_path):
 def test_a_block_is_read_alone_and_in_strips(monkeypatch):
   """A host reads only its block: rows 1:6 and columns 2:4, as a mesh would ask."""
   whole = np.arange(8 * 5, dtype=np.float32).reshape(8, 5)
-  asked = []
+  indices = []
 
   def read(index):
-    asked.append(index)
+    indices.append(index)
     return whole[index]
 
   monkeypatch.setattr(hf_load, "STRIP_BYTES", 2 * 2 * 4)
@@ -99,7 +99,7 @@ def test_a_block_is_read_alone_and_in_strips(monkeypatch):
   )
   np.testing.assert_array_equal(out, whole[index])
   rows = [slice(1, 3), slice(3, 5), slice(5, 6)]
-  assert asked == [(strip, slice(2, 4)) for strip in rows]
+  assert indices == [(strip, slice(2, 4)) for strip in rows]
 
 
 def test_host_memory_is_one_tensor(tmp_path, monkeypatch):
