@@ -107,10 +107,9 @@ def load_params(
 
   Loading is strict: each tensor of the checkpoint is used once, none is missing, shapes
   agree, and all values are finite. A `lm_head.weight` beside tied embeddings must equal
-  the embedding. Tensors are read one at a time, in strips, and only the blocks that
-  this host's devices need. A layer's tensor goes directly to its row of the stacked
-  leaf on the devices, so that besides the destination the host holds one tensor of the
-  embedding's size or two of a layer's.
+  the embedding. Only the blocks that this host's devices need are read, in strips. A
+  layer's tensor goes directly to its row of the stacked leaf on the devices, so the
+  host holds at most one tensor of the embedding's size or two of a layer's.
 
   Args:
     source: as for `model_source.resolve`.
