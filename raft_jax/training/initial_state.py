@@ -269,14 +269,20 @@ def placed(mesh: Any, batches: Any, title: str) -> Iterable[batching.Batch]:
 # --- Checkpoints ----------------------------------------------------------------------
 
 
-def checkpoint_tree(
-  plan: run_plan.RunPlan, state: step_lib.TrainState, replayer: mssr.Replayer | None
-) -> Any:
-  """What a checkpoint stores: the train state and, with adaptive replay, its memory."""
-  if replayer is None:
-    return state
-  memory = sharding.spread(sharding.replicated(plan.mesh), replayer.memory)
-  return {**state._asdict(), "memory": memory}
+def save(
+  checkpoints: Any,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  step: int,
+  state: step_lib.TrainState,
+  replayer: mssr.Replayer | None,
+) -> None:
+  """Starts to save the train state and, with adaptive replay, its memory."""
+  tree: Any = state
+  if replayer is not None:
+    memory = sharding.spread(sharding.replicated(plan.mesh), replayer.memory)
+    tree = {**state._asdict(), "memory": memory}
+  checkpoint.save(checkpoints, step, tree, inputs.identity)
 
 
 def restore(

@@ -182,6 +182,39 @@ def rolls_out(share: float, *, seed: int, step: int) -> bool:
   return bool(np.random.default_rng((seed, step)).random() < share)
 
 
+def roll_out(
+  params: transformer.Params,
+  frozen: transformer.Params,
+  batch: batching.Batch,
+  step: int,
+  *,
+  settings: objective.Settings,
+  rollouts: Rollouts,
+) -> tuple[sequences.Trajectory, jax.Array | None]:
+  """The trajectory of a step; see `Programs.roll_out`."""
+  if not rolls_out(rollouts.share, seed=rollouts.seed, step=step):
+    return sequences.Trajectory(batch.answer_BA, batch.answer_length_B), None
+  rollout = sampling.generate(
+    partition.combine(frozen, params),
+    settings.decoder,
+    batch.prompt_BP,
+    batch.prompt_length_B,
+    batch.row_id_B,
+    seed=rollouts.seed,
+    step=step,
+    max_new_tokens=rollouts.max_new_tokens,
+    temperature=rollouts.temperature,
+    top_p=rollouts.top_p,
+    eos_ids=settings.eos_ids,
+    pad_id=rollouts.pad_id,
+    dtype=settings.compute.dtype,
+    unroll=settings.rollout_unroll,
+    top_tokens=settings.sampler_top_k,
+  )
+  trajectory = sequences.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.stats)
+  return trajectory, rollout.ended_B
+
+
 TEACHERS: dict[str, Callable[..., transformer.Params]] = {
   "base": lambda base, state, frozen: base,
   "live": lambda base, state, frozen: partition.combine(frozen, state.params),
@@ -217,40 +250,9 @@ def compile_programs(
   )
   if teacher is None:
     return Programs(update)
-
-  def roll_out(
-    params: transformer.Params,
-    frozen: transformer.Params,
-    batch: batching.Batch,
-    step: int,
-  ) -> tuple[sequences.Trajectory, jax.Array | None]:
-    if not rolls_out(rollouts.share, seed=rollouts.seed, step=step):
-      return sequences.Trajectory(batch.answer_BA, batch.answer_length_B), None
-    rollout = sampling.generate(
-      partition.combine(frozen, params),
-      settings.decoder,
-      batch.prompt_BP,
-      batch.prompt_length_B,
-      batch.row_id_B,
-      seed=rollouts.seed,
-      step=step,
-      max_new_tokens=rollouts.max_new_tokens,
-      temperature=rollouts.temperature,
-      top_p=rollouts.top_p,
-      eos_ids=settings.eos_ids,
-      pad_id=rollouts.pad_id,
-      dtype=settings.compute.dtype,
-      unroll=settings.rollout_unroll,
-      top_tokens=settings.sampler_top_k,
-    )
-    trajectory = sequences.Trajectory(
-      rollout.tokens_BR, rollout.length_B, rollout.stats
-    )
-    return trajectory, rollout.ended_B
-
   return Programs(
     update,
-    roll_out,
+    functools.partial(roll_out, settings=settings, rollouts=rollouts),
     jax.jit(functools.partial(objective.score_teacher, settings=settings)),
     TEACHERS[teacher],
   )

@@ -147,12 +147,12 @@ def result(output: pathlib.Path, stage: str) -> dict[str, str]:
   if stage == "export":
     # Not the file: the library writes what it knows of it in any order.
     weights = safetensors.numpy.load_file(output / "export/model.safetensors")
-    found = {name: tensor.tobytes() for name, tensor in weights.items()}
-    found |= {p.name: p.read_bytes() for p in output.glob("export/*.json")}
+    contents = {name: tensor.tobytes() for name, tensor in weights.items()}
+    contents |= {p.name: p.read_bytes() for p in output.glob("export/*.json")}
   else:
     files = [*output.glob("refined/shard-*"), output / "refined/MANIFEST.json"]
-    found = {p.name: p.read_bytes() for p in files}
-  return {name: hashlib.sha256(value).hexdigest() for name, value in found.items()}
+    contents = {p.name: p.read_bytes() for p in files}
+  return {name: hashlib.sha256(value).hexdigest() for name, value in contents.items()}
 
 
 def strike(
@@ -214,7 +214,7 @@ def judged(
     return f"{bad}: {said[-3000:]}", "bad output"
   right = {STATUS[stage][blow]} | ({128 + blow} if twice else set())
   if status in right and any(hint in said for hint in HINTS):
-    return None, "noted" if "stopping at the next" in said else "at once, importing"
+    return None, "noted" if "send the signal again" in said else "at once, importing"
   # Before the package is imported, and after it has ended, the process is Python's own.
   if status == -blow:
     return None, "Python's own start or end"
@@ -276,12 +276,12 @@ def main() -> None:
     rerun=given.rerun,
     jobs=given.jobs,
   )
-  good = [found for found in outcomes if found.fault is None]
-  for found in outcomes:
-    if found.fault is not None:
-      print(f"at {found.instant:.2f} CPU seconds: {found.fault}")
-  kinds = collections.Counter((found.kind, found.status) for found in outcomes)
-  waits = sorted(found.seconds for found in outcomes)
+  good = [outcome for outcome in outcomes if outcome.fault is None]
+  for outcome in outcomes:
+    if outcome.fault is not None:
+      print(f"at {outcome.instant:.2f} CPU seconds: {outcome.fault}")
+  kinds = collections.Counter((outcome.kind, outcome.status) for outcome in outcomes)
+  waits = sorted(outcome.seconds for outcome in outcomes)
   print(
     f"{given.stage} {blow.name}{' twice' if given.twice else ''}: {len(good)} of "
     f"{len(outcomes)} by the rule; {dict(kinds)}; seconds from signal to end: median "
