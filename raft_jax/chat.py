@@ -98,7 +98,8 @@ def speaker(
   unroll = sampling.unrolled(
     config.rollout.unroll, config.model.unroll, jax.default_backend()
   )
-  network = streaming.network(params, decoder, dtype=config.model.dtype, unroll=unroll)
+  compute = transformer.Compute(dtype=config.model.dtype, unroll=unroll)
+  network = streaming.network(params, decoder, compute)
   return conversation.Speaker(title, network, tokenizer)
 
 

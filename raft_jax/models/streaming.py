@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from raft_jax import vocab_head
-from raft_jax.models import sampling, transformer
+from raft_jax.models import kv_cache, param_sharding, sampling, transformer
 
 PIECE = 64
 """Tokens of a prompt that are read at a time."""
@@ -31,8 +31,7 @@ class Network(NamedTuple):
 
   weights: transformer.Params
   config: transformer.DecoderConfig
-  dtype: str
-  unroll: int
+  compute: transformer.Compute
 
 
 class Drawing(NamedTuple):
@@ -61,16 +60,14 @@ class Memory:
   """
 
   ids: list[int] = dataclasses.field(default_factory=list)
-  cache: dict[str, Array] | None = None
+  cache: kv_cache.Cache | None = None
   long: tuple[bool, ...] = ()
 
 
 def network(
   params: transformer.Params,
   config: transformer.DecoderConfig,
-  *,
-  dtype: str,
-  unroll: int,
+  compute: transformer.Compute,
 ) -> Network:
   """Casts the weights once, since they are read for every token.
 
@@ -78,14 +75,17 @@ def network(
   their own.
 
   Args:
-    unroll: as for `sampling.generate`.
+    compute: its `unroll` may be 0, as for `sampling.generate`.
   """
   prepare = jax.jit(
     functools.partial(
-      transformer.gathered, config=config, dtype=dtype, apart=unroll == 0
+      param_sharding.gathered,
+      config=config,
+      dtype=compute.dtype,
+      apart=compute.unroll == 0,
     )
   )
-  return Network(_bound(prepare(params)), config, dtype, unroll)
+  return Network(_bound(prepare(params)), config, compute)
 
 
 def _bound(tree: Any) -> Any:
@@ -139,7 +139,7 @@ def _prepare(
   while length < reach + PIECE:  # a piece is written whole, with its padding
     length *= 2
   if memory.cache is None:
-    memory.cache = _bound(transformer.init_cache(config, 1, length, network.dtype))
+    memory.cache = _bound(kv_cache.init(config, 1, length, network.compute.dtype))
   elif (more := length - memory.cache["k"].shape[2]) > 0:
     memory.cache = {
       name: _lengthened(leaf, more, axis=1 if name == "positions" else 2)
@@ -177,8 +177,7 @@ def _read(
     np.int32(decided),
     temperature=drawing.temperature,
     top_p=drawing.top_p,
-    dtype=network.dtype,
-    unroll=network.unroll,
+    compute=network.compute,
   )
   memory.cache = cache
   memory.ids.extend(tokens)
@@ -187,13 +186,13 @@ def _read(
 
 @functools.partial(
   jax.jit,
-  static_argnames=("config", "temperature", "top_p", "dtype", "unroll"),
+  static_argnames=("config", "temperature", "top_p", "compute"),
   donate_argnames=("cache",),
 )
 def read_and_draw(
   weights: transformer.Params,
   config: transformer.DecoderConfig,
-  cache: dict[str, Array],
+  cache: kv_cache.Cache,
   tokens_1T: Array,
   count: Array,
   start: Array,
@@ -203,9 +202,8 @@ def read_and_draw(
   *,
   temperature: float,
   top_p: float,
-  dtype: str,
-  unroll: int,
-) -> tuple[Array, dict[str, Array]]:
+  compute: transformer.Compute,
+) -> tuple[Array, kv_cache.Cache]:
   """The token after the first `count` of `tokens_1T`, int32 [1], and the cache.
 
   Args:
@@ -226,10 +224,9 @@ def read_and_draw(
     position_T[None],
     mask_TS[None],
     cache=cache,
-    cache_index=start,
+    column=start,
     reach_B=reach_1,
-    dtype=dtype,
-    unroll=unroll,
+    compute=compute,
   )
   last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, count - 1, axis=1, keepdims=False)
   logits_1V = vocab_head.head_logits(

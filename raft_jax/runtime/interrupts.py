@@ -24,7 +24,7 @@ HINT = "run the same command again to continue"
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 SAME_S = 0.2
-"""Signals this close count as one: terminal and launcher may both send a Ctrl-C."""
+"""Signals within this time count as one: both terminal and launcher may send Ctrl-C."""
 
 NOTICE = (
   "stopping after the current step, batch or compilation; send the signal again to "
@@ -43,7 +43,7 @@ class _Process:
   Attributes:
     before: handlers that ours replaced; empty outside `listening`.
     children: processes that signals are passed on to.
-    noted_at: time of the last signal that was recorded.
+    received_at: time of the last signal that was recorded.
     notice: what the first signal prints.
     at_input: whether the main thread waits for input; see `input_or_signal`.
     terminated: exit status after SIGTERM.
@@ -53,7 +53,7 @@ class _Process:
 
   before: dict[int, Any] = dataclasses.field(default_factory=dict)
   children: set[int] = dataclasses.field(default_factory=set)
-  noted_at: float = -math.inf
+  received_at: float = -math.inf
   notice: str = NOTICE
   at_input: bool = False
   terminated: int = 128 + signal.SIGTERM
@@ -83,7 +83,7 @@ def due() -> bool:
 
 
 def check() -> None:
-  """A safe point: nothing is lost if work stops here.
+  """Marks a safe point: nothing is lost if work stops here.
 
   Raises:
     Stopped: a signal was received.
@@ -94,7 +94,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-  """Within it `check` raises nothing; the caller reads `received` itself."""
+  """Keeps `check` from raising while it is open; the caller reads `received`."""
   _process.deferrals += 1
   try:
     yield
@@ -144,9 +144,10 @@ def input_or_signal(read: Callable[[], str]) -> str | None:
 
 @contextlib.contextmanager
 def listening(*, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
-  """Records signals within it; its end is a safe point. May be nested.
+  """Records signals while it is open; its end is a safe point. It may be nested.
 
-  A signal that was ignored before, as SIGINT in background jobs of a shell, stays so.
+  A signal that was ignored before stays ignored, such as SIGINT in the background jobs
+  of a shell.
 
   Args:
     terminated: exit status after SIGTERM.
@@ -163,7 +164,7 @@ def listening(*, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing_on(child: int) -> Iterator[None]:
-  """Within it, received signals are also sent to a child process."""
+  """Sends signals to a child process, too, while it is open."""
   _process.children.add(child)
   try:
     yield
@@ -172,7 +173,7 @@ def passing_on(child: int) -> Iterator[None]:
 
 
 def hand_over() -> None:
-  """From now on, jax decides when all processes stop; no process may stop alone.
+  """Lets jax decide from now on when all processes stop; none may stop alone.
 
   jax handles SIGTERM and informs the other processes. A SIGINT is passed on to it.
   """
@@ -189,7 +190,7 @@ def handed_over() -> bool:
 
 
 def at_once(number: int, frame: object = None) -> None:
-  """Ends the process with one line; also a signal handler, while nothing can be lost.
+  """Ends the process with one line. It is also a handler while nothing can be lost.
 
   It does not raise, because an exception during an import prints a long traceback.
   """
@@ -220,7 +221,7 @@ def _pipe() -> Iterator[None]:
     os.close(write)
     thread.join()
     _process.before.clear()
-    _process.noted_at = -math.inf
+    _process.received_at = -math.inf
     received.clear()
 
 
@@ -234,19 +235,20 @@ def _read(pipe: int) -> None:
   with open(pipe, "rb", buffering=0) as signals:
     while number := signals.read(1):
       if number[0] in WATCHED:
-        _note(number[0])
+        _receive(number[0])
 
 
-def _note(number: int) -> None:
+def _receive(number: int) -> None:
+  """Records the first signal, passes it on, and ends the process at the second."""
   now = time.monotonic()
-  if now - _process.noted_at < SAME_S:
+  if now - _process.received_at < SAME_S:
     return
   for child in _process.children:
     with contextlib.suppress(OSError):
       os.kill(child, number)
   if received:
     at_once(number)
-  _process.noted_at = now
+  _process.received_at = now
   received.append(number)
   if _process.at_input:
     _wake(number)
@@ -263,7 +265,7 @@ def _wake(number: int) -> None:
   while _process.at_input and main is not None:
     signal.pthread_kill(main, number)
     time.sleep(SAME_S / 4)
-  _process.noted_at = time.monotonic()  # the pipe has the repetitions
+  _process.received_at = time.monotonic()  # the pipe has the repetitions
 
 
 def _say(line: str) -> None:

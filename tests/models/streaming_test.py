@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax.models import sampling, streaming
+from raft_jax.models import sampling, streaming, transformer
 from tests.helpers import tiny_decoder
 
 CONFIG = tiny_decoder.CONFIG
@@ -21,7 +21,7 @@ def params():
 
 @pytest.fixture(scope="module", params=[1, 0], ids=["scan", "apart"])
 def network(request, params):
-  return streaming.network(params, CONFIG, dtype="float32", unroll=request.param)
+  return streaming.network(params, CONFIG, transformer.Compute(unroll=request.param))
 
 
 def drawing(temperature=0.0, **changes):
@@ -103,7 +103,7 @@ def test_a_stopped_answer_leaves_what_was_read(params, network, after):
 
 
 def test_programs_are_compiled_once_for_each_length_of_the_cache(params):
-  network = streaming.network(params, CONFIG, dtype="float32", unroll=1)
+  network = streaming.network(params, CONFIG, transformer.FLOAT32)
   streaming.read_and_draw.clear_cache()
   memory, prompt = streaming.Memory(), words(40)
   for turn in range(4):
@@ -120,6 +120,6 @@ def test_programs_are_compiled_once_for_each_length_of_the_cache(params):
   # Another model of the same shape needs no programs of its own, be it from a
   # checkpoint, whose arrays are bound to a device.
   restored = jax.device_put(params, jax.local_devices()[0])
-  other = streaming.network(restored, CONFIG, dtype="float32", unroll=1)
+  other = streaming.network(restored, CONFIG, transformer.FLOAT32)
   drawn(other, streaming.Memory(), words(40), drawing())
   assert streaming.read_and_draw._cache_size() == 4
