@@ -255,7 +255,9 @@ def question_text(question: records.Question) -> str:
   """The instruction as plain text; a conversation of several turns has their roles."""
   if len(question.messages) == 1:
     return question.messages[0].content
-  return "\n".join(f"{role}: {content}" for role, content in question.messages)
+  return "\n".join(
+    f"{turn.role}: {records.as_text(turn)}" for turn in question.messages
+  )
 
 
 def language_judge(role: calls_lib.Role) -> Judge:

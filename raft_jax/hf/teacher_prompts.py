@@ -80,7 +80,7 @@ def teacher_ids(
   if form == "none":
     return chat.prompt_ids(tokenizer, messages)
   if form == "paper":
-    question = "\n".join(m.content for m in messages)
+    question = "\n".join(map(records.as_text, messages))
     pieces = (KNOWLEDGE, answer, INSTRUCTION, question, ANSWER)
     return [i for piece in pieces for i in chat.encode(tokenizer, piece)]
   return chat.prompt_ids(tokenizer, teacher_messages(messages, answer, form))

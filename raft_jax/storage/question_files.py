@@ -1,8 +1,9 @@
 """Files of questions: what a row may be, and strict reading of JSONL and Parquet.
 
-Rows are `{id?, domain?, question | messages, answer}`; other fields are ignored. A row
-that cannot be used is set aside with its line and the reason; nothing is guessed. Text
-is kept byte for byte: no stripping, no Unicode normalisation.
+Rows are `{id?, domain?, question | messages, answer, tools?, reasoning_content?}`;
+other fields are ignored. A row that cannot be used is set aside with its line and the
+reason; nothing is guessed. Text is kept byte for byte: no stripping, no Unicode
+normalisation.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from raft_jax.storage import messages as messages_lib
 from raft_jax.storage import records, row_files
 from raft_jax.storage import rejects as rejects_lib
 
-FIELDS = ("id", "domain", "question", "messages", "answer")
+FIELDS = (
+  *("id", "domain", "question", "messages", "answer"),
+  *("tools", "reasoning_content"),
+)
 USUAL = {
   "question": ("prompt", "instruction", "input", "query", "problem"),
   "messages": ("conversations", "conversation"),
@@ -237,19 +241,37 @@ def _question(values: Mapping[str, Any]) -> records.Question:
   has_question, has_messages = "question" in values, "messages" in values
   if has_question and has_messages:
     raise row_files.Fault("has both `question` and `messages`; keep one")
+  tools = values.get("tools")
   messages: tuple[records.Message, ...]
   if has_question:
     messages = records.user_turn(messages_lib.text("question", values["question"]))
+    messages = messages_lib.with_tools(messages, tools)
   elif has_messages:
-    messages = messages_lib.conversation(values["messages"])
+    messages = messages_lib.conversation(values["messages"], tools=tools)
   else:
     raise row_files.Fault(_missing("question", values))
   if "answer" not in values:
     raise row_files.Fault(_missing("answer", values))
-  answer = messages_lib.text("answer", values["answer"])
+  reply = messages_lib.answer(values["answer"], values.get("reasoning_content"))
   domain = messages_lib.text("domain", values["domain"]) if "domain" in values else ""
+  row_id = _id(values, domain, messages, values["answer"])
+  return question(row_id, domain, messages, reply)
+
+
+def question(
+  row_id: str,
+  domain: str,
+  messages: tuple[records.Message, ...],
+  reply: records.Message,
+) -> records.Question:
+  """The question that this assistant's turn answers."""
   return records.Question(
-    _id(values, domain, messages, answer), domain, messages, answer
+    id=row_id,
+    domain=domain,
+    messages=messages,
+    answer=reply.content,
+    reasoning_content=reply.reasoning_content,
+    tool_calls=reply.tool_calls,
   )
 
 
@@ -279,10 +301,15 @@ def text_fault(field: str, value: Any) -> str | None:
   return None
 
 
-def _id(values: Mapping[str, Any], domain: str, messages: Any, answer: str) -> str:
+def _id(
+  values: Mapping[str, Any],
+  domain: str,
+  messages: Sequence[records.Message],
+  answer: str,
+) -> str:
   given = values.get("id")
   if given is None:
-    content = records.canonical_json([domain, messages, answer])
+    content = records.canonical_json([domain, records.keyed(messages), answer])
     return hashlib.sha256(content).hexdigest()[:16]
   return messages_lib.plain_text("id", given)
 
