@@ -24,7 +24,8 @@ FIELDS = {
 }
 """What a turn of each role may have besides role and content."""
 
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+"""The thinking at the start of an assistant's turn."""
 _OPENS = re.compile(r"\s*<think>")
 
 
@@ -134,7 +135,7 @@ def learned(field: str, turn: records.Message) -> records.Message:
     raise row_files.Fault(
       f"`{field}` begins with <think> beside `reasoning_content`; keep one"
     )
-  part = _THOUGHT.match(turn.content)
+  part = THOUGHT.match(turn.content)
   if part is None:
     raise row_files.Fault(f"`{field}` opens <think> and never closes it")
   content = turn.content[part.end() :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
@@ -79,6 +79,25 @@ def keyed(messages: Sequence[Message]) -> list[Any]:
     extras = {k: v for k, v in turn._asdict().items() if k not in PLAIN}
     forms.append([turn.role, turn.content, *([extras] if extras else [])])
   return forms
+
+
+def api_turn(turn: Message, arguments: Callable[[str], Any] = str) -> dict[str, Any]:
+  """A turn in the form of OpenAI's API, and of chat templates; without `tools`.
+
+  Args:
+    arguments: what becomes of a call's JSON text. Templates take an object.
+  """
+  fields = turn._replace(tools=())._asdict()
+  if turn.tool_calls:
+    fields["tool_calls"] = [
+      {
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments(call.arguments)},
+        **({"id": call.id} if call.id else {}),
+      }
+      for call in turn.tool_calls
+    ]
+  return fields
 
 
 def as_text(turn: Message) -> str:
