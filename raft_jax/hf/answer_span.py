@@ -13,9 +13,8 @@ from raft_jax.storage import messages as messages_lib
 def forms(turn: Mapping[str, Any], template: str) -> Iterator[dict[str, Any]]:
   """The forms in which a chat template may take an assistant's turn, best first.
 
-  Reasoning is a field of its own, or stands in the content between `<think>` tags. The
-  form of the data comes first. Tags that the data does not have are tried only where
-  the template knows them.
+  Reasoning is a field of its own, or else stands in the content between `<think>` tags.
+  Tags that the data does not have are tried only where the template knows them.
   """
   reasoning = turn.get("reasoning_content")
   if not reasoning:
@@ -23,13 +22,10 @@ def forms(turn: Mapping[str, Any], template: str) -> Iterator[dict[str, Any]]:
     return
   content = turn["content"] or ""
   plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
-  field = {**turn, "reasoning_content": _thought(reasoning)}
+  yield {**turn, "reasoning_content": _thought(reasoning)}
   if messages_lib.THOUGHT.match(reasoning):
     yield {**plain, "content": reasoning + content}
-    yield field
-    return
-  yield field
-  if "</think>" in template:
+  elif "</think>" in template:
     yield {**plain, "content": f"<think>\n{reasoning}\n</think>\n\n{content}"}
 
 
