@@ -104,11 +104,26 @@ def _parquet_rows(
 
 def _cells(batch: Any, i: int) -> dict[str, Any]:
   try:
-    return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+    return {
+      name: _without_nulls(batch.column(name)[i].as_py()) for name in batch.schema.names
+    }
   except UnicodeDecodeError as e:
     raise Fault("is not UTF-8") from e
   except (ValueError, OverflowError) as e:
     raise Fault(f"cannot be read: {str(e).splitlines()[0]}") from e
+
+
+def _without_nulls(value: Any) -> Any:
+  """The value without the null fields of its objects.
+
+  All rows of a Parquet column have the same fields: those that a row did not have are
+  null.
+  """
+  if isinstance(value, dict):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [_without_nulls(item) for item in value]
+  return value
 
 
 def _parse(raw: bytes) -> Any:
