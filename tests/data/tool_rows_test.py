@@ -12,7 +12,7 @@ from raft_jax.data import training_set
 from raft_jax.evaluation import test_sets
 from raft_jax.generation import engines, openai_engine
 from raft_jax.hf import chat
-from raft_jax.storage import messages, question_files, records, rejects, shards
+from raft_jax.storage import messages, question_files, records, rejects
 
 ASKED = {"role": "user", "content": "Is it warm in Paris?"}
 CALL = {"id": "c1", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
@@ -81,19 +81,13 @@ def transformers_ids(smollm: str, question: str, answer: str) -> list[int]:
   return own(text, add_special_tokens=False)["input_ids"]
 
 
-def test_a_refined_answer_has_the_originals_reasoning_only_with_its_words(tmp_path):
+def test_a_refined_answer_has_the_originals_reasoning_only_with_its_words():
   question = question_files.question(
     "a", "", records.user_turn("2 + 2?"), messages.answer("4.", "Two.")
   )
-  folder = tmp_path / "refined"
   for text, reasoning in (("4.", "Two."), ("It is 4.", "")):
-    record = records.Refined(question, "It is 4.", 0.9, (), text, "rewrite", "x")
-    shards.write_shards(folder, [records.to_json(record)], records_per_shard=1, meta={})
-    (example,) = training_set._refined_examples(folder, "refined", schema.Refine(), {})
-    assert (example.answer.content, example.answer.reasoning_content) == (
-      text,
-      reasoning,
-    )
+    turn = training_set.as_turn(question, text)
+    assert (turn.content, turn.reasoning_content) == (text, reasoning)
 
 
 def test_questions_that_differ_in_tools_or_reasoning_differ_in_their_digest():
