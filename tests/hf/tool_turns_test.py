@@ -138,6 +138,21 @@ def test_tools_and_tool_turns(name, tokenizer, still, tmp_path):
       assert text in rendered
 
 
+def test_a_turn_of_calls_alone_may_need_to_have_no_content(tokenizer, tmp_path):
+  template = (
+    "{% for m in messages %}{% if m.content is not defined %}"
+    "{% for c in m.tool_calls %}"
+    "{{ '<call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endif %}{% endfor %}"
+  )
+  chat_tokenizer = made(tokenizer, template, tmp_path)
+  turns = [ASKED, {**CALLED, "content": None}, RESULT]
+  ids = chat.prompt_ids(chat_tokenizer, messages.conversation(turns))
+  assert ids == ids_of(tokenizer, theirs(tokenizer, template, turns, prompt=True))
+  assert "<call>get_weather" in tokenizer.decode(ids)
+
+
 # The ends of tool calls that a model's generation_config.json has.
 CALL_ENDS = {"trl/gptoss": "<|call|>", "trl/gptoss_training": "<|call|>"}
 NOT_LEARNED = re.compile(r"trl/(gemma4(?!_v2)|diffusion_gemma|glm4moe)")
