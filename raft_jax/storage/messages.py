@@ -142,7 +142,7 @@ def learned(field: str, turn: records.Message) -> records.Message:
   if part is None:
     raise row_files.Fault(f"`{field}` opens <think> and never closes it")
   content = turn.content[part.end() :]
-  if _OPENS.match(content):
+  if _OPENS.match(content) or "<think>" in part[1]:
     raise row_files.Fault(f"`{field}` has two <think> parts; join them")
   if not content and not turn.tool_calls:
     raise row_files.Fault(f"`{field}` is thinking without an answer after it")
@@ -275,6 +275,10 @@ def _json_text(field: str, value: Any) -> str:
   try:
     written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     written.encode()
+  except UnicodeEncodeError as reason:
+    raise row_files.Fault(
+      f"`{field}` holds half of a surrogate pair, which no text has"
+    ) from reason
   except (TypeError, ValueError) as reason:
     raise row_files.Fault(f"`{field}` is not JSON: {reason}") from reason
   return written

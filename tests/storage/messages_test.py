@@ -108,6 +108,10 @@ BAD = {
   "list of arguments": ([USER, call(arguments=[1])], "is list, not an object"),
   "text of a list": ([USER, call(arguments="[1]")], "is list, not an object"),
   "argument twice": ([USER, call(arguments='{"a":1,"a":2}')], "has the key 'a' twice"),
+  "half of a pair": (
+    [USER, call(arguments={"a": "\ud83d"})],
+    "`messages[1].tool_calls[0].function.arguments` holds half of a surrogate pair",
+  ),
   "argument NaN": ([USER, call(arguments='{"a":NaN}')], "NaN is not a JSON number"),
   "call by the user": (
     [{**USER, "tool_calls": [CALL]}],
@@ -181,6 +185,7 @@ def test_thinking_is_apart_from_the_answer():
     ("<think>hm", None, "`answer` opens <think> and never closes it"),
     (" <think>hm</thinking> 4", None, "`answer` opens <think> and never closes it"),
     ("<think>a</think><think>b</think>4", None, "`answer` has two <think> parts"),
+    ("<think>a<think>b</think>c</think>4", None, "has two <think> parts"),
     ("<think>a</think> ", None, "`answer` is thinking without an answer after it"),
     ("<think>a</think>4", "b", "begins with <think> beside `reasoning_content`"),
     ("4", ["b"], "`reasoning_content` is list, not text"),
