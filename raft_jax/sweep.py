@@ -73,7 +73,8 @@ def check_tests(
     errors.UserError: `evaluate` would reject a test set or the sentence encoder.
   """
   source = model.source
-  tokenizer = chat.load(source, model.chat_template)
+  thinking = data.thinking == "keep"
+  tokenizer = chat.load(source, model.chat_template, thinking=thinking)
   decoder = hf_load.load_config(source)
   test_sets.read(data, evaluate, tokenizer, decoder, source=source)
   sentence_encoder.find(encoder)

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
   place: rejects_lib.Place
   messages: tuple[records.Message, ...]
-  answer: str
+  answer: records.Message
 
 
 class TrainingSet(NamedTuple):
@@ -90,12 +90,15 @@ def load(
   else:  # refinement has listed the rows that it set aside
     folder = _find_refined(config.output, config.method)
     run_lock.check_lock(config, "refine", REFINED_KEYS)
+    rewriter = tokenizer
+    if tokenizer.thinking:  # the rewriter's is off
+      rewriter = chat.load(config.model.source, config.model.chat_template)
     examples = _refined_examples(
       folder,
       data,
       threshold=config.refine.similarity_threshold,
       source=config.model.source,
-      tokenizer_digest=tokenizer.digest,
+      tokenizer_digest=rewriter.digest,
     )
   rows, refused = _encode(examples, tokenizer, context, data)
   set_aside += refused
@@ -165,9 +168,16 @@ def _refined_examples(
     record = records.from_json(raw)
     question = record.question
     place = places.get(question.id, rejects_lib.Place(question.id))
-    answer = choose_answer(record, threshold)
+    answer = as_turn(question, choose_answer(record, threshold))
     examples.append(Example(place, question.messages, answer))
   return examples
+
+
+def as_turn(question: records.Question, answer: str) -> records.Message:
+  """The turn of a chosen answer. Other words than the question's have no reasoning."""
+  if answer == question.answer:
+    return question.reply
+  return records.Message("assistant", answer)
 
 
 def _check_questions(
@@ -201,7 +211,7 @@ def _read_examples(
 ) -> tuple[list[Example], list[rejects_lib.Reject]]:
   contents = _read(path, data)
   examples = [
-    Example(contents.places[question.id], question.messages, question.answer)
+    Example(contents.places[question.id], question.messages, question.reply)
     for question in contents.questions
   ]
   return examples, contents.rejects

@@ -48,16 +48,17 @@ SPLITTERS = {
 
 
 def load(
-  source: str, template: str | None = None
+  source: str, template: str | None = None, *, thinking: bool = False
 ) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer that belongs to a model, from the same source.
 
   It is read from a folder's tokenizer.json, or built from GGUF metadata (byte-level
   BPE). Its chat template is the chosen one, and leaves no thinking part open in a
-  prompt.
+  prompt unless thinking is on.
 
   Args:
     template: which chat template, as in `model.chat_template`.
+    thinking: whether the model thinks before its answers.
 
   Raises:
     UserError: the tokenizer is missing, of a kind that is not supported, or that of
@@ -67,12 +68,14 @@ def load(
   tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
   chosen = chat_template.choose(tokenizer.chat_template, template, source)
   tokenizer.chat_template = chosen
-  if chosen:
+  if chosen and not thinking:
     tokenizer.chat_template = chat_template.closed(tokenizer)
   return tokenizer
 
 
-def changed_template(source: str, template: str | None) -> str | None:
+def changed_template(
+  source: str, template: str | None, *, thinking: bool = False
+) -> str | None:
   """The chat template of `load` if it is not the one in the source's files, else None.
 
   With those files alone, transformers would then use another template.
@@ -82,7 +85,7 @@ def changed_template(source: str, template: str | None) -> str | None:
   default = tokenizer.chat_template
   if isinstance(default, dict):
     default = default.get("default")
-  chosen = load(source, template).chat_template
+  chosen = load(source, template, thinking=thinking).chat_template
   return None if chosen == default else str(chosen)
 
 

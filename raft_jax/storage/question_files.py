@@ -1,8 +1,9 @@
 """Files of questions: what a row may be, and strict reading of JSONL and Parquet.
 
-Rows are `{id?, domain?, question | messages, answer}`; other fields are ignored. A row
-that cannot be used is set aside with its line and the reason; nothing is guessed. Text
-is kept byte for byte: no stripping, no Unicode normalisation.
+Rows are `{id?, domain?, question | messages, answer, tools?, reasoning_content?}`;
+other fields are ignored. A row that cannot be used is set aside with its line and the
+reason; nothing is guessed. Text is kept byte for byte: no stripping, no Unicode
+normalisation.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import difflib
 import hashlib
 import os
 import pathlib
-import unicodedata
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
 from raft_jax.runtime import interrupts
+from raft_jax.storage import messages as messages_lib
 from raft_jax.storage import records, row_files
 from raft_jax.storage import rejects as rejects_lib
 
-ROLES = ("system", "user", "assistant")
-FIELDS = ("id", "domain", "question", "messages", "answer")
+FIELDS = (
+  *("id", "domain", "question", "messages", "answer"),
+  *("tools", "reasoning_content"),
+)
 USUAL = {
   "question": ("prompt", "instruction", "input", "query", "problem"),
   "messages": ("conversations", "conversation"),
@@ -208,7 +211,10 @@ def read_texts(
         raise row_files.Fault(
           f"has no `{field}`" + (f"; rename {hint!r}" if hint else "")
         )
-      yield line, {name: _plain_text(name, value) for name, value in given.items()}
+      yield (
+        line,
+        {name: messages_lib.plain_text(name, value) for name, value in given.items()},
+      )
     except row_files.Fault as reason:
       place = rejects_lib.Place(_given_id(values), str(path), line)
       yield (
@@ -220,7 +226,7 @@ def read_texts(
 def _given_id(values: Any) -> str | None:
   """The id of a row, if it has a valid one."""
   try:
-    return _plain_text("id", values["id"])
+    return messages_lib.plain_text("id", values["id"])
   except (TypeError, KeyError, row_files.Fault):
     return None
 
@@ -235,19 +241,37 @@ def _question(values: Mapping[str, Any]) -> records.Question:
   has_question, has_messages = "question" in values, "messages" in values
   if has_question and has_messages:
     raise row_files.Fault("has both `question` and `messages`; keep one")
+  tools = values.get("tools")
   messages: tuple[records.Message, ...]
   if has_question:
-    messages = records.user_turn(_text("question", values["question"]))
+    messages = records.user_turn(messages_lib.text("question", values["question"]))
+    messages = messages_lib.with_tools(messages, tools)
   elif has_messages:
-    messages = _messages(values["messages"])
+    messages = messages_lib.conversation(values["messages"], tools=tools)
   else:
     raise row_files.Fault(_missing("question", values))
   if "answer" not in values:
     raise row_files.Fault(_missing("answer", values))
-  answer = _text("answer", values["answer"])
-  domain = _text("domain", values["domain"]) if "domain" in values else ""
+  reply = messages_lib.answer(values["answer"], values.get("reasoning_content"))
+  domain = messages_lib.text("domain", values["domain"]) if "domain" in values else ""
+  row_id = _id(values, domain, messages, values["answer"])
+  return question(row_id, domain, messages, reply)
+
+
+def question(
+  row_id: str,
+  domain: str,
+  messages: tuple[records.Message, ...],
+  reply: records.Message,
+) -> records.Question:
+  """The question that this assistant's turn answers."""
   return records.Question(
-    _id(values, domain, messages, answer), domain, messages, answer
+    id=row_id,
+    domain=domain,
+    messages=messages,
+    answer=reply.content,
+    reasoning_content=reply.reasoning_content,
+    tool_calls=reply.tool_calls,
   )
 
 
@@ -268,67 +292,26 @@ def _near(field: str, values: Mapping[str, Any]) -> str | None:
   return others[near[0]] if near else None
 
 
-def _text(field: str, value: Any) -> str:
-  if not isinstance(value, str):
-    raise row_files.Fault(f"`{field}` is {type(value).__name__}, not text")
-  # A text of spaces, control and zero-width characters alone counts as empty.
-  if all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in value):
-    raise row_files.Fault(f"`{field}` is empty")
-  try:
-    value.encode()
-  except UnicodeEncodeError as e:
-    raise row_files.Fault(
-      f"`{field}` holds half of a surrogate pair, which no text has"
-    ) from e
-  return value
-
-
 def text_fault(field: str, value: Any) -> str | None:
   """Why `read_questions` would refuse a value as the text of a field, or None."""
   try:
-    _text(field, value)
+    messages_lib.text(field, value)
   except row_files.Fault as reason:
     return str(reason)
   return None
 
 
-def _messages(value: Any) -> tuple[records.Message, ...]:
-  if not isinstance(value, list) or not value:
-    raise row_files.Fault("`messages` is not a non-empty list of {role, content}")
-  messages = []
-  for i, item in enumerate(value):
-    at = f"messages[{i}]"
-    if not isinstance(item, Mapping):
-      raise row_files.Fault(f"`{at}` is not an object {{role, content}}")
-    extra = [k for k, v in item.items() if k not in records.Message._fields and v]
-    if extra:  # e.g. tool calls: dropping them would change the conversation
-      raise row_files.Fault(
-        f"`{at}` has {extra[0]!r}; only role and content are supported"
-      )
-    role = item.get("role")
-    if role not in ROLES:
-      raise row_files.Fault(f"`{at}.role` is {role!r}, not one of {', '.join(ROLES)}")
-    if role == "system" and i > 0:
-      raise row_files.Fault(f"`{at}` is a system turn; only the first turn may be")
-    messages.append(records.Message(role, _text(f"{at}.content", item.get("content"))))
-  if messages[-1].role != "user":
-    raise row_files.Fault(
-      "`messages` does not end with a user turn; the reply is `answer`"
-    )
-  return tuple(messages)
-
-
-def _id(values: Mapping[str, Any], domain: str, messages: Any, answer: str) -> str:
+def _id(
+  values: Mapping[str, Any],
+  domain: str,
+  messages: Sequence[records.Message],
+  answer: str,
+) -> str:
   given = values.get("id")
   if given is None:
-    content = records.canonical_json([domain, messages, answer])
+    content = records.canonical_json([domain, records.keyed(messages), answer])
     return hashlib.sha256(content).hexdigest()[:16]
-  return _plain_text("id", given)
-
-
-def _plain_text(field: str, value: Any) -> str:
-  is_integer = isinstance(value, int) and not isinstance(value, bool)
-  return _text(field, str(value) if field == "id" and is_integer else value)
+  return messages_lib.plain_text("id", given)
 
 
 def _check_rejects(

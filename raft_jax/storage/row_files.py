@@ -104,11 +104,26 @@ def _parquet_rows(
 
 def _cells(batch: Any, i: int) -> dict[str, Any]:
   try:
-    return {name: batch.column(name)[i].as_py() for name in batch.schema.names}
+    return {
+      name: _without_nulls(batch.column(name)[i].as_py()) for name in batch.schema.names
+    }
   except UnicodeDecodeError as e:
     raise Fault("is not UTF-8") from e
   except (ValueError, OverflowError) as e:
     raise Fault(f"cannot be read: {str(e).splitlines()[0]}") from e
+
+
+def _without_nulls(value: Any) -> Any:
+  """The value without the null fields of its objects.
+
+  All rows of a Parquet column have the same fields: those that a row did not have are
+  null.
+  """
+  if isinstance(value, dict):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [_without_nulls(item) for item in value]
+  return value
 
 
 def _parse(raw: bytes) -> Any:
@@ -116,6 +131,11 @@ def _parse(raw: bytes) -> Any:
     text = raw.decode("utf-8")
   except UnicodeDecodeError as e:
     raise Fault(f"is not UTF-8 (byte {e.start + 1} of the line)") from e
+  return parse_json(text)
+
+
+def parse_json(text: str) -> Any:
+  """The value of a JSON text, read strictly. Raises Fault if it has none."""
   try:
     return json.loads(
       text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant

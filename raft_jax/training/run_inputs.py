@@ -35,6 +35,7 @@ IDENTITY_KEYS = (
   "data.max_teacher_tokens",
   "data.too_long",
   "data.unusable",
+  "data.thinking",
   "data.buckets",
   "method",
   *(
@@ -99,7 +100,14 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     run_plan.uses_distillation(config.distill, config.balance),
   )
   distill = config.distill if distils else None
-  networks = read_networks(config.model, config.lora, config.mesh, distill, train.seed)
+  networks = read_networks(
+    config.model,
+    config.lora,
+    config.mesh,
+    distill,
+    train.seed,
+    thinking=config.data.thinking == "keep",
+  )
   decoder, teacher_decoder, tokenizer, mesh = networks
   layout = run_plan.batch_layout(
     train.batch_size, config.replay, config.rollout, distils=distils
@@ -232,12 +240,15 @@ def read_networks(
   mesh_sizes: schema.Mesh,
   distill: schema.Distill | None,
   seed: int,
+  *,
+  thinking: bool,
 ) -> Networks:
   """Reads the models' configs and the tokenizer, and makes the mesh of devices.
 
   Args:
     distill: None if nothing is distilled.
     seed: `train.seed`.
+    thinking: whether `data.thinking` is `keep`.
 
   Raises:
     errors.UserError: a model cannot be read or trained, or the devices do not suffice.
@@ -246,7 +257,7 @@ def read_networks(
   decoder = hf_load.load_config(source)
   hf_load.check_params(source, decoder)
   run_plan.make_split(lora, source, decoder, seed)  # checks `lora`
-  tokenizer = chat.load(source, model.chat_template)
+  tokenizer = chat.load(source, model.chat_template, thinking=thinking)
   mesh = sharding.make_mesh(mesh_sizes.data, mesh_sizes.fsdp, mesh_sizes.tensor)
   teacher_decoder = None
   if distill is not None and distill.source is not None:
@@ -269,7 +280,9 @@ def read_teacher(
   Raises:
     errors.UserError: its tokenizer differs, or the size of its vocabulary.
   """
-  if chat.load(teacher, template).digest != tokenizer.digest:
+  if (
+    chat.load(teacher, template, thinking=tokenizer.thinking).digest != tokenizer.digest
+  ):
     raise errors.UserError(
       f"distill.source: the tokenizer or chat template of {teacher} is not that of "
       f"{student}; a teacher must read the same tokens"

@@ -328,6 +328,28 @@ def test_equal_rows_are_one_call_with_one_answer(tmp_path):
   assert [r.question.id for r in refined] == ["q", "twin"]
 
 
+def test_the_call_of_a_tool_is_kept_as_it_is(tmp_path):
+  call = records.ToolCall("f", '{"a": 1}')
+  kept = dataclasses.replace(_question("b", ""), tool_calls=(call,))
+  refined, scripts = _refine(
+    tmp_path,
+    [_question("a"), kept, _question("c")],
+    lambda r: _says("A civil wrong."),
+    lambda r: _says("fused"),
+    lambda r: _says('{"score": 1}'),
+  )
+  assert [len(script.received) for script in scripts] == [2, 2, 2]
+  assert [(r.answer, r.chosen, r.reason) for r in refined] == [
+    ("fused", "fused", "accepted"),
+    ("", "original", "rewrite_tool_call"),
+    ("fused", "fused", "accepted"),
+  ]
+  again = refinement.reselect(
+    refined[1], threshold=0.1, rounds=1, accept_at=0.1, judges=[0]
+  )
+  assert again == refined[1]
+
+
 def test_conversation_is_shown_with_its_roles():
   turns = (
     records.Message("user", "What is a tort?"),
