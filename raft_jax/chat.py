@@ -9,7 +9,7 @@ import jax
 
 from raft_jax import errors
 from raft_jax.config import cli, run_lock, schema
-from raft_jax.generation import chat_loop, conversation
+from raft_jax.generation import chat_history, chat_loop
 from raft_jax.hf import chat as hf_chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sampling, streaming, transformer
@@ -26,7 +26,7 @@ def main(config: schema.Config, *, once: str | None, model: str | None) -> None:
   distributed.refuse("chat")
   check_question(once)
   settings = config.chat
-  how = conversation.Sampling(
+  how = chat_history.Sampling(
     settings.max_new_tokens, settings.temperature, settings.top_p, config.train.seed
   )
   with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
@@ -56,7 +56,7 @@ def check_question(once: str | None) -> None:
     raise errors.UserError("--once: the question is not UTF-8; write it as UTF-8")
 
 
-def trained_speaker(config: schema.Config, model: str | None) -> conversation.Speaker:
+def trained_speaker(config: schema.Config, model: str | None) -> chat_history.Speaker:
   """The model of the checkpoint that `evaluate` and `export` read, or `model`.
 
   Raises:
@@ -77,7 +77,7 @@ def trained_speaker(config: schema.Config, model: str | None) -> conversation.Sp
   return speaker(config, f"trained, step {step}", params, decoder, tokenizer)
 
 
-def base_speaker(config: schema.Config) -> conversation.Speaker:
+def base_speaker(config: schema.Config) -> chat_history.Speaker:
   """The model before training."""
   source = config.model.source
   decoder = hf_load.load_config(source)
@@ -92,7 +92,7 @@ def speaker(
   params: transformer.Params,
   decoder: transformer.DecoderConfig,
   tokenizer: hf_chat.ChatTokenizer,
-) -> conversation.Speaker:
+) -> chat_history.Speaker:
   """A model that is ready to be asked."""
   interrupts.check()
   unroll = sampling.unrolled(
@@ -100,7 +100,7 @@ def speaker(
   )
   compute = transformer.Compute(dtype=config.model.dtype, unroll=unroll)
   network = streaming.network(params, decoder, compute)
-  return conversation.Speaker(title, network, tokenizer)
+  return chat_history.Speaker(title, network, tokenizer)
 
 
 if __name__ == "__main__":

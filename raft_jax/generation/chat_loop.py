@@ -16,7 +16,7 @@ from rich import console as rich_console
 from rich import live, panel, table, text
 
 from raft_jax import errors
-from raft_jax.generation import conversation
+from raft_jax.generation import chat_history
 from raft_jax.runtime import interrupts
 
 HELP = (
@@ -31,14 +31,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def once(
-  speakers: Sequence[conversation.Speaker],
+  speakers: Sequence[chat_history.Speaker],
   question: str,
-  sampling: conversation.Sampling,
+  sampling: chat_history.Sampling,
 ) -> None:
   """Prints every model's answer to one question as plain lines.
 
   Raises:
-    UserError: as `conversation.prompt_ids`.
+    UserError: as `chat_history.prompt_ids`.
   """
   with _answers(speakers, question, sampling, 0) as answers:
     for speaker, steps in zip(speakers, answers):
@@ -47,7 +47,7 @@ def once(
 
 
 def talk(
-  speakers: Sequence[conversation.Speaker], sampling: conversation.Sampling
+  speakers: Sequence[chat_history.Speaker], sampling: chat_history.Sampling
 ) -> None:
   """Answers questions until the reader leaves or the input ends.
 
@@ -75,7 +75,7 @@ def talk(
       return
     if question == "/reset":
       for speaker in speakers:
-        conversation.reset(speaker)
+        chat_history.reset(speaker)
       _say("a new conversation")
     elif re.match(r"/\w+$", question):
       _say(f"{question} is no command. {HELP}")
@@ -118,9 +118,9 @@ def _take_signal() -> bool:
 
 
 def _show(
-  speakers: Sequence[conversation.Speaker],
+  speakers: Sequence[chat_history.Speaker],
   question: str,
-  sampling: conversation.Sampling,
+  sampling: chat_history.Sampling,
   number: int,
 ) -> bool:
   """Shows the answers to one question; whether a Ctrl-C ended them."""
@@ -145,18 +145,18 @@ def _show(
 
 @contextlib.contextmanager
 def _answers(
-  speakers: Sequence[conversation.Speaker],
+  speakers: Sequence[chat_history.Speaker],
   question: str,
-  sampling: conversation.Sampling,
+  sampling: chat_history.Sampling,
   number: int,
-) -> Iterator[list[Iterator[conversation.Reply]]]:
+) -> Iterator[list[Iterator[chat_history.Reply]]]:
   """The answers of all models, which are closed at the end."""
-  prompts = [conversation.prompt_ids(speaker, question) for speaker in speakers]
+  prompts = [chat_history.prompt_ids(speaker, question) for speaker in speakers]
   with contextlib.ExitStack() as stack:
     yield [
       stack.enter_context(
         contextlib.closing(
-          conversation.answer(speaker, question, ids, sampling, number)
+          chat_history.answer(speaker, question, ids, sampling, number)
         )
       )
       for speaker, ids in zip(speakers, prompts)
@@ -164,11 +164,11 @@ def _answers(
 
 
 def _printed(
-  speaker: conversation.Speaker, steps: Iterator[conversation.Reply]
+  speaker: chat_history.Speaker, steps: Iterator[chat_history.Reply]
 ) -> Iterator[None]:
   """Prints an answer piece by piece, and yields after each step."""
   print(f"== {speaker.title}", flush=True)
-  shown, reply = 0, conversation.Reply()
+  shown, reply = 0, chat_history.Reply()
   for reply in steps:
     print(_safe(reply.text[shown:]), end="", flush=True)
     shown = len(reply.text)
@@ -181,7 +181,7 @@ def _safe(written: str) -> str:
   return _CONTROL.sub("\ufffd", written) if sys.stdout.isatty() else written
 
 
-def _note(reply: conversation.Reply, *, stopped: bool) -> str:
+def _note(reply: chat_history.Reply, *, stopped: bool) -> str:
   """What is to be said of an answer that did not end by itself."""
   if reply.end == "length":
     return f"cut after {reply.tokens} tokens, see chat.max_new_tokens"
@@ -194,10 +194,10 @@ def _note(reply: conversation.Reply, *, stopped: bool) -> str:
 def _side_by_side(
   console: rich_console.Console,
   titles: Sequence[str],
-  answers: Sequence[Iterator[conversation.Reply]],
+  answers: Sequence[Iterator[chat_history.Reply]],
 ) -> None:
   """Shows the answers in columns while they are written, until a signal."""
-  replies = [conversation.Reply() for _ in titles]
+  replies = [chat_history.Reply() for _ in titles]
 
   def view() -> table.Table:
     return _columns(console, titles, replies, running=True)
@@ -206,7 +206,7 @@ def _side_by_side(
     interrupts.per_answer(""),  # the columns say it
     live.Live(console=console, get_renderable=view, transient=True),
   ):
-    for latest in conversation.together(answers):
+    for latest in chat_history.together(answers):
       replies = latest
       if interrupts.received:
         break
@@ -216,7 +216,7 @@ def _side_by_side(
 def _columns(
   console: rich_console.Console,
   titles: Sequence[str],
-  replies: Sequence[conversation.Reply],
+  replies: Sequence[chat_history.Reply],
   *,
   running: bool,
 ) -> table.Table:
@@ -238,7 +238,7 @@ def _columns(
   return grid
 
 
-def _subtitle(reply: conversation.Reply, running: bool) -> str:
+def _subtitle(reply: chat_history.Reply, running: bool) -> str:
   if not running:
     return _note(reply, stopped=True)
   if interrupts.received:
