@@ -33,7 +33,7 @@ FENCES = {
   "lm_eval": {"evaluation"},
   "nltk": {"evaluation"},
   "langdetect": {"evaluation"},
-  "datasets": {"evaluation"},
+  "datasets": {"evaluation", "storage.hub_datasets"},
   "safetensors": {"hf"},
   "gguf": {"hf"},
   "grain": {"storage", "data"},

@@ -1,0 +1,17 @@
+"""What a config says about the rows of its files of questions."""
+
+from __future__ import annotations
+
+from raft_jax.config import schema
+from raft_jax.storage import row_formats
+
+
+def layout(data: schema.Data) -> row_formats.Layout:
+  """Of `data.questions`, `data.test` and `data.validation`."""
+  columns = {str(field): name for field, name in (data.columns or {}).items()}
+  return row_formats.Layout(data.format, columns, data.turns)
+
+
+def general_layout(data: schema.Data) -> row_formats.Layout:
+  """Of other questions, whose columns have names of their own."""
+  return row_formats.Layout(turns=data.turns)
