@@ -26,7 +26,14 @@ from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles, sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
-from raft_jax.storage import journal, question_files, records, rejects, shards
+from raft_jax.storage import (
+  journal,
+  question_files,
+  records,
+  rejects,
+  shards,
+  sources,
+)
 
 WINDOW = 4096
 """Rows in memory at a time."""
@@ -106,7 +113,11 @@ def refine(
   interrupts.check()
   encoder = sentence_encoder.load(settings.encoder)
   interrupts.check()
-  keys = (*refined_folder.IDENTITY_KEYS, "refine.*.context_tokens")
+  # The digest of the questions stands for the keys that decide which they are.
+  keys = [
+    k for k in refined_folder.IDENTITY_KEYS if k not in refined_folder.LAYOUT_KEYS
+  ]
+  keys.append("refine.*.context_tokens")
   inputs = _inputs(
     questions, settings, model, config_load.values(config, keys), encoder.identity
   )
@@ -141,9 +152,16 @@ def refine(
         "model": engines.identity(model.source),
         "encoder": encoder.identity,
         "questions": questions.digest,
+        **_commits(config.data),
       },
       write_report=write_report,
     )
+
+
+def _commits(data: schema.Data) -> dict[str, Mapping[str, str]]:
+  """The manifest's entry on a dataset of the hub."""
+  commits = sources.revisions(data.questions)
+  return {"commits": commits} if commits else {}
 
 
 def _check_questions(

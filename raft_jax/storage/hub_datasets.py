@@ -57,6 +57,11 @@ def parse(text: str) -> Address:
   return Address(**{key: match[key] for key in Address._fields})
 
 
+def without_revision(text: str) -> str:
+  """An address without its revision; other texts as they are."""
+  return text.partition("@")[0] if is_address(text) else text
+
+
 def rows(text: str, fields: Sequence[str]) -> Iterator[tuple[int, row_files.Row]]:
   """Number and row of each row of a dataset, as `row_files.rows`."""
   resolved = resolve(text)

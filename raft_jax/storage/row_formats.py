@@ -352,8 +352,8 @@ def detect(file: str, head: Iterable[Values], layout: Layout) -> str:
   if missing and rows:
     key, column = next((k, c) for k, c in layout.columns.items() if c in missing)
     raise errors.UserError(
-      f"{file}: data.columns.{key} names {column!r}, and there is no such column; "
-      f"the columns are {', '.join(map(repr, names))}"
+      f"{file}: data.columns maps {key} to {column!r}, and there is no such "
+      f"column; there are {', '.join(map(repr, names))}"
     )
   if chosen is None and rows and file.lower().endswith(_DELIMITED):
     header = dict.fromkeys(names, "")

@@ -203,9 +203,9 @@ def _saved_rows(
 
 
 def revisions(*addresses: str | None) -> dict[str, str]:
-  """The commit of each address that names a dataset of the hub."""
+  """The commit of each dataset of the hub, by its address without a revision."""
   return {
-    address: hub_datasets.resolve(address).commit
+    hub_datasets.without_revision(address): hub_datasets.resolve(address).commit
     for address in addresses
     if address is not None and hub_datasets.is_address(address)
   }
