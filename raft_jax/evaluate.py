@@ -43,7 +43,8 @@ def main(config: schema.Config) -> None:
   """Scores the base and the trained model, and writes `output/evaluation`."""
   distributed.refuse("evaluate")
   source, settings = config.model.source, config.evaluate
-  tokenizer = chat.load(source, config.model.chat_template)
+  thinking = config.data.thinking == "keep"
+  tokenizer = chat.load(source, config.model.chat_template, thinking=thinking)
   decoder = hf_load.load_config(source)
   interrupts.check()
   sets = test_sets.read(config.data, settings, tokenizer, decoder, source=source)

@@ -46,6 +46,7 @@ def export(config: schema.Config) -> Exported:
   # The card shows this config, so it must be the one that was trained.
   run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
   output, source = pathlib.Path(config.output), config.model.source
+  thinking = config.data.thinking == "keep"
   edits = trained_model.edits(config.prune, config.interpolate)
   decoder = hf_load.load_config(source)
   interrupts.check()
@@ -65,7 +66,9 @@ def export(config: schema.Config) -> Exported:
       rank=config.lora.rank,
       alpha=config.lora.alpha,
       base_name=model_card.hub_name(source),
-      template=hf_tokenizer.changed_template(source, config.model.chat_template),
+      template=hf_tokenizer.changed_template(
+        source, config.model.chat_template, thinking=thinking
+      ),
       card=model_card.render(config, step, edits=edits),
       overwrite=True,
     )
@@ -79,6 +82,7 @@ def export(config: schema.Config) -> Exported:
       decoder,
       source,
       template=config.model.chat_template,
+      thinking=thinking,
       card=model_card.render(config, step, edits=edits),
       overwrite=True,
     )

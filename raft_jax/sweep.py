@@ -70,7 +70,8 @@ def check_tests(config: schema.Config) -> None:
     errors.UserError: `evaluate` would reject a test set or the sentence encoder.
   """
   source = config.model.source
-  tokenizer = chat.load(source, config.model.chat_template)
+  thinking = config.data.thinking == "keep"
+  tokenizer = chat.load(source, config.model.chat_template, thinking=thinking)
   decoder = hf_load.load_config(source)
   test_sets.read(config.data, config.evaluate, tokenizer, decoder, source=source)
   sentence_encoder.find(config.refine.encoder)

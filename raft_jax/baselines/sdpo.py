@@ -101,7 +101,10 @@ def build_teacher_context(
   ]
   questions = [questions_by_row[int(row_id) // siblings.group] for row_id in row_id_B]
   reward_B = np.array(
-    [rouge.rouge_l(answer, text) for (_, answer), text in zip(questions, texts)]
+    [
+      rouge.rouge_l(chat.as_reply(answer).content, text)
+      for (_, answer), text in zip(questions, texts)
+    ]
   )
   success_B = (reward_B >= siblings.success) & np.array([bool(text) for text in texts])
   width = batching.padded_width(siblings.max_tokens)

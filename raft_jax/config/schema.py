@@ -141,6 +141,7 @@ Field = Literal[
   "history",
   "conversations",
   "tools",
+  "reasoning_content",
 ]
 """A field of a row of questions."""
 
@@ -188,6 +189,11 @@ class Data(Section):
   also passes the similarity filter; `refined`: the chosen answer."""
   buckets: Positive = 2
   """Largest number of padded widths that a run compiles for."""
+  thinking: Literal["drop", "keep"] = "drop"
+  """What to do with the thinking of an answer (`reasoning_content`, or a leading
+  `<think>...</think>`). `drop` leaves it out, and prompts switch thinking off. `keep`
+  learns it, and thinking is on in prompts, rollouts and `evaluate`. Thinking of earlier
+  turns is always the chat template's matter."""
   reject_threshold: Probability = 0.01
   """A larger share of unreadable rows stops the run, unless `data.unusable` is
   `skip`."""

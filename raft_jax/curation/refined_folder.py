@@ -60,9 +60,10 @@ WriteReport = Callable[[Iterable[records.Refined], Mapping[str, Any]], None]
 
 def question_bytes(question: records.Question) -> bytes:
   """The part of a question that enters the digest of all questions."""
-  return journal.canonical(
-    [question.id, question.domain, question.messages, question.answer]
-  ).encode()
+  extras = question.extras()
+  messages = records.keyed(question.messages)
+  parts = [question.id, question.domain, messages, question.answer]
+  return journal.canonical([*parts, *([extras] if extras else [])]).encode()
 
 
 def call_costs(calls: calls_lib.Calls) -> dict[str, Any]:

@@ -96,13 +96,16 @@ def rewrite(
   prompt: str = "rewrite",
 ) -> list[Rewrite]:
   """Eq. 1 and 2: each answer in the model's own words, and its cosine with the
-  original."""
-  prompts = [
-    records.user_turn(rewrite_prompt(question, prompt)) for question in questions
-  ]
-  replies = calls.ask(rewriter, prompts, names=names)
+  original. The call of a tool has no other words: it is not rewritten."""
+  asked = [i for i, question in enumerate(questions) if not question.tool_calls]
+  prompts = [records.user_turn(rewrite_prompt(questions[i], prompt)) for i in asked]
+  given = calls.ask(rewriter, prompts, names=names and [names[i] for i in asked])
+  reply_by_row = dict(zip(asked, given, strict=True))
+  replies = [reply_by_row.get(i) for i in range(len(questions))]
   flaws = [
-    judging.flaw(reply, question_text(q) + "\n" + q.answer)
+    "tool_call"
+    if q.tool_calls
+    else judging.flaw(reply, question_text(q) + "\n" + q.answer)
     for q, reply in zip(questions, replies, strict=True)
   ]
   texts = ["" if reply is None else reply.text.strip() for reply in replies]
@@ -255,7 +258,9 @@ def question_text(question: records.Question) -> str:
   """The instruction as plain text; a conversation of several turns has their roles."""
   if len(question.messages) == 1:
     return question.messages[0].content
-  return "\n".join(f"{role}: {content}" for role, content in question.messages)
+  return "\n".join(
+    f"{turn.role}: {records.as_text(turn)}" for turn in question.messages
+  )
 
 
 def language_judge(role: calls_lib.Role) -> Judge:

@@ -242,6 +242,8 @@ def _check_lengths(questions: Questions, rewriter: calls_lib.Role, prompt: str) 
   if limit is None or questions.data.too_long == "skip":
     return
   for place, question in _usable_rows(questions):
+    if question.tool_calls:  # not rewritten
+      continue
     text = refinement.rewrite_prompt(question, prompt)
     count = rewriter.generator.count_tokens(records.user_turn(text))
     if count + rewriter.max_new_tokens > limit:

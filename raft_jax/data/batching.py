@@ -26,8 +26,8 @@ READ_THREADS = 2  # collating is cheap; more threads would only contend for the 
 PREFETCH = 8
 
 
-Conversation = tuple[Sequence[records.Message], str]
-"""A conversation up to a user's turn, and its answer."""
+Conversation = tuple[Sequence[records.Message], str | records.Message]
+"""A conversation up to a user's turn, and its answer: a text, or a whole turn."""
 
 Widths = tuple[int, int, int]
 """Tokens of a prompt, an answer and a teacher's context."""

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
   place: rejects_lib.Place
   messages: tuple[records.Message, ...]
-  answer: str
+  answer: records.Message
 
 
 class TrainingSet(NamedTuple):
@@ -125,6 +125,8 @@ def _domain_examples(
   run_lock.check_lock(config, "refine", REFINED_KEYS)
   meta = shards.read_manifest(folder).meta
   places = _check_questions(data, folder, meta.get("questions"))
+  if tokenizer.thinking:  # the rewriter's is off
+    tokenizer = chat.load(config.model.source, config.model.chat_template)
   if meta.get("tokenizer") not in (None, tokenizer.digest):
     raise errors.UserError(
       f"{folder}: its answers were written with another tokenizer or chat template "
@@ -147,7 +149,10 @@ def _refined_examples(
     record = records.from_json(raw)
     question = record.question
     place = places.get(question.id, rejects_lib.Place(question.id))
-    answer = choose_answer(record, settings.similarity_threshold)
+    text = choose_answer(record, settings.similarity_threshold)
+    answer = question.reply
+    if text != question.answer:  # other words, before which nobody thought
+      answer = records.Message("assistant", text)
     examples.append(Example(place, question.messages, answer))
   return examples
 
@@ -183,7 +188,7 @@ def _read_examples(
 ) -> tuple[list[Example], list[rejects_lib.Reject]]:
   contents = _read(path, data)
   examples = [
-    Example(contents.places[question.id], question.messages, question.answer)
+    Example(contents.places[question.id], question.messages, question.reply)
     for question in contents.questions
   ]
   return examples, contents.rejects

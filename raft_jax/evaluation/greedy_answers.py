@@ -179,7 +179,7 @@ def _generate_on_server(
         model,
         call="served",
         server=server.identity,
-        messages=messages,
+        messages=records.keyed(messages),
         max_new_tokens=max_new_tokens,
       )
       for messages in conversations

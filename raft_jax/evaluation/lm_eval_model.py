@@ -184,7 +184,11 @@ class Adapter(protocol.TemplateLM):
   def apply_chat_template(
     self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
   ) -> str:
-    form = {"prompt": add_generation_prompt, "unfinished": not add_generation_prompt}
+    form: dict[str, Any] = {
+      "prompt": add_generation_prompt,
+      "unfinished": not add_generation_prompt,
+      "thinking": self.eval_model.tokenizer.thinking,
+    }
     try:
       return chat_template.render(self.tokenizer, chat_history, **form)
     except errors.UserError:

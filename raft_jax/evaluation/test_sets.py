@@ -128,9 +128,20 @@ def _read_questions(
     unusable=data.unusable,
     reject_threshold=data.reject_threshold,
   )
-  questions = file.questions
+  questions = [question for question in file.questions if not question.tool_calls]
+  calls = [
+    rejects_lib.Reject(
+      file.places[question.id],
+      "its answer is a tool call, and only answers of text are scored",
+      "refused",
+    )
+    for question in file.questions
+    if question.tool_calls
+  ]
+  if not questions:
+    raise errors.UserError(f"{calls[0]}; the file has no other answers, so give others")
   rows, too_long = batching.encode_rows(
-    [(question.messages, question.answer) for question in questions],
+    [(question.messages, question.reply) for question in questions],
     tokenizer=tokenizer,
     teacher_context="none",
     max_prompt_tokens=data.max_prompt_tokens,
@@ -140,7 +151,7 @@ def _read_questions(
     unusable=data.unusable,
     places=[file.places[question.id] for question in questions],
   )
-  rejects = [*file.rejects, *too_long]
+  rejects = [*file.rejects, *calls, *too_long]
   rejects_lib.report(rejects)
   return QuestionSet([questions[row.row_id] for row in rows], rows, rejects)
 

@@ -161,7 +161,8 @@ class Calls:
       "seed": self.seed,
       **sampling,
     }
-    return [journal.content_key(messages=prompt, **shared) for prompt in prompts]
+    keyed = map(records.keyed, prompts)
+    return [journal.content_key(messages=messages, **shared) for messages in keyed]
 
   def _missing(self, keys: Sequence[str]) -> list[int]:
     """The first row of each key that is not finished."""

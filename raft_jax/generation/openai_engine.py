@@ -348,7 +348,7 @@ def _parameters(
   names = set(sent)
   if "max_tokens" not in sent:
     sent["max_completion_tokens"] = request.max_new_tokens
-  return {"messages": [m._asdict() for m in request.messages], **sent}, names
+  return {"messages": list(map(records.api_turn, request.messages)), **sent}, names
 
 
 def _names(body: Any) -> list[str] | None:

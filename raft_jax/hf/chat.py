@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from raft_jax import errors
-from raft_jax.hf import chat_template
+from raft_jax.hf import answer_span, chat_template, conversation
 from raft_jax.hf import tokenizer as tokenizer_lib
 from raft_jax.storage import records
 
@@ -37,6 +37,8 @@ class ChatTokenizer:
     plain: a tokenizer that encodes the texts of control tokens as text; None if
       `hf_tokenizer` can do so (`split_special_tokens`).
     vocab_size: of the model, whose ids are below it; None: no limit.
+    thinking: whether the template is rendered with thinking on, and the reasoning of
+      answers is learned.
   """
 
   hf_tokenizer: transformers.PreTrainedTokenizerFast
@@ -46,6 +48,7 @@ class ChatTokenizer:
   controls: tuple[str, ...]
   plain: tokenizers.Tokenizer | None = None
   vocab_size: int | None = None
+  thinking: bool = False
 
 
 class Turn(NamedTuple):
@@ -68,16 +71,19 @@ _MARKER = re.compile(rf"<[|｜].*[|｜]>|[<\[]\S*({_WORDS})\S*[>\]]", re.IGNOREC
 """Spelling of added tokens that mark thinking, tools or turns."""
 
 
-def load(source: str, template: str | None = None) -> ChatTokenizer:
+def load(
+  source: str, template: str | None = None, *, thinking: bool = False
+) -> ChatTokenizer:
   """The tokenizer of a model, from the same source as its weights.
 
   Args:
     template: as the config key `model.chat_template`.
+    thinking: whether `data.thinking` is `keep`.
 
   Raises:
     UserError: the tokenizer has no chat template or no end token.
   """
-  hf_tokenizer = tokenizer_lib.load(source, template)
+  hf_tokenizer = tokenizer_lib.load(source, template, thinking=thinking)
   if not isinstance(hf_tokenizer.chat_template, str):
     raise errors.UserError(
       f"model {source}: the tokenizer has no chat template; use an instruction-tuned "
@@ -89,13 +95,16 @@ def load(source: str, template: str | None = None) -> ChatTokenizer:
     raise errors.UserError(
       f"model {source}: no token ends an answer; set eos_token in tokenizer_config.json"
     )
-  return of(hf_tokenizer, eos_ids, tokenizer_lib.vocab_size(source))
+  vocab_size = tokenizer_lib.vocab_size(source)
+  return of(hf_tokenizer, eos_ids, vocab_size, thinking=thinking)
 
 
 def of(
   hf_tokenizer: transformers.PreTrainedTokenizerFast,
   eos_ids: tuple[int, ...],
   vocab_size: int | None = None,
+  *,
+  thinking: bool = False,
 ) -> ChatTokenizer:
   """Wraps a tokenizer; its chat template must be the one to use."""
   pad_id = hf_tokenizer.pad_token_id
@@ -103,6 +112,8 @@ def of(
     pad_id = eos_ids[0]
   backend = hf_tokenizer.backend_tokenizer.to_str()
   content = f"{backend}\0{hf_tokenizer.chat_template}"
+  if thinking:
+    content += "\0thinking"
   steering = controls(hf_tokenizer, eos_ids)
   return ChatTokenizer(
     hf_tokenizer=hf_tokenizer,
@@ -112,6 +123,7 @@ def of(
     controls=steering,
     plain=_plain(hf_tokenizer, backend, steering),
     vocab_size=vocab_size,
+    thinking=thinking,
   )
 
 
@@ -228,12 +240,14 @@ def prompt_ids(
   Raises:
     UserError: the template refuses the messages (their roles or order).
   """
-  hidden, mark = _hidden(tokenizer, messages)
-  return rendered_ids(tokenizer, _render(tokenizer, hidden, prompt=True), mark)
+  whole = _fitted(tokenizer, conversation.of(messages, tokenizer.controls))
+  return rendered_ids(tokenizer, _render(tokenizer, whole, prompt=True), whole.mark)
 
 
 def turn_ids(
-  tokenizer: ChatTokenizer, messages: Sequence[records.Message], answer: str
+  tokenizer: ChatTokenizer,
+  messages: Sequence[records.Message],
+  answer: str | records.Message,
 ) -> tuple[list[int], list[int]]:
   """Ids of the prompt, and of the answer up to its end token, for training.
 
@@ -241,6 +255,9 @@ def turn_ids(
   that it writes around the answer and the spaces that it trims. There are two
   exceptions: an empty thinking part that only the prompt has stays, and no token spans
   the end of the prompt, because the model continues from the prompt's own ids.
+
+  Text after the end token is not learned, even where the template marks it as the
+  assistant's (the line end of ChatML): generation stops at the end token.
 
   Raises:
     UserError: the template refuses the messages, its prompt is not a prefix of the
@@ -264,77 +281,112 @@ def learned_ids(tokenizer: ChatTokenizer, turn: Turn) -> tuple[list[int], list[i
         f"the answer {answer[:40]!r} into one token; choose another template by "
         "model.chat_template"
       )
-  if learned[-1:] != [tokenizer.eos_ids[0]]:
+  if not learned or learned[-1] not in tokenizer.eos_ids:
     learned = [*learned, tokenizer.eos_ids[0]]  # the template writes no end token
   return prompt, learned
 
 
 def render_turn(
-  tokenizer: ChatTokenizer, messages: Sequence[records.Message], answer: str
+  tokenizer: ChatTokenizer,
+  messages: Sequence[records.Message],
+  answer: str | records.Message,
 ) -> Turn:
   """The template's text of the messages and the answer to them.
+
+  Where the template marks the assistant's texts (`{% generation %}`), the answer is
+  what it marks, from the end of the prompt on. See `answer_span.own`.
+
+  Args:
+    answer: a text, or an assistant's turn. Its reasoning is left out unless the
+      tokenizer's `thinking` is on.
 
   Raises:
     UserError: as `turn_ids`.
   """
-  turns = [*messages, records.Message("assistant", answer)]
-  hidden, mark = _hidden(tokenizer, turns)
-  prompt = _render(tokenizer, hidden[:-1], prompt=True)
-  finished = _render(tokenizer, hidden, prompt=False)
-  rest = chat_template.continuation(prompt, finished)
-  core = hidden[-1].content.strip()
-  if rest is None or core not in rest:
-    _refuse_template(tokenizer, prompt, finished, mark, answer_is_cut=rest is not None)
-  assert rest is not None
-  end = str(
-    tokenizer.hf_tokenizer.decode([tokenizer.eos_ids[0]], skip_special_tokens=False)
+  reply = as_reply(answer)
+  if not tokenizer.thinking:
+    reply = reply._replace(reasoning_content="")
+  hidden = conversation.of([*messages, reply], tokenizer.controls, learned=True)
+  whole = _fitted(tokenizer, hidden)
+  prompt = _render(tokenizer, whole._replace(turns=whole.turns[:-1]), prompt=True)
+  written, finished, rest = _finish(tokenizer, whole, prompt)
+  ends = tokenizer.eos_ids[: None if reply.tool_calls else 1]
+  texts = [
+    str(tokenizer.hf_tokenizer.decode([i], skip_special_tokens=False)) for i in ends
+  ]
+  cut = answer_span.turn_end(rest, whole.turns[-1], texts)
+  answered = Turn(prompt, rest[:cut], whole.mark)
+  spans = chat_template.marked(
+    tokenizer.hf_tokenizer,
+    written.turns,
+    tools=written.tools,
+    thinking=tokenizer.thinking,
   )
-  cut = rest.find(end, rest.find(core) + len(core))
-  if cut < 0:  # as with `{{ content }}` alone: what follows belongs to the next turn
-    return Turn(prompt, rest[: rest.rfind(core) + len(core)], mark)
-  return Turn(prompt, rest[: cut + len(end)], mark)
+  if spans is None:
+    return answered
+  before = len(finished) - len(rest)
+  shifted = [(first - before, last - before) for first, last in spans]
+  gap = answer_span.own_start(answered.answer, shifted)
+  return Turn(prompt + rest[:gap], answered.answer[gap:], whole.mark)
 
 
-def _refuse_template(
+def _finish(
+  tokenizer: ChatTokenizer, whole: conversation.Conversation, prompt: str
+) -> tuple[conversation.Conversation, str, str]:
+  """The conversation in a form of which the template writes the whole answer, its text,
+  and what of the text follows the prompt.
+
+  Raises:
+    UserError: there is none.
+  """
+  *earlier, last = whole.turns
+  fault: errors.UserError | None = None
+  for form in answer_span.forms(last):
+    written = whole._replace(turns=[*earlier, form])
+    finished = _render(tokenizer, written, prompt=False)
+    rest = chat_template.continuation(prompt, finished)
+    if rest is not None and answer_span.content_end(rest, last) is not None:
+      return written, finished, rest
+    part = None if rest is None else "a part of the answer"
+    if "reasoning_content" in last:
+      part = "the answer's reasoning"
+    error = _refused_template(tokenizer, prompt, finished, whole.mark, left_out=part)
+    fault = fault or error
+  assert fault is not None
+  raise fault
+
+
+def as_reply(answer: str | records.Message) -> records.Message:
+  """An answer as the assistant's turn."""
+  if isinstance(answer, records.Message):
+    return answer
+  return records.Message("assistant", answer)
+
+
+def _refused_template(
   tokenizer: ChatTokenizer,
   prompt: str,
   finished: str,
   mark: str,
   *,
-  answer_is_cut: bool,
-) -> None:
-  """Raises UserError, with the place where prompt and finished turn part."""
+  left_out: str | None,
+) -> errors.UserError:
+  """The error with the place where prompt and finished turn part."""
   same = sum(
     1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(prompt, finished))
   )
   start = max(0, same - 40)
   fault = (
-    "leaves out a part of the answer"
-    if answer_is_cut
+    f"leaves out {left_out}"
+    if left_out
     else "writes another text before a finished answer than before one to come"
   )
-  raise errors.UserError(
+  return errors.UserError(
     f"the model's chat template {fault}: its prompt ends in "
     f"{spelled_out(tokenizer, prompt[start:], mark)[-200:]!r}, and with the answer it "
     f"reads {spelled_out(tokenizer, finished[start:], mark)[:200]!r} there; choose "
     "another template by model.chat_template"
   )
-
-
-def _hidden(
-  tokenizer: ChatTokenizer, messages: Sequence[records.Message]
-) -> tuple[list[records.Message], str]:
-  """Messages with marks in place of spelled control tokens, and the mark."""
-  controls = tokenizer.controls
-  if not any(c in m.content for m in messages for c in controls):
-    return list(messages), ""
-  mark = _unused_mark([m.content for m in messages])
-  spelled = re.compile("|".join(map(re.escape, controls)))
-
-  def hide(content: str) -> str:
-    return spelled.sub(lambda x: f"{mark}{controls.index(x[0])};", content)
-
-  return [m._replace(content=hide(m.content)) for m in messages], mark
 
 
 def rendered_ids(tokenizer: ChatTokenizer, rendered: str, mark: str) -> list[int]:
@@ -359,21 +411,28 @@ def spelled_out(tokenizer: ChatTokenizer, rendered: str, mark: str) -> str:
   )
 
 
+def _fitted(
+  tokenizer: ChatTokenizer, hidden: conversation.Conversation
+) -> conversation.Conversation:
+  return conversation.fitted(
+    tokenizer.hf_tokenizer, hidden, thinking=tokenizer.thinking
+  )
+
+
 def _render(
-  tokenizer: ChatTokenizer, messages: Sequence[records.Message], *, prompt: bool
+  tokenizer: ChatTokenizer, fitted: conversation.Conversation, *, prompt: bool
 ) -> str:
-  turns = [message._asdict() for message in messages]
-  return chat_template.render(tokenizer.hf_tokenizer, turns, prompt=prompt)
-
-
-def _unused_mark(contents: Sequence[str]) -> str:
-  """A string of private-use characters that no content contains."""
-  mark = "\ue000"
-  while any(mark in content for content in contents):
-    mark += "\ue000"
-  return mark + "\ue001"
+  return chat_template.render(
+    tokenizer.hf_tokenizer,
+    fitted.turns,
+    tools=fitted.tools,
+    prompt=prompt,
+    thinking=tokenizer.thinking,
+  )
 
 
 def answer_ids(tokenizer: ChatTokenizer, answer: str) -> list[int]:
   """Ids of an answer after a question, with its end token."""
+  if tokenizer.thinking:  # some templates then want thinking in an answer
+    return [*encode(tokenizer, answer), tokenizer.eos_ids[0]]
   return turn_ids(tokenizer, records.user_turn("?"), answer)[1]

@@ -26,6 +26,8 @@ differ between hosts."""
 _SWITCHES = re.compile(r"\b(enable_thinking|thinking)\b")
 """What templates call the switch of thinking (Qwen3 and SmolLM3; Granite, DeepSeek)."""
 
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
 _NAME = r"(?P<name>[^\s<>\[\]/]*(?:think|thought|reason)[^\s<>\[\]/]*)"
 OPENED = re.compile(rf"(?P<left>[<\[]){_NAME}(?P<right>[>\]])\s*\Z", re.IGNORECASE)
 """A thinking part that a prompt opens and leaves open, at the end of the prompt."""
@@ -78,22 +80,22 @@ def render(
   *,
   prompt: bool,
   unfinished: bool = False,
+  tools: Sequence[Any] = (),
+  thinking: bool = False,
 ) -> str:
   """The conversation as the tokenizer's chat template writes it.
 
   Args:
-    messages: {"role", "content"} each.
+    messages: {"role", "content"} each, in the form of OpenAI's API.
     prompt: whether the header of the answer to come follows.
     unfinished: whether the last message goes on: nothing is written after it.
+    tools: JSON schemas of the tools that the assistant may call.
+    thinking: position of the template's switch of thinking, if it has one.
 
   Raises:
     UserError: the template refuses the messages.
   """
-  template = str(tokenizer.chat_template)
-  # Answers are trained without a thinking part.
-  options: dict[str, Any] = dict.fromkeys(_SWITCHES.findall(template), False)
-  if "strftime_now" in template:
-    options["chat_template"] = _NO_CLOCK + template
+  options = _options(str(tokenizer.chat_template), tools, thinking)
   if unfinished:
     options["continue_final_message"] = True
   try:
@@ -110,6 +112,42 @@ def render(
       "the messages, the model, or model.chat_template"
     ) from error
   return str(text)
+
+
+def _options(template: str, tools: Sequence[Any], thinking: bool) -> dict[str, Any]:
+  options: dict[str, Any] = dict.fromkeys(_SWITCHES.findall(template), thinking)
+  if "strftime_now" in template:
+    options["chat_template"] = _NO_CLOCK + template
+  if tools:
+    options["tools"] = list(tools)
+  return options
+
+
+def marked(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  messages: Sequence[Mapping[str, Any]],
+  *,
+  tools: Sequence[Any] = (),
+  thinking: bool = False,
+) -> list[tuple[int, int]] | None:
+  """Where the assistant's texts are in `render` of a finished conversation.
+
+  Returns:
+    First and last + 1 character of each `{% generation %}` block; None if the template
+    has none.
+  """
+  from transformers.utils import chat_template_utils
+
+  template = str(tokenizer.chat_template)
+  if not _GENERATION.search(template):
+    return None
+  options = {"chat_template": template, **_options(template, tools, thinking)}
+  rendered: Any = chat_template_utils.render_jinja_template(
+    conversations=[[dict(message) for message in messages]],
+    return_assistant_tokens_mask=True,
+    **{**tokenizer.special_tokens_map, **options},
+  )
+  return [(start, end) for start, end in rendered[1][0] if start < end]
 
 
 def closed(tokenizer: transformers.PreTrainedTokenizerFast) -> str:

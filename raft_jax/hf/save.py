@@ -56,6 +56,7 @@ def save(
   *,
   dtype: str = "float32",
   template: str | None = None,
+  thinking: bool = False,
   card: str,
   overwrite: bool = False,
   max_shard_bytes: int = 5_000_000_000,
@@ -74,6 +75,8 @@ def save(
     dtype: of the written weights.
     template: which chat template, as `model.chat_template`. Where it is not what the
       source's own files say, it takes the place of all of theirs.
+    thinking: whether the model was trained with thinking on. Otherwise the written
+      template leaves no thinking part open.
     card: content of README.md.
 
   Raises:
@@ -85,7 +88,7 @@ def save(
     raise ValueError(f"the config is not that of {source}")
   path = hf_load.resolve(source)
   fields = hf_load.fields(path)
-  tokenizer = hf_tokenizer.load(source, template)
+  tokenizer = hf_tokenizer.load(source, template, thinking=thinking)
   family, kind = decoder_config.of(fields, source), hf_load.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
   pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
@@ -96,7 +99,7 @@ def save(
     ends = hf_tokenizer.eos_ids(source, tokenizer)
     _write_generation_config(temporary, path, tokenizer, ends, config.vocab_size)
     _write_tokenizer(temporary, path, tokenizer)
-    changed = hf_tokenizer.changed_template(source, template)
+    changed = hf_tokenizer.changed_template(source, template, thinking=thinking)
     if changed is not None:
       _write_template(temporary, changed)
     (temporary / "README.md").write_text(card, encoding="utf-8")

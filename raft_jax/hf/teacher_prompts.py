@@ -32,7 +32,7 @@ SOLVE_AGAIN = "\n\nNow solve the original question correctly."
 def row_ids(
   tokenizer: chat.ChatTokenizer,
   messages: Sequence[records.Message],
-  answer: str,
+  answer: str | records.Message,
   form: str,
 ) -> tuple[list[int], list[int], list[int]]:
   """Ids of a row's prompt and answer (`chat.turn_ids`) and of its teacher's context.
@@ -45,9 +45,10 @@ def row_ids(
   prompt, learned = chat.learned_ids(tokenizer, turn)
   if form == "none":
     return prompt, learned, prompt
+  shown = shown_answer(tokenizer, turn, answer)
   if form == "paper":  # raw text without the template
-    return prompt, learned, teacher_ids(tokenizer, messages, answer, form)
-  taught = chat.render_turn(tokenizer, teacher_messages(messages, answer, form), answer)
+    return prompt, learned, teacher_ids(tokenizer, messages, shown, form)
+  taught = chat.render_turn(tokenizer, teacher_messages(messages, shown, form), answer)
   student_answer = chat.spelled_out(tokenizer, turn.answer, turn.mark)
   teacher_answer = chat.spelled_out(tokenizer, taught.answer, taught.mark)
   if teacher_answer != student_answer:
@@ -57,6 +58,22 @@ def row_ids(
       "after the teacher's context; choose another template by model.chat_template"
     )
   return prompt, learned, chat.rendered_ids(tokenizer, taught.prompt, taught.mark)
+
+
+def shown_answer(
+  tokenizer: chat.ChatTokenizer, turn: chat.Turn, answer: str | records.Message
+) -> str:
+  """The text of an answer that the teacher reads.
+
+  Tool calls and reasoning that are learned are shown as the template writes them.
+  """
+  reply = chat.as_reply(answer)
+  if not reply.tool_calls and not (tokenizer.thinking and reply.reasoning_content):
+    return reply.content
+  text = chat.spelled_out(tokenizer, turn.answer, turn.mark)
+  for end in tokenizer.eos_ids:
+    text = text.removesuffix(str(tokenizer.hf_tokenizer.decode([end])))
+  return text.strip()
 
 
 def teacher_ids(
@@ -80,7 +97,7 @@ def teacher_ids(
   if form == "none":
     return chat.prompt_ids(tokenizer, messages)
   if form == "paper":
-    question = "\n".join(m.content for m in messages)
+    question = "\n".join(map(records.as_text, messages))
     pieces = (KNOWLEDGE, answer, INSTRUCTION, question, ANSWER)
     return [i for piece in pieces for i in chat.encode(tokenizer, piece)]
   return chat.prompt_ids(tokenizer, teacher_messages(messages, answer, form))
@@ -89,8 +106,13 @@ def teacher_ids(
 def teacher_messages(
   messages: Sequence[records.Message], answer: str, form: str
 ) -> list[records.Message]:
-  """The conversation that the teacher reads, in the forms that use the template."""
-  *earlier, question = messages
+  """The conversation that the teacher reads, in the forms that use the template.
+
+  The answer stands in the last user turn, also where results of tools follow it.
+  """
+  users = [i for i, turn in enumerate(messages) if turn.role == "user"]
+  last = users[-1] if users else len(messages) - 1
+  question = messages[last]
   contents = {
     "chat": KNOWLEDGE + answer + INSTRUCTION + question.content + ANSWER,
     "example": question.content + EXAMPLE + answer + OWN_WORDS,
@@ -98,7 +120,8 @@ def teacher_messages(
   }
   if form not in contents:
     raise ValueError(f"teacher form {form!r} is not one of {', '.join(FORMS)}")
-  return [*earlier, question._replace(content=contents[form])]
+  changed = question._replace(content=contents[form])
+  return [*messages[:last], changed, *messages[last + 1 :]]
 
 
 def leak_phrases(form: str) -> tuple[str, ...]:

@@ -45,15 +45,17 @@ SPLITTERS = {
 
 
 def load(
-  source: str, template: str | None = None
+  source: str, template: str | None = None, *, thinking: bool = False
 ) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer that belongs to a model, from the same source.
 
   From tokenizer.json of a folder, or built from GGUF metadata (byte-level BPE). Its
-  chat template is the one to use, and its prompts leave no thinking part open.
+  chat template is the one to use, and its prompts leave no thinking part open unless
+  thinking is on.
 
   Args:
     template: which chat template, as `model.chat_template`.
+    thinking: whether the model thinks before its answers.
 
   Raises:
     UserError: it is absent, of a kind not supported, or another model's; or it has no
@@ -63,19 +65,21 @@ def load(
   tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
   chosen = chat_template.choose(tokenizer.chat_template, template, source)
   tokenizer.chat_template = chosen
-  if chosen:
+  if chosen and not thinking:
     tokenizer.chat_template = chat_template.closed(tokenizer)
   return tokenizer
 
 
-def changed_template(source: str, template: str | None) -> str | None:
+def changed_template(
+  source: str, template: str | None, *, thinking: bool = False
+) -> str | None:
   """The chat template of `load`, where transformers would use another with the source's
   files as they are; None where it would not."""
   path = hf_load.resolve(source)
   own = (_from_gguf(path) if path.is_file() else _from_folder(path)).chat_template
   if isinstance(own, dict):
     own = own.get("default")
-  used = load(source, template).chat_template
+  used = load(source, template, thinking=thinking).chat_template
   return None if used == own else str(used)
 
 

@@ -287,16 +287,18 @@ def _questions(
   """
   conversation = row_formats.conversation(values, name)
   domain = messages_lib.text("domain", values["domain"]) if "domain" in values else ""
-  *before, last = conversation
-  row_id = _id(values, domain, before, last.content)
-  questions = []
-  for example in row_formats.examples(conversation, turns):
-    number = example.number if turns == "each" else 1
-    question_id = row_id if number == 1 else f"{row_id}#{number}"
-    questions.append(
-      records.Question(question_id, domain, example.before, example.answer.content)
+  row_id = _id(values, domain, conversation)
+  return [
+    records.Question(
+      id=f"{row_id}#{example.number}" if example.number > 1 else row_id,
+      domain=domain,
+      messages=example.before,
+      answer=example.answer.content,
+      reasoning_content=example.answer.reasoning_content,
+      tool_calls=example.answer.tool_calls,
     )
-  return questions
+    for example in row_formats.examples(conversation, turns, name)
+  ]
 
 
 def text_fault(field: str, value: Any) -> str | None:
@@ -308,10 +310,14 @@ def text_fault(field: str, value: Any) -> str | None:
   return None
 
 
-def _id(values: Mapping[str, Any], domain: str, messages: Any, answer: str) -> str:
+def _id(
+  values: Mapping[str, Any], domain: str, conversation: Sequence[records.Message]
+) -> str:
   given = values.get("id")
   if given is None:
-    content = records.canonical_json([domain, messages, answer])
+    *before, last = records.keyed(conversation)
+    answer = last[1] if len(last) == 2 else last  # the text of a plain answer
+    content = records.canonical_json([domain, before, answer])
     return hashlib.sha256(content).hexdigest()[:16]
   return messages_lib.plain_text("id", given)
 

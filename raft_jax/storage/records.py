@@ -4,14 +4,106 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
 
+PLAIN = ("role", "content")
+"""The fields of a turn without reasoning and tools."""
 
-class Message(NamedTuple):
+
+class ToolCall(NamedTuple):
+  """A call of a tool by the assistant.
+
+  Attributes:
+    arguments: JSON text of an object, whose keys keep the order of the data.
+  """
+
+  name: str
+  arguments: str
+  id: str = ""
+
+
+class _Turn(NamedTuple):
   role: str
   content: str
+  reasoning_content: str = ""
+  tool_calls: tuple[ToolCall, ...] = ()
+  name: str = ""
+  tool_call_id: str = ""
+  tools: tuple[str, ...] = ()
+
+
+class Message(_Turn):
+  """A turn of a conversation.
+
+  Attributes:
+    role: "system", "user", "assistant" or "tool".
+    content: "" in a turn that only calls tools.
+    reasoning_content: what the assistant thought before the content.
+    tool_calls: what the assistant calls after the content.
+    name: of the tool that a "tool" turn reports of.
+    tool_call_id: of the call that a "tool" turn answers.
+    tools: only in the first turn: JSON texts of the tools of the whole conversation.
+  """
+
+  __slots__ = ()
+
+  def _asdict(self) -> dict[str, Any]:
+    """Role and content, and those other fields that are not empty.
+
+    A conversation without tools and reasoning therefore has the JSON, the digests and
+    the rendering of bare {role, content}.
+    """
+    fields = {k: v for k, v in super()._asdict().items() if v or k in PLAIN}
+    if self.tool_calls:
+      fields["tool_calls"] = [call._asdict() for call in self.tool_calls]
+    return fields
+
+
+def message(fields: Mapping[str, Any]) -> Message:
+  """Inverse of `Message._asdict`, also from its JSON."""
+  given = dict(fields)
+  if "tool_calls" in given:
+    given["tool_calls"] = tuple(ToolCall(**call) for call in given["tool_calls"])
+  if "tools" in given:
+    given["tools"] = tuple(given["tools"])
+  return Message(**given)
+
+
+def keyed(messages: Sequence[Message]) -> list[Any]:
+  """The form in which a conversation enters digests and the keys of journals."""
+  forms = []
+  for turn in messages:
+    extras = {k: v for k, v in turn._asdict().items() if k not in PLAIN}
+    forms.append([turn.role, turn.content, *([extras] if extras else [])])
+  return forms
+
+
+def api_turn(turn: Message, arguments: Callable[[str], Any] = str) -> dict[str, Any]:
+  """A turn in the form of OpenAI's API, and of chat templates; without `tools`.
+
+  Args:
+    arguments: what becomes of a call's JSON text. Templates take an object.
+  """
+  fields = turn._replace(tools=())._asdict()
+  if turn.tool_calls:
+    fields["tool_calls"] = [
+      {
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments(call.arguments)},
+        **({"id": call.id} if call.id else {}),
+      }
+      for call in turn.tool_calls
+    ]
+  return fields
+
+
+def as_text(turn: Message) -> str:
+  """The content, and below it the calls of tools as NAME(ARGUMENTS)."""
+  calls = [f"{call.name}({call.arguments})" for call in turn.tool_calls]
+  return "\n".join([*([turn.content] if turn.content or not calls else []), *calls])
 
 
 def user_turn(content: str) -> tuple[Message, ...]:
@@ -21,12 +113,29 @@ def user_turn(content: str) -> tuple[Message, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-  """One training or test example; `messages` ends with a user turn."""
+  """One training or test example.
+
+  Attributes:
+    messages: ends with a user turn, or with the results of tools.
+    answer: text of the assistant's turn that follows; "" if it only calls tools.
+    reasoning_content, tool_calls: of that turn.
+  """
 
   id: str
   domain: str
   messages: tuple[Message, ...]
   answer: str
+  reasoning_content: str = ""
+  tool_calls: tuple[ToolCall, ...] = ()
+
+  @property
+  def reply(self) -> Message:
+    """The whole turn that is the answer."""
+    return Message("assistant", self.answer, self.reasoning_content, self.tool_calls)
+
+  def extras(self) -> dict[str, Any]:
+    """Fields of the answer besides its text, without the empty ones."""
+    return {k: v for k, v in self.reply._asdict().items() if k not in PLAIN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +179,17 @@ def to_json(refined: Refined) -> bytes:
     ValueError: a number is not finite, or a text holds a lone surrogate.
   """
   # Not `dataclasses.asdict`: it copies every text, which takes as long as a call.
-  question = vars(refined.question)
-  messages = [m._asdict() for m in refined.question.messages]
+  question = refined.question
   return canonical_json(
     {
       **vars(refined),
-      "question": {**question, "messages": messages},
+      "question": {
+        "id": question.id,
+        "domain": question.domain,
+        "messages": [turn._asdict() for turn in question.messages],
+        "answer": question.answer,
+        **question.extras(),
+      },
       "rounds": [vars(fusion) for fusion in refined.rounds],
     }
   )
@@ -86,12 +200,15 @@ def from_json(data: bytes) -> Refined:
   try:
     tree = json.loads(data)
     question = tree.pop("question")
-    messages = tuple(Message(**message) for message in question["messages"])
+    messages = tuple(map(message, question["messages"]))
+    calls = tuple(ToolCall(**call) for call in question.pop("tool_calls", ()))
     rounds = tuple(
       Round(**{**r, "scores": tuple(r["scores"])}) for r in tree.pop("rounds")
     )
     return Refined(
-      question=Question(**{**question, "messages": messages}), rounds=rounds, **tree
+      question=Question(**{**question, "messages": messages, "tool_calls": calls}),
+      rounds=rounds,
+      **tree,
     )
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
     raise errors.UserError(

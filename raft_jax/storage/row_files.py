@@ -259,6 +259,11 @@ def _parse(raw: bytes) -> Any:
     text = raw.decode("utf-8")
   except UnicodeDecodeError as e:
     raise Fault(f"is not UTF-8 (byte {e.start + 1} of the line)") from e
+  return parse_json(text)
+
+
+def parse_json(text: str) -> Any:
+  """The value of a JSON text, read strictly. Raises Fault if it has none."""
   try:
     return json.loads(
       text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant

@@ -47,11 +47,13 @@ class Format(NamedTuple):
 
   Attributes:
     needs: the fields of a row, in words.
+    answer: the field of the last turn, for reasons.
     fits: whether a row, without its nulls, has them.
     conversation: the turns of such a row.
   """
 
   needs: str
+  answer: str
   fits: Callable[[Values], bool]
   conversation: Callable[[Values], Turns]
 
@@ -81,20 +83,28 @@ def _question(values: Values) -> Turns:
   has_question, has_messages = "question" in values, "messages" in values
   if has_question and has_messages:
     raise row_files.Fault("has both `question` and `messages`; keep one")
+  tools = values.get("tools")
   if has_question:
     turns = records.user_turn(messages_lib.text("question", values["question"]))
+    turns = messages_lib.with_tools(turns, tools)
   elif has_messages:
-    turns = messages_lib.conversation(_as_text(values["messages"], "messages"))
+    turns = messages_lib.conversation(
+      _as_text(values["messages"], "messages"), tools=tools
+    )
   else:
     raise row_files.Fault(_missing("question", values))
   if "answer" not in values:
     raise row_files.Fault(_missing("answer", values))
-  answer = messages_lib.text("answer", values["answer"])
-  return (*turns, records.Message("assistant", answer))
+  answer = records.Message("assistant", messages_lib.text("answer", values["answer"]))
+  if values.get("reasoning_content") not in (None, ""):
+    reasoning = messages_lib.text("reasoning_content", values["reasoning_content"])
+    answer = answer._replace(reasoning_content=reasoning)
+  return (*turns, answer)
 
 
 def _messages(values: Values) -> Turns:
-  return _ended(_parsed(values, "messages"), "messages")
+  turns = _parsed(values, "messages")
+  return _ended(messages_lib.with_tools(turns, values.get("tools")), "messages")
 
 
 def _prompt_completion(values: Values) -> Turns:
@@ -105,7 +115,8 @@ def _prompt_completion(values: Values) -> Turns:
   late = [turn for turn in after if turn.role == "system"]
   if late:
     raise row_files.Fault("`completion` has a system turn; only the first turn may be")
-  return _ended((*before, *after), "completion")
+  turns = messages_lib.with_tools((*before, *after), values.get("tools"))
+  return _ended(turns, "completion")
 
 
 def _side(values: Values, field: str, role: str) -> Turns:
@@ -156,7 +167,8 @@ def _sharegpt(values: Values) -> Turns:
     raise row_files.Fault(
       "has two system turns: `system`, and `conversations[0]`; keep one"
     )
-  return _ended((*system, *turns), "conversations")
+  turns = messages_lib.with_tools((*system, *turns), values.get("tools"))
+  return _ended(turns, "conversations")
 
 
 def _spoken(at: str, item: Any) -> Any:
@@ -168,6 +180,8 @@ def _spoken(at: str, item: Any) -> Any:
     raise row_files.Fault(f"`{at}` has both `from` and `role`; keep one")
   speaker_key = "from" if "from" in turn else "role"
   speaker = turn.pop(speaker_key, None)
+  if speaker == "function_call":
+    return {"role": "assistant", "tool_calls": _calls(f"{at}.value", turn.get("value"))}
   role = SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
   if role is None:
     raise row_files.Fault(
@@ -177,29 +191,43 @@ def _spoken(at: str, item: Any) -> Any:
   return {"role": role, "content": turn.pop(text_key, None), **turn}
 
 
+def _calls(field: str, value: Any) -> Any:
+  """The calls of a `function_call` turn: JSON text of {name, arguments}, or a list."""
+  try:
+    calls = row_files.parse_json(messages_lib.text(field, value))
+  except row_files.Fault as fault:
+    raise row_files.Fault(f"`{field}` {fault}") from fault
+  return calls if isinstance(calls, list) else [calls]
+
+
 FORMATS = {
   "question": Format(
     "`question` or `messages`, and `answer`",
+    "answer",
     lambda row: "answer" in row and ("question" in row or "messages" in row),
     _question,
   ),
   "messages": Format(
     "`messages` that end with the assistant",
+    "messages[-1].content",
     lambda row: "messages" in row and ("answer" not in row or _is_answered(row)),
     _messages,
   ),
   "prompt_completion": Format(
     "`prompt` and `completion`",
+    "completion",
     lambda row: "prompt" in row and "completion" in row,
     _prompt_completion,
   ),
   "alpaca": Format(
     "`instruction` and `output`",
+    "output",
     lambda row: "instruction" in row and "output" in row,
     _alpaca,
   ),
   "sharegpt": Format(
     "`conversations`",
+    "conversations[-1].value",
     lambda row: isinstance(row.get("conversations"), list),
     _sharegpt,
   ),
@@ -209,6 +237,7 @@ FORMATS = {
 FIELDS = (
   *("id", "domain", "question", "messages", "answer", "prompt", "completion"),
   *("instruction", "input", "output", "system", "history", "conversations", "tools"),
+  "reasoning_content",
 )
 """All fields that formats know; other fields of a row are ignored."""
 
@@ -399,7 +428,7 @@ class Example(NamedTuple):
   """An answer to learn and what comes before it.
 
   Attributes:
-    number: of the answer among the assistant's turns, from 1.
+    number: of the answer among the assistant's turns, from 1; 1 for the last alone.
   """
 
   number: int
@@ -407,10 +436,13 @@ class Example(NamedTuple):
   answer: records.Message
 
 
-def examples(conversation: Sequence[records.Message], turns: str) -> list[Example]:
+def examples(
+  conversation: Sequence[records.Message], turns: str, name: str
+) -> list[Example]:
   """The answers of a conversation that are learned.
 
   Args:
+    name: of its format.
     turns: "last", or "each": all but what the assistant says before the user does.
 
   Raises:
@@ -430,7 +462,10 @@ def examples(conversation: Sequence[records.Message], turns: str) -> list[Exampl
         raise row_files.Fault(
           f"turn {i + 1} is the assistant's, after the {before[-1].role}'s; join them"
         )
-      found.append(Example(number, before, turn))
+      is_last = i + 1 == len(conversation)
+      field = FORMATS[name].answer if is_last else f"turn {i + 1}"
+      answer = messages_lib.learned(field, turn)
+      found.append(Example(number if turns == "each" else 1, before, answer))
   if not found:
     raise row_files.Fault("has no turn of the user before the assistant's")
   return found

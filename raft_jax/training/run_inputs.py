@@ -38,6 +38,7 @@ IDENTITY_KEYS = (
   "data.max_teacher_tokens",
   "data.too_long",
   "data.unusable",
+  "data.thinking",
   "data.buckets",
   "method",
   *(
@@ -209,7 +210,8 @@ def read_networks(config: schema.Config, *, distils: bool) -> Networks:
   decoder = hf_load.load_config(source)
   hf_load.check_params(source, decoder)
   run_plan.make_split(config.lora, source, decoder, config.train.seed)  # checks lora
-  tokenizer = chat.load(source, config.model.chat_template)
+  thinking = config.data.thinking == "keep"
+  tokenizer = chat.load(source, config.model.chat_template, thinking=thinking)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   teacher_decoder = None
   if distils and config.distill.source is not None:
@@ -237,7 +239,9 @@ def read_teacher(
   Raises:
     errors.UserError: its tokenizer differs, or the size of its vocabulary.
   """
-  if chat.load(teacher, template).digest != tokenizer.digest:
+  if (
+    chat.load(teacher, template, thinking=tokenizer.thinking).digest != tokenizer.digest
+  ):
     raise errors.UserError(
       f"distill.source: the tokenizer or chat template of {teacher} is not that of "
       f"{student}; a teacher must read the same tokens"

@@ -1,0 +1,236 @@
+"""Conversations as chat templates take them: objects, tools, hidden control tokens.
+
+Texts of the data never become control tokens: before the template sees them, control
+tokens that they spell are replaced by marks, which are encoded as plain text later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from raft_jax import errors
+from raft_jax.hf import chat_template
+from raft_jax.storage import messages as messages_lib
+from raft_jax.storage import records
+
+if TYPE_CHECKING:
+  import transformers
+
+Edit = Callable[[str], str]
+
+NO_TOOLS = "the chat template has no tools"
+
+
+class Conversation(NamedTuple):
+  """What a chat template is given.
+
+  Attributes:
+    turns: {"role", "content", ...} each.
+    tools: JSON schemas.
+    mark: stands before the numbers of hidden control tokens; "" if none is hidden.
+  """
+
+  turns: list[dict[str, Any]]
+  tools: list[Any]
+  mark: str
+
+  @property
+  def uses_tools(self) -> bool:
+    """Whether a template must know tools to render it."""
+    return bool(self.tools) or any(
+      turn["role"] == "tool" or "tool_calls" in turn for turn in self.turns
+    )
+
+
+def of(
+  messages: Sequence[records.Message], controls: Sequence[str], *, learned: bool = False
+) -> Conversation:
+  """The conversation, with its control tokens hidden.
+
+  In an assistant's turn, the tags around a leading `<think>...</think>` are not hidden:
+  the chat template knows what to do with the thinking of earlier turns.
+
+  Args:
+    controls: texts of the control tokens, longest first.
+    learned: whether the last turn is an answer to learn. All of it is content.
+  """
+  tools = [json.loads(tool) for tool in messages[0].tools]
+  turns = [records.api_turn(message, json.loads) for message in messages]
+  texts = [*(text for turn in turns for text in _texts(turn)), *_texts(tools)]
+  if not any(control in text for text in texts for control in controls):
+    return Conversation(turns, tools, "")
+  mark = _unused_mark(texts)
+  spelled = re.compile("|".join(map(re.escape, controls)))
+
+  def hide(text: str) -> str:
+    return spelled.sub(lambda x: f"{mark}{controls.index(x[0])};", text)
+
+  last = len(turns) - 1
+  for i, turn in enumerate(turns):
+    earlier = turn["role"] == "assistant" and not (learned and i == last)
+    edit = _around_thinking(hide) if earlier else hide
+    content = edit(turn["content"])
+    turns[i] = {**_edited(turn, hide), "role": turn["role"], "content": content}
+  return Conversation(turns, _edited(tools, hide), mark)
+
+
+def _around_thinking(hide: Edit) -> Edit:
+  def edit(content: str) -> str:
+    part = messages_lib.THOUGHT.match(content)
+    if part is None:
+      return hide(content)
+    before, after = content[: part.start(1)], content[part.end(1) :]
+    closing = before.strip().replace("<", "</", 1)
+    rest = hide(after.removeprefix(closing))
+    return f"{before}{hide(part[1])}{closing}{rest}"
+
+  return edit
+
+
+def _texts(value: Any) -> Iterator[str]:
+  """All texts in a value of JSON, keys included."""
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, dict):
+    for key, item in value.items():
+      yield key
+      yield from _texts(item)
+  elif isinstance(value, list):
+    for item in value:
+      yield from _texts(item)
+
+
+def _edited(value: Any, edit: Edit) -> Any:
+  """The value with its texts edited; keys that are words of a schema stay."""
+  if isinstance(value, str):
+    return edit(value)
+  if isinstance(value, dict):
+    return {
+      key if key.isidentifier() else edit(key): _edited(item, edit)
+      for key, item in value.items()
+    }
+  if isinstance(value, list):
+    return [_edited(item, edit) for item in value]
+  return value
+
+
+def _unused_mark(texts: Sequence[str]) -> str:
+  """A string of private-use characters that no text contains."""
+  mark = "\ue000"
+  while any(mark in text for text in texts):
+    mark += "\ue000"
+  return mark + "\ue001"
+
+
+# --- What the template knows ----------------------------------------------------------
+
+
+def fitted(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  conversation: Conversation,
+  *,
+  thinking: bool,
+) -> Conversation:
+  """The conversation in a form of which the chat template writes all tools and calls.
+
+  A turn of calls alone has the content "" if the template then writes the calls, else
+  none (null), as templates of DeepSeek's kind want.
+
+  Raises:
+    UserError: the template refuses the conversation, or leaves out its tools, a call or
+      the result of one.
+  """
+  if not conversation.uses_tools:
+    return conversation
+  faults = []
+  for empty in ("", None):
+    turns = [
+      {**turn, "content": turn["content"] or empty} if "tool_calls" in turn else turn
+      for turn in conversation.turns
+    ]
+    try:
+      _check_tools(tokenizer, turns, conversation.tools, thinking)
+    except errors.UserError as error:
+      faults.append(error)
+      continue
+    return conversation._replace(turns=turns)
+  raise faults[0]
+
+
+def _check_tools(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+  turns: Sequence[dict[str, Any]],
+  tools: Sequence[Any],
+  thinking: bool,
+) -> None:
+  """Renders the conversation with other words in its tools, and looks for them.
+
+  Raises:
+    UserError: the template refuses it, or leaves some out.
+  """
+  words: dict[str, str] = {}  # the word, and what it stands for
+  tool_names: dict[str, str] = {}
+
+  def word(what: str) -> str:
+    words[made := f"raft{len(words)}word"] = what
+    return made
+
+  def name(given: str) -> str:
+    return tool_names.setdefault(given, f"raft_tool_{len(tool_names)}x")
+
+  marked = [_renamed(tool, name) for tool in tools]
+  if marked:
+    last = next((i for i, t in enumerate(turns) if t["role"] == "user"), 0)
+    first = [dict(turn) for turn in turns[: last + 1]]
+    text = chat_template.render(
+      tokenizer, first, tools=marked, prompt=True, thinking=thinking
+    )
+    for given, made in tool_names.items():
+      if made not in text:
+        raise _no_tools(f"the tool {given!r}")
+  probe = []
+  for turn in turns:
+    probe.append(turn := dict(turn))
+    if turn["role"] == "tool":
+      turn["content"] = word("the result of a tool")
+      if "name" in turn:
+        turn["name"] = name(turn["name"])
+    for call in turn.get("tool_calls", ()):
+      words[name(call["function"]["name"])] = "a tool call"
+    if "tool_calls" in turn:
+      turn["tool_calls"] = [_probed(call, name, word) for call in turn["tool_calls"]]
+  text = chat_template.render(
+    tokenizer, probe, tools=marked, prompt=False, thinking=thinking
+  )
+  for made, what in words.items():
+    if made not in text:
+      raise _no_tools(what)
+
+
+def _renamed(tool: Any, name: Edit) -> Any:
+  if "function" in tool:
+    return {**tool, "function": _renamed(tool["function"], name)}
+  return {**tool, "name": name(tool["name"])}
+
+
+def _probed(call: dict[str, Any], name: Edit, word: Edit) -> dict[str, Any]:
+  """A call with another name, and other texts in its arguments."""
+  function = call["function"]
+  arguments = {
+    key: word(f"the argument {key!r} of a tool call") if isinstance(item, str) else item
+    for key, item in function["arguments"].items()
+  }
+  if not any(isinstance(item, str) for item in arguments.values()):
+    arguments["raft"] = word("a tool call")
+  named = {"name": name(function["name"]), "arguments": arguments}
+  return {**call, "function": named}
+
+
+def _no_tools(what: str) -> errors.UserError:
+  return errors.UserError(
+    f"{NO_TOOLS}: it leaves {what} out of the conversation; choose another by "
+    "model.chat_template"
+  )
