@@ -161,7 +161,6 @@ def _config(text: str, address: Address, commit: str) -> str | None:
 @contextlib.contextmanager
 def _clear_errors(text: str) -> Iterator[None]:
   """Turns the libraries' errors into one line that says what to do."""
-  import httpx
   from huggingface_hub import errors as hub_errors
 
   try:
@@ -184,19 +183,27 @@ def _clear_errors(text: str) -> Iterator[None]:
       f"{text}: HF_HUB_OFFLINE is set, and a dataset's commit is looked up online; "
       "unset it, or save the dataset by `save_to_disk` and name its folder"
     ) from e
-  except (ConnectionError, httpx.TransportError) as e:
-    raise errors.TryAgainError(
-      f"{text}: the hub cannot be reached ({_reason(e)}); try again"
-    ) from e
   except hub_errors.HfHubHTTPError as e:
     status = getattr(e.response, "status_code", 0)
     kind = errors.TryAgainError if status == 429 or status >= 500 else errors.UserError
     raise kind(f"{text}: the hub refused ({_reason(e)}); try again later") from e
-  except (OSError, ValueError, RuntimeError, _datasets_error()) as e:
+  except Exception as e:
+    if _is_of_the_network(e):
+      raise errors.TryAgainError(
+        f"{text}: the hub cannot be reached ({_reason(e)}); try again"
+      ) from e
+    if not isinstance(e, (OSError, ValueError, RuntimeError, _datasets_error())):
+      raise
     raise errors.UserError(
       f"{text}: cannot be read ({_reason(e)}); check the name, or download its files "
       "and name them"
     ) from e
+
+
+def _is_of_the_network(error: Exception) -> bool:
+  """Whether it is an error of a connection, of Python's or of the HTTP library."""
+  library = type(error).__module__.partition(".")[0]
+  return isinstance(error, ConnectionError) or library.startswith("http")
 
 
 def _datasets_error() -> type[Exception]:
