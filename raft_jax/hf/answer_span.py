@@ -7,18 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raft_jax import errors
+from raft_jax.storage import messages as messages_lib
 
 
-def forms(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-  """The forms in which a chat template may take an assistant's turn.
+def forms(turn: Mapping[str, Any], template: str) -> Iterator[dict[str, Any]]:
+  """The forms in which a chat template may take an assistant's turn, best first.
 
-  Reasoning is a field of its own, or stands in the content between `<think>` tags.
+  Reasoning is a field of its own, or else stands in the content between `<think>` tags.
+  Tags that the data does not have are tried only where the template knows them.
   """
-  yield dict(turn)
-  if "reasoning_content" in turn:
-    thought = f"<think>\n{turn['reasoning_content']}\n</think>\n\n"
-    plain = {k: v for k, v in turn.items() if k != "reasoning_content"}
-    yield {**plain, "content": thought + (turn["content"] or "")}
+  reasoning = turn.get("reasoning_content")
+  if not reasoning:
+    yield dict(turn)
+    return
+  content = turn["content"] or ""
+  plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
+  yield {**turn, "reasoning_content": _thought(reasoning)}
+  if messages_lib.THOUGHT.match(reasoning):
+    yield {**plain, "content": reasoning + content}
+  elif "</think>" in template:
+    yield {**plain, "content": f"<think>\n{reasoning}\n</think>\n\n{content}"}
+
+
+def _thought(reasoning: str) -> str:
+  """The reasoning without `<think>` tags."""
+  part = messages_lib.THOUGHT.match(reasoning)
+  return part[1].strip() if part else reasoning
 
 
 def content_end(rest: str, turn: Mapping[str, Any]) -> int | None:
@@ -28,7 +42,7 @@ def content_end(rest: str, turn: Mapping[str, Any]) -> int | None:
     rest: what follows the prompt in the finished conversation.
   """
   end = 0
-  for text in (turn.get("reasoning_content"), turn["content"]):
+  for text in (_thought(turn.get("reasoning_content", "")), turn["content"]):
     core = (text or "").strip()
     start = rest.find(core, end)
     if start < 0:

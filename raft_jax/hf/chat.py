@@ -341,7 +341,7 @@ def _finish(
   """
   *earlier, last = whole.turns
   fault: errors.UserError | None = None
-  for form in answer_span.forms(last):
+  for form in answer_span.forms(last, str(tokenizer.hf_tokenizer.chat_template)):
     written = whole._replace(turns=[*earlier, form])
     finished = _render(tokenizer, written, prompt=False)
     rest = chat_template.continuation(prompt, finished)
@@ -349,7 +349,7 @@ def _finish(
       return written, finished, rest
     part = None if rest is None else "a part of the answer"
     if "reasoning_content" in last:
-      part = "the answer's reasoning"
+      part = "the answer's reasoning (data.thinking is keep)"
     error = _refused_template(tokenizer, prompt, finished, whole.mark, left_out=part)
     fault = fault or error
   assert fault is not None
@@ -381,6 +381,8 @@ def _refused_template(
     if left_out
     else "writes another text before a finished answer than before one to come"
   )
+  if tokenizer.thinking and not left_out:
+    fault += " (the answer has no reasoning, and data.thinking is keep)"
   return errors.UserError(
     f"the model's chat template {fault}: its prompt ends in "
     f"{spelled_out(tokenizer, prompt[start:], mark)[-200:]!r}, and with the answer it "

@@ -6,6 +6,7 @@ tokens that they spell are replaced by marks, which are encoded as plain text la
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Edit = Callable[[str], str]
 
-NO_TOOLS = "the chat template has no tools"
+TOOLS, CALLS, RESULTS = "tools", "tool calls", "tool turns"
 
 
 class Conversation(NamedTuple):
@@ -31,11 +32,14 @@ class Conversation(NamedTuple):
     turns: {"role", "content", ...} each.
     tools: JSON schemas.
     mark: stands before the numbers of hidden control tokens; "" if none is hidden.
+    argument_texts: of each turn, the arguments of its calls as JSON texts, for
+      templates that take no objects.
   """
 
   turns: list[dict[str, Any]]
   tools: list[Any]
   mark: str
+  argument_texts: list[list[str]]
 
   @property
   def uses_tools(self) -> bool:
@@ -61,7 +65,8 @@ def of(
   turns = [records.api_turn(message, json.loads) for message in messages]
   texts = [*(text for turn in turns for text in _texts(turn)), *_texts(tools)]
   if not any(control in text for text in texts for control in controls):
-    return Conversation(turns, tools, "")
+    arguments = [[call.arguments for call in m.tool_calls] for m in messages]
+    return Conversation(turns, tools, "", arguments)
   mark = _unused_mark(texts)
   spelled = re.compile("|".join(map(re.escape, controls)))
 
@@ -74,7 +79,11 @@ def of(
     edit = _around_thinking(hide) if earlier else hide
     content = edit(turn["content"])
     turns[i] = {**_edited(turn, hide), "role": turn["role"], "content": content}
-  return Conversation(turns, _edited(tools, hide), mark)
+    if learned and i == last and "reasoning_content" in turn:
+      thought = _around_thinking(hide)(turn["reasoning_content"])
+      turns[i]["reasoning_content"] = thought
+  arguments = [[hide(call.arguments) for call in m.tool_calls] for m in messages]
+  return Conversation(turns, _edited(tools, hide), mark, arguments)
 
 
 def _around_thinking(hide: Edit) -> Edit:
@@ -137,7 +146,8 @@ def fitted(
   """The conversation in a form of which the chat template writes all tools and calls.
 
   A turn of calls alone has the content "" if the template then writes the calls, else
-  none (null), as templates of DeepSeek's kind want.
+  none (null); the arguments of a call are an object, else its JSON text. Templates of
+  DeepSeek's kind want the second of both.
 
   Raises:
     UserError: the template refuses the conversation, or leaves out its tools, a call or
@@ -146,10 +156,10 @@ def fitted(
   if not conversation.uses_tools:
     return conversation
   faults = []
-  for empty in ("", None):
+  for empty, as_text in itertools.product(("", None), (False, True)):
     turns = [
-      {**turn, "content": turn["content"] or empty} if "tool_calls" in turn else turn
-      for turn in conversation.turns
+      _with_calls(turn, empty, arguments if as_text else None)
+      for turn, arguments in zip(conversation.turns, conversation.argument_texts)
     ]
     try:
       _check_tools(tokenizer, turns, conversation.tools, thinking)
@@ -158,6 +168,21 @@ def fitted(
       continue
     return conversation._replace(turns=turns)
   raise faults[0]
+
+
+def _with_calls(
+  turn: dict[str, Any], empty: str | None, arguments: Sequence[str] | None
+) -> dict[str, Any]:
+  """A turn in one of the forms of `fitted`."""
+  if "tool_calls" not in turn:
+    return turn
+  calls = turn["tool_calls"]
+  if arguments is not None:
+    calls = [
+      {**call, "function": {**call["function"], "arguments": text}}
+      for call, text in zip(calls, arguments, strict=True)
+    ]
+  return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
 
 
 def _check_tools(
@@ -190,16 +215,16 @@ def _check_tools(
     )
     for given, made in tool_names.items():
       if made not in text:
-        raise _no_tools(f"the tool {given!r}")
+        raise _missing(TOOLS, given)
   probe = []
   for turn in turns:
     probe.append(turn := dict(turn))
     if turn["role"] == "tool":
-      turn["content"] = word("the result of a tool")
+      turn["content"] = word(RESULTS)
       if "name" in turn:
         turn["name"] = name(turn["name"])
     for call in turn.get("tool_calls", ()):
-      words[name(call["function"]["name"])] = "a tool call"
+      words[name(call["function"]["name"])] = CALLS
     if "tool_calls" in turn:
       turn["tool_calls"] = [_probed(call, name, word) for call in turn["tool_calls"]]
   text = chat_template.render(
@@ -207,7 +232,7 @@ def _check_tools(
   )
   for made, what in words.items():
     if made not in text:
-      raise _no_tools(what)
+      raise _missing(what)
 
 
 def _renamed(tool: Any, name: Edit) -> Any:
@@ -219,18 +244,21 @@ def _renamed(tool: Any, name: Edit) -> Any:
 def _probed(call: dict[str, Any], name: Edit, word: Edit) -> dict[str, Any]:
   """A call with another name, and other texts in its arguments."""
   function = call["function"]
+  is_text = isinstance(function["arguments"], str)
+  given = json.loads(function["arguments"]) if is_text else function["arguments"]
   arguments = {
-    key: word(f"the argument {key!r} of a tool call") if isinstance(item, str) else item
-    for key, item in function["arguments"].items()
+    key: word(CALLS) if isinstance(item, str) else item for key, item in given.items()
   }
   if not any(isinstance(item, str) for item in arguments.values()):
-    arguments["raft"] = word("a tool call")
-  named = {"name": name(function["name"]), "arguments": arguments}
+    arguments["raft"] = word(CALLS)
+  written = json.dumps(arguments) if is_text else arguments
+  named = {"name": name(function["name"]), "arguments": written}
   return {**call, "function": named}
 
 
-def _no_tools(what: str) -> errors.UserError:
+def _missing(what: str, name: str | None = None) -> errors.UserError:
+  named = "" if name is None else f" (such as {name!r})"
   return errors.UserError(
-    f"{NO_TOOLS}: it leaves {what} out of the conversation; choose another by "
-    "model.chat_template"
+    f"the chat template has no {what}: it leaves those of the row out{named}; choose "
+    "another by model.chat_template"
   )

@@ -123,6 +123,9 @@ def answer(value: Any, reasoning: Any = None) -> records.Message:
 def learned(field: str, turn: records.Message) -> records.Message:
   """An assistant's turn as an answer to learn: its reasoning apart from its content.
 
+  A leading `<think>...</think>` becomes the reasoning as it stands, tags included, so
+  that a template can be given the answer in the form of the data.
+
   In turns that are not learned, `<think>` stays in the content, and the chat template
   does with it what it does.
 
@@ -146,7 +149,7 @@ def learned(field: str, turn: records.Message) -> records.Message:
     raise row_files.Fault(f"`{field}` has two <think> parts; join them")
   if not content and not turn.tool_calls:
     raise row_files.Fault(f"`{field}` is thinking without an answer after it")
-  return turn._replace(content=content, reasoning_content=part[1].strip())
+  return turn._replace(content=content, reasoning_content=part[0])
 
 
 def _message(at: str, item: Any, position: int) -> records.Message:
@@ -220,13 +223,17 @@ def _tool_call(at: str, item: Any) -> records.ToolCall:
     raise row_files.Fault(f"`{at}.type` is {item['type']!r}, not 'function'")
   number = text(f"{at}.id", item["id"]) if item.get("id") not in (None, "") else ""
   name = text(f"{where}.name", call.get("name"))
-  arguments = _json(f"{where}.arguments", call.get("arguments"))
+  given = call.get("arguments")
+  arguments = _json(f"{where}.arguments", given)
   if not isinstance(arguments, Mapping):
     raise row_files.Fault(
       f"`{where}.arguments` is {type(arguments).__name__}, not an object or its JSON "
       "text"
     )
-  return records.ToolCall(name, _json_text(f"{where}.arguments", arguments), number)
+  # A text stays as it is: some templates write it out.
+  if not isinstance(given, str):
+    given = _json_text(f"{where}.arguments", arguments)
+  return records.ToolCall(name, given, number)
 
 
 def parse_tools(value: Any) -> tuple[str, ...]:
