@@ -8,8 +8,7 @@ from raft_jax.storage import row_formats
 
 def layout(data: schema.Data) -> row_formats.Layout:
   """Of `data.questions`, `data.test` and `data.validation`."""
-  columns = {str(field): name for field, name in (data.columns or {}).items()}
-  return row_formats.Layout(data.format, columns, data.turns)
+  return row_formats.Layout(data.format, data.columns or {}, data.turns)
 
 
 def general_layout(data: schema.Data) -> row_formats.Layout:

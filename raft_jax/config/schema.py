@@ -126,26 +126,6 @@ class Model(Section):
   `model.dtype=bfloat16`."""
 
 
-Field = Literal[
-  "id",
-  "domain",
-  "question",
-  "messages",
-  "answer",
-  "prompt",
-  "completion",
-  "instruction",
-  "input",
-  "output",
-  "system",
-  "history",
-  "conversations",
-  "tools",
-  "reasoning_content",
-]
-"""A field of a row of questions."""
-
-
 class Data(Section):
   """The questions, and their length limits."""
 
@@ -162,7 +142,7 @@ class Data(Section):
   ) = None
   """Format of the rows of `questions`, `test` and `validation`; null: found by their
   fields, file by file."""
-  columns: dict[Field, str] | None = None
+  columns: dict[str, str] | None = None
   """Names of the columns of these files, by field, where they have other names:
   `{question: q, answer: a}`."""
   turns: Literal["last", "each"] = "last"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raft_jax.config import schema
-from raft_jax.storage import sources
+from raft_jax.storage import row_formats, sources
 
 Problems = Iterator[tuple[str, str]]
 """Dotted keys, each with what is wrong and what to do."""
@@ -98,6 +98,14 @@ def _paths(model: schema.Model, data: schema.Data, output: str) -> Problems:
         f"holds {shared}, which is also in data.questions, so memorised answers would "
         "count as right; name other files",
       )
+  for field in data.columns or {}:
+    if field not in row_formats.FIELDS:
+      known = ", ".join(row_formats.FIELDS)
+      yield "data.columns", f"{field!r} is no field of a row; fields are {known}"
+  columns = [*(data.columns or {}).values()]
+  twice = next((name for name in columns if columns.count(name) > 1), None)
+  if twice is not None:
+    yield "data.columns", f"maps two fields to the column {twice!r}; keep one"
   # os.path, unlike pathlib, returns False for a name that is too long to be looked up.
   if os.path.exists(output) and not os.path.isdir(output):
     yield "output", f"{output} is not a folder; choose another output"

@@ -288,17 +288,28 @@ def _questions(
   conversation = row_formats.conversation(values, name)
   domain = messages_lib.text("domain", values["domain"]) if "domain" in values else ""
   row_id = _id(values, domain, conversation)
-  return [
-    records.Question(
-      id=f"{row_id}#{example.number}" if example.number > 1 else row_id,
-      domain=domain,
-      messages=example.before,
-      answer=example.answer.content,
-      reasoning_content=example.answer.reasoning_content,
-      tool_calls=example.answer.tool_calls,
-    )
-    for example in row_formats.examples(conversation, turns, name)
-  ]
+  found = []
+  for example in row_formats.examples(conversation, turns, name):
+    question_id = f"{row_id}#{example.number}" if example.number > 1 else row_id
+    found.append(question(question_id, domain, example.before, example.answer))
+  return found
+
+
+def question(
+  row_id: str,
+  domain: str,
+  messages: tuple[records.Message, ...],
+  reply: records.Message,
+) -> records.Question:
+  """The question that this assistant's turn answers."""
+  return records.Question(
+    id=row_id,
+    domain=domain,
+    messages=messages,
+    answer=reply.content,
+    reasoning_content=reply.reasoning_content,
+    tool_calls=reply.tool_calls,
+  )
 
 
 def text_fault(field: str, value: Any) -> str | None:

@@ -217,9 +217,16 @@ def test_refinement_refines_every_example(
   assert [row.prompt for row in rows] == [prompt for prompt, _ in expected]
 
 
+def test_the_same_questions_have_one_digest_in_every_file(tmp_path, smollm, tokenizer):
+  digests = set()
+  for name in ("question.jsonl", "question.csv", "prompt_completion.tsv"):
+    config = make_config(tmp_path, smollm, write(tmp_path, name), "last")
+    digests.add(training_set.load(config, tokenizer, distil=False).digest)
+  assert len(digests) == 1
+
+
 def test_the_table_of_the_config_is_the_table_of_the_code():
   field = schema.Data.model_fields
   assert str(field["format"].annotation) == (
     f"typing.Optional[typing.Literal[{', '.join(map(repr, row_formats.FORMATS))}]]"
   )
-  assert schema.Field.__args__ == row_formats.FIELDS
