@@ -70,7 +70,7 @@ def main(config: schema.Config) -> None:
   rejected = [*sets.test.rejects, *(sets.validation.rejects if sets.validation else ())]
   rejects.write(folder / "rejects.jsonl", rejected)
   base_params = hf_load.load_params(source, decoder)
-  how = run_settings(config)
+  how = run_settings(config.model, config.rollout, settings.batch_size)
   trained, base = (
     scoring.eval_model(
       model_params, decoder, tokenizer, how, title=title, server=server
@@ -101,15 +101,16 @@ def main(config: schema.Config) -> None:
   show(result)
 
 
-def run_settings(config: schema.Config) -> scoring.Settings:
+def run_settings(
+  model: schema.Model, rollout: schema.Rollout, batch_size: int
+) -> scoring.Settings:
   """How both models are run."""
-  unroll = config.model.unroll
   return scoring.Settings(
-    batch_size=config.evaluate.batch_size,
-    dtype=config.model.dtype,
-    unroll=unroll,
+    batch_size=batch_size,
+    dtype=model.dtype,
+    unroll=model.unroll,
     rollout_unroll=sampling.unrolled(
-      config.rollout.unroll, unroll, jax.default_backend()
+      rollout.unroll, model.unroll, jax.default_backend()
     ),
   )
 

@@ -8,6 +8,7 @@ model.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -47,9 +48,18 @@ def export(config: schema.Config) -> Exported:
   run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
   output, source = pathlib.Path(config.output), config.model.source
   thinking = config.data.thinking == "keep"
-  edits = trained_model.edits(config.prune, config.interpolate)
   decoder = hf_load.load_config(source)
   interrupts.check()
+  card = functools.partial(
+    model_card.render,
+    source,
+    method=config.method,
+    adapter=config.export.adapter,
+    data=model_card.describe_data(output, config.data.answers),
+    hyperparameters=config.model_dump(mode="json", include=model_card.HYPERPARAMETERS),
+    scores=model_card.read_scores(output),
+    edits=trained_model.edits(config.prune, config.interpolate),
+  )
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
     split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
@@ -69,7 +79,7 @@ def export(config: schema.Config) -> Exported:
       template=hf_tokenizer.changed_template(
         source, config.model.chat_template, thinking=thinking
       ),
-      card=model_card.render(config, step, edits=edits),
+      card=card(step=step),
       overwrite=True,
     )
   else:
@@ -83,7 +93,7 @@ def export(config: schema.Config) -> Exported:
       source,
       template=config.model.chat_template,
       thinking=thinking,
-      card=model_card.render(config, step, edits=edits),
+      card=card(step=step),
       overwrite=True,
     )
   size = sum(path.stat().st_size for path in folder.rglob("*"))

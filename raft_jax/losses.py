@@ -62,64 +62,42 @@ def divergence(
 ) -> jax.Array:
   """Divergence between teacher and student at each token.
 
-  With q the teacher's and p the student's distribution, softmax of logits /
-  `temperature` on the support:
-
   .. math::
     D_{forward} = \\sum_a q_a \\log (q_a / p_a), \\quad
-    D_{reverse} = \\sum_a p_a \\log (p_a / q_a)
-
+    D_{reverse} = \\sum_a p_a \\log (p_a / q_a), \\quad
     D_{jsd} = \\beta KL(q \\| m) + (1 - \\beta) KL(p \\| m), \\quad
     m = \\beta q + (1 - \\beta) p
 
-  times `temperature`² if `scale_by_t2`, which keeps the size of the gradient about the
-  same at any temperature. Forward KL, KL(teacher || student), is that of Hinton et al.,
-  *Distilling the Knowledge in a Neural Network*, arXiv 1503.02531. jsd is that of GKD,
-  Agarwal et al., *On-Policy Distillation of Language Models*, arXiv 2306.13649; it
-  tends to 0, not to a KL, as β goes to 0 or 1. The bucket is that of SDPO, arXiv
-  2601.20802.
-
-  No gradient reaches the teacher or the choice of the support.
+  with q the teacher's and p the student's softmax of logits / `temperature` on the
+  support. Sources: forward KL, Hinton et al., arXiv 1503.02531; jsd, GKD of Agarwal et
+  al., arXiv 2306.13649 (it tends to 0, not to a KL, as β goes to 0 or 1); bucket, SDPO,
+  arXiv 2601.20802. No gradient reaches the teacher or the choice of the support.
 
   Args:
-    student_logits: `[..., V]`; position t of both sides predicts the same token.
-    teacher_logits: `[..., V]`.
+    student_logits, teacher_logits: `[..., V]`; both predict the same tokens.
     kind: "forward", "reverse" or "jsd".
     beta: Weight of the teacher in "jsd", in (0, 1); the other kinds ignore it.
-    support: Tokens on which the two are compared: the "full" vocabulary, or the `k`
-      most probable tokens of the "teacher" or of the "student".
+    support: Tokens to compare: the "full" vocabulary, or the `k` most probable tokens
+      of the "teacher" or of the "student".
     k: Size of a top-K support; None means the whole vocabulary.
-    tail: How to treat the mass outside the support: "renormalize" drops it and rescales
-      the rest to 1; "bucket" keeps it as one more outcome.
+    tail: Mass outside the support: "renormalize" drops it, "bucket" keeps it as one.
     temperature: Softmax temperature, a static number > 0.
-    scale_by_t2: Whether to multiply by `temperature`².
+    scale_by_t2: Whether to multiply by `temperature`², which makes the size of the
+      gradient nearly independent of the temperature.
 
   Returns:
-    Divergence in nats per token, `[...]`, float32, >= 0. Equal logits give 0 up to the
-    square of the rounding error, about 1e-12.
+    Nats per token, `[...]`, float32, >= 0; 0 for equal logits, up to about 1e-12.
 
   Raises:
     ValueError: If the shapes differ, or an argument is unknown or out of range.
   """
-  _check_choice("support", support, SUPPORTS)
-  _check_choice("tail", tail, TAILS)
-  if jnp.shape(student_logits) != jnp.shape(teacher_logits):
-    raise ValueError(
-      f"student_logits has shape {jnp.shape(student_logits)}, but teacher_logits "
-      f"{jnp.shape(teacher_logits)}: both need the same tokens and one vocabulary"
-    )
-  _check_temperature(temperature)
-  vocabulary = jnp.shape(student_logits)[-1]
-  if k is not None and not 1 <= k <= vocabulary:
-    raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
-  student, teacher = (
-    _at_least_float32(student_logits),
-    _at_least_float32(teacher_logits),
-  )
+  _check_divergence(student_logits, teacher_logits, support, k, tail, temperature)
+  student = _at_least_float32(student_logits)
+  teacher = _at_least_float32(teacher_logits)
   if support != "full" and k is not None:
     chooser = teacher if support == "teacher" else student
     ids_K = jax.lax.top_k(jax.lax.stop_gradient(chooser), k)[1]
-    with_rest = tail == "bucket" and k < vocabulary
+    with_rest = tail == "bucket" and k < jnp.shape(student)[-1]
     student = _restrict(student, ids_K, temperature, with_rest)
     teacher = _restrict(teacher, ids_K, temperature, with_rest)
   return divergence_on_support(
@@ -145,19 +123,16 @@ def divergence_on_support(
 ) -> jax.Array:
   """`divergence` of logits that were gathered at the support.
 
-  A softmax that is restricted to K tokens and renormalised equals the softmax of the K
+  A softmax that is restricted to K tokens and renormalised is the softmax of their K
   logits, so the rest of the vocabulary is not needed. With both log-sum-exps the K
   tokens keep their true probabilities, and one more outcome has 1 minus their sum.
-  float32 resolves that down to a unit in the last place of the log-sum-exp (1e-7 near
-  0, 2e-6 at 25), while `divergence` sums the mass outside the support itself.
+  float32 resolves this difference to a unit in the last place of the log-sum-exp (1e-7
+  near 0, 2e-6 at 25); `divergence` sums the mass outside the support itself.
 
   Args:
     student_logits_K: Student's logits at the ids of the support, `[..., K]`.
     teacher_logits_K: Teacher's logits at the same ids, `[..., K]`; no gradient.
-    kind: As in `divergence`.
-    beta: As in `divergence`.
-    temperature: As in `divergence`.
-    scale_by_t2: As in `divergence`.
+    kind, beta, temperature, scale_by_t2: As in `divergence`.
     student_logsumexp: log Σ exp(logits / temperature) over the whole vocabulary,
       `[...]`. Together with the teacher's it adds the tail bucket.
     teacher_logsumexp: The same for the teacher; no gradient.
@@ -397,6 +372,27 @@ def _at_least_float32(x: jax.Array) -> jax.Array:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
   if value not in choices:
     raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
+
+
+def _check_divergence(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  support: str,
+  k: int | None,
+  tail: str,
+  temperature: float,
+) -> None:
+  _check_choice("support", support, SUPPORTS)
+  _check_choice("tail", tail, TAILS)
+  if jnp.shape(student_logits) != jnp.shape(teacher_logits):
+    raise ValueError(
+      f"student_logits has shape {jnp.shape(student_logits)}, but teacher_logits "
+      f"{jnp.shape(teacher_logits)}: both need the same tokens and one vocabulary"
+    )
+  _check_temperature(temperature)
+  vocabulary = jnp.shape(student_logits)[-1]
+  if k is not None and not 1 <= k <= vocabulary:
+    raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -44,7 +44,8 @@ def main(base: schema.Config) -> None:
     raise errors.UserError(f"sweep.only: {only}, but there are runs 1 to {len(runs)}")
   todo = runs if only is None else [runs[only - 1]]
   if "evaluate" in stages:
-    check_tests(todo[0].config)
+    first = todo[0].config
+    check_tests(first.model, first.data, first.evaluate, first.refine.encoder)
   output = pathlib.Path(base.output)
   failed = run_all(output, todo, stages)
   rows = sweep_collection.collect(runs, stages)
@@ -63,18 +64,20 @@ def main(base: schema.Config) -> None:
     )
 
 
-def check_tests(config: schema.Config) -> None:
+def check_tests(
+  model: schema.Model, data: schema.Data, evaluate: schema.Evaluate, encoder: str
+) -> None:
   """Reads what all runs are tested on, before hours of training.
 
   Raises:
     errors.UserError: `evaluate` would reject a test set or the sentence encoder.
   """
-  source = config.model.source
-  thinking = config.data.thinking == "keep"
-  tokenizer = chat.load(source, config.model.chat_template, thinking=thinking)
+  source = model.source
+  thinking = data.thinking == "keep"
+  tokenizer = chat.load(source, model.chat_template, thinking=thinking)
   decoder = hf_load.load_config(source)
-  test_sets.read(config.data, config.evaluate, tokenizer, decoder, source=source)
-  sentence_encoder.find(config.refine.encoder)
+  test_sets.read(data, evaluate, tokenizer, decoder, source=source)
+  sentence_encoder.find(encoder)
 
 
 def run_all(
@@ -105,7 +108,7 @@ def run_stage(stage: str, output: pathlib.Path, run: sweep_runs.PlannedRun) -> N
   if stage == "refine":
     refine_once(output, run)
     return
-  file = write_config(output, run.name, run.config)
+  file = write_config(output, run.name, config_load.dump(run.config))
   if stage == "evaluate":
     with journal.locked(output / ".evaluate", waits=True):
       stage_process.run(stage, file)
@@ -131,7 +134,7 @@ def refine_once(output: pathlib.Path, run: sweep_runs.PlannedRun) -> None:
   name = f"refined-{config_load.digest(values)[:12]}"
   config = run.config.model_copy(update={"output": str(output / name)})
   with journal.locked(output / ".refine", waits=True):
-    stage_process.run("refine", write_config(output, name, config))
+    stage_process.run("refine", write_config(output, name, config_load.dump(config)))
   temporary = folder / ".tmp-refined"
   shutil.rmtree(temporary, ignore_errors=True)
   # The journal is not copied: only a refinement that continues needs it.
@@ -142,14 +145,12 @@ def refine_once(output: pathlib.Path, run: sweep_runs.PlannedRun) -> None:
   temporary.rename(folder / "refined")
 
 
-def write_config(
-  output: pathlib.Path, name: str, config: schema.Config
-) -> pathlib.Path:
+def write_config(output: pathlib.Path, name: str, text: str) -> pathlib.Path:
   """Writes the config file of a stage; returns its path."""
   file = output / STAGE_FILES / f"{name}.yaml"
   file.parent.mkdir(parents=True, exist_ok=True)
   with atomic.replacing(file) as path:
-    path.write_text(config_load.dump(config), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
   return file
 
 

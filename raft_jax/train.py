@@ -37,7 +37,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
   Args:
     on_corrupt: "previous" continues from the step before a damaged checkpoint.
   """
-  output = pathlib.Path(config.output)
+  settings, output = config.validation, pathlib.Path(config.output)
   join(config.cluster)
   is_primary = distributed.is_primary()
   with contextlib.ExitStack() as stack:
@@ -45,14 +45,9 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       stack.enter_context(contextlib.redirect_stdout(None))
     plan, inputs = distributed.run_on_all(lambda: run_inputs.prepare(config))
     interrupts.check()
-    shared = run_inputs.shared_facts(config, inputs.identity)
-    distributed.assert_same({**shared, **distributed.versions()})
+    distributed.assert_same(run_inputs.shared_facts(config, inputs.identity))
     validation_set = validation_lib.read(
-      config.validation,
-      config.data,
-      inputs.tokenizer,
-      plan.decoder,
-      source=config.model.source,
+      settings, config.data, inputs.tokenizer, plan.decoder, source=config.model.source
     )
     print(sharding.describe(plan.mesh))
 
@@ -63,12 +58,8 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     newest = checkpoint.check_latest(
       checkpoints, inputs.identity, on_corrupt=on_corrupt
     )
-    if newest is not None:
-      status = early_stopping.status_at(config.validation, output, newest)
-      if newest == total or status.over:
-        print(f"already trained: {checkpoints.directory / str(newest)}")
-        print_best(config.validation, status, newest, total)
-        return
+    if newest is not None and is_over(settings, output, newest, total):
+      return
     interrupts.check()
     distributed.run_on_all(lambda: step_memory.check(plan))
 
@@ -94,9 +85,21 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
   if is_primary:
     print_end(output, start.step, done, total, time.perf_counter() - began)
     if validation is not None:
-      print_best(config.validation, validation.status, done, total)
+      print_best(settings, validation.status, done, total)
   if interrupts.received:
     raise interrupts.Stopped(interrupts.status())
+
+
+def is_over(
+  settings: schema.Validation | None, output: pathlib.Path, step: int, total: int
+) -> bool:
+  """Whether training ended with the checkpoint of a step; if so, prints that."""
+  status = early_stopping.status_at(settings, output, step)
+  if step != total and not status.over:
+    return False
+  print(f"already trained: {output.resolve() / checkpoint.FOLDER / str(step)}")
+  print_best(settings, status, step, total)
+  return True
 
 
 def print_best(

@@ -1,30 +1,28 @@
 """The output head without a [tokens, vocabulary] array.
 
-`cross_entropy`, `gather` and `topk` take the last hidden states and the output
-embedding, and compute what they need of logits = hidden · embeddingᵀ in tiles of about
-`chunk_size * V` logits, in float32 whatever the type of the inputs. `gather` and
-`gather_with_logsumexp` share one differentiable core (custom derivatives, reverse mode
-only); `cross_entropy` is the log-sum-exp minus a gather of one id; `topk` is the
-teacher's side and has no gradient.
+The functions take the last hidden states and the output embedding, and compute what
+they need of logits = hidden · embeddingᵀ in tiles of about `chunk_size * V` logits, in
+float32 for inputs of any type. `cross_entropy` (the log-sum-exp minus the logit of the
+target), `gather` and `gather_with_logsumexp` share one differentiable core with custom
+derivatives, reverse mode only. `topk` is the teacher's side and has no gradient.
 
 Cost, for N tokens, vocabulary V, width D:
   forward   2·N·V·D FLOPs, chunks of tokens under `lax.scan`.
   backward  6·N·V·D FLOPs: the logits again, then both gradients. Only 4·N·V·D if
-            nothing differentiates the log-sum-exp (as under `stop_gradient`): then the
-            logits are not needed, except for a soft-cap, whose slope depends on them.
-            The pass goes over blocks of the vocabulary with all tokens, so each row of
-            the embedding's gradient is summed in one float32 product and written once;
-            over chunks of tokens it would be read, added to and written per chunk.
+            nothing differentiates the log-sum-exp (as under `stop_gradient`): only the
+            slope of a soft-cap needs the logits then. The pass goes over blocks of the
+            vocabulary with all tokens, so each row of the embedding's gradient is one
+            float32 product, written once. Over chunks of tokens it would be read,
+            added to and written per chunk.
   memory    two or three tiles of logits besides inputs and outputs; between forward and
             backward only the [N] log-sum-exp.
 
-Tokens are dealt to the chunks like cards: chunk i takes tokens i, i + n, i + 2n, ... so
-hidden states sharded over a batch axis stay sharded inside every chunk. All inner
-functions see one [V, D] array and plain ids. Under plain `jax.jit` call them with
-`jax.set_mesh`: without a mesh the chunks are not fitted to the devices, and where they
-do not divide evenly, each device computes more than its share. Inside `jax.shard_map`
-they see their own tokens only; a replicated embedding's gradient is summed over the
-devices. A mesh of Explicit axes is not supported.
+Chunk i of n has the tokens i, i + n, i + 2n, ..., so hidden states that are sharded
+over a batch axis stay sharded inside every chunk. Under plain `jax.jit` call the
+functions with `jax.set_mesh`: without a mesh the chunks are not fitted to the devices,
+and where they do not divide evenly, each device computes more than its share. Inside
+`jax.shard_map` they read their own tokens only, and the gradient of a replicated
+embedding is summed over the devices. A mesh of Explicit axes is not supported.
 
 Shapes in names: N tokens, C tokens of a chunk, V vocabulary, K ids per token, D width.
 """
@@ -81,8 +79,8 @@ def cross_entropy(
       the token, use any valid id.
     chunk_size: Tokens per chunk, or None for about 2²³ logits per device and chunk.
     temperature: Softmax temperature T > 0, static.
-    softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
-      > 0, static.
+    softcap: c > 0 of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or
+      None; static.
 
   Returns:
     Loss in nats per token, `[...]`, float32; its negative is the token's
@@ -113,9 +111,7 @@ def gather(
     hidden: Final hidden states, `[..., D]`.
     embedding: Output embedding, `[V, D]`.
     ids: Token ids in [0, V), `[..., K]`; an id may occur twice.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits per device and chunk.
-    softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
-      > 0, static.
+    chunk_size, softcap: As in `cross_entropy`.
 
   Returns:
     Logits, `[..., K]`, float32.
@@ -143,12 +139,8 @@ def gather_with_logsumexp(
   logits.
 
   Args:
-    hidden: As in `gather`.
-    embedding: As in `gather`.
-    ids: As in `gather`.
-    chunk_size: As in `gather`.
+    hidden, embedding, ids, chunk_size, softcap: As in `gather`.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
-    softcap: As in `gather`.
 
   Returns:
     Logits (not divided by `temperature`), `[..., K]`, and log Σ exp(logits /
@@ -181,9 +173,7 @@ def topk(
     embedding: Output embedding, `[V, D]`.
     k: Number of logits to keep, 1..V.
     partition: The mesh axes of tokens and vocabulary; see `sharded_top_k`.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits per device and chunk.
-    softcap: c of logits c · tanh(E h / c), as in Gemma 2 (arXiv 2408.00118), or None;
-      > 0, static.
+    chunk_size, softcap: As in `cross_entropy`.
 
   Returns:
     Logits in descending order, `[..., k]`, float32, and ids, `[..., k]`, int32. Equal
@@ -193,12 +183,7 @@ def topk(
     ValueError: If shapes disagree or a number is out of range.
   """
   return topk_with_logsumexp(
-    hidden,
-    embedding,
-    k,
-    partition=partition,
-    chunk_size=chunk_size,
-    softcap=softcap,
+    hidden, embedding, k, partition=partition, chunk_size=chunk_size, softcap=softcap
   )[:2]
 
 
@@ -215,13 +200,8 @@ def topk_with_logsumexp(
   """`topk`, and the log-sum-exp over the whole vocabulary.
 
   Args:
-    hidden: As in `topk`.
-    embedding: As in `topk`.
-    k: As in `topk`.
-    partition: As in `topk`.
-    chunk_size: As in `topk`.
+    hidden, embedding, k, partition, chunk_size, softcap: As in `topk`.
     temperature: Divides the logits inside the log-sum-exp only; > 0, static.
-    softcap: As in `topk`.
 
   Returns:
     The logits and ids of `topk`, and log Σ exp(logits / temperature), `[...]`, float32.
@@ -240,7 +220,7 @@ def topk_with_logsumexp(
     values_CK, ids_CK = sharded_top_k(logits_CV, k, partition)
     return values_CK, ids_CK, _logsumexp(logits_CV, temperature)
 
-  hidden_ND = _flat(jax.lax.stop_gradient(hidden), 1)
+  hidden_ND = _flat(jax.lax.stop_gradient(hidden))
   values, ids, logsumexp = (
     x.reshape(jnp.shape(hidden)[:-1] + x.shape[1:])
     for x in _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), hidden_ND)
@@ -321,8 +301,7 @@ def kl_divergence(
     embedding: Its output embedding, `[V, D]`.
     reference_hidden: The reference's final hidden states, `[..., D']`.
     reference_embedding: The reference's output embedding, `[V, D']`.
-    chunk_size: Tokens per chunk, or None for about 2²³ logits in a chunk.
-    softcap: c of logits c · tanh(E h / c) of both, or None; > 0, static.
+    chunk_size, softcap: As in `cross_entropy`; the soft-cap is that of both heads.
 
   Returns:
     Nats per token, `[...]`, float32, at least 0.
@@ -347,7 +326,7 @@ def kl_divergence(
     )
     return jnp.sum(jnp.exp(log_p0) * (log_p0 - log_p), axis=-1)
 
-  flat = (_flat(jax.lax.stop_gradient(x), 1) for x in (hidden, reference_hidden))
+  flat = (_flat(jax.lax.stop_gradient(x)) for x in (hidden, reference_hidden))
   embedding = jax.lax.stop_gradient(embedding)
   reference_embedding = jax.lax.stop_gradient(reference_embedding)
   kl_N = _over_chunks(of_chunk, _chunk(chunk_size, vocabulary), *flat)
@@ -365,7 +344,7 @@ def _gather(
 ) -> tuple[jax.Array, jax.Array]:
   """`_logits_at` for any leading dimensions."""
   chunk = _chunk(chunk_size, jnp.shape(embedding)[0])
-  hidden_ND, embedding, ids_NK = _alike(_flat(hidden, 1), embedding, _flat(ids, 1))
+  hidden_ND, embedding, ids_NK = _alike(_flat(hidden), embedding, _flat(ids))
   logits_NK, logsumexp_N = _logits_at(
     chunk, temperature, softcap, hidden_ND, embedding, ids_NK
   )
@@ -530,13 +509,10 @@ def _over_chunks(f: Callable, chunk: int, *arrays: jax.Array):
   return jax.tree.map(collect, results)
 
 
-def _flat(x: jax.Array, kept: int) -> jax.Array:
+def _flat(x: jax.Array) -> jax.Array:
   """`[..., D]` as `[N, D]`."""
   x = jnp.asarray(x)
-  tokens = 1
-  for size in x.shape[: x.ndim - kept]:
-    tokens *= size
-  return x.reshape(tokens, *x.shape[x.ndim - kept :])
+  return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _check(hidden, embedding, chunk_size, temperature, softcap) -> None:

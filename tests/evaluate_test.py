@@ -197,7 +197,7 @@ def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):
     tiny_run.save_checkpoint(output, tiny, step=1, scale=1.5)
     evaluate.main(run)
     evaluate.main(run)  # asks for nothing again
-  assert len(server.asked) == 2 * 6
+  assert len(server.requests) == 2 * 6
   scores = json.loads((output / "evaluation/scores.json").read_text())["scores"]
   for model in ("base", "trained"):
     # The answers are the references; the server counts five tokens and ends each.

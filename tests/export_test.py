@@ -147,12 +147,19 @@ def test_card_tells_the_data_and_the_scores_of_this_checkpoint(run, tiny):
   assert "| rouge l | 3.912 | 3.912 | -0.625 (-0.700 to -0.550) |" in text
 
 
-def test_base_model_is_named_only_by_a_hub_name(run, monkeypatch):
-  named = run.model_copy(
-    update={"model": run.model.model_copy(update={"source": "org/model-1.7B"})}
-  )
+def test_base_model_is_named_only_by_a_hub_name(monkeypatch):
   monkeypatch.setattr(model_card, "read_license", lambda source: None)
-  front = yaml.safe_load(model_card.render(named, 3, edits={}).split("---\n")[1])
+  card = model_card.render(
+    "org/model-1.7B",
+    method="raft",
+    adapter=False,
+    step=3,
+    data="",
+    hyperparameters={},
+    scores={},
+    edits={},
+  )
+  front = yaml.safe_load(card.split("---\n")[1])
   assert front["base_model"] == "org/model-1.7B"
   assert "license" not in front
 

@@ -90,7 +90,7 @@ def _read(run, name):
 
 
 def test_every_document_chunk_and_pair_is_accounted_for(finished):
-  run, (found, unusable) = finished
+  run, (usable, unusable) = finished
   assert len(unusable) == 1
   kept = {name: _read(run, name) for name in extraction.SPLITS}
   rows = [row for split in kept.values() for row in split]
@@ -103,28 +103,28 @@ def test_every_document_chunk_and_pair_is_accounted_for(finished):
   assert gone == {"picture.png", "x copy.txt", "y nearly.txt"}
   chunks = {
     (document.id, chunk.number): chunk.text
-    for document in found
+    for document in usable
     if document.id not in gone
     for chunk in documents.cut(document, 40, _words)
   }
-  asked = collections.Counter()
+  pair_counts = collections.Counter()
   for row in rows:
     place = row["source"]["document"], row["source"]["chunk"]
-    text = next(d.text for d in found if d.id == place[0])
+    text = next(d.text for d in usable if d.id == place[0])
     assert text[row["source"]["start"] : row["source"]["end"]] == chunks[place]
     assert row["answer"] in chunks[place]
-    asked[place] += 1
-  asked.update((row["document"], row["chunk"]) for row in lost["pair"])
+    pair_counts[place] += 1
+  pair_counts.update((row["document"], row["chunk"]) for row in lost["pair"])
   chunkless = [(row["document"], row["chunk"]) for row in lost["chunk"]]
   assert len(set(chunkless)) == len(chunkless)
-  assert not asked.keys() & set(chunkless)
-  assert asked.keys() | set(chunkless) == chunks.keys()
+  assert not pair_counts.keys() & set(chunkless)
+  assert pair_counts.keys() | set(chunkless) == chunks.keys()
   summary = json.loads(
     (pathlib.Path(run.output) / "extracted/summary.json").read_text()
   )
-  assert summary["documents"] == len(found) + 1
+  assert summary["documents"] == len(usable) + 1
   assert summary["chunks"] == len(chunks)
-  assert summary["pairs"] == len(rows) + len(lost["pair"]) == sum(asked.values())
+  assert summary["pairs"] == len(rows) + len(lost["pair"]) == sum(pair_counts.values())
   assert summary["kept"] == len(rows) == sum(summary["splits"].values())
   for what, listed in lost.items():
     counts = collections.Counter(row["reason"] for row in listed)
@@ -170,10 +170,10 @@ def test_more_documents_move_none_and_ask_only_about_themselves(scripted, corpus
       for row in _read(run, name)
     }
 
-  before, asked = splits(), log.read_text().split()
+  before, logged = splits(), log.read_text().split()
   (corpus / "0 first.txt").write_text("A bond is a debt. A lien is a right to keep it.")
   extract.extract(run)
-  after, again = splits(), log.read_text().split()[len(asked) :]
+  after, again = splits(), log.read_text().split()[len(logged) :]
   assert {name: after[name] for name in before} == before
   # One chunk, and two judges for each of at most two pairs.
   assert 1 <= len(again) <= 1 + 2 * 2
@@ -183,7 +183,7 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
   run, log = scripted
   extract.extract(run)
   folder = pathlib.Path(run.output)
-  before, asked = extract_driver.result(folder), log.read_text()
+  before, logged = extract_driver.result(folder), log.read_text()
   extract.extract(run)
   assert "already complete" in capsys.readouterr().out
   for damage in ("train.jsonl", "dropped.jsonl", "MANIFEST.json"):
@@ -191,18 +191,18 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
     path.write_bytes(path.read_bytes()[:-20])
     extract.extract(run)
     assert extract_driver.result(folder) == before
-  assert log.read_text() == asked
+  assert log.read_text() == logged
 
 
 def test_windows_line_ends_and_marks_change_no_question(scripted, corpus):
   run, log = scripted
   extract.extract(run)
-  before, asked = extract_driver.result(pathlib.Path(run.output)), log.read_text()
+  before, logged = extract_driver.result(pathlib.Path(run.output)), log.read_text()
   for path in (*corpus.glob("*.txt"), *corpus.glob("*.md"), *corpus.glob("*.jsonl")):
     text = path.read_bytes().replace(b"\n", b"\r\n")
     path.write_bytes(b"\xef\xbb\xbf" + text)
   extract.extract(run)
-  assert log.read_text() == asked
+  assert log.read_text() == logged
   assert extract_driver.result(pathlib.Path(run.output)) == before
 
 
@@ -334,7 +334,7 @@ def test_no_pair_at_all_is_said_and_leaves_its_reasons(scripted, tmp_path):
 def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scripted):
   run, log = scripted
   extract.extract(run)
-  asked = log.read_text()
+  logged = log.read_text()
 
   def changed(**keys):
     return run.model_copy(update={"extract": run.extract.model_copy(update=keys)})
@@ -343,7 +343,7 @@ def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scri
   extract.extract(
     changed(writer=run.extract.writer.model_copy(update={"batch_size": 3}))
   )
-  assert log.read_text() == asked
+  assert log.read_text() == logged
 
 
 def test_second_process_on_one_folder_is_told_who_works_there(scripted):

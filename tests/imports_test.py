@@ -162,16 +162,16 @@ def rank(module: str) -> int:
 
 def faults(sources: dict[str, str]) -> list[str]:
   """Every breach in {module: source}, as text."""
-  found = {name: imports(source) for name, source in sources.items()}
+  imported = {name: imports(source) for name, source in sources.items()}
   result = []
-  for name, listed in found.items():
+  for name, listed in imported.items():
     if wing(name) and wing(name) not in WINGS:
       result.append(f"{name}: its folder is not in the table of raft_jax/README.md")
       continue
     for item in listed:
       result += [f"{name}: {fault}" for fault in _faults(name, item)]
     if name in LIGHT:
-      heavy = sorted(_loads(name, found) & HEAVY)
+      heavy = sorted(_loads(name, imported) & HEAVY)
       result += [f"{name}: loads {library} at its start" for library in heavy]
   return result
 
@@ -192,13 +192,13 @@ def _faults(name: str, item: Import) -> Iterator[str]:
     yield f"imports {item.library}"
 
 
-def _loads(name: str, found: dict[str, list[Import]]) -> set[str]:
+def _loads(name: str, imported: dict[str, list[Import]]) -> set[str]:
   """Libraries that importing a module loads, through our other modules too."""
   result, todo, done = set(), [name], set()
   while todo:
     current = todo.pop()
     done.add(current)
-    for item in found.get(current, []):
+    for item in imported.get(current, []):
       if item.at_start:
         result.add(item.library)
         todo += [item.module] if item.module and item.module not in done else []
@@ -217,18 +217,18 @@ def test_the_package_keeps_its_order_and_fences():
 
 
 def test_within_a_wing_no_imports_go_in_a_circle():
-  found = {name: imports(source) for name, source in modules().items()}
+  imported = {name: imports(source) for name, source in modules().items()}
 
   def reachable(name: str) -> set[str]:
     todo, seen = [name], set()
     while todo:
-      for item in found.get(todo.pop(), []):
+      for item in imported.get(todo.pop(), []):
         if item.at_start and item.module and item.module not in seen:
           seen.add(item.module)
           todo.append(item.module)
     return seen
 
-  assert [name for name in found if name in reachable(name)] == []
+  assert [name for name in imported if name in reachable(name)] == []
 
 
 def test_init_files_of_wings_are_empty():
@@ -237,9 +237,9 @@ def test_init_files_of_wings_are_empty():
 
 
 def test_importing_the_package_imports_only_the_standard_library():
-  found = imports((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-  ours = {item.module for item in found if item.module}
-  libraries = {item.library for item in found if not item.module} - {"raft_jax"}
+  imported = imports((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+  ours = {item.module for item in imported if item.module}
+  libraries = {item.library for item in imported if not item.module} - {"raft_jax"}
   for name in ours:
     libraries |= _loads(name, {name: imports(modules()[name])}) - {"raft_jax"}
   assert libraries <= sys.stdlib_module_names

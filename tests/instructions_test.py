@@ -158,21 +158,21 @@ def pip_faults(arguments: tuple[str, ...], folder: pathlib.Path) -> list[str]:
   options, names = create_command(command).parse_args(words)
   if command != "install":
     return []
-  found = [
+  problems = [
     f"no file {path}" for path in options.constraints if not (folder / path).exists()
   ]
   for place in options.editables:
     match = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", place)
     if match is None:
-      found.append(f"--editable {place}: is not this project")
+      problems.append(f"--editable {place}: is not this project")
       continue
-    asked = (match[1] or "").split(",") if match[1] else []
-    found += [f"no extra {extra}" for extra in asked if extra not in extras()]
+    extra_names = (match[1] or "").split(",") if match[1] else []
+    problems += [f"no extra {extra}" for extra in extra_names if extra not in extras()]
   for name in names:
     known = utils.canonicalize_name(requirements.Requirement(name).name)
     if known not in packages():
-      found.append(f"{name}: not a package that this project chose")
-  return found
+      problems.append(f"{name}: not a package that this project chose")
+  return problems
 
 
 # --- The commands ---------------------------------------------------------------------
@@ -190,16 +190,16 @@ def faults_of(here):
       return [] if (ROOT / text).exists() else [f"no {text}"]
     if text in NAMED:
       return []
-    found = []
+    problems = []
     for command in instructions.filled(text):
       ran = instructions.run(command, here)
       if ran.status:
-        found.append(f"{command}: ended with {ran.status}: {ran.said}")
+        problems.append(f"{command}: ended with {ran.status}: {ran.said}")
       elif not ran.calls and "activate" not in command and "again.sh" not in command:
-        found.append(f"{command}: started nothing")
+        problems.append(f"{command}: started nothing")
       for call in ran.calls:
-        found += [f"{command}: {fault}" for fault in faults(call)]
-    return found
+        problems += [f"{command}: {fault}" for fault in faults(call)]
+    return problems
 
   return find
 
@@ -225,12 +225,12 @@ def test_a_command_in_a_sentence_says_where_it_ends():
   texts = [(path, path.read_text()) for path in instructions.tracked("*.md")]
   for path in instructions.tracked("raft_jax/*.py"):
     texts += [(path, text) for _, text in instructions.strings(path)]
-  found = [
+  problems = [
     f"{path.name}: {start}"
     for path, text in texts
     for start in instructions.unmarked(text)
   ]
-  assert found == []
+  assert problems == []
 
 
 @pytest.mark.parametrize(
@@ -263,11 +263,11 @@ def test_a_command_in_a_sentence_says_where_it_ends():
 )
 def test_each_kind_of_fault_is_seen(faults_of, capsys, text, says):
   try:
-    found = "\n".join(faults_of(text))
+    problems = "\n".join(faults_of(text))
   except (SystemExit, FileNotFoundError) as error:
-    found = f"{error}{capsys.readouterr().err}"
-  assert says in found
-  assert bool(found) == bool(says)
+    problems = f"{error}{capsys.readouterr().err}"
+  assert says in problems
+  assert bool(problems) == bool(says)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -348,14 +348,14 @@ def python_text(message: str, **places: pathlib.Path) -> str:
 @pytest.mark.slow
 def test_what_is_installed_is_on_the_index(here):
   """Every call of pip that a printed command makes, as a dry run of the real pip."""
-  asked = set()
+  started = set()
   for text in {printed.text for printed in PRINTED} - NAMED:
     for command in () if instructions.only_named(text) else instructions.filled(text):
       for call in instructions.run(command, here).calls:
         if "install" in call.arguments and "pip" in call.arguments:
-          asked.add((call.program, call.arguments))
-  assert len(asked) > 5
-  for program, arguments in sorted(asked):
+          started.add((call.program, call.arguments))
+  assert len(started) > 5
+  for program, arguments in sorted(started):
     python = "python3.11" if ".venv-vllm" in program else sys.executable
     command = [python, *arguments, "--dry-run"]
     done = subprocess.run(

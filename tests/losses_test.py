@@ -539,7 +539,12 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   ).stdout.splitlines()
   assert lines[0].split() == ["raft_jax"]
-  rooms = {"raft_jax", "raft_jax.losses", "raft_jax.balance", "raft_jax.vocab_head"}
-  assert set(lines[1].split()) == rooms
+  modules = {
+    "raft_jax",
+    "raft_jax.losses",
+    "raft_jax.balance",
+    "raft_jax.vocab_head",
+  }
+  assert set(lines[1].split()) == modules
   heavy = {"flax", "transformers", "torch", "orbax", "grain", "pydantic", "yaml"}
   assert not heavy & set(lines[2].split())

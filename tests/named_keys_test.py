@@ -54,7 +54,7 @@ def functions() -> set[str]:
 
 def unknown_keys(text: str) -> list[str]:
   """Tokens like `section.key` that name no key of the file."""
-  found = []
+  faults = []
   for match in KEY.finditer(text.replace("{PLACE}", "*")):
     token = re.sub(r"\.\d+(?=\.|$)|\[\]", "", match[0])
     if re.fullmatch(FILES, token) or re.fullmatch(TENSORS, token):
@@ -69,14 +69,14 @@ def unknown_keys(text: str) -> list[str]:
       for key in keys()
     )
     if not known:
-      found.append(match[0])
-  return found
+      faults.append(match[0])
+  return faults
 
 
 def texts_that_name_keys() -> list[tuple[str, str]]:
-  found = []
+  faults = []
   for path in instructions.tracked("raft_jax/*.py"):
-    found += [
+    faults += [
       (f"{instructions.name(path)}:{line}", text)
       for line, text in instructions.strings(path)
     ]
@@ -84,17 +84,17 @@ def texts_that_name_keys() -> list[tuple[str, str]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".md":
       text = "\n".join(re.findall(r"#(?!SBATCH).*", text))
-    found.append((instructions.name(path), text))
-  return found
+    faults.append((instructions.name(path), text))
+  return faults
 
 
 def test_every_key_that_is_named_is_in_the_schema():
-  found = [
+  faults = [
     f"{where}: {key}"
     for where, text in texts_that_name_keys()
     for key in unknown_keys(text)
   ]
-  assert found == []
+  assert faults == []
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ SETTING = re.compile(rf"(?<![\w.])((?:{'|'.join(SECTIONS)})\.[\w.]+=[^\s`,;:)]+)
 
 def wrong_settings(text: str, here: pathlib.Path) -> list[str]:
   """Settings `section.key=value` whose value the schema does not take."""
-  found = []
+  faults = []
   for match in SETTING.finditer(text):
     if re.search(r"[{$<]|=$", match[1]):
       continue  # filled in by the program
@@ -127,19 +127,19 @@ def wrong_settings(text: str, here: pathlib.Path) -> list[str]:
     except errors.UserError as error:
       # What goes with what is another matter: a section that is absent here, say.
       if re.search(r"unknown key|must be", str(error)):
-        found.append(f"{setting}: {error}")
-  return found
+        faults.append(f"{setting}: {error}")
+  return faults
 
 
 def test_every_setting_that_is_named_is_one(tmp_path, monkeypatch):
   here = instructions.clone(tmp_path)
   monkeypatch.chdir(here)
-  found = [
+  faults = [
     f"{where}: {fault}"
     for where, text in texts_that_name_keys()
     for fault in wrong_settings(text, here)
   ]
-  assert found == []
+  assert faults == []
   assert wrong_settings("set train.batch_size=lots", here)
   assert wrong_settings("set `distill.teacher=answer`", here)
 
@@ -190,10 +190,10 @@ def test_every_option_that_is_named_is_one():
   for path in instructions.tracked("launch/*"):
     code = re.sub(r"^#.*", "", path.read_text(), flags=re.MULTILINE)
     known |= set(option.findall(code))
-  found = [
+  faults = [
     f"{where}: {name}"
     for where, text in texts_that_name_keys()
     for name in option.findall(text)
     if name not in known
   ]
-  assert found == []
+  assert faults == []

@@ -220,9 +220,9 @@ def test_the_real_compilers(planned, topology):
   assert answer["memory"] == on_cpu["memory"]
   assert "measured update" in answer["phases"]
   for name, phase in on_cpu["phases"].items():
-    found = answer["phases"][name]
-    assert found["flops"] == phase["flops"]
-    assert 0 < sent(found) <= 1.1 * sent(phase), name
+    costs = answer["phases"][name]
+    assert costs["flops"] == phase["flops"]
+    assert 0 < sent(costs) <= 1.1 * sent(phase), name
     assert estimate.phase(answer, name, machine).seconds > 0
 
 

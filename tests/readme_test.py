@@ -200,8 +200,8 @@ def prose(path: pathlib.Path) -> str:
 
 def links(path: pathlib.Path) -> Iterator[str]:
   """The targets in a document that are not on the web."""
-  found = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose(path))
-  for target in (link or source for link, source in found):
+  matches = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose(path))
+  for target in (link or source for link, source in matches):
     if not target.startswith(("https://", "http://")):
       yield target
 

@@ -100,7 +100,7 @@ def scripted(tmp_path, questions, monkeypatch):
 def test_finished_folder_is_left_alone(scripted, capsys):
   run, log = scripted
   refine.refine(run)
-  before, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
+  before, logged = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   stamps = {
     p: p.stat().st_mtime_ns for p in (pathlib.Path(run.output) / "refined").iterdir()
   }
@@ -108,7 +108,7 @@ def test_finished_folder_is_left_alone(scripted, capsys):
   refine.refine(run)
   assert "already complete" in capsys.readouterr().out
   assert refine_driver.result(pathlib.Path(run.output)) == before
-  assert log.read_text() == asked
+  assert log.read_text() == logged
   after = (pathlib.Path(run.output) / "refined").iterdir()
   assert {p: p.stat().st_mtime_ns for p in after} == stamps
 
@@ -117,7 +117,7 @@ def test_finished_folder_is_left_alone(scripted, capsys):
 def test_damaged_shards_are_rebuilt_from_the_journal_without_a_call(scripted, damage):
   run, log = scripted
   refine.refine(run)
-  before, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
+  before, logged = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   shard = sorted((pathlib.Path(run.output) / "refined").glob("shard-*"))[1]
   data = bytearray(shard.read_bytes())
   if damage == "missing":
@@ -129,13 +129,13 @@ def test_damaged_shards_are_rebuilt_from_the_journal_without_a_call(scripted, da
     shard.write_bytes(data)
   refine.refine(run)
   assert refine_driver.result(pathlib.Path(run.output)) == before
-  assert log.read_text() == asked
+  assert log.read_text() == logged
 
 
 def test_only_edited_rows_are_done_again(scripted, questions, capsys):
   run, log = scripted
   refine.refine(run)
-  asked = len(log.read_text().splitlines())
+  logged = len(log.read_text().splitlines())
   lines = questions.read_text().splitlines()
   row = json.loads(lines[3])
   row["answer"] = "Quite another answer, longer than four words."
@@ -145,7 +145,7 @@ def test_only_edited_rows_are_done_again(scripted, questions, capsys):
   out = capsys.readouterr().out
   assert "rewrite: 10 calls done, 1 to do" in out
   assert "journalled calls belong to rows or settings that are gone" in out
-  new = log.read_text().splitlines()[asked:]
+  new = log.read_text().splitlines()[logged:]
   # One row: a rewrite, and at most 2 texts to embed and 3 rounds of fusion, one model
   # judge and 2 more texts.
   assert 1 <= len(new) <= 1 + 2 + 3 * (1 + 1 + 2)
@@ -192,7 +192,7 @@ def test_second_process_on_one_folder_is_told_who_works_there(scripted):
 def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scripted):
   run, log = scripted
   refine.refine(run)
-  asked = log.read_text()
+  logged = log.read_text()
 
   def changed(**keys):
     return run.model_copy(update={"refine": run.refine.model_copy(update=keys)})
@@ -201,7 +201,7 @@ def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scri
     refine.refine(changed(similarity_threshold=0.5))
   fusion = run.refine.fusion.model_copy(update={"batch_size": 3})
   refine.refine(changed(fusion=fusion))
-  assert log.read_text() == asked
+  assert log.read_text() == logged
 
 
 def test_bad_questions_bind_no_later_run(scripted, tmp_path):
@@ -263,7 +263,7 @@ def test_windows_are_one_run_and_load_each_model_once_a_pass(
   settings = run.refine.model_copy(update={"fusion": fusion})
   run = run.model_copy(update={"refine": settings})
   refine.refine(run)
-  expected, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
+  expected, logged = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   log.unlink()
   worked = []
   generate = refine_driver.Scripted.generate
@@ -277,7 +277,7 @@ def test_windows_are_one_run_and_load_each_model_once_a_pass(
   run = run.model_copy(update={"output": str(tmp_path / "windows")})
   refine.refine(run)
   assert refine_driver.result(pathlib.Path(run.output)) == expected
-  assert sorted(log.read_text().split()) == sorted(asked.split())
+  assert sorted(log.read_text().split()) == sorted(logged.split())
   # Three windows, but the rewriter, the fusion model and the judge (the rewriter's
   # model again) each come once.
   order = [name for name, _ in itertools.groupby(worked)]
@@ -304,7 +304,7 @@ def test_workers_and_a_merge_are_one_worker_and_ask_nothing_twice(
 ):
   run, log = scripted
   refine.refine(run)
-  expected, asked = refine_driver.result(pathlib.Path(run.output)), log.read_text()
+  expected, logged = refine_driver.result(pathlib.Path(run.output)), log.read_text()
   log.unlink()
   run = run.model_copy(update={"output": str(tmp_path / "shared")})
   for worker in (1, 0, 2):
@@ -315,7 +315,7 @@ def test_workers_and_a_merge_are_one_worker_and_ask_nothing_twice(
   by_workers = log.read_text()
   refine.refine(run)
   assert log.read_text() == by_workers
-  assert sorted(by_workers.split()) == sorted(asked.split())
+  assert sorted(by_workers.split()) == sorted(logged.split())
   assert refine_driver.result(pathlib.Path(run.output)) == expected
 
 
@@ -377,11 +377,11 @@ def test_choosing_anew_is_what_a_run_with_these_rules_chooses(
   run, log = scripted
   refine.refine(run)
   chosen = _with(run, tmp_path / "chosen", **rules)
-  asked = log.read_text()
+  logged = log.read_text()
   with pytest.raises(errors.UserError, match="--select-only x: holds no finished"):
     refine.refine(chosen, select_only="x")
   refine.refine(chosen, select_only=run.output)
-  assert log.read_text() == asked
+  assert log.read_text() == logged
   fresh = _with(run, tmp_path / "fresh", **rules)
   refine.refine(fresh)
 
@@ -420,7 +420,7 @@ def test_runs_that_share_a_journal_ask_only_for_what_is_new(scripted, tmp_path):
   run, log = scripted
   shared = {"journal": str(tmp_path / "calls.jsonl")}
   refine.refine(_with(run, tmp_path / "first", similarity_threshold=0.9, **shared))
-  asked = log.read_text().splitlines()
+  logged = log.read_text().splitlines()
   log.unlink()
   wider = _with(run, tmp_path / "wider", similarity_threshold=0.5, **shared)
   refine.refine(wider)
@@ -429,8 +429,8 @@ def test_runs_that_share_a_journal_ask_only_for_what_is_new(scripted, tmp_path):
   log.unlink()
   refine.refine(fresh)
   alone = log.read_text().splitlines()
-  assert 0 < len(more) == len(alone) - len(asked)
-  assert set(more) - {"embedded"} == set(alone) - set(asked) - {"embedded"}
+  assert 0 < len(more) == len(alone) - len(logged)
+  assert set(more) - {"embedded"} == set(alone) - set(logged) - {"embedded"}
 
 
 def test_the_report_shows_every_reason_and_loads_nothing(scripted):

@@ -56,8 +56,8 @@ def test_every_draft_is_accounted_for(scripted):
   kept, dropped = _read(run, "questions"), _read(run, "dropped")
   seeds, _ = synthesis_run.read_seeds(str(SEEDS))
   assert len(seeds) == 20
-  asked = [*(row["source"] for row in kept), *dropped]
-  assert len({(*row["seeds"], row["round"]) for row in asked}) == len(asked) == 40
+  drafts = [*(row["source"] for row in kept), *dropped]
+  assert len({(*row["seeds"], row["round"]) for row in drafts}) == len(drafts) == 40
   summary = json.loads(
     (pathlib.Path(run.output) / "synthesised/summary.json").read_text()
   )
@@ -122,7 +122,7 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
   run, log = scripted
   synthesise.synthesise(run)
   folder = pathlib.Path(run.output)
-  before, asked = synthesise_driver.result(folder), log.read_text()
+  before, logged = synthesise_driver.result(folder), log.read_text()
   synthesise.synthesise(run)
   assert "already complete" in capsys.readouterr().out
   for damage in ("questions.jsonl", "MANIFEST.json"):
@@ -131,7 +131,7 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
     assert sealed_folder.inputs(folder / "synthesised") is None
     synthesise.synthesise(run)
     assert synthesise_driver.result(folder) == before
-  assert log.read_text() == asked
+  assert log.read_text() == logged
 
 
 def test_killed_a_second_run_ends_alike_and_asks_nothing_twice(tmp_path):
@@ -184,10 +184,10 @@ def test_training_replays_what_was_written(scripted, tmp_path):
   domain.write_text('{"question": "What is a tort?", "answer": "A wrong."}\n')
   given = run.data.model_copy(update={"questions": str(domain), "answers": "original"})
   run = run.model_copy(update={"data": given})
-  found = training_set.load(run, engines.chat_tokenizer("some/model"), distil=False)
-  assert [row.prompt for row in found.rows] == [("What", "is", "a", "tort?")]
+  loaded = training_set.load(run, engines.chat_tokenizer("some/model"), distil=False)
+  assert [row.prompt for row in loaded.rows] == [("What", "is", "a", "tort?")]
   # The scripted tokenizer's tokens are words, and 0 ends an answer.
-  assert [(row.prompt, row.answer) for row in found.replayed] == [
+  assert [(row.prompt, row.answer) for row in loaded.replayed] == [
     ((*row["question"].split(),), (*row["answer"].split(), 0))
     for row in _read(run, "questions")
   ]
@@ -220,7 +220,7 @@ def test_bad_seeds_are_one_line_before_a_model_is_asked(
 def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scripted):
   run, log = scripted
   synthesise.synthesise(run)
-  asked = log.read_text()
+  logged = log.read_text()
   assert "synthesise.keep: 20 -> 9" in _refused(
     synthesise.synthesise, _changed(run, keep=9)
   )
@@ -228,7 +228,7 @@ def test_other_settings_in_one_folder_are_refused_but_batch_size_may_change(scri
   synthesise.synthesise(
     _changed(run, writer=writer.model_copy(update={"batch_size": 3}))
   )
-  assert log.read_text() == asked
+  assert log.read_text() == logged
   other = _changed(run, writer=writer.model_copy(update={"model": "other"}))
   assert "the model to be trained must rehearse its own words" in _refused(
     synthesise.synthesise, other

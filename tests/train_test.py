@@ -25,8 +25,8 @@ from raft_jax.training import (
   checkpoint,
   output_lock,
   run_inputs,
-  run_plan,
   step_memory,
+  step_schedule,
 )
 from tests.helpers import short_run, tiny_run
 
@@ -38,16 +38,18 @@ def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
   jax.clear_caches()  # of what other tests have compiled
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     train.fit(settings)
-  found = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
-  counts = {name: found.count(name) for name in ("generate", "score_teacher", "update")}
+  compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+  counts = {
+    name: compiled.count(name) for name in ("generate", "score_teacher", "update")
+  }
   # The update also with its gradients taken apart.
-  assert counts == {"generate": 1, "score_teacher": 1, "update": 2}, found
+  assert counts == {"generate": 1, "score_teacher": 1, "update": 2}, compiled
 
 
 def test_when_the_gradients_are_taken_apart():
   def steps(every, *, early):
-    schedule = run_plan.StepSchedule(50, 10, every, early, None)
-    return [n for n in range(50) if run_plan.takes_gradient_stats(schedule, n)]
+    schedule = step_schedule.StepSchedule(50, 10, every, early, None)
+    return [n for n in range(50) if step_schedule.takes_gradient_stats(schedule, n)]
 
   assert steps(20, early=False) == [0, 20, 40]
   assert steps(20, early=True) == [0, 1, 2, 4, 8, 16, 20, 40]
@@ -56,15 +58,20 @@ def test_when_the_gradients_are_taken_apart():
 
 
 def test_when_phases_are_timed_and_when_a_run_validates_and_saves():
-  schedule = run_plan.StepSchedule(
+  schedule = step_schedule.StepSchedule(
     12, 5, 4, gradient_stats_early=False, validate_every=3
   )
-  assert [n for n in range(12) if run_plan.times_phases(schedule, n)] == [2, 6, 10]
-  assert [n for n in range(1, 13) if run_plan.validates(schedule, n)] == [3, 6, 9, 12]
-  assert [n for n in range(1, 13) if run_plan.saves(schedule, n)] == [5, 10, 12]
+  assert [n for n in range(12) if step_schedule.times_phases(schedule, n)] == [2, 6, 10]
+  assert [n for n in range(1, 13) if step_schedule.validates(schedule, n)] == [
+    3,
+    6,
+    9,
+    12,
+  ]
+  assert [n for n in range(1, 13) if step_schedule.saves(schedule, n)] == [5, 10, 12]
   never = schedule._replace(gradient_stats_every=0, validate_every=None)
-  assert not any(run_plan.times_phases(never, n) for n in range(12))
-  assert not any(run_plan.validates(never, n) for n in range(1, 13))
+  assert not any(step_schedule.times_phases(never, n) for n in range(12))
+  assert not any(step_schedule.validates(never, n) for n in range(1, 13))
 
 
 def no_weights(*args, **kwargs):
@@ -384,15 +391,17 @@ def test_answers_to_other_questions_than_the_file_has_now_are_refused(
   tmp_path, source, law
 ):
   output, digest = tmp_path / "edited", hashlib.sha256()
-  asked = tmp_path / "questions.jsonl"
-  asked.write_bytes((law / "train.jsonl").read_bytes())
-  for question in question_files.read_questions(asked):
+  questions_file = tmp_path / "questions.jsonl"
+  questions_file.write_bytes((law / "train.jsonl").read_bytes())
+  for question in question_files.read_questions(questions_file):
     digest.update(refined_folder.question_bytes(question))
   short_run.write_refined(output, law, questions=digest.hexdigest())
-  _, settings = short_run.make_config(output, source, law, f"data.questions={asked}")
+  _, settings = short_run.make_config(
+    output, source, law, f"data.questions={questions_file}"
+  )
   plan, _ = run_inputs.prepare(settings)
   assert plan.schedule.total_steps == short_run.STEPS
-  asked.write_text(asked.read_text().replace("court", "tribunal"))
+  questions_file.write_text(questions_file.read_text().replace("court", "tribunal"))
   with pytest.raises(errors.UserError, match=r"other questions than .* has now; run"):
     run_inputs.prepare(settings)
 

@@ -147,10 +147,9 @@ def recadam(
     \\theta \\leftarrow
       \\theta' - \\eta_t (1 - \\lambda(t)) \\gamma (\\theta' - \\theta_0)
 
-  Chen et al., *Recall and Learn: Fine-tuning Deep Pretrained Language Models with Less
-  Forgetting*, arXiv 2004.12651, as in its published code: λ does not enter the moments,
-  and ε is added before the bias correction. Applies the learning rate itself and
-  replaces AdamW in the chain.
+  Chen et al., *Recall and Learn*, arXiv 2004.12651, as in its published code: λ does
+  not enter the moments, and ε is added before the bias correction. `recadam` applies
+  the learning rate itself and replaces AdamW in the chain.
 
   Args:
     schedule: Learning rate η by update; η (1 - λ) γ must stay below 1, or the pull
@@ -159,8 +158,7 @@ def recadam(
     gamma: γ >= 0, strength of the pull.
     weight_decay: Decoupled weight decay of the parameters that `mask` marks.
     mask: Parameters to a tree of bools; None marks all.
-    b1: β₁, and `b2`: β₂, of the moments.
-    eps: ε.
+    b1, b2, eps: β₁ and β₂ of the moments, and ε.
 
   Returns:
     A transformation whose update takes the keyword `anchor`.
@@ -169,10 +167,6 @@ def recadam(
     ValueError: If `gamma` or `weight_decay` is below 0.
   """
   _check_not_negative(gamma=gamma, weight_decay=weight_decay)
-
-  def init(params):
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
-    return RecAdamState(jnp.zeros((), jnp.int32), *zeros)
 
   def update(updates, state, params, *, anchor, **extra):
     del extra
@@ -192,7 +186,12 @@ def recadam(
     moves = _map(move, first, second, params, anchor, decays)
     return moves, RecAdamState(count, first, second)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(_recadam_init, update)
+
+
+def _recadam_init(params: Any) -> RecAdamState:
+  first, second = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+  return RecAdamState(jnp.zeros((), jnp.int32), first, second)
 
 
 def largest_pull(

@@ -23,7 +23,7 @@ from jax import Array
 
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.models import sharding, transformer
 
 
@@ -34,10 +34,10 @@ class Units(NamedTuple):
   units_LF: Array
 
 
-def ones(config: transformer.DecoderConfig) -> Units:
+def ones(decoder: transformer.DecoderConfig) -> Units:
   """Open gates."""
-  layers = config.n_layers
-  return Units(jnp.ones((layers, config.n_heads)), jnp.ones((layers, config.d_ff)))
+  layers = decoder.n_layers
+  return Units(jnp.ones((layers, decoder.n_heads)), jnp.ones((layers, decoder.d_ff)))
 
 
 def gated(
@@ -87,17 +87,20 @@ def disagreement(
     gates: open gates, with respect to which the gradient is taken.
     params: the base model's.
     batch: rows, of which prompts and answers are read.
-    key: of the two draws.
-    settings: of the run.
+    key: key of the two draws.
+    settings: settings of the run.
     rate: share of units that a pass drops.
   """
-  no_rollout = objective.empty_trajectory(len(batch.row_id_B))
+  no_rollout = sequences.empty_trajectory(len(batch.row_id_B))
   decoder = settings.decoder
 
   def run_pass(key: Array) -> tuple[Array, Array]:
     model = gated(params, dropped(key, gates, rate), decoder.head_dim)
-    hidden_BAD, _ = objective.student_hidden(model, batch, no_rollout, settings)
-    return hidden_BAD, transformer.output_embedding(model).astype(settings.dtype)
+    hidden_BAD, _ = sequences.student_hidden(
+      model, decoder, batch, no_rollout, settings.compute
+    )
+    embedding_VD = transformer.output_embedding(model)
+    return hidden_BAD, embedding_VD.astype(settings.compute.dtype)
 
   first, second = (run_pass(pass_key) for pass_key in jax.random.split(key))
   softcap = decoder.logit_softcap
@@ -118,7 +121,7 @@ def disagreement(
   as_second = kl(
     q_BAK, p_BAK, kind="forward", student_logsumexp=q_sum_BA, teacher_logsumexp=p_sum_BA
   )
-  answer_BA = objective.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
+  answer_BA = sequences.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   return losses.masked_mean(
     as_first + as_second - jax.lax.stop_gradient(as_second), answer_BA
   )
@@ -143,9 +146,9 @@ def importance(
   Args:
     params: the base model's.
     batches: each batch is one n of the sum.
-    settings: of the run.
+    settings: settings of the run.
     rate: share of units that a pass drops.
-    seed: of the draws.
+    seed: seed of the draws.
   """
 
   @jax.jit
@@ -171,7 +174,7 @@ def squashed(values_LU: Array) -> Array:
   return jnp.abs(jnp.tanh(jnp.where(spread_L1 > 0, gap_LU / safe_L1, 0.0)))
 
 
-def masks(importance: Units, config: transformer.DecoderConfig) -> dict[str, Array]:
+def masks(importance: Units, decoder: transformer.DecoderConfig) -> dict[str, Array]:
   """Kernel -> 1 - I, in the shape that multiplies the kernel's update.
 
   Heads scale the rows of q and the columns of o; the most important of the heads that a
@@ -180,10 +183,10 @@ def masks(importance: Units, config: transformer.DecoderConfig) -> dict[str, Arr
   """
   free = jax.tree.map(lambda values: 1 - values, importance)
   shared_LN = jnp.min(
-    free.heads_LH.reshape(config.n_layers, config.n_kv_heads, -1), axis=-1
+    free.heads_LH.reshape(decoder.n_layers, decoder.n_kv_heads, -1), axis=-1
   )
-  heads_LI = jnp.repeat(free.heads_LH, config.head_dim, axis=-1)
-  keys_LI = jnp.repeat(shared_LN, config.head_dim, axis=-1)
+  heads_LI = jnp.repeat(free.heads_LH, decoder.head_dim, axis=-1)
+  keys_LI = jnp.repeat(shared_LN, decoder.head_dim, axis=-1)
   return {
     "q": heads_LI[..., None],
     "k": keys_LI[..., None],
@@ -198,7 +201,7 @@ def masks(importance: Units, config: transformer.DecoderConfig) -> dict[str, Arr
   }
 
 
-def soften(config: transformer.DecoderConfig) -> optax.GradientTransformationExtraArgs:
+def soften(decoder: transformer.DecoderConfig) -> optax.GradientTransformationExtraArgs:
   """Multiplies updates by 1 - I. The state is I, which is 0 until it is set.
 
   Stands after Adam, which would undo a factor on the gradient.
@@ -206,12 +209,12 @@ def soften(config: transformer.DecoderConfig) -> optax.GradientTransformationExt
 
   def init(params):
     del params
-    return jax.tree.map(jnp.zeros_like, ones(config))
+    return jax.tree.map(jnp.zeros_like, ones(decoder))
 
   def update(updates, state, params=None, **extra):
     del params, extra
     layers = dict(updates["layers"])
-    for name, mask in masks(state, config).items():
+    for name, mask in masks(state, decoder).items():
       if name in layers:
         layers[name] = layers[name] * mask.astype(layers[name].dtype)
     return {**updates, "layers": layers}, state

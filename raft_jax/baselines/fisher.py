@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.models import sampling, transformer
 
 LARGEST = 1e3
@@ -40,7 +40,7 @@ def diagonal(
   Args:
     log_likelihood: (params, batch) -> mean over the batch's rows of log p(y | x).
     params: where the information is taken.
-    batches: of equal size.
+    batches: batches of equal size.
     size: B, rows of a batch.
 
   Returns:
@@ -82,8 +82,8 @@ def log_likelihood(
 ) -> jax.Array:
   """The mean over rows of the log-probability of the whole answer, in nats."""
   rows = batch.answer_BA.shape[0]
-  no_rollout = objective.empty_trajectory(rows)
-  answer_BA = objective.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
+  no_rollout = sequences.empty_trajectory(rows)
+  answer_BA = sequences.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   weights = objective.Weights(answer_BA / rows, jnp.zeros((rows, 0)))
   settings = settings._replace(cross_entropy=True)
   terms, _ = objective.loss_terms(
@@ -114,7 +114,7 @@ def sampled(
       max_new_tokens=max_new_tokens,
       eos_ids=settings.eos_ids,
       pad_id=pad_id,
-      dtype=settings.dtype,
+      dtype=settings.compute.dtype,
       unroll=settings.rollout_unroll,
     )
     yield batch._replace(answer_BA=rollout.tokens_BR, answer_length_B=rollout.length_B)

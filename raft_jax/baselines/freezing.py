@@ -70,7 +70,7 @@ def half(shapes: Any, seed: int) -> Any:
 
   Args:
     shapes: the parameter tree, or its shapes.
-    seed: of the draw.
+    seed: seed of the draw.
   """
   rng = np.random.default_rng(seed)
   names = sorted(shapes["layers"])

@@ -123,10 +123,10 @@ def after(
     rows: numbers of the replayed examples, all different.
     losses: their losses in this step, nats per token.
     growth: g.
-    decay: of the moving averages of the losses.
+    decay: decay of the moving averages of the losses.
     tolerance: the share by which the mean loss may rise before the interval shrinks.
     interval: the first interval, and the shortest.
-    factor: by which the interval grows and shrinks, >= 1.
+    factor: factor by which the interval grows and shrinks, >= 1.
     longest: upper bound of the interval.
   """
   risen = ratios(losses, memory.first_N[rows])
@@ -224,7 +224,7 @@ class Replayer:
   """Mixes replayed rows into batches, and updates the memory of them.
 
   Attributes:
-    memory: after the last step that was observed.
+    memory: memory after the last observed step.
   """
 
   def __init__(self, plan: Plan, memory: Memory):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from raft_jax.data import batching, rouge
-from raft_jax.distillation import objective
+from raft_jax.distillation import sequences
 from raft_jax.generation import thinking
 from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sharding
@@ -40,13 +40,13 @@ class TeacherContext(NamedTuple):
   """A batch and its rollouts, with the contexts that the teacher reads.
 
   Attributes:
-    batch: with each row's teacher context.
-    trajectory: with length 0 for rows of which no other rollout succeeded.
+    batch: rows with each teacher's context.
+    trajectory: rollouts; length 0 where no other rollout of the question succeeded.
     metrics: scalars to log.
   """
 
   batch: batching.Batch
-  trajectory: objective.Trajectory
+  trajectory: sequences.Trajectory
   metrics: dict[str, float]
 
 
@@ -75,7 +75,7 @@ def _answer(tokenizer: chat.ChatTokenizer, ids: Sequence[int]) -> str:
 
 def build_teacher_context(
   batch: batching.Batch,
-  trajectory: objective.Trajectory,
+  trajectory: sequences.Trajectory,
   *,
   tokenizer: chat.ChatTokenizer,
   questions_by_row: Mapping[int, batching.Conversation],
@@ -90,7 +90,7 @@ def build_teacher_context(
     trajectory: their rollouts.
     tokenizer: tokenizer and chat template.
     questions_by_row: messages and answer by row id, before rows were copied.
-    siblings: of the run.
+    siblings: settings of the run.
   """
   tokens_BR, length_B, row_id_B = distributed.to_host(
     (trajectory.tokens_BR, trajectory.length_B, batch.row_id_B)
@@ -107,20 +107,17 @@ def build_teacher_context(
     ]
   )
   success_B = (reward_B >= siblings.success) & np.array([bool(text) for text in texts])
-  width = batching.padded_width(siblings.max_tokens)
-  context_BC = np.full((len(texts), width), tokenizer.pad_id, np.int32)
-  # The context of a row without one is a single pad token.
-  context_length_B = np.ones(len(texts), np.int32)
-  taught_B = np.zeros(len(texts), bool)
-  for row, sibling in enumerate(first_other_success(success_B, siblings.group)):
-    if sibling < 0:
-      continue
-    ids = teacher_prompts.teacher_ids(
-      tokenizer, questions[row][0], texts[sibling], "sibling"
+  contexts = [
+    None
+    if sibling < 0
+    else teacher_prompts.teacher_ids(tokenizer, messages, texts[sibling], "sibling")
+    for (messages, _), sibling in zip(
+      questions, first_other_success(success_B, siblings.group)
     )
-    if len(ids) <= siblings.max_tokens:
-      context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
-      taught_B[row] = True
+  ]
+  context_BC, context_length_B, taught_B = _padded(
+    contexts, siblings.max_tokens, tokenizer.pad_id
+  )
   # Every process has scored all rows and places those of its own devices.
   context_BC, context_length_B, compared_B = sharding.spread(
     batch.row_id_B.sharding,
@@ -138,3 +135,22 @@ def build_teacher_context(
       "rollout_empty": float((length_B == 0).mean()),
     },
   )
+
+
+def _padded(
+  contexts: Sequence[Sequence[int] | None], max_tokens: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Contexts as padded rows, their lengths, and which rows have one.
+
+  A context longer than `max_tokens` is left out. The row of a missing context is a
+  single pad token.
+  """
+  width = batching.padded_width(max_tokens)
+  context_BC = np.full((len(contexts), width), pad_id, np.int32)
+  context_length_B = np.ones(len(contexts), np.int32)
+  taught_B = np.zeros(len(contexts), bool)
+  for row, ids in enumerate(contexts):
+    if ids is not None and len(ids) <= max_tokens:
+      context_BC[row, : len(ids)], context_length_B[row] = ids, len(ids)
+      taught_B[row] = True
+  return context_BC, context_length_B, taught_B

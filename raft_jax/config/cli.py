@@ -40,27 +40,7 @@ def run(
   the files of questions may be absent.
   """
   environment.plain_streams()
-  parser = argparse.ArgumentParser(
-    prog=f"python -m raft_jax.{stage}",
-    usage=" ".join(
-      [
-        "%(prog)s --config FILE",
-        *(f"[{name} {how['metavar']}]" for name, how in (options or {}).items()),
-        "[key=value ...] [--print-config]",
-      ]
-    ),
-    description=description,
-    epilog=_help_table(),
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-    exit_on_error=False,
-  )
-  parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
-  parser.add_argument(
-    "--print-config", action="store_true", help="print every key's value and stop"
-  )
-  for name, how in (options or {}).items():
-    parser.add_argument(name, **how)
+  parser = _parser(stage, description, options or {})
   with interrupts.listening():
     try:
       given, overrides = parser.parse_known_args(argv)
@@ -86,6 +66,33 @@ def run(
       interrupts.check()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
       _end(error)
+
+
+def _parser(
+  stage: str, description: str, options: Mapping[str, Mapping[str, Any]]
+) -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog=f"python -m raft_jax.{stage}",
+    usage=" ".join(
+      [
+        "%(prog)s --config FILE",
+        *(f"[{name} {how['metavar']}]" for name, how in options.items()),
+        "[key=value ...] [--print-config]",
+      ]
+    ),
+    description=description,
+    epilog=_help_table(),
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+    exit_on_error=False,
+  )
+  parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
+  parser.add_argument(
+    "--print-config", action="store_true", help="print every key's value and stop"
+  )
+  for name, how in options.items():
+    parser.add_argument(name, **how)
+  return parser
 
 
 def _flush() -> None:

@@ -10,6 +10,8 @@ from raft_jax.config.schema_base import Positive, Section
 
 Omittable = Literal["seed", "top_p", "temperature", "max_tokens"]
 Word = Annotated[str, pydantic.Field(min_length=1)]
+EnvironmentName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_]\w*$")]
+Timeout = Annotated[float, pydantic.Field(gt=0.0)]
 Pair = Annotated[tuple[Word, ...], pydantic.Field(min_length=2, max_length=2)]
 
 
@@ -35,9 +37,9 @@ class ModelEndpoint(Section):
   """`vllm`: share of each device's (or the machine's) memory for weights and cache."""
   base_url: str | None = None
   """`openai`: the server's address, ending in /v1."""
-  api_key_env: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+  api_key_env: EnvironmentName | None = None
   """`openai`: name of the environment variable that holds the key; never the key."""
-  timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
+  timeout_s: Timeout = 600.0
   """`openai`: longest wait for one reply in seconds; then it is asked for again."""
   omit: tuple[Omittable, ...] = ()
   """`openai`: parameters that the server does not take, of `seed`, `top_p`,

@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 import pydantic
 
 from raft_jax.config.schema_base import Positive, Section
-from raft_jax.config.schema_endpoints import Omittable, Pair, VerdictJudge
+from raft_jax.config.schema_endpoints import (
+  EnvironmentName,
+  Omittable,
+  Pair,
+  Timeout,
+  VerdictJudge,
+)
 
 
 class Ifeval(Section):
@@ -82,17 +88,14 @@ class Server(Section):
   """The model's name at the server."""
   base_url: str
   """The server's address, ending in /v1."""
-  api_key_env: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+  api_key_env: EnvironmentName | None = None
   """Name of the environment variable that holds the key; never the key."""
-  timeout_s: Annotated[float, pydantic.Field(gt=0.0)] = 600.0
+  timeout_s: Timeout = 600.0
   """Longest wait for one reply in seconds; then it is asked for again."""
   omit: tuple[Omittable, ...] = ()
-  """Parameters that the server does not take, of `seed`, `top_p`,
-  `temperature` and `max_tokens` (sent as max_completion_tokens). One that the server
-  clearly refuses is left out without this key."""
+  """Parameters that the server does not take, as the engine key `omit`."""
   thinking_marks: Pair | None = None
-  """Words before and after a reply's thinking, e.g. ["[THINK]", "[/THINK]"];
-  beside <think> and, at the start of a reply, other common ones."""
+  """Words before and after a reply's thinking, as the engine key `thinking_marks`."""
 
 
 class Servers(Section):

@@ -68,7 +68,8 @@ def expand(base: schema.Config) -> list[PlannedRun]:
             " in the same way; set this key in its own section, for all runs (null here"
             " leaves a score out)"
           )
-      config = _override(base, name, overrides)
+      values = config_load.non_defaults(base)
+      config = _override(values, name, overrides, output=base.output)
       planned.append(PlannedRun(name, run.name, overrides, config))
   names = [run.name for run in planned]
   repeated = sorted({name for name in names if names.count(name) > 1})
@@ -98,17 +99,22 @@ def _word(key: str, value: Any) -> str:
 
 
 def _override(
-  base: schema.Config, name: str, overrides: Mapping[str, Any]
+  values: dict[str, Any], name: str, overrides: Mapping[str, Any], *, output: str
 ) -> schema.Config:
-  # Only the file's own values: the defaults of its method must not stay in force where
-  # a run changes the method.
-  tree = config_load.non_defaults(base)
-  del tree["sweep"]
-  output = pathlib.Path(base.output)
-  tree["output"] = str(output / name)
+  """The config of one run.
+
+  Args:
+    values: the sweep's own, without defaults: those of its method must not stay in
+      force where a run changes the method.
+    output: the sweep's folder.
+  """
+  folder = pathlib.Path(output)
+  tree = {key: value for key, value in values.items() if key != "sweep"}
+  tree["output"] = str(folder / name)
   for section, file in (("evaluate", "evaluation"), ("refine", "refinement")):
-    values = tree.setdefault(section, {})
-    values["journal"] = values.get("journal") or str(output / f"{file}.jsonl")
+    section_values = tree.setdefault(section, {})
+    journal = section_values.get("journal") or str(folder / f"{file}.jsonl")
+    section_values["journal"] = journal
   items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
   try:
     return config_load.from_tree(tree, items)

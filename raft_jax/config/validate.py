@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from raft_jax.config import schema
+from raft_jax.config import schema, validate_endpoints
 from raft_jax.storage import row_formats, sources
 
-Problems = Iterator[tuple[str, str]]
-"""Dotted keys, each with what is wrong and what to do."""
+Problems = validate_endpoints.Problems
 
 QUESTION_FILES = (
   "data.questions",
@@ -58,10 +57,25 @@ def conflicts(config: schema.Config) -> Problems:
   yield from _attention(config.model, config.rollout)
   yield from _balance(config.train, config.distill, config.balance)
   yield from _distillation(config.distill, config.rollout)
-  yield from _replay(config)
+  if config.replay is not None:
+    yield from _replay(config.replay, config.synthesise)
+    if config.replay.adaptive is not None:
+      yield from _adaptive_replay(
+        config.replay.adaptive, config.train, config.rollout, config.distill
+      )
   yield from _validation(config.validation, config.data)
-  yield from _updates(config)
-  yield from _adapter(config)
+  yield from _updates(config.anchor, config.recadam, config.freeze)
+  yield from _adapter(
+    config.lora,
+    config.export,
+    edits={"prune": config.prune, "interpolate": config.interpolate},
+    base_methods={
+      "anchor": config.anchor,
+      "recadam": config.recadam,
+      "freeze": config.freeze,
+      "soft_mask": config.soft_mask,
+    },
+  )
   yield from _unused(config.distill, config.balance, config.rollout)
   yield from _refine(config.refine)
   yield from _evaluate(config.evaluate)
@@ -129,10 +143,10 @@ def _attention(model: schema.Model, rollout: schema.Rollout) -> Problems:
 
 
 def _refine(refine: schema.Refine) -> Problems:
-  yield from _engines(
+  yield from validate_endpoints.engines(
     {"refine.rewriter": refine.rewriter, "refine.fusion": refine.fusion}
   )
-  yield from _panel("refine.judges", refine.judges)
+  yield from validate_endpoints.panel("refine.judges", refine.judges)
   for i, judge in enumerate(refine.judges):
     if judge.engine == "encoder" and judge.model is not None:
       yield (
@@ -142,7 +156,7 @@ def _refine(refine: schema.Refine) -> Problems:
 
 
 def _evaluate(evaluate: schema.Evaluate) -> Problems:
-  yield from _panel("evaluate.judges", evaluate.judges)
+  yield from validate_endpoints.panel("evaluate.judges", evaluate.judges)
   if evaluate.open_ended.prompts is not None and not evaluate.judges:
     yield (
       "evaluate.open_ended.prompts",
@@ -151,8 +165,8 @@ def _evaluate(evaluate: schema.Evaluate) -> Problems:
 
 
 def _extract(extract: schema.Extract) -> Problems:
-  yield from _engines({"extract.writer": extract.writer})
-  yield from _panel("extract.judges", extract.judges)
+  yield from validate_endpoints.engines({"extract.writer": extract.writer})
+  yield from validate_endpoints.panel("extract.judges", extract.judges)
   total = math.fsum(extract.shares.model_dump().values())
   if abs(total - 1) > 1e-9:
     yield "extract.shares", f"sum to {total:g}, not to 1; change one of the three"
@@ -164,43 +178,12 @@ def _extract(extract: schema.Extract) -> Problems:
 
 
 def _synthesise(synthesise: schema.Synthesise) -> Problems:
-  yield from _engines({"synthesise.writer": synthesise.writer})
+  yield from validate_endpoints.engines({"synthesise.writer": synthesise.writer})
   if synthesise.keep > synthesise.drafts:
     yield (
       "synthesise.keep",
       f"must not exceed synthesise.drafts={synthesise.drafts}",
     )
-
-
-def _panel(place: str, judges: Sequence[schema.ModelEndpoint]) -> Problems:
-  yield from _engines({f"{place}.{i}": judge for i, judge in enumerate(judges)})
-  # Replies are kept by model and request, wherever the model runs.
-  requests = [judge.model_dump(exclude={*schema.PLACEMENT}) for judge in judges]
-  for i, judge in enumerate(judges):
-    if requests[i] in requests[:i]:
-      note = " (servers tell models apart by name)" if judge.engine == "openai" else ""
-      yield f"{place}.{i}", f"is the same judge again{note}; delete it or change it"
-
-
-def _engines(roles: Mapping[str, schema.ModelEndpoint]) -> Problems:
-  """Keys of engines that a role does not use, and keys that its engine needs."""
-  for place, role in roles.items():
-    for engine, keys in schema.ENGINE_KEYS.items():
-      for key in keys:
-        default = type(role).model_fields[key].default
-        if role.engine != engine and getattr(role, key) != default:
-          yield (
-            f"{place}.{key}",
-            f"is read with engine: {engine} only; set that or delete it",
-          )
-    if role.engine == "openai":
-      if not (role.base_url or "").startswith(("http://", "https://")):
-        yield (
-          f"{place}.base_url",
-          "must be the server's address, like http://localhost:8000/v1",
-        )
-      if not role.model:
-        yield f"{place}.model", "is required with engine: openai: its name there"
 
 
 def _balance(
@@ -269,26 +252,28 @@ def _distillation(distill: schema.Distill, rollout: schema.Rollout) -> Problems:
     yield "distill.source", "is read with distill.teacher=base only; delete this line"
 
 
-def _replay(config: schema.Config) -> Problems:
-  replay = config.replay
-  if replay is None:
-    return
-  if replay.questions is None and config.synthesise is None:
+def _replay(replay: schema.Replay, synthesise: schema.Synthesise | None) -> Problems:
+  if replay.questions is None and synthesise is None:
     yield (
       "replay.questions",
       "is required: name a file of general questions, or add a `synthesise` section, "
       "which makes one",
     )
-  adaptive = replay.adaptive
-  if adaptive is None:
-    return
-  if not config.train.cross_entropy:
+
+
+def _adaptive_replay(
+  adaptive: schema.Adaptive,
+  train: schema.Train,
+  rollout: schema.Rollout,
+  distill: schema.Distill,
+) -> Problems:
+  if not train.cross_entropy:
     yield (
       "replay.adaptive",
       "reads the cross-entropy of the replayed rows, which train.cross_entropy=false "
       "leaves out; set replay.adaptive=null",
     )
-  if config.rollout.group > 1 and config.distill.teacher != "none":
+  if rollout.group > 1 and distill.teacher != "none":
     yield (
       "replay.adaptive",
       "counts each row of the batch as a question, and with rollout.group a question "
@@ -313,13 +298,16 @@ def _validation(validation: schema.Validation | None, data: schema.Data) -> Prob
     )
 
 
-def _updates(config: schema.Config) -> Problems:
+def _updates(
+  anchor: schema.Anchor | None,
+  recadam: schema.Recadam | None,
+  freeze: schema.Freeze | None,
+) -> Problems:
   """Methods that change or restrict the updates."""
-  anchor, freeze = config.anchor, config.freeze
   if anchor is not None:
     if anchor.importance != "none" and anchor.questions is None:
       yield "anchor.questions", "anchor.importance needs general questions; name a file"
-    if config.recadam is not None:
+    if recadam is not None:
       yield "anchor", "recadam has its own pull; delete one of the two sections"
   if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
     yield (
@@ -330,26 +318,38 @@ def _updates(config: schema.Config) -> Problems:
     yield "freeze.layers", "is read with freeze.mode=bottom only; set that or delete it"
 
 
-def _adapter(config: schema.Config) -> Problems:
-  """LoRA beside other methods, and the export of an adapter."""
-  if config.export.adapter:
+def _adapter(
+  lora: schema.Lora | None,
+  export: schema.Export,
+  *,
+  edits: Mapping[str, schema.Section | None],
+  base_methods: Mapping[str, schema.Section | None],
+) -> Problems:
+  """LoRA beside other methods, and the export of an adapter.
+
+  Args:
+    edits: the sections that edit the model after training.
+    base_methods: the sections of methods that need the base model's parameters to be
+      trained.
+  """
+  if export.adapter:
     for name, participle in (("prune", "pruned"), ("interpolate", "interpolated")):
-      if getattr(config, name) is not None:
+      if edits[name] is not None:
         yield (
           "export.adapter",
           f"{participle} weights cannot be exported as an adapter; delete one of the "
           "two",
         )
-  if config.lora is not None:
+  if lora is not None:
     for name, verb in (
       ("anchor", "pulls to the base model's parameters"),
       ("recadam", "pulls to the base model's parameters"),
       ("freeze", "names the base model's parameters"),
       ("soft_mask", "masks the base model's parameters"),
     ):
-      if getattr(config, name) is not None:
+      if base_methods[name] is not None:
         yield name, f"{verb}, and `lora` trains none of these; delete one of the two"
-  elif config.export.adapter:
+  elif export.adapter:
     yield "export.adapter", "needs a `lora` section; add it, or delete this line"
 
 

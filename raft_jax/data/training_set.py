@@ -84,7 +84,22 @@ def load(
   context = config.distill.teacher_context if distil else "none"
   if context == "sibling":  # made after the rollouts
     context = "none"
-  examples, set_aside = _domain_examples(config, tokenizer)
+  set_aside: list[rejects_lib.Reject] = []
+  if data.answers == "original":
+    examples, set_aside = _read_examples(data.questions, data)
+  else:  # refinement has listed the rows that it set aside
+    folder = _find_refined(config.output, config.method)
+    run_lock.check_lock(config, "refine", REFINED_KEYS)
+    rewriter = tokenizer
+    if tokenizer.thinking:  # the rewriter's is off
+      rewriter = chat.load(config.model.source, config.model.chat_template)
+    examples = _refined_examples(
+      folder,
+      data,
+      threshold=config.refine.similarity_threshold,
+      source=config.model.source,
+      tokenizer_digest=rewriter.digest,
+    )
   rows, refused = _encode(examples, tokenizer, context, data)
   set_aside += refused
   questions_by_row = {i: (e.messages, e.answer) for i, e in enumerate(examples)}
@@ -109,52 +124,60 @@ def load(
   return TrainingSet(rows, replayed, general, set_aside, digest, questions_by_row)
 
 
-def _domain_examples(
-  config: schema.Config, tokenizer: chat.ChatTokenizer
-) -> tuple[list[Example], list[rejects_lib.Reject]]:
-  data = config.data
-  if data.answers == "original":
-    return _read_examples(data.questions, data)
-  folder = pathlib.Path(config.output) / refined_folder.FOLDER
+def _find_refined(output: str, method: str) -> pathlib.Path:
+  """The folder of a run's refined records. Raises UserError if it is unfinished."""
+  folder = pathlib.Path(output) / refined_folder.FOLDER
   if not (folder / sealed_folder.MANIFEST).exists():
     raise errors.UserError(
-      f"{folder}: no refined records, which method {config.method!r} learns from; "
+      f"{folder}: no refined records, which method {method!r} learns from; "
       "run `python -m raft_jax.refine` with this config first (or set "
       "data.answers=original)"
     )
-  run_lock.check_lock(config, "refine", REFINED_KEYS)
-  meta = shards.read_manifest(folder).meta
-  places = _check_questions(data, folder, meta.get("questions"))
-  if tokenizer.thinking:  # the rewriter's is off
-    tokenizer = chat.load(config.model.source, config.model.chat_template)
-  if meta.get("tokenizer") not in (None, tokenizer.digest):
-    raise errors.UserError(
-      f"{folder}: its answers were written with another tokenizer or chat template "
-      f"than {config.model.source} has now; restore the old one, or refine into "
-      "another output"
-    )
-  # Refinement has listed the rows that it set aside.
-  return _refined_examples(folder, data.answers, config.refine, places), []
+  return folder
 
 
 def _refined_examples(
   folder: pathlib.Path,
-  answers: str,
-  settings: schema.Refine,
-  places: Mapping[str, rejects_lib.Place],
+  data: schema.Data,
+  *,
+  threshold: float,
+  source: str,
+  tokenizer_digest: str,
 ) -> list[Example]:
-  choose_answer = ANSWERS[answers]
+  """The examples of a folder of refined records.
+
+  Args:
+    threshold: of the cosine, for `data.answers=filtered`.
+    source: the model's, for the error message.
+    tokenizer_digest: of the tokenizer and chat template that the model has now.
+
+  Raises:
+    errors.UserError: the records belong to other questions or another tokenizer.
+  """
+  meta = shards.read_manifest(folder).meta
+  places = _check_questions(data, folder, meta.get("questions"))
+  if meta.get("tokenizer") not in (None, tokenizer_digest):
+    raise errors.UserError(
+      f"{folder}: its answers were written with another tokenizer or chat template "
+      f"than {source} has now; restore the old one, or refine into "
+      "another output"
+    )
+  choose_answer = ANSWERS[data.answers]
   examples = []
   for raw in shards.read_shards(folder):
     record = records.from_json(raw)
     question = record.question
     place = places.get(question.id, rejects_lib.Place(question.id))
-    text = choose_answer(record, settings.similarity_threshold)
-    answer = question.reply
-    if text != question.answer:  # other words, before which nobody thought
-      answer = records.Message("assistant", text)
+    answer = as_turn(question, choose_answer(record, threshold))
     examples.append(Example(place, question.messages, answer))
   return examples
+
+
+def as_turn(question: records.Question, answer: str) -> records.Message:
+  """The turn of a chosen answer: the question's own, or other words without reasoning."""
+  if answer == question.answer:
+    return question.reply
+  return records.Message("assistant", answer)
 
 
 def _check_questions(

@@ -1,62 +1,60 @@
 """The two losses of a step, as functions of the parameters.
 
-The student reads one packed row per example, [prompt | answer | trajectory], in which
-the trajectory cannot attend to the answer, so the prompt is computed once for both
-losses. The teacher reads [its context | trajectory]. The head is applied only at the
-tokens that a loss reads, and no [tokens, vocabulary] array exists.
+The student's hidden states predict the answer (cross-entropy) and the trajectory, on
+which the teacher's logits are its target (distillation). The head is applied only at
+the tokens that a loss reads, and no [tokens, vocabulary] array exists.
 
-Shapes: B rows, P prompt width, A answer width, C teacher context width, R trajectory
-width, K support size, D model width.
+Shapes: B rows, A answer width, C teacher context width, R trajectory width, K support
+size, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
-from raft_jax.models import layer_functions, sampling, sharding, transformer
+from raft_jax.distillation import sequences
+from raft_jax.models import param_sharding, sharding, transformer
 
 
 class Settings(NamedTuple):
   """The values of a step that are fixed for a run; hashable, hence static under jit.
 
-  `run_plan.make_settings` sets them from the config, whose defaults count.
+  `run_plan.make_settings` makes them from the config, whose reference explains them and
+  has their defaults.
 
   Attributes:
+    compute: how the passes of student and teacher are computed.
     rollout_unroll: layers per iteration of the sampler's scan over layers.
     beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
-    teacher_decoder: the teacher's network, if it differs from the student's.
+    teacher_decoder: the teacher's network; None if it is the student's.
     row_losses: whether a step also returns the cross-entropy of each row.
   """
 
   decoder: transformer.DecoderConfig
+  teacher_decoder: transformer.DecoderConfig | None
   eos_ids: tuple[int, ...]
-  dtype: str = "float32"
-  remat: bool = False
-  unroll: int = 1
-  rollout_unroll: int = 1
-  attention: layer_functions.Implementation = "xla"
-  micro_batches: int = 1
-  cross_entropy: bool = True
-  loss_mean: str = "sequence"
-  top_k: int = 512
-  support: str = "teacher"
-  max_importance: float | None = None
-  temperature: float = 1.5
-  direction: str = "forward"
-  beta: float | None = None
-  tail: str = "renormalize"
-  scale_by_t2: bool = True
-  skip_first: int = 0
-  mask_eos: bool = False
-  teacher_decoder: transformer.DecoderConfig | None = None
-  row_losses: bool = False
+  compute: transformer.Compute
+  rollout_unroll: int
+  micro_batches: int
+  cross_entropy: bool
+  loss_mean: str
+  row_losses: bool
+  top_k: int
+  support: str
+  max_importance: float | None
+  temperature: float
+  direction: str
+  beta: float | None
+  tail: str
+  scale_by_t2: bool
+  skip_first: int
+  mask_eos: bool
 
   @property
   def mass_temperature(self) -> float:
@@ -75,25 +73,6 @@ class Settings(NamedTuple):
     return int(self.max_importance is not None)
 
 
-class Trajectory(NamedTuple):
-  """The tokens on which student and teacher are compared.
-
-  Attributes:
-    tokens_BR: int32.
-    length_B: int32; 0 for a row on which nothing is compared.
-    sampler_stats: the sampler's most probable tokens, if the loss reads them.
-  """
-
-  tokens_BR: Any
-  length_B: Any
-  sampler_stats: sampling.SamplerStats | None = None
-
-
-def empty_trajectory(rows: int) -> Trajectory:
-  """A trajectory without tokens, for losses that only read the answers."""
-  return Trajectory(np.zeros((rows, 0), np.int32), np.zeros(rows, np.int32))
-
-
 class Support(NamedTuple):
   """The tokens to compare at each position, and the teacher's logits for them."""
 
@@ -102,55 +81,23 @@ class Support(NamedTuple):
   logsumexp_BR: Array  # float32, over the whole vocabulary
 
 
-def length_mask(length_B: Array, width: int) -> Array:
-  """[B, width]: True on the first `length` columns of each row."""
-  return jnp.arange(width) < length_B[:, None]
-
-
-def predictive_hidden(
-  hidden_BTD: Array, last_B: Array, start: int, count: int
-) -> Array:
-  """Hidden states that predict the `count` tokens of a segment, [B, count, D].
-
-  Column `last_B` of each row, its last token before the segment, predicts the first
-  token. Token i - 1, at column start + i - 1, predicts token i.
-  """
-  if not count:
-    return hidden_BTD[:, :0]
-  first_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-  rest = hidden_BTD[:, start : start + count - 1]
-  return jnp.concatenate([first_B1D, rest], axis=1)
-
-
 def score_teacher(
   teacher_params: transformer.Params,
   context_BC: Array,
   context_length_B: Array,
-  trajectory: Trajectory,
+  trajectory: sequences.Trajectory,
   *,
   settings: Settings,
 ) -> Support:
   """The teacher reads its context and the trajectory, and scores K tokens of each."""
-  width, steps = context_BC.shape[1], trajectory.tokens_BR.shape[1]
-  tokens_BT = jnp.concatenate([context_BC, trajectory.tokens_BR], axis=1)
-  valid_BT = jnp.concatenate(
-    [length_mask(context_length_B, width), length_mask(trajectory.length_B, steps)],
-    axis=1,
-  )
   decoder = settings.teacher_decoder or settings.decoder
-  hidden_BTD, _ = transformer.forward(
-    teacher_params,
-    decoder,
-    tokens_BT,
-    transformer.positions(valid_BT),
-    transformer.causal_mask(valid_BT),
-    dtype=settings.dtype,
-    unroll=settings.unroll,
-    implementation=settings.attention,
-  )
+  # No backward pass follows.
+  compute = settings.compute._replace(remat=False)
   return teacher_support(
-    predictive_hidden(hidden_BTD, context_length_B - 1, width, steps),
-    transformer.gathered_head(teacher_params, settings.dtype),
+    sequences.teacher_hidden(
+      teacher_params, decoder, context_BC, context_length_B, trajectory, compute
+    ),
+    param_sharding.gathered_head(teacher_params, compute.dtype),
     trajectory,
     softcap=decoder.logit_softcap,
     settings=settings,
@@ -160,7 +107,7 @@ def score_teacher(
 def teacher_support(
   hidden_BRD: Array,
   embedding_VD: Array,
-  trajectory: Trajectory,
+  trajectory: sequences.Trajectory,
   *,
   softcap: float | None,
   settings: Settings,
@@ -188,57 +135,6 @@ def teacher_support(
   return Support(logits_BRK, ids_BRK, logsumexp_BR)
 
 
-def student_hidden(
-  params: transformer.Params,
-  batch: batching.Batch,
-  trajectory: Trajectory,
-  settings: Settings,
-) -> tuple[Array, Array]:
-  """Hidden states that predict the answer [B, A, D] and the trajectory [B, R, D]."""
-  prompt_width, answer_width = batch.prompt_BP.shape[1], batch.answer_BA.shape[1]
-  steps = trajectory.tokens_BR.shape[1]
-  tokens_BT = jnp.concatenate(
-    [batch.prompt_BP, batch.answer_BA, trajectory.tokens_BR], axis=1
-  )
-  prompt_BP = length_mask(batch.prompt_length_B, prompt_width)
-  answer_BA = length_mask(batch.answer_length_B, answer_width)
-  rollout_BR = length_mask(trajectory.length_B, steps)
-  valid_BT = jnp.concatenate([prompt_BP, answer_BA, rollout_BR], axis=1)
-  # Answer and trajectory both continue the prompt, so their positions start alike.
-  after_prompt_B1 = batch.prompt_length_B[:, None]
-  positions_BT = jnp.concatenate(
-    [
-      jnp.broadcast_to(jnp.arange(prompt_width), batch.prompt_BP.shape),
-      after_prompt_B1 + jnp.arange(answer_width),
-      after_prompt_B1 + jnp.arange(steps),
-    ],
-    axis=1,
-  )
-  segment_T = jnp.repeat(
-    jnp.arange(3),
-    jnp.array([prompt_width, answer_width, steps]),
-    total_repeat_length=tokens_BT.shape[1],
-  )
-  sees_TT = (segment_T == 0)[None, :] | (segment_T[:, None] == segment_T[None, :])
-  hidden_BTD, _ = transformer.forward(
-    params,
-    settings.decoder,
-    tokens_BT,
-    positions_BT,
-    transformer.causal_mask(valid_BT) & sees_TT,
-    dtype=settings.dtype,
-    remat=settings.remat,
-    unroll=settings.unroll,
-    implementation=settings.attention,
-  )
-  last_B = batch.prompt_length_B - 1
-  answer_BAD = predictive_hidden(hidden_BTD, last_B, prompt_width, answer_width)
-  rollout_BRD = predictive_hidden(
-    hidden_BTD, last_B, prompt_width + answer_width, steps
-  )
-  return answer_BAD, rollout_BRD
-
-
 class Weights(NamedTuple):
   """The weight of every token in the two mean losses; each array sums to 1 or 0."""
 
@@ -247,10 +143,10 @@ class Weights(NamedTuple):
 
 
 def token_weights(
-  batch: batching.Batch, trajectory: Trajectory, settings: Settings
+  batch: batching.Batch, trajectory: sequences.Trajectory, settings: Settings
 ) -> Weights:
   """Token weights of the whole batch, so that micro-batches add up to its losses."""
-  answer_BA = length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
+  answer_BA = sequences.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   answer_BA &= settings.cross_entropy
   return Weights(
     losses.mean_weights(answer_BA, per=settings.loss_mean),
@@ -258,9 +154,9 @@ def token_weights(
   )
 
 
-def kd_mask(trajectory: Trajectory, settings: Settings) -> Array:
+def kd_mask(trajectory: sequences.Trajectory, settings: Settings) -> Array:
   """[B, R]: True on the tokens that the distillation loss counts."""
-  kd_BR = length_mask(trajectory.length_B, trajectory.tokens_BR.shape[1])
+  kd_BR = sequences.length_mask(trajectory.length_B, trajectory.tokens_BR.shape[1])
   kd_BR &= jnp.arange(kd_BR.shape[1]) >= settings.skip_first
   if settings.mask_eos:
     kd_BR &= ~jnp.isin(trajectory.tokens_BR, jnp.array(settings.eos_ids))
@@ -270,7 +166,7 @@ def kd_mask(trajectory: Trajectory, settings: Settings) -> Array:
 def loss_terms(
   params: transformer.Params,
   batch: batching.Batch,
-  trajectory: Trajectory,
+  trajectory: sequences.Trajectory,
   support: Support | None,
   weights: Weights,
   *,
@@ -281,18 +177,20 @@ def loss_terms(
   Args:
     params: the student's, as `transformer.forward` reads them.
     batch: rows; without `settings.cross_entropy` their answers are not read.
-    trajectory: of the same rows.
-    support: from `score_teacher`; None makes the `kd` loss 0.
-    weights: from `token_weights` of the whole batch.
-    settings: of the run.
+    trajectory: tokens of the same rows.
+    support: result of `score_teacher`; None makes the `kd` loss 0.
+    weights: result of `token_weights` for the whole batch.
+    settings: settings of the run.
 
   Returns:
     `{"sft": ..., "kd": ...}`, and auxiliary values to log, without gradient.
   """
   if not settings.cross_entropy:
     batch = batch._replace(answer_BA=batch.answer_BA[:, :0])
-  answer_BAD, rollout_BRD = student_hidden(params, batch, trajectory, settings)
-  embedding_VD = transformer.gathered_head(params, settings.dtype)
+  answer_BAD, rollout_BRD = sequences.student_hidden(
+    params, settings.decoder, batch, trajectory, settings.compute
+  )
+  embedding_VD = param_sharding.gathered_head(params, settings.compute.dtype)
   softcap = settings.decoder.logit_softcap
   terms = {"sft": jnp.float32(0), "kd": jnp.float32(0)}
   if settings.cross_entropy:
@@ -318,7 +216,7 @@ ROW_LOSSES = "row_loss_B"
 
 def mean_by_row(nll_BA: Array, length_B: Array) -> Array:
   """[B]: the mean over the tokens of each answer."""
-  valid_BA = length_mask(length_B, nll_BA.shape[1])
+  valid_BA = sequences.length_mask(length_B, nll_BA.shape[1])
   return jnp.sum(jnp.where(valid_BA, nll_BA, 0), axis=1) / jnp.maximum(length_B, 1)
 
 
@@ -326,11 +224,13 @@ def row_losses(
   params: transformer.Params, batch: batching.Batch, settings: Settings
 ) -> Array:
   """[B]: each answer's cross-entropy in nats per token."""
-  no_rollout = empty_trajectory(batch.answer_BA.shape[0])
-  answer_BAD, _ = student_hidden(params, batch, no_rollout, settings)
+  no_rollout = sequences.empty_trajectory(batch.answer_BA.shape[0])
+  answer_BAD, _ = sequences.student_hidden(
+    params, settings.decoder, batch, no_rollout, settings.compute
+  )
   nll_BA = vocab_head.cross_entropy(
     answer_BAD,
-    transformer.gathered_head(params, settings.dtype),
+    param_sharding.gathered_head(params, settings.compute.dtype),
     batch.answer_BA,
     softcap=settings.decoder.logit_softcap,
   )
@@ -340,7 +240,7 @@ def row_losses(
 def distillation_loss(
   hidden_BRD: Array,
   embedding_VD: Array,
-  trajectory: Trajectory,
+  trajectory: sequences.Trajectory,
   support: Support,
   weight_BR: Array,
   *,
@@ -352,9 +252,9 @@ def distillation_loss(
     hidden_BRD: the student's hidden states that predict the trajectory.
     embedding_VD: the student's output embedding.
     trajectory: the compared tokens.
-    support: from `score_teacher`.
-    weight_BR: from `token_weights`.
-    settings: of the run.
+    support: result of `score_teacher`.
+    weight_BR: `kd_BR` of `token_weights`.
+    settings: settings of the run.
   """
   logits_BRK, logsumexp_BR, log_prob_BR = student_logits(
     hidden_BRD, embedding_VD, support.ids_BRK, trajectory.tokens_BR, settings=settings

@@ -16,7 +16,7 @@ from jax import Array
 
 from raft_jax import balance
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.models import partition, sharding, transformer
 
 
@@ -51,7 +51,7 @@ class LossInputs(NamedTuple):
   """A batch, or one micro-batch of it, as `objective.loss_terms` reads it."""
 
   batch: batching.Batch
-  trajectory: objective.Trajectory
+  trajectory: sequences.Trajectory
   support: objective.Support | None
   weights: objective.Weights
 
@@ -77,7 +77,7 @@ def update(
   state: TrainState,
   frozen: transformer.Params,
   batch: batching.Batch,
-  trajectory: objective.Trajectory,
+  trajectory: sequences.Trajectory,
   support: objective.Support | None,
   *,
   optimizer: optax.GradientTransformationExtraArgs,
@@ -260,7 +260,7 @@ NEED_BOTH_LOSSES = frozenset(
 def step_metrics(
   gradient: StepGradient,
   balance_state: balance.BalanceState,
-  trajectory: objective.Trajectory,
+  trajectory: sequences.Trajectory,
 ) -> dict[str, Array]:
   """The scalars of one step to log."""
   metrics = {

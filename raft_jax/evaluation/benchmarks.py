@@ -22,7 +22,7 @@ import pydantic
 
 from raft_jax import errors
 from raft_jax.evaluation import intervals
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -189,7 +189,7 @@ def load_checkers(nltk_data: str | None, *, key: str = "evaluate.ifeval") -> Any
   except ImportError as error:
     raise errors.UserError(f"{key}: needs {EXTRA}") from error
   if nltk_data is not None:
-    folder = hf_load.resolve(nltk_data)
+    folder = model_source.resolve(nltk_data)
     # The checkers look the model up again for each answer.
     nltk.data.path.insert(0, os.fspath(folder))
   try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,27 +16,23 @@ from raft_jax.models import transformer
 from raft_jax.storage import journal
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
+@scoring.jit
 def answer_kl(
   base_params: transformer.Params,
   params: transformer.Params,
-  config: transformer.DecoderConfig,
-  tokens_BT: Array,
-  prompt_length_B: Array,
-  length_B: Array,
+  rows: scoring.AnsweredPrompts,
   *,
-  dtype: str = "float32",
-  unroll: int = 1,
+  config: transformer.DecoderConfig,
+  dtype: str,
+  unroll: int,
 ) -> Array:
   """Mean KL(base ‖ model) over the tokens of each answer, nats per token, float32 [B].
 
   Args:
-    tokens_BT: int32, prompt and the base model's answer, right-padded with anything.
-    prompt_length_B: int32 tokens of each prompt, at least 1.
-    length_B: int32 tokens of prompt and answer together.
+    rows: with the base model's answers.
   """
   hidden_BTD, base_BTD = (
-    scoring.last_hidden(p, config, tokens_BT, length_B, dtype, unroll)
+    scoring.last_hidden(p, config, rows.tokens_BT, rows.length_B, dtype, unroll)
     for p in (params, base_params)
   )
   kl_BT = vocab_head.kl_divergence(
@@ -47,7 +42,7 @@ def answer_kl(
     transformer.output_embedding(base_params).astype(dtype),
     softcap=config.logit_softcap,
   )
-  return scoring.answer_mean(kl_BT, prompt_length_B, length_B)
+  return scoring.answer_mean(kl_BT, rows)
 
 
 def row_drifts(
@@ -61,7 +56,7 @@ def row_drifts(
   """`answer_kl` of every row: a prompt and the base model's answer to it."""
 
   def compute(batch: list[int]) -> list[float]:
-    tokens_BT, prompt_length_B, length_B = scoring.pad_joined(
+    padded = scoring.pad_joined(
       [rows[i] for i in batch],
       count=min(trained.settings.batch_size, len(rows)),
       pad_id=trained.tokenizer.pad_id,
@@ -69,10 +64,8 @@ def row_drifts(
     kl_B = answer_kl(
       base.params,
       trained.params,
-      trained.config,
-      tokens_BT,
-      prompt_length_B,
-      length_B,
+      padded,
+      config=trained.config,
       **scoring.precision(trained),
     )
     return scoring.check_finite(np.asarray(kl_B)[: len(batch)], name)

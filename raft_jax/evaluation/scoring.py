@@ -24,7 +24,7 @@ from raft_jax.hf import chat
 from raft_jax.models import transformer
 from raft_jax.runtime import interrupts, progress
 from raft_jax.storage import journal
-from raft_jax.training import checkpoint
+from raft_jax.training import tree_fingerprints
 
 LOSS_WIDTH, PROMPT_WIDTH, CHOICE_WIDTH = 64, 32, 256
 """Rows are padded to multiples of these, so that few shapes are compiled."""
@@ -66,51 +66,62 @@ def eval_model(
   server: engines.Generator | None = None,
 ) -> EvalModel:
   """A model to evaluate, with the fingerprints of its parameters."""
-  fingerprints = checkpoint.named_fingerprints(params)
+  fingerprints = tree_fingerprints.by_path(params)
   return EvalModel(params, config, tokenizer, settings, fingerprints, title, server)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
-def answer_losses(
-  params: transformer.Params,
-  config: transformer.DecoderConfig,
-  tokens_BT: Array,
-  prompt_length_B: Array,
-  length_B: Array,
-  *,
-  dtype: str = "float32",
-  unroll: int = 1,
-) -> Array:
-  """Mean negative log-likelihood of each row's answer, nats per token, EOS included.
+class AnsweredPrompts(NamedTuple):
+  """Prompts, each with its answer behind it.
 
-  Args:
+  Attributes:
     tokens_BT: int32, prompt and answer, right-padded with anything.
     prompt_length_B: int32 tokens of each prompt, at least 1.
     length_B: int32 tokens of prompt and answer together.
+  """
+
+  tokens_BT: Any
+  prompt_length_B: Any
+  length_B: Any
+
+
+jit = functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
+
+
+@jit
+def answer_losses(
+  params: transformer.Params,
+  rows: AnsweredPrompts,
+  *,
+  config: transformer.DecoderConfig,
+  dtype: str,
+  unroll: int,
+) -> Array:
+  """Mean negative log-likelihood of each row's answer, nats per token, EOS included.
 
   Returns:
     float32 [B].
   """
-  hidden_BTD = last_hidden(params, config, tokens_BT, length_B, dtype, unroll)
+  tokens_BT = rows.tokens_BT
+  hidden_BTD = last_hidden(params, config, tokens_BT, rows.length_B, dtype, unroll)
   nll_BT = vocab_head.cross_entropy(
     hidden_BTD[:, :-1],
     transformer.output_embedding(params).astype(dtype),
     tokens_BT[:, 1:],
     softcap=config.logit_softcap,
   )
-  return answer_mean(nll_BT, prompt_length_B, length_B)
+  return answer_mean(nll_BT, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "unroll"))
+@jit
 def choice_logits(
   params: transformer.Params,
-  config: transformer.DecoderConfig,
   tokens_BT: Array,
   length_B: Array,
   choices_K: Array,
   *,
-  dtype: str = "float32",
-  unroll: int = 1,
+  config: transformer.DecoderConfig,
+  dtype: str,
+  unroll: int,
 ) -> Array:
   """Logits of the given tokens after each prompt, float32 [B, K].
 
@@ -145,20 +156,20 @@ def last_hidden(
     tokens_BT,
     transformer.positions(valid_BT),
     transformer.causal_mask(valid_BT),
-    dtype=dtype,
-    unroll=unroll,
+    compute=transformer.Compute(dtype=dtype, unroll=unroll),
   )
   return hidden_BTD
 
 
-def answer_mean(values_BT: Array, prompt_length_B: Array, length_B: Array) -> Array:
+def answer_mean(values_BT: Array, rows: AnsweredPrompts) -> Array:
   """Each row's mean over the tokens of its answer, [B].
 
   Args:
     values_BT: values of the tokens 1, 2, ... of each row.
   """
   column = jnp.arange(1, values_BT.shape[1] + 1)
-  answer_BT = (column >= prompt_length_B[:, None]) & (column < length_B[:, None])
+  start_B1, end_B1 = rows.prompt_length_B[:, None], rows.length_B[:, None]
+  answer_BT = (column >= start_B1) & (column < end_B1)
   total_B = jnp.sum(jnp.where(answer_BT, values_BT, 0.0), axis=-1)
   return total_B / jnp.maximum(jnp.sum(answer_BT, axis=-1), 1)
 
@@ -258,18 +269,13 @@ def losses(
   """`answer_losses` of every row."""
 
   def compute(batch: list[int]) -> list[float]:
-    tokens_BT, prompt_length_B, length_B = pad_joined(
+    padded = pad_joined(
       [(rows[i].prompt, rows[i].answer) for i in batch],
       count=min(model.settings.batch_size, len(rows)),
       pad_id=model.tokenizer.pad_id,
     )
     loss_B = answer_losses(
-      model.params,
-      model.config,
-      tokens_BT,
-      prompt_length_B,
-      length_B,
-      **precision(model),
+      model.params, padded, config=model.config, **precision(model)
     )
     return check_finite(np.asarray(loss_B)[: len(batch)], name)
 
@@ -304,10 +310,10 @@ def choices(
     )
     logits_BK = choice_logits(
       model.params,
-      model.config,
       tokens_BT,
       length_B,
       np.array(letters),
+      config=model.config,
       **precision(model),
     )
     return check_finite(np.asarray(logits_BK)[: len(batch)], name)
@@ -327,8 +333,8 @@ def choices(
 
 def pad_joined(
   rows: Sequence[tuple[Sequence[int], Sequence[int]]], *, count: int, pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Padded prompts with answers, the lengths of the prompts, and of both together."""
+) -> AnsweredPrompts:
+  """Prompts with their answers, padded to `count` rows of one width."""
   tokens_BT, length_B = pad(
     [(*prompt, *answer) for prompt, answer in rows],
     count=count,
@@ -337,7 +343,7 @@ def pad_joined(
   )
   prompt_length_B = length_B.copy()
   prompt_length_B[: len(rows)] = [len(prompt) for prompt, _ in rows]
-  return tokens_BT, prompt_length_B, length_B
+  return AnsweredPrompts(tokens_BT, prompt_length_B, length_B)
 
 
 def check_finite(values: np.ndarray, name: str) -> list[Any]:

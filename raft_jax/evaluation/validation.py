@@ -176,6 +176,16 @@ class PeriodicValidation:
     return metrics, self.status.over
 
 
+def eval_settings(plan: run_plan.RunPlan, batch_size: int) -> scoring.Settings:
+  """How both models are run: as in the steps of the run."""
+  return scoring.Settings(
+    batch_size=batch_size,
+    dtype=plan.settings.compute.dtype,
+    unroll=plan.settings.compute.unroll,
+    rollout_unroll=plan.settings.rollout_unroll,
+  )
+
+
 @contextlib.contextmanager
 def during_training(
   config: schema.Config,
@@ -202,12 +212,7 @@ def during_training(
     scoring.eval_model,
     config=plan.decoder,
     tokenizer=inputs.tokenizer,
-    settings=scoring.Settings(
-      batch_size=config.evaluate.batch_size,
-      dtype=plan.settings.dtype,
-      unroll=plan.settings.unroll,
-      rollout_unroll=plan.settings.rollout_unroll,
-    ),
+    settings=eval_settings(plan, config.evaluate.batch_size),
     title=None,
   )
   base = None if reference.base is None else eval_model(reference.base)

@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from raft_jax import errors
 from raft_jax.generation import thinking
-from raft_jax.hf import chat
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import chat, model_source
 from raft_jax.storage import records
 
 
@@ -121,11 +120,11 @@ def identity(source: str) -> str:
   Every file is read once (a few seconds for a model of some gigabytes). Otherwise the
   journal could mistake new weights for old ones, and return the old model's replies.
   """
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   files = [path]
   if path.is_dir():
     files = sorted(
-      f for p in hf_load.HUB_PATTERNS for f in path.rglob(p) if f.is_file()
+      f for p in model_source.HUB_PATTERNS for f in path.rglob(p) if f.is_file()
     )
   digest = hashlib.sha256()
   for file in files:

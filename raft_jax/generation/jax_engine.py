@@ -27,7 +27,7 @@ def load(
   The weights are loaded when first needed: see `engines.resident`.
 
   Args:
-    source: as for `load.resolve`.
+    source: as for `model_source.resolve`.
     template: chat template, as `model.chat_template`.
     dtype: of weights and activations.
     batch_size: rows of a compiled batch. Shorter micro-batches are filled up, so that

@@ -14,6 +14,7 @@ import dataclasses
 import email.utils
 import functools
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -348,6 +349,11 @@ def _parameters(
   names = set(sent)
   if "max_tokens" not in sent:
     sent["max_completion_tokens"] = request.max_new_tokens
+  if tools := [json.loads(tool) for tool in request.messages[0].tools]:
+    sent["tools"] = [
+      tool if "function" in tool else {"type": "function", "function": tool}
+      for tool in tools
+    ]
   return {"messages": list(map(records.api_turn, request.messages)), **sent}, names
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.generation import engines
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find(source: str) -> pathlib.Path:
         f"refine.encoder needs {package}; run {errors.install('refine')}"
       )
   try:
-    folder = hf_load.resolve(source)
+    folder = model_source.resolve(source)
   except errors.UserError as error:
     raise errors.UserError(f"refine.encoder: {error}") from error
   # Without that file the library would average the token vectors of any model.
@@ -85,7 +85,7 @@ def load(source: str, *, batch_size: int = 1) -> Encoder:
   """The encoder that a source names: `pkg://PACKAGE/FOLDER`, a folder or a hub name.
 
   Args:
-    source: as for `load.resolve`.
+    source: as for `model_source.resolve`.
     batch_size: at 1, a text's vector does not depend on its neighbours to the last bit
       (vectors from batches of 8 and 1 differed by 1e-7), so that an interrupted run
       ends with the same scores. On 2 CPU cores it costs 22 ms a text instead of 7.

@@ -20,7 +20,7 @@ from typing import Any
 
 from raft_jax import errors
 from raft_jax.generation import engines, thinking
-from raft_jax.hf import chat
+from raft_jax.hf import chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.storage import records
 
@@ -38,7 +38,7 @@ def load(
   """vLLM with one model; the weights are loaded when first needed.
 
   Args:
-    source: as for `load.resolve`, a Hugging Face folder or hub name.
+    source: as for `model_source.resolve`, a Hugging Face folder or hub name.
     template: chat template, as `model.chat_template`.
     dtype: of weights and activations.
     tensor_parallel: number of devices that share each layer.
@@ -54,7 +54,7 @@ def load(
       "engine vllm: vLLM is not installed in this environment; run launch/refine.sh, "
       "which makes one for it"
     )
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   if path.is_file():
     raise errors.UserError(
       f"engine vllm: {source} is a GGUF file, and vLLM reads Hugging Face folders; "
@@ -189,7 +189,7 @@ def _start(source: str, settings: Mapping[str, Any]) -> Any:
   on_cpu = platforms.current_platform.is_cpu()
   try:
     return vllm.LLM(
-      str(hf_load.resolve(source)),
+      str(model_source.resolve(source)),
       enable_prefix_caching=True,  # the prompts of a role share a prefix
       # A CPU has no graphs to capture, and compilation costs more than it saves.
       enforce_eager=on_cpu,

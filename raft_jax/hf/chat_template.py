@@ -1,7 +1,7 @@
 """The chat template of a model: choosing and rendering it.
 
 Training, evaluation and the engines all render here, so they read the same text, with
-thinking switched off and a fixed date.
+a fixed date, and with thinking switched off unless the config keeps it.
 """
 
 from __future__ import annotations

@@ -19,20 +19,21 @@ if TYPE_CHECKING:
   from raft_jax.models import rotary, transformer
 
 
-def of(fields: families.Fields, place: str) -> families.Family:
+def find_family(fields: families.Fields, place: str) -> families.Family:
   """The family of a model; refuses features that the decoder does not compute.
+
+  A repository's own code (`auto_map`) is ignored if its class has the name of the
+  family's class: Phi-3 and Phi-4 were published with the code of a class that is in
+  transformers now.
 
   Args:
     fields: the model's config.
     place: where the config was read, for messages.
 
-  The repository's own code (`auto_map`) is passed over if it bears the name of the
-  family's class, as with Phi-3 and Phi-4, whose class transformers has since taken in.
-
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
-  for name in ("quantization_config", "quantization"):  # the second is MLX's
+  for name in ("quantization_config", "quantization"):  # MLX writes the second
     if fields.get(name):
       raise errors.UserError(
         f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
@@ -49,27 +50,38 @@ def of(fields: families.Fields, place: str) -> families.Family:
       f"(model_type {fields.get('model_type')!r}) is not supported; supported: {known}"
     )
   code = fields.get("auto_map") or {}
-  own = {name.rpartition(".")[2] for key, name in code.items() if "Model" in key}
-  if not own <= {family.architecture}:
+  classes = {name.rpartition(".")[2] for key, name in code.items() if "Model" in key}
+  if not classes <= {family.architecture}:
     raise errors.UserError(
       f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
       "is never done; use a model of a supported family"
     )
-  for given in (fields, _rope_fields(fields)):
+  for section in (_common_names(fields, family), _rope_fields(fields)):
     for field, values in family.only.items():
-      if field in given and given[field] not in values:
+      if field in section and section[field] not in values:
         raise errors.UserError(
-          f"{place}: {field} = {given[field]!r} is not supported (only {values[0]!r}); "
-          "use another model"
+          f"{place}: {family.renamed.get(field, field)} = {section[field]!r} is not "
+          f"supported (only {values[0]!r}); use another model"
         )
   return family
 
 
+def _common_names(fields: families.Fields, family: families.Family) -> families.Fields:
+  """The fields under the names that most families give them."""
+  renamed = {
+    name: fields[own_name]
+    for name, own_name in family.renamed.items()
+    if own_name in fields
+  }
+  return {**fields, **renamed}
+
+
 def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderConfig:
-  """The decoder's shape; arguments and errors as for `of`."""
+  """The decoder's shape; arguments and errors as for `find_family`."""
   from raft_jax.models import transformer  # imports jax
 
-  family = of(fields, place)
+  family = find_family(fields, place)
+  fields = _common_names(fields, family)
   rope = _rope_fields(fields)
   fields = {**family.defaults, **rope, **fields}
   fields["rope_theta"] = rope.get("rope_theta") or fields["rope_theta"]
@@ -99,14 +111,14 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
       f"{place}: {config.n_heads} heads, {config.n_kv_heads} key/value heads of width "
       f"{config.head_dim} do not fit together; fetch the file again"
     )
-  # What a file says at the top counts less than what it says of the rope, but for this
-  # one (transformers' standardize_rope_params).
-  top = fields.get("original_max_position_embeddings")
-  own = {"original_max_position_embeddings": top} if top else {}
+  # A field of the rope section counts more than one of the same name beside it, except
+  # for this one (transformers' standardize_rope_params).
+  length = fields.get("original_max_position_embeddings")
+  original = {"original_max_position_embeddings": length} if length else {}
   return dataclasses.replace(
     config,
     windows=_windows(fields, family, config),
-    **_layer_ropes({**fields, **rope, **own}, family, config, place),
+    **_layer_ropes({**fields, **rope, **original}, family, config, place),
   )
 
 
@@ -115,8 +127,8 @@ def _number(
 ) -> Any:
   value = fields.get(name)
   value = default if value is None else value
-  good = isinstance(value, int if kind is int else int | float)
-  if not good or isinstance(value, bool) or not 0 < value < 2**63:
+  is_number = isinstance(value, int if kind is int else int | float)
+  if not is_number or isinstance(value, bool) or not 0 < value < 2**63:
     raise errors.UserError(
       f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
     )
@@ -125,8 +137,8 @@ def _number(
 
 def _check_lists(fields: families.Fields, layers: int, place: str) -> None:
   for name in ("layer_types", "no_rope_layers"):
-    given = fields.get(name)
-    if given is not None and (not isinstance(given, list) or len(given) < layers):
+    items = fields.get(name)
+    if items is not None and (not isinstance(items, list) or len(items) < layers):
       raise errors.UserError(
         f"{place}: {name} does not name each of the {layers} layers; fetch the file "
         "again"
@@ -139,7 +151,7 @@ def _windows(
   window, slides = fields.get("sliding_window"), family.slides
   if not window or slides is None or not fields.get("use_sliding_window", True):
     return ()
-  if window >= config.max_positions:  # limits nothing
+  if window >= config.max_positions:  # then it limits no layer
     return ()
   windows = tuple(
     window if slides(fields, layer) else 0 for layer in range(config.n_layers)
@@ -151,9 +163,14 @@ def _windows(
 
 
 def _rope_fields(fields: families.Fields) -> families.Fields:
-  """Of transformers 5 (`rope_parameters`) and 4 (`rope_scaling`), which wins there."""
+  """The fields of the rotary embedding.
+
+  transformers 5 writes `rope_parameters`, and transformers 4 `rope_scaling`. If a
+  config has both, transformers reads the second.
+  """
   rope = fields.get("rope_parameters") or {}
-  rope = rope.get("full_attention", rope)  # by kind of layer: the others are local
+  # If it has one section for each kind of layer, the other one is `_local_theta`'s.
+  rope = rope.get("full_attention", rope)
   scaling = dict(fields.get("rope_scaling") or {})
   if "type" in scaling:
     scaling.setdefault("rope_type", scaling["type"])
@@ -166,14 +183,14 @@ def _rope(
   config: transformer.DecoderConfig,
   place: str,
 ) -> rotary.Rope:
-  """The rotary embedding of layers that see everything.
+  """The rotary embedding of the layers without a window.
 
   The formulas are those of transformers/modeling_rope_utils.py.
   """
   from raft_jax.models import rotary
 
   kind = fields.get("rope_type") or fields.get("type") or "default"
-  kind = "longrope" if kind == "su" else kind  # the name in the first Phi-3 files
+  kind = "longrope" if kind == "su" else kind  # its name in the first Phi-3 files
   if kind not in family.ropes:
     raise errors.UserError(
       f"{place}: rope scaling {kind!r} is not supported; use a model without it"
@@ -218,15 +235,15 @@ def _rope(
 
 
 def _local_theta(fields: families.Fields, place: str) -> float:
-  """Of the layers with a window, where they have a rotary embedding of their own."""
-  own = (fields.get("rope_parameters") or {}).get("sliding_attention") or {}
-  if own.get("rope_type", "default") != "default":
+  """The base of the rotary embedding that only the layers with a window use."""
+  local = (fields.get("rope_parameters") or {}).get("sliding_attention") or {}
+  if local.get("rope_type", "default") != "default":
     raise errors.UserError(
-      f"{place}: rope scaling {own['rope_type']!r} of layers with a window is not "
+      f"{place}: rope scaling {local['rope_type']!r} of layers with a window is not "
       "supported; use a model without it"
     )
-  if own:
-    fields = {**fields, "rope_local_base_freq": own.get("rope_theta")}
+  if local:
+    fields = {**fields, "rope_local_base_freq": local.get("rope_theta")}
   return _number(fields, place, "rope_local_base_freq", float)
 
 
@@ -242,12 +259,12 @@ def _layer_ropes(
   main = _rope(fields, family, config, place)
   layers = range(config.n_layers)
   if "no_rope_layer_interval" in family.defaults:
-    still = dataclasses.replace(main, divisors=(math.inf,))
-    chosen = tuple(int(not families.turns(fields, layer)) for layer in layers)
-    return {"ropes": (main, still), "layer_ropes": chosen}
+    no_rotation = dataclasses.replace(main, divisors=(math.inf,))
+    indices = tuple(int(not families.has_rope(fields, layer)) for layer in layers)
+    return {"ropes": (main, no_rotation), "layer_ropes": indices}
   if "rope_local_base_freq" in family.defaults and family.slides is not None:
     local = rotary.Rope(_local_theta(fields, place))
     slides = family.slides
-    chosen = tuple(int(slides(fields, layer)) for layer in layers)
-    return {"ropes": (main, local), "layer_ropes": chosen}
+    indices = tuple(int(slides(fields, layer)) for layer in layers)
+    return {"ropes": (main, local), "layer_ropes": indices}
   return {"ropes": () if main == rotary.Rope(config.rope_theta) else (main,)}

@@ -15,8 +15,6 @@ import numpy as np
 
 Fields = dict[str, Any]
 """Hugging Face config fields, as in config.json."""
-Index = tuple[Any, ...]
-"""A slice for every axis; the first may be an array of row numbers."""
 
 
 class Name(NamedTuple):
@@ -38,6 +36,8 @@ class Family(NamedTuple):
     names: our path in the tree -> names in files.
     defaults: config fields that a config.json may leave out, as in transformers' class.
     only: config field -> supported values; other values are refused.
+    renamed: config field -> its name in this family's config.json, where that differs
+      from Llama's. `defaults`, `only` and `extra` use Llama's name.
     extra: config -> fields of `DecoderConfig` in which it differs from Llama; not those
       that `decoder_config` sets for every family.
     ropes: kinds of rotary scaling that are read.
@@ -50,6 +50,7 @@ class Family(NamedTuple):
   names: Mapping[str, Name]
   defaults: Mapping[str, Any]
   only: Mapping[str, tuple[Any, ...]]
+  renamed: Mapping[str, str] = {}
   extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
   ropes: tuple[str, ...] = ("default", "llama3")
   slides: Callable[[Fields, int], bool] | None = None
@@ -216,7 +217,7 @@ FAMILIES = {
     },
     only=_NO_BIAS,
     slides=_by_layer_type(
-      lambda fields, layer: not turns(fields, layer) and fields["use_sliding_window"]
+      lambda fields, layer: not has_rope(fields, layer) and fields["use_sliding_window"]
     ),
   ),
   "olmo2": Family(
@@ -292,11 +293,11 @@ FAMILIES = {
 }
 
 
-def turns(fields: Fields, layer: int) -> bool:
+def has_rope(fields: Fields, layer: int) -> bool:
   """Whether a layer has rotary positions at all."""
-  given = fields.get("no_rope_layers")
-  if given:
-    return bool(given[layer])
+  flags = fields.get("no_rope_layers")  # despite its name, 1 for layers with them
+  if flags:
+    return bool(flags[layer])
   interval = fields.get("no_rope_layer_interval")
   return not interval or (layer + 1) % interval != 0
 
@@ -331,75 +332,3 @@ def llama3_divisors(
     (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1
   )
   return tuple((1 / ((1 - share) / factor + share)).tolist())
-
-
-# --- Tensors --------------------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-  """One tensor in a file: its shape, how to read a block of it, and its type there."""
-
-  shape: tuple[int, ...]
-  read: Callable[[Index], np.ndarray]
-  dtype: str = "F32"
-
-
-class Piece(NamedTuple):
-  """One tensor that a file should hold: its name there, and where it is in our tree.
-
-  Attributes:
-    name: in the file.
-    paths: of the leaf, like ("layers/q",); of several where the tensor is fused.
-    layer: its row of the stacked leaves; None: it is the whole leaf.
-    rows: of each leaf in the tensor.
-    shape: of the tensor in the file.
-  """
-
-  name: str
-  paths: tuple[str, ...]
-  layer: int | None
-  rows: tuple[int, ...]
-  shape: tuple[int, ...]
-
-
-def file_names(family: Family, *, in_gguf: bool) -> dict[str, str]:
-  """Path in the tree -> name in GGUF files or in Hugging Face's."""
-  return {
-    path: name.gguf if in_gguf else name.hf for path, name in family.names.items()
-  }
-
-
-def pieces(leaves: Mapping[str, Any], names: Mapping[str, str]) -> list[Piece]:
-  """The tensors of a whole model, leaf by leaf and in order of layers.
-
-  Args:
-    leaves: path -> array, or anything with its shape.
-    names: from `file_names`.
-  """
-  groups: dict[str, tuple[str, ...]] = {names[path]: () for path in leaves}
-  for path, name in names.items():  # in order of the table, which is that of the rows
-    if path in leaves:
-      groups[name] += (path,)
-  result = []
-  for name, paths in groups.items():
-    stacked = "{}" in name
-    shapes = [tuple(leaves[path].shape)[stacked:] for path in paths]
-    rows = tuple(shape[0] for shape in shapes)
-    shape = (sum(rows), *shapes[0][1:])
-    layers = range(leaves[paths[0]].shape[0]) if stacked else (None,)
-    result += [Piece(name.format(i), paths, i, rows, shape) for i in layers]
-  return result
-
-
-def part(tensor: Stored, piece: Piece, path: str) -> Stored:
-  """The rows of one leaf in a tensor, which is all of them unless it is fused."""
-  if len(piece.paths) == 1:
-    return tensor
-  place = piece.paths.index(path)
-  start, count = sum(piece.rows[:place]), piece.rows[place]
-
-  def read(index: Index) -> np.ndarray:
-    first, stop, step = index[0].indices(count)
-    return tensor.read((slice(start + first, start + stop, step), *index[1:]))
-
-  return Stored((count, *tensor.shape[1:]), read)

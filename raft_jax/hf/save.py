@@ -19,7 +19,13 @@ from flax import traverse_util
 
 import raft_jax
 from raft_jax import errors
-from raft_jax.hf import decoder_config, families, peft_adapter
+from raft_jax.hf import (
+  decoder_config,
+  families,
+  model_source,
+  peft_adapter,
+  tensor_layout,
+)
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.runtime import interrupts
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 
   from raft_jax.models import transformer
 
-Shard = list[families.Piece]
+Shard = list[tensor_layout.Piece]
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -44,7 +50,7 @@ TOKENIZER_FILES = (
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 MARK = "raft_jax_version"
-"""The key by which a folder is known to be an earlier export."""
+"""The key that marks a folder as an earlier export."""
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -63,18 +69,19 @@ def save(
 ) -> None:
   """Writes a folder that transformers and vLLM load: weights, config, tokenizer, card.
 
-  Everything is written beside the target, each tensor read back and compared bit for
-  bit, synced to disk, and only then renamed. The config and tokenizer are the source's;
-  a folder's tokenizer files are copied byte for byte.
+  The files are written into a temporary folder beside the target. Each tensor is read
+  back and compared bit for bit, and all files are synced to disk; then the folder gets
+  its name. The config and the tokenizer are the source's; a folder's tokenizer files
+  are copied byte for byte.
 
   Args:
-    folder: the target. An existing one that is not empty is refused; `overwrite`
-      replaces it, and only if its config.json has the mark of an earlier `save`.
+    folder: the target. One that exists and is not empty is refused, except with
+      `overwrite` if an earlier `save` made it.
     params: tree as `transformer.shapes(config)`.
-    source: where the model came from, as for `load.resolve`.
+    source: of the model, as for `model_source.resolve`.
     dtype: of the written weights.
-    template: which chat template, as `model.chat_template`. Where it is not what the
-      source's own files say, it takes the place of all of theirs.
+    template: which chat template, as in `model.chat_template`. If the source's files
+      would give another one, it replaces all templates of theirs.
     thinking: whether the model was trained with thinking on. Otherwise the written
       template leaves no thinking part open.
     card: content of README.md.
@@ -86,12 +93,12 @@ def save(
   _check_target(target, overwrite, _wrote_model)
   if hf_load.load_config(source) != config:
     raise ValueError(f"the config is not that of {source}")
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   fields = hf_load.fields(path)
   tokenizer = hf_tokenizer.load(source, template, thinking=thinking)
-  family, kind = decoder_config.of(fields, source), hf_load.DTYPES[dtype]
+  family, kind = decoder_config.find_family(fields, source), hf_load.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
-  pieces = families.pieces(leaves, families.file_names(family, in_gguf=False))
+  pieces = tensor_layout.pieces(leaves, tensor_layout.file_names(family, in_gguf=False))
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
   with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
     _write_weights(temporary, leaves, plan, kind)
@@ -118,17 +125,17 @@ def save_adapter(
   card: str,
   overwrite: bool = False,
 ) -> None:
-  """Writes a folder that `peft.PeftModel.from_pretrained` lays over the base model.
+  """Writes a folder that `peft.PeftModel.from_pretrained` applies to the base model.
 
-  Written, compared and renamed as by `save`.
+  The files are written, compared and renamed as by `save`.
 
   Args:
-    folder: the target, as of `save`.
+    folder: the target, as for `save`.
     adapters: kernel -> {"a", "b"}, from `lora`.
     config: of the base model.
-    source: the base model, as for `load.resolve`.
-    base_name: what the adapter's config calls the base model.
-    template: the chat template that lies beside it; None for the base model's own.
+    source: the base model, as for `model_source.resolve`.
+    base_name: the base model's name in the adapter's config.
+    template: the chat template to write beside it; None for the base model's own.
     card: content of README.md.
 
   Raises:
@@ -153,10 +160,10 @@ def save_adapter(
 
 @contextlib.contextmanager
 def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
-  """A new folder beside the target, which takes its place once it is whole."""
+  """A new folder beside the target, which replaces it once it is complete."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  for left in target.parent.glob(f".{target.name}.tmp-*"):  # of a killed one
-    shutil.rmtree(left, ignore_errors=True)
+  for leftover in target.parent.glob(f".{target.name}.tmp-*"):  # of a killed export
+    shutil.rmtree(leftover, ignore_errors=True)
   free = shutil.disk_usage(target.parent).free
   if need > free:
     raise errors.UserError(
@@ -179,9 +186,12 @@ def _size(shard: Shard) -> int:
 
 
 def _plan_shards(
-  pieces: list[families.Piece], itemsize: int, limit: int
+  pieces: list[tensor_layout.Piece], itemsize: int, limit: int
 ) -> list[Shard]:
-  """Cuts the tensors into files of at most `limit` bytes (a tensor is never cut)."""
+  """Distributes whole tensors to files of at most `limit` bytes each.
+
+  A larger tensor has a file of its own.
+  """
   shards: list[Shard] = [[]]
   for piece in pieces:
     if shards[-1] and _size([*shards[-1], piece]) * itemsize > limit:
@@ -213,13 +223,13 @@ def _write_weights(
 def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   metadata = {"format": "pt", MARK: raft_jax.__version__}
   safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
-  path.chmod(0o644)  # the library makes it private to its writer
+  path.chmod(0o644)  # the library makes it readable to its owner only
   with safetensors.safe_open(path, framework="numpy") as written:
     for name, tensor in tensors.items():
       interrupts.check()
-      back = written.get_tensor(name)
-      if back.shape != tensor.shape or back.tobytes() != tensor.tobytes():
-        raise OSError(f"{path}: {name} was not written as it should be")
+      stored = written.get_tensor(name)
+      if stored.shape != tensor.shape or stored.tobytes() != tensor.tobytes():
+        raise OSError(f"{path}: {name} on disk differs from what was written")
 
 
 def _check_finite(path: str, leaf: np.ndarray) -> None:
@@ -235,13 +245,13 @@ def _host_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
   for paths, pieces in itertools.groupby(shard, lambda piece: piece.paths):
     interrupts.check()
-    whole = [np.asarray(leaves[path]) for path in paths]
-    for path, leaf in zip(paths, whole, strict=True):
+    arrays = [np.asarray(leaves[path]) for path in paths]
+    for path, leaf in zip(paths, arrays, strict=True):
       _check_finite(path, leaf)
     for piece in pieces:
-      parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in whole]
+      parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in arrays]
       tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
-      # safetensors writes the buffer as it lies, strides or not.
+      # safetensors writes the buffer as it is in memory and ignores strides.
       yield piece.name, np.ascontiguousarray(tensor, dtype)
 
 
@@ -256,8 +266,8 @@ def _write_config(
   dtype: str,
 ) -> None:
   # auto_map names files of code, which are not exported.
-  left = ("_name_or_path", "auto_map")
-  fields = {name: value for name, value in fields.items() if name not in left}
+  dropped = ("_name_or_path", "auto_map")
+  fields = {name: value for name, value in fields.items() if name not in dropped}
   fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
   fields["tie_word_embeddings"] = config.tie_embeddings
   _write_json(folder / "config.json", {**fields, MARK: raft_jax.__version__})
@@ -304,7 +314,7 @@ def _write_tokenizer(
 
 
 def _write_template(folder: pathlib.Path, template: str) -> None:
-  """Makes it the folder's only chat template."""
+  """Makes a chat template the only one of the folder."""
   shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
   (folder / "chat_template.json").unlink(missing_ok=True)
   file = folder / "tokenizer_config.json"
@@ -329,8 +339,11 @@ def _wrote_model(folder: pathlib.Path) -> bool:
 
 
 def _wrote_adapter(folder: pathlib.Path) -> bool:
-  """Whether an earlier `save_adapter` did. PEFT warns of a key that it does not know,
-  so that the mark lies in the weights' metadata."""
+  """Whether an earlier `save_adapter` wrote this folder.
+
+  The mark is in the metadata of the weights, because PEFT warns of a key of its config
+  that it does not know.
+  """
   file = folder / ADAPTER_FILE
   if not file.is_file():
     return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.hf import chat_template, gguf_file
+from raft_jax.hf import chat_template, gguf_file, model_source
 from raft_jax.hf import load as hf_load
 
 if TYPE_CHECKING:
@@ -18,10 +18,12 @@ class Splitter(NamedTuple):
   """How byte-level BPE cuts text before merging.
 
   Attributes:
-    digits: every digit stands alone.
-    regex: cut by this; None: by the GPT-2 pattern of `tokenizers`' ByteLevel.
-    nfc: text is normalised to NFC first.
-    ignore_merges: a piece that is a token is taken whole, whatever the merges say.
+    digits: whether every digit is a piece of its own.
+    regex: the pattern of the pieces; None for the GPT-2 pattern of `tokenizers`'
+      ByteLevel.
+    nfc: whether the text is normalised to NFC first.
+    ignore_merges: whether a piece that is in the vocabulary is one token without any
+      merges.
   """
 
   digits: bool = False
@@ -34,8 +36,9 @@ _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# `tokenizer.ggml.pre` -> what the tokenizer.json of the original models says: SmolLM2's
-# is Digits(individual) then ByteLevel, as in llama.cpp (LLAMA_VOCAB_PRE_TYPE_SMOLLM).
+# `tokenizer.ggml.pre` -> how the tokenizer.json of the original models cuts. SmolLM2's
+# has Digits(individual) and then ByteLevel, as in llama.cpp
+# (LLAMA_VOCAB_PRE_TYPE_SMOLLM).
 SPLITTERS = {
   "gpt-2": Splitter(),
   "smollm": Splitter(digits=True),
@@ -49,19 +52,19 @@ def load(
 ) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer that belongs to a model, from the same source.
 
-  From tokenizer.json of a folder, or built from GGUF metadata (byte-level BPE). Its
-  chat template is the one to use, and its prompts leave no thinking part open unless
-  thinking is on.
+  It is read from a folder's tokenizer.json, or built from GGUF metadata (byte-level
+  BPE). Its chat template is the chosen one, and leaves no thinking part open in a
+  prompt unless thinking is on.
 
   Args:
-    template: which chat template, as `model.chat_template`.
+    template: which chat template, as in `model.chat_template`.
     thinking: whether the model thinks before its answers.
 
   Raises:
-    UserError: it is absent, of a kind not supported, or another model's; or it has no
-      such chat template.
+    UserError: the tokenizer is missing, of a kind that is not supported, or that of
+      another model; or it has no such chat template.
   """
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
   chosen = chat_template.choose(tokenizer.chat_template, template, source)
   tokenizer.chat_template = chosen
@@ -73,14 +76,17 @@ def load(
 def changed_template(
   source: str, template: str | None, *, thinking: bool = False
 ) -> str | None:
-  """The chat template of `load`, where transformers would use another with the source's
-  files as they are; None where it would not."""
-  path = hf_load.resolve(source)
-  own = (_from_gguf(path) if path.is_file() else _from_folder(path)).chat_template
-  if isinstance(own, dict):
-    own = own.get("default")
-  used = load(source, template, thinking=thinking).chat_template
-  return None if used == own else str(used)
+  """The chat template of `load` if it is not the one in the source's files, else None.
+
+  With those files alone, transformers would then use another template.
+  """
+  path = model_source.resolve(source)
+  tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
+  default = tokenizer.chat_template
+  if isinstance(default, dict):
+    default = default.get("default")
+  chosen = load(source, template, thinking=thinking).chat_template
+  return None if chosen == default else str(chosen)
 
 
 def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
@@ -95,7 +101,7 @@ def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
     tokenizer = transformers.AutoTokenizer.from_pretrained(
       path, trust_remote_code=False, use_fast=True
     )
-  except Exception as error:  # each library below raises kinds of its own
+  except Exception as error:  # transformers and tokenizers raise many types
     reason = str(error).strip().split("\n")[0]
     raise errors.UserError(
       f"{path}: transformers cannot load this tokenizer ({reason}); fetch its files "
@@ -113,11 +119,12 @@ def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
 def _check_vocabulary(
   path: pathlib.Path, tokenizer: transformers.PreTrainedTokenizerFast
 ) -> None:
-  """Refuses a tokenizer whose ordinary tokens the embedding has no row for.
+  """Refuses a tokenizer with ordinary tokens for which the embedding has no row.
 
-  An added token may be beyond it, which is told where a text needs one: Gemma 3 1B has
-  the image token of its siblings (github.com/huggingface/transformers/issues/37011),
-  and padding is often added to the tokenizer alone.
+  Added tokens may lack a row; a text that needs such a token is refused later. Gemma 3
+  1B has the image token of the larger models
+  (github.com/huggingface/transformers/issues/37011), and padding is often added to the
+  tokenizer alone.
   """
   size = _vocab_size(path)
   if size is None:
@@ -136,14 +143,14 @@ def _check_vocabulary(
 
 
 def vocab_size(source: str) -> int | None:
-  """Rows of the model's embedding, as its config says; None where it does not."""
-  return _vocab_size(hf_load.resolve(source))
+  """Rows of the model's embedding; None if its config does not give them."""
+  return _vocab_size(model_source.resolve(source))
 
 
 def _vocab_size(path: pathlib.Path) -> int | None:
   fields = hf_load.fields(path)
   size = fields.get("vocab_size")
-  return size if isinstance(size, int) else None  # told when the config is read
+  return size if isinstance(size, int) else None  # `load_config` reports the fault
 
 
 def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
@@ -213,14 +220,15 @@ def eos_ids(
 ) -> tuple[int, ...]:
   """Ids that end an answer; the first is the one that ends an assistant turn.
 
-  In this order, without repeats: the token that follows an assistant's message in the
-  chat template, generation_config.json's and config.json's, the tokenizer's own, and
-  `<|endoftext|>` where it is a control token (a base model's end of document).
+  They come in this order, without repeats: the token that follows an assistant's
+  message in the chat template, those of generation_config.json and config.json, the
+  tokenizer's own, and `<|endoftext|>` if it is a control token (a base model's end of
+  document).
 
   Raises:
     UserError: the model has no row for the first.
   """
-  path = hf_load.resolve(source)
+  path = model_source.resolve(source)
   known: list[Any] = []
   if path.is_dir():
     for file in ("generation_config.json", "config.json"):
@@ -233,8 +241,8 @@ def eos_ids(
   for index, token in tokenizer.added_tokens_decoder.items():
     if token.special and token.content == "<|endoftext|>":
       known.append(index)
-  found = [_turn_end(source, tokenizer, known), *known]
-  ids = tuple(dict.fromkeys(i for i in found if i is not None))
+  candidates = [_turn_end(source, tokenizer, known), *known]
+  ids = tuple(dict.fromkeys(i for i in candidates if i is not None))
   size = _vocab_size(path)
   if size is None or not ids:
     return ids
@@ -254,8 +262,8 @@ def _turn_end(
 ) -> int | None:
   """Id of the control token that follows an assistant's message in the template.
 
-  Of several without a gap (an answer's end, then the turn's), the first that is known
-  to end one.
+  If several follow without a gap (the end of the answer, then of the turn), it is the
+  first that is in `known`, and else the first.
   """
   if not tokenizer.chat_template:
     return None
@@ -273,20 +281,20 @@ def _turn_end(
   if not written:
     raise errors.UserError(
       f"model {source}: the chat template leaves the answer out of a finished "
-      "conversation (some want contents in parts, as of images); choose another by "
-      "model.chat_template"
+      "conversation (some templates need contents as a list of parts); choose another "
+      "by model.chat_template"
     )
   rest = rest.lstrip()
   ends: list[int] = []
   while True:
-    found = [
+    matches = [
       (len(token.content), index, token.content)
       for index, token in tokenizer.added_tokens_decoder.items()
       if rest.startswith(token.content)
     ]
-    if not found:
+    if not matches:
       break
-    _, index, content = max(found)
+    _, index, content = max(matches)
     ends.append(index)
     rest = rest.removeprefix(content)
   return next((i for i in ends if i in known), ends[0] if ends else None)

@@ -1,8 +1,8 @@
 """The safetensors files of a model's folder: which they are, and what is in them.
 
-A folder holds `model.safetensors`, or shards and their index. Where it holds more than
-one set of weights, both are named and none is read. Other files are passed over as
-transformers does: `consolidated*.safetensors` (Mistral's own layout) and variants like
+A folder holds `model.safetensors`, or shards and their index. A folder with two sets of
+weights is refused, and the error names both. Like transformers, we ignore other files:
+`consolidated*.safetensors` (Mistral's own layout) and variants such as
 `model.fp16.safetensors`.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import safetensors
 
 from raft_jax import errors
-from raft_jax.hf import families
+from raft_jax.hf import tensor_layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ _VARIANT = re.compile(r"model\.[\w-]+\.safetensors(\.index\.json)?")
 _LFS = b"version https://git-lfs"
 
 Shards = Mapping[str, set[str] | None]
-"""Weight files and the tensors that each should hold (None: whatever is there)."""
+"""Weight files and the tensors that each should hold; None for any tensors."""
 
 
 # --- Which files ----------------------------------------------------------------------
@@ -45,7 +45,7 @@ def shards(folder: pathlib.Path, index: Mapping[str, Any] | None) -> Shards:
   """The files that make up the weights of a folder.
 
   Args:
-    index: the content of `model.safetensors.index.json`; None where there is none.
+    index: the content of `model.safetensors.index.json`; None if there is no such file.
 
   Raises:
     UserError: there are no weights, more than one set of them, or files and index do
@@ -62,8 +62,8 @@ def shards(folder: pathlib.Path, index: Mapping[str, Any] | None) -> Shards:
       f"weights ({SINGLE if listed is None else INDEX}); move one of them away, or "
       "merge the adapter (peft's merge_and_unload)"
     )
-  found: Shards = {SINGLE: None} if listed is None else listed
-  missing = sorted(file for file in found if file not in files)
+  expected: Shards = {SINGLE: None} if listed is None else listed
+  missing = sorted(file for file in expected if file not in files)
   if listed is not None and SINGLE in files and SINGLE not in listed:
     state = f", whose {_some(missing)} is missing" if missing else ""
     _refuse_two(folder, SINGLE, INDEX + state)
@@ -71,14 +71,14 @@ def shards(folder: pathlib.Path, index: Mapping[str, Any] | None) -> Shards:
     raise errors.UserError(
       f"{folder / INDEX}: missing shard {_some(missing)}; fetch the model again"
     )
-  # A shard of the same set that the index forgets is a fault of its tensors.
+  # A shard of the same set that is not in the index is read, too: `tensors` reports it.
   counts = {file.partition("-of-")[2] for file in listed or () if file != SINGLE}
-  forgotten = {p for p in parts if p.partition("-of-")[2] in counts} - found.keys()
-  others = [part for part in parts if part not in found and part not in forgotten]
-  if others:
-    _refuse_two(folder, SINGLE if listed is None else INDEX, _some(others))
-  _tell_variants(folder, tuple(sorted(filter(_VARIANT.fullmatch, files - {INDEX}))))
-  return {**found, **{part: set() for part in forgotten}}
+  unlisted = {p for p in parts if p.partition("-of-")[2] in counts} - expected.keys()
+  second = [part for part in parts if part not in expected and part not in unlisted]
+  if second:
+    _refuse_two(folder, SINGLE if listed is None else INDEX, _some(second))
+  _report_variants(folder, tuple(sorted(filter(_VARIANT.fullmatch, files - {INDEX}))))
+  return {**expected, **{part: set() for part in unlisted}}
 
 
 def _listed(path: pathlib.Path, index: Mapping[str, Any]) -> dict[str, set[str]]:
@@ -88,12 +88,12 @@ def _listed(path: pathlib.Path, index: Mapping[str, Any]) -> dict[str, set[str]]
       f"{path}: missing shard (the index is empty): it has no weight_map of tensors "
       "and their files; fetch it again"
     )
-  found: dict[str, set[str]] = {}
+  listed: dict[str, set[str]] = {}
   for name, file in weight_map.items():
     if not isinstance(file, str) or pathlib.PurePath(file).name != file:
       raise errors.UserError(f"{path}: {file!r} is not a file name; fetch it again")
-    found.setdefault(file, set()).add(name)
-  return found
+    listed.setdefault(file, set()).add(name)
+  return listed
 
 
 def _refuse_two(folder: pathlib.Path, first: str, second: str) -> None:
@@ -104,7 +104,7 @@ def _refuse_two(folder: pathlib.Path, first: str, second: str) -> None:
 
 
 @functools.cache
-def _tell_variants(folder: pathlib.Path, names: tuple[str, ...]) -> None:
+def _report_variants(folder: pathlib.Path, names: tuple[str, ...]) -> None:
   if names:
     print(
       f"{folder}: {_some(names)} is another variant of the weights and is not read",
@@ -113,9 +113,9 @@ def _tell_variants(folder: pathlib.Path, names: tuple[str, ...]) -> None:
 
 
 def _instead(folder: pathlib.Path, files: set[str], parts: Sequence[str]) -> str:
-  """What a folder without weights that can be read holds instead, and what to do."""
+  """What a folder without readable weights holds instead, and what to do."""
 
-  def those(pattern: str) -> list[str]:
+  def matching(pattern: str) -> list[str]:
     return sorted(name for name in files if re.fullmatch(pattern, name, re.IGNORECASE))
 
   single = folder / SINGLE
@@ -125,21 +125,21 @@ def _instead(folder: pathlib.Path, files: set[str], parts: Sequence[str]) -> str
     return "it is a folder; the weights are a file"
   if parts:
     return f"{_some(parts)} need their {INDEX}; fetch it too"
-  if those(r"adapter_model\.(safetensors|bin)"):
+  if matching(r"adapter_model\.(safetensors|bin)"):
     return (
       "it is a LoRA adapter; merge it into its base model (peft's merge_and_unload), "
       "and name the merged folder"
     )
-  if those(r"consolidated.*\.safetensors"):
+  if matching(r"consolidated.*\.safetensors"):
     return (
       "consolidated.safetensors is Mistral's own layout; fetch the model's Hugging "
       "Face files"
     )
-  if named := those(re.escape(SINGLE)) + those(_VARIANT.pattern):
+  if named := matching(re.escape(SINGLE)) + matching(_VARIANT.pattern):
     return f"rename {named[0]} to it if those are the weights you want"
-  if named := those(r".*\.safetensors"):
+  if named := matching(r".*\.safetensors"):
     return f"{_some(named)} is another file; name a folder that has one"
-  if named := those(r".*\.gguf"):
+  if named := matching(r".*\.gguf"):
     return f"name the GGUF file itself: {' or '.join(str(folder / n) for n in named)}"
   pickles = sorted(n for n in files if pathlib.PurePath(n).suffix.lower() in PICKLES)
   return f"only {pickles[0]}: {CONVERT}" if pickles else "name a folder that has one"
@@ -153,14 +153,14 @@ def _some(names: Sequence[str]) -> str:
 # --- What is in them ------------------------------------------------------------------
 
 
-def tensors(folder: pathlib.Path, files: Shards) -> dict[str, families.Stored]:
+def tensors(folder: pathlib.Path, files: Shards) -> dict[str, tensor_layout.Stored]:
   """The tensors by name, from the headers alone.
 
   Raises:
     UserError: a file is damaged, or holds other tensors than the index lists; both
       files are named.
   """
-  stored: dict[str, families.Stored] = {}
+  stored: dict[str, tensor_layout.Stored] = {}
   holders: dict[str, str] = {}
   for file in files:
     for name, tensor in _open(folder / file):
@@ -172,17 +172,17 @@ def tensors(folder: pathlib.Path, files: Shards) -> dict[str, families.Stored]:
       holders[name], stored[name] = file, tensor
   listed = {n: file for file, names in files.items() for n in names or ()}
   for name in sorted(listed.keys() | holders.keys()) if listed else ():
-    there, here = listed.get(name), holders.get(name)
-    if there != here and not (there is None and is_buffer(name, stored[name])):
+    expected, holder = listed.get(name), holders.get(name)
+    if expected != holder and not (expected is None and is_buffer(name, stored[name])):
       raise errors.UserError(
-        f"{folder / str(here or there)}: the index and this file disagree on {name}: "
-        f"{INDEX} lists it {f'in {there}' if there else 'nowhere'}, and "
-        f"{f'{here} holds it' if here else 'no file holds it'}; fetch both again"
+        f"{folder / str(holder or expected)}: the index and this file disagree on "
+        f"{name}: {INDEX} lists it {f'in {expected}' if expected else 'nowhere'}, and "
+        f"{f'{holder} holds it' if holder else 'no file holds it'}; fetch both again"
       )
   return stored
 
 
-def _open(path: pathlib.Path) -> Iterator[tuple[str, families.Stored]]:
+def _open(path: pathlib.Path) -> Iterator[tuple[str, tensor_layout.Stored]]:
   try:
     with path.open("rb") as file:
       pointer = file.read(len(_LFS)) == _LFS
@@ -195,20 +195,20 @@ def _open(path: pathlib.Path) -> Iterator[tuple[str, families.Stored]]:
     raise errors.UserError(
       f"{path}: damaged or truncated safetensors file ({error}); fetch it again"
     ) from error
-  for name in handle.keys():  # noqa: SIM118 (it is no mapping)
+  for name in handle.keys():  # noqa: SIM118 (it is not a mapping)
     piece = handle.get_slice(name)
     read = functools.partial(_read, path, name)
     shape = tuple(piece.get_shape())
-    yield name, families.Stored(shape, read, str(piece.get_dtype()))
+    yield name, tensor_layout.Stored(shape, read, str(piece.get_dtype()))
 
 
-def _read(file: pathlib.Path, name: str, index: families.Index) -> np.ndarray:
-  # Opened anew each time: what an open file has read stays in its memory map.
+def _read(file: pathlib.Path, name: str, index: tensor_layout.Index) -> np.ndarray:
+  # We open the file for each read: what an open file has read stays in memory.
   with safetensors.safe_open(file, framework="numpy") as handle:
     return handle.get_slice(name)[index]
 
 
-# --- Tensors that are no parameter ----------------------------------------------------
+# --- Tensors that are not parameters --------------------------------------------------
 
 
 _BUFFER = re.compile(
@@ -218,18 +218,18 @@ _BUFFER = re.compile(
 _MASK = re.compile(r"(.*\.)?(\w*attn|attention)\.(bias|masked_bias|causal_mask)")
 
 
-def is_buffer(name: str, tensor: families.Stored) -> bool:
-  """Whether a tensor holds what a model computes for itself: positions, masks."""
-  if _MASK.fullmatch(name):  # a bias of a projection has one axis
-    whole = len(tensor.shape) != 1 or tensor.shape == (1,)
-    return whole or tensor.dtype in ("BOOL", "U8")
+def is_buffer(name: str, tensor: tensor_layout.Stored) -> bool:
+  """Whether a tensor holds what a model can compute by itself: positions, masks."""
+  if _MASK.fullmatch(name):  # the bias of a projection has one axis and is a float
+    is_mask = len(tensor.shape) != 1 or tensor.shape == (1,)
+    return is_mask or tensor.dtype in ("BOOL", "U8")
   return bool(_BUFFER.fullmatch(name))
 
 
 class Kind(NamedTuple):
   """A kind of tensors that no supported model has, and what to do about them."""
 
-  called: str
+  description: str
   names: re.Pattern[str]
   remedy: str
 
@@ -272,15 +272,15 @@ _KINDS = (
 _UNKNOWN = "unexpected tensors"
 
 
-def strangers(
-  stored: Mapping[str, families.Stored], names: Iterable[str]
+def unexpected(
+  stored: Mapping[str, tensor_layout.Stored], names: Iterable[str]
 ) -> tuple[dict[str, list[str]], str | None]:
-  """Tensors that a model does not ask for, by what they are, and a remedy for them."""
-  found: dict[str, list[str]] = {}
+  """The tensors that a model does not have, by kind, and a remedy for the first."""
+  by_kind: dict[str, list[str]] = {}
   remedy = None
   for name in names:
     kind = next((kind for kind in _KINDS if kind.names.fullmatch(name)), None)
     shown = name if kind else f"{name} ({stored[name].dtype})"
-    found.setdefault(kind.called if kind else _UNKNOWN, []).append(shown)
+    by_kind.setdefault(kind.description if kind else _UNKNOWN, []).append(shown)
     remedy = remedy or (kind.remedy if kind else None)
-  return found, remedy
+  return by_kind, remedy

@@ -1,7 +1,7 @@
 """The functions that a transformer layer is made of: norm, projection, attention.
 
 Shapes: B rows, T queries, S keys, I inputs, O outputs, r rank, H query heads, N
-key/value heads, G query heads for each key/value head, h head width, L layers.
+key/value heads, G query heads for each key/value head, h head width.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from jax import Array
 
 Implementation = Literal["xla", "cudnn"]
 """Implementations of `jax.nn.dot_product_attention`."""
-KeyValues = dict[str, Array]
-"""Cache {"k", "v"} of all layers, each [L, B, S, N, h]."""
 
 
 def rms_norm(
@@ -96,25 +94,3 @@ def attention(
   share_BNGTS = jax.nn.softmax(scores_BNGTS, axis=-1).astype(v_BSNh.dtype)
   out_BTNGh = jnp.einsum("bngts,bsnh->btngh", share_BNGTS, v_BSNh)
   return out_BTNGh.reshape(batch, length, heads, width)
-
-
-def write_cache(
-  cache: KeyValues,
-  k_BTNh: Array,
-  v_BTNh: Array,
-  *,
-  layer: Array | int,
-  column: Array | int,
-) -> KeyValues:
-  """Writes keys and values in place at [layer, :, column:].
-
-  The cache of all layers is the carry of the scan over layers, so that a decode step
-  moves the data of one token and not the whole cache.
-  """
-  start = (layer, 0, column, 0, 0)
-  return {
-    name: jax.lax.dynamic_update_slice(
-      cache[name], new_BTNh[None].astype(cache[name].dtype), start
-    )
-    for name, new_BTNh in (("k", k_BTNh), ("v", v_BTNh))
-  }

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from raft_jax.models import partition, transformer
+from raft_jax.models import param_sharding, partition, transformer
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 """Names of a layer's linear projections in the parameter tree."""
@@ -33,7 +33,7 @@ def split(
 ) -> partition.Split:
   """The split that trains adapters of these kernels and nothing else."""
   start = functools.partial(init, key, config, kernels, rank)
-  axes = transformer.axes(config)["layers"]
+  axes = param_sharding.axes(config)["layers"]
 
   def freeze(base: transformer.Params) -> transformer.Params:
     # Derived from a parameter, so that it is on the same devices.

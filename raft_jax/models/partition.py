@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raft_jax.models import transformer
+from raft_jax.models import param_sharding, transformer
 
 
 class Split(NamedTuple):
@@ -21,7 +21,7 @@ class Split(NamedTuple):
 
   Attributes:
     shapes: the trainable tree, as `jax.ShapeDtypeStruct` leaves; float32.
-    axes: its logical axis names, for `sharding.tree`.
+    axes: logical axis names of the trainable tree, for `sharding.tree`.
     start: base model's parameters -> the trainable tree at step 0, in new buffers,
       because a step donates them.
     freeze: base model's parameters -> the frozen tree, in the same buffers; None if
@@ -41,7 +41,7 @@ def everything(config: transformer.DecoderConfig) -> Split:
   """Full fine-tuning: all parameters are trained."""
   return Split(
     shapes=transformer.shapes(config),
-    axes=transformer.axes(config),
+    axes=param_sharding.axes(config),
     start=lambda base: jax.tree.map(jnp.copy, base),
     freeze=None,
     trains_base=True,

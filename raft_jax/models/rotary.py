@@ -22,9 +22,10 @@ class Rope:
 
   Attributes:
     theta: base of the frequencies.
-    width: of the leading part of a head that is rotated; None: the whole head.
-    divisors: of the frequencies: none, one for all, or one for each. A frequency
-      divided by infinity does not rotate: (inf,) is a layer without positions.
+    width: how many leading dimensions of a head are rotated; None: all.
+    divisors: divisors of the frequencies: none, one for all, or one for each. A
+      frequency divided by infinity does not rotate: (inf,) is a layer without
+      positions.
     long_divisors: replace `divisors` in rows longer than `long_after` positions (Ding
       et al., "LongRoPE", arXiv 2402.13753). A row uses one of the two from its first
       token to its last, also while it is generated: the length that it may reach

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from raft_jax import vocab_head
-from raft_jax.models import sharding, transformer
+from raft_jax.models import kv_cache, param_sharding, sharding, transformer
 
-Forward = Callable[..., tuple[Array, dict[str, Array] | None]]
+Forward = Callable[..., tuple[Array, kv_cache.Cache | None]]
 """`transformer.forward` with the parameters and settings of a rollout."""
 Head = Callable[[Array], Array]
 """Hidden states [B, D] to logits [B, V]."""
@@ -44,8 +44,8 @@ class Rollout(NamedTuple):
     tokens_BR: int32; the pad id after a row's end.
     length_B: int32, number of tokens of each row, with the EOS that ends it.
     ended_B: whether the row sampled an EOS within the limit.
-    stats: for every token, if `generate` was given `top_tokens`; zeros after the last
-      token that was sampled.
+    stats: statistics of every token, if `generate` was given `top_tokens`; zeros after
+      the last token that was sampled.
   """
 
   tokens_BR: Array
@@ -71,15 +71,15 @@ class DecodeState(NamedTuple):
     logits_BV: float32, for the next token.
     tokens_BR: int32, the tokens sampled so far.
     done_B: whether the row has sampled an EOS.
-    cache: of keys and values; never None here, but `forward` also runs without one.
-    stats: as in `Rollout`.
+    cache: keys and values; never None here, but `forward` also runs without a cache.
+    stats: statistics so far, as in `Rollout`.
   """
 
   decided: Array
   logits_BV: Array
   tokens_BR: Array
   done_B: Array
-  cache: dict[str, Array] | None
+  cache: kv_cache.Cache | None
   stats: SamplerStats | None
 
 
@@ -195,14 +195,14 @@ def prefill(
   prompt_BP: Array,
   prompt_length_B: Array,
   *,
-  empty_cache: dict[str, Array],
+  empty_cache: kv_cache.Cache,
   pad_id: int,
   top_tokens: int,
 ) -> DecodeState:
   """Fills the cache with the prompts and computes the logits of the first token.
 
   Args:
-    empty_cache: from `transformer.init_cache`; as long as prompts and answers together.
+    empty_cache: result of `kv_cache.init`, as long as prompts and answers together.
   """
   batch, width = prompt_BP.shape
   column_S = jnp.arange(empty_cache["k"].shape[2])
@@ -258,7 +258,7 @@ def decode_rows(
       (prompt_length_B + state.decided)[:, None],
       (prompt_key_BS | decoded_S)[:, None, :],
       cache=state.cache,
-      cache_index=width + state.decided,
+      column=width + state.decided,
     )
     logits_BV = head(hidden_BTD[:, 0])
     return state._replace(decided=state.decided + 1, logits_BV=logits_BV, cache=cache)
@@ -309,8 +309,9 @@ def generate(
     prompt_BP: int32, right-padded; every row has at least one token.
     prompt_length_B: int32, number of tokens of each prompt.
     row_id_B: int32 ids; they give each row its own randomness.
-    seed: of the run, in 0..2³¹ - 1; `step`: of the optimizer.
-    temperature: of sampling; 0 is greedy.
+    seed: seed of the run, in 0..2³¹ - 1.
+    step: step of the optimizer.
+    temperature: sampling temperature; 0 is greedy.
     top_p: nucleus; 1 keeps every token.
     eos_ids: any of them ends a row (a hashable tuple).
     unroll: layers per iteration of the scan over layers; 0: no scan, see `unrolled`.
@@ -321,16 +322,17 @@ def generate(
   """
   batch, width = prompt_BP.shape
   # Cast and gathered once: inside the loop this would be repeated for every token.
-  params = transformer.gathered(params, config, dtype, apart=unroll == 0)
+  params = param_sharding.gathered(params, config, dtype, apart=unroll == 0)
   embedding_VD = transformer.output_embedding(params)
   head = functools.partial(
     vocab_head.head_logits, embedding_VD=embedding_VD, softcap=config.logit_softcap
   )
   reach_B = prompt_length_B + max_new_tokens
+  compute = transformer.Compute(dtype=dtype, unroll=unroll)
   run = functools.partial(
-    transformer.forward, params, config, reach_B=reach_B, dtype=dtype, unroll=unroll
+    transformer.forward, params, config, reach_B=reach_B, compute=compute
   )
-  cache = transformer.init_cache(config, batch, width + max_new_tokens, dtype)
+  cache = kv_cache.init(config, batch, width + max_new_tokens, dtype)
   first = prefill(
     run,
     head,

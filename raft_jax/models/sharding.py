@@ -132,7 +132,7 @@ def tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:
   """Shardings for a tree of arrays.
 
   Args:
-    axes: tree of tuples of logical axis names, such as `transformer.axes(config)`.
+    axes: tree of tuples of logical axis names, such as `param_sharding.axes(config)`.
     shapes: the same tree with `jax.ShapeDtypeStruct` or array leaves.
   """
   return jax.tree.map(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from raft_jax.models import layer_functions, rotary, sharding
+from raft_jax.models import kv_cache, layer_functions, rotary, sharding
 
 Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
@@ -113,20 +113,20 @@ class LayerInputs(NamedTuple):
   """What a layer reads beside its input and its parameters.
 
   Attributes:
-    rotation: of the layer's rotary embedding.
+    rotation: cosine and sine of the layer's rotary embedding.
     mask_BTS: True where a query may attend to a key.
     cache: keys and values of all layers; None without a cache.
     layer: index of this layer in the cache.
-    column: first column of the cache that this call writes.
-    implementation: of attention.
+    column: first column of the cache that this pass writes.
+    attention: implementation of attention.
   """
 
   rotation: rotary.Rotation
   mask_BTS: Array
-  cache: layer_functions.KeyValues | None
+  cache: kv_cache.Cache | None
   layer: Array | int
   column: Array | int
-  implementation: layer_functions.Implementation
+  attention: layer_functions.Implementation
 
 
 class Block(nnx.Module):
@@ -160,7 +160,7 @@ class Block(nnx.Module):
 
   def __call__(
     self, x_BTD: Array, lora: Params, inputs: LayerInputs
-  ) -> tuple[Array, layer_functions.KeyValues | None]:
+  ) -> tuple[Array, kv_cache.Cache | None]:
     """The layer's output and the updated cache."""
     attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, inputs)
     x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
@@ -190,7 +190,7 @@ class Block(nnx.Module):
 
   def attend(
     self, x_BTD: Array, lora: Params, inputs: LayerInputs
-  ) -> tuple[Array, layer_functions.KeyValues | None]:
+  ) -> tuple[Array, kv_cache.Cache | None]:
     """Self-attention, and the cache with this call's keys and values."""
     c = self.config
     q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
@@ -200,7 +200,7 @@ class Block(nnx.Module):
     k_BTNh = rotary.rotate(k_BTNh, *inputs.rotation)
     cache = inputs.cache
     if cache is not None:
-      cache = layer_functions.write_cache(
+      cache = kv_cache.write_layer(
         cache, k_BTNh, v_BTNh, layer=inputs.layer, column=inputs.column
       )
       k_BTNh = cache["k"][inputs.layer].astype(x_BTD.dtype)
@@ -212,7 +212,7 @@ class Block(nnx.Module):
       inputs.mask_BTS,
       scale=c.query_scale,
       softcap=c.attention_softcap,
-      implementation=inputs.implementation,
+      implementation=inputs.attention,
     )
     out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
     return layer_functions.project(out_BTI, self.o, lora.get("o")), cache
@@ -245,99 +245,9 @@ def shapes(config: DecoderConfig) -> Params:
   return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
-def axes(config: DecoderConfig) -> Params:
-  """Logical axis names of every parameter, for `sharding.tree`."""
-  wide, queries = ("layers", "embed"), ("layers", "heads")
-  keys, up = ("layers", "kv_heads"), ("layers", "mlp", "embed")
-  layers: dict[str, tuple[str, ...]] = {
-    "q": (*queries, "embed"),
-    "k": (*keys, "embed"),
-    "v": (*keys, "embed"),
-    "o": ("layers", "embed", "heads"),
-    "gate": up,
-    "up": up,
-    "down": ("layers", "embed", "mlp"),
-  }
-  if config.pre_norms:
-    layers |= {"attn_norm": wide, "mlp_norm": wide}
-  if config.post_norms:
-    layers |= {"attn_post_norm": wide, "mlp_post_norm": wide}
-  if config.qkv_bias:
-    layers |= {"q_bias": queries, "k_bias": keys, "v_bias": keys}
-  if config.qk_norm == "head":
-    layers |= dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim"))
-  if config.qk_norm == "projection":
-    layers |= {"q_norm": queries, "k_norm": keys}
-  names: Params = {
-    "embed": ("vocab", "embed"),
-    "final_norm": ("embed",),
-    "layers": layers,
-  }
-  if not config.tie_embeddings:
-    names["head"] = ("vocab", "embed")
-  return names
-
-
 def output_embedding(params: Params) -> Array:
   """The [V, D] matrix whose rows score the vocabulary."""
   return params["head"] if "head" in params else params["embed"]
-
-
-def gathered_head(params: Params, dtype: str) -> Array:
-  """`output_embedding` in `dtype`, gathered over `fsdp` once, before a loop."""
-  embedding_VD = output_embedding(params).astype(dtype)
-  return sharding.gathered(embedding_VD, "vocab", "embed")
-
-
-def gathered(
-  params: Params, config: DecoderConfig, dtype: str, *, apart: bool = False
-) -> Params:
-  """All parameters gathered over `fsdp` once, before a loop; kernels in `dtype`.
-
-  Vectors keep their dtype, because a norm adds its offset to the scale in float32.
-
-  Args:
-    apart: whether each layer has its own arrays: "layers" and the adapters are then
-      tuples with one tree for each layer.
-  """
-
-  def gather(leaf: Array, names: tuple[str, ...]) -> Array:
-    is_kernel = len(names) - ("layers" in names) > 1
-    return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
-
-  base_axes = axes(config)
-  base = {name: params[name] for name in base_axes}
-  adapters = {name: params[name] for name in params if name not in base_axes}
-  if apart:
-    # Before gathering, so that a gathered stack never exists beside its layers.
-    base["layers"] = _unstack(base["layers"], config)
-    layer_axes = {name: names[1:] for name, names in base_axes["layers"].items()}
-    base_axes["layers"] = (layer_axes,) * config.n_layers
-    adapters = {name: _unstack(tree, config) for name, tree in adapters.items()}
-  base = jax.tree.map(gather, base, base_axes)
-  return {**base, **jax.tree.map(sharding.everywhere, adapters)}
-
-
-def _unstack(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
-  """A tree of stacked leaves as one tree for each layer."""
-  return tuple(
-    jax.tree.map(operator.itemgetter(index), stacked)
-    for index in range(config.n_layers)
-  )
-
-
-def init_cache(
-  config: DecoderConfig, batch: int, length: int, dtype: str = "float32"
-) -> dict[str, Array]:
-  """Empty key/value cache {"k", "v"}, each [L, B, S, N, h].
-
-  Where the config reads key positions, also {"positions"}, int32 [B, S].
-  """
-  shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
-  cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-  if config.reads_key_positions:
-    cache["positions"] = jnp.zeros((batch, length), jnp.int32)
-  return cache
 
 
 @functools.lru_cache
@@ -351,11 +261,31 @@ def _apply_block(
   lora: Params,
   x_BTD: Array,
   inputs: LayerInputs,
-) -> tuple[Array, layer_functions.KeyValues | None]:
+) -> tuple[Array, kv_cache.Cache | None]:
   definition, state = _block_definition(config)
   state = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(state, layer_params)
   return nnx.merge(definition, state)(x_BTD, lora, inputs)
+
+
+class Compute(NamedTuple):
+  """How a forward pass is computed, whatever the network.
+
+  Attributes:
+    dtype: type of the activations.
+    remat: whether to recompute each layer in the backward pass.
+    unroll: layers per iteration of the scan over layers; 0: all.
+    attention: implementation of attention.
+  """
+
+  dtype: str = "float32"
+  remat: bool = False
+  unroll: int = 1
+  attention: layer_functions.Implementation = "xla"
+
+
+FLOAT32 = Compute()
+"""Float32 activations, one scan over the layers, nothing computed twice."""
 
 
 def forward(
@@ -365,74 +295,88 @@ def forward(
   positions_BT: Array,
   mask_BTS: Array,
   *,
-  cache: dict[str, Array] | None = None,
-  cache_index: Array | int = 0,
+  cache: kv_cache.Cache | None = None,
+  column: Array | int = 0,
   reach_B: Array | None = None,
-  dtype: str = "float32",
-  remat: bool = False,
-  unroll: int = 1,
-  implementation: layer_functions.Implementation = "xla",
-) -> tuple[Array, dict[str, Array] | None]:
+  compute: Compute = FLOAT32,
+) -> tuple[Array, kv_cache.Cache | None]:
   """Runs the decoder up to the final norm; `vocab_head` computes with the head.
 
   Args:
-    params: tree as `shapes(config)`, or the result of `gathered`. Float32 parameters
+    params: tree as `shapes(config)`, or from `param_sharding.gathered`; float32 leaves
       are cast layer by layer. Under "lora" there may be adapters, stacked like the
       kernels: name of a kernel -> the adapter that `layer_functions.project` takes.
     tokens_BT: int32 ids.
     positions_BT: int32 rotary positions; they may differ from the columns.
     mask_BTS: True where a query may attend to a key. S is the length of the cache, or T
       without a cache.
-    cache: from `init_cache`; this call's keys and values are written at columns
-      `cache_index` .. `cache_index + T`.
+    cache: keys and values of earlier passes; `kv_cache.init` makes an empty one.
+    column: first column of the cache that this pass writes; it writes T columns.
     reach_B: int32, the length that each row may reach while its cache is filled; read
-      if the rotary embedding depends on a row's length. None: the present length.
-    dtype: of the activations.
-    remat: whether to recompute each layer in the backward pass.
-    unroll: layers per iteration of the scan; 0 means all.
-    implementation: of attention.
+      if the rotary embedding depends on it. None: the present length.
+    compute: how the pass is computed.
 
   Returns:
-    hidden_BTD in `dtype`, and the updated cache (None without one).
+    hidden_BTD in `compute.dtype`, and the updated cache (None without one).
   """
-  x_BTD = params["embed"][tokens_BT].astype(dtype)
-  x_BTD = sharding.constrain(x_BTD, *ACTIVATION_AXES)
-  if config.embed_scale != 1.0:
-    x_BTD = x_BTD * jnp.asarray(config.embed_scale, dtype)
-  keys, cache = _key_positions(positions_BT, cache, cache_index)
-  ropes = config.ropes or (rotary.Rope(config.rope_theta),)
-  reach_B = _reach(keys, mask_BTS, reach_B) if config.reads_key_positions else None
-  rotations = [
-    rotary.rotation(rope, positions_BT, config.head_dim, reach_B) for rope in ropes
-  ]
+  x_BTD = _embed(params, config, tokens_BT, compute.dtype)
+  key_positions_BS, cache = kv_cache.write_positions(cache, positions_BT, column)
+  rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
-  distance_BTS = positions_BT[:, :, None] - keys[:, None, :]
+  distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
 
   def layer(carry, stacked):
-    x_BTD, kv = carry
-    layer_params, lora, index, data = stacked
+    (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
     rotation, layer_mask_BTS = rotations[0], mask_BTS
     if "rope" in data:
       rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
     if "window" in data:
       layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
-    inputs = LayerInputs(
-      rotation=rotation,
-      mask_BTS=layer_mask_BTS,
-      cache=kv,
-      layer=index,
-      column=cache_index,
-      implementation=implementation,
-    )
+    inputs = LayerInputs(rotation, layer_mask_BTS, kv, index, column, compute.attention)
     x_BTD, kv = _apply_block(config, layer_params, lora, x_BTD, inputs)
     return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), None
 
-  body = jax.checkpoint(layer) if remat else layer
-  kv = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-  x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, unroll)
+  body = jax.checkpoint(layer) if compute.remat else layer
+  kv = {name: cache[name] for name in ("k", "v")} if cache is not None else None
+  x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
   return _rms_norm(x_BTD, params["final_norm"], config), cache
+
+
+def _embed(
+  params: Params, config: DecoderConfig, tokens_BT: Array, dtype: str
+) -> Array:
+  """The input of the first layer, [B, T, D]."""
+  x_BTD = params["embed"][tokens_BT].astype(dtype)
+  x_BTD = sharding.constrain(x_BTD, *ACTIVATION_AXES)
+  if config.embed_scale != 1.0:
+    x_BTD = x_BTD * jnp.asarray(config.embed_scale, dtype)
+  return x_BTD
+
+
+def _rotations(
+  config: DecoderConfig,
+  positions_BT: Array,
+  key_positions_BS: Array,
+  mask_BTS: Array,
+  reach_B: Array | None,
+) -> list[rotary.Rotation]:
+  """The rotation of each of the config's rotary embeddings."""
+  ropes = config.ropes or (rotary.Rope(config.rope_theta),)
+  reach_B = (
+    _reach(key_positions_BS, mask_BTS, reach_B) if config.reads_key_positions else None
+  )
+  return [
+    rotary.rotation(rope, positions_BT, config.head_dim, reach_B) for rope in ropes
+  ]
+
+
+def _reach(key_positions_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
+  """Length of each row in positions, without padding, to which nothing attends."""
+  attended_BS = jnp.any(mask_BTS, axis=1)
+  length_B = jnp.max(jnp.where(attended_BS, key_positions_BS, 0), axis=1) + 1
+  return length_B if reach_B is None else jnp.maximum(length_B, reach_B)
 
 
 def _through_layers(
@@ -448,7 +392,7 @@ def _through_layers(
   if not isinstance(layers, tuple):
     stacked = layers, lora, jnp.arange(count), data
     return jax.lax.scan(body, carry, stacked, unroll=unroll or count)[0]
-  unstacked = zip(layers, lora or ({},) * count, range(count), _unstack(data, config))
+  unstacked = zip(layers, lora or ({},) * count, range(count), unstack(data, config))
   for layer_inputs in unstacked:
     carry, _ = body(carry, layer_inputs)
   return carry
@@ -464,23 +408,12 @@ def _layer_data(config: DecoderConfig) -> dict[str, Array]:
   return data
 
 
-def _key_positions(
-  positions_BT: Array, cache: dict[str, Array] | None, cache_index: Array | int
-) -> tuple[Array, dict[str, Array] | None]:
-  """Positions of all keys [B, S], and the cache with this call's positions."""
-  if cache is None or "positions" not in cache:
-    return positions_BT, cache
-  keys_BS = jax.lax.dynamic_update_slice(
-    cache["positions"], positions_BT.astype(jnp.int32), (0, cache_index)
+def unstack(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
+  """A tree of stacked leaves as one tree for each layer."""
+  return tuple(
+    jax.tree.map(operator.itemgetter(index), stacked)
+    for index in range(config.n_layers)
   )
-  return keys_BS, {**cache, "positions": keys_BS}
-
-
-def _reach(keys_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
-  """Length of each row in positions, without padding, to which nothing attends."""
-  attended_BS = jnp.any(mask_BTS, axis=1)
-  length_B = jnp.max(jnp.where(attended_BS, keys_BS, 0), axis=1) + 1
-  return length_B if reach_B is None else jnp.maximum(length_B, reach_B)
 
 
 def positions(valid_BT: Array) -> Array:

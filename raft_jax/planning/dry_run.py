@@ -24,7 +24,7 @@ from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
-from raft_jax.models import sharding, transformer
+from raft_jax.models import kv_cache, sharding, transformer
 from raft_jax.planning import hlo_cost, machines
 from raft_jax.training import programs as programs_lib
 from raft_jax.training import run_plan, step_memory
@@ -52,7 +52,7 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
     distill = config.distill.model_copy(update={"trajectory": "rollout"})
     config = config.model_copy(update={"distill": distill})
   plan = make_plan(config, machine)
-  if plan.settings.attention == "cudnn":
+  if plan.settings.compute.attention == "cudnn":
     machines.pretend_cudnn(machine)
   reference = step_memory.reference_shapes(plan)
   batch = step_memory.widest_batch(plan)
@@ -62,7 +62,7 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   rows = batch.row_id_B.sharding.shard_shape(batch.row_id_B.shape)[0]
   length = config.data.max_prompt_tokens + plan.rollouts.max_new_tokens
   cache = jax.eval_shape(
-    lambda: transformer.init_cache(plan.decoder, rows, length, plan.settings.dtype)
+    lambda: kv_cache.init(plan.decoder, rows, length, plan.settings.compute.dtype)
   )
   parameters = transformer.shapes(plan.decoder)
   return {
@@ -87,7 +87,18 @@ def make_plan(config: schema.Config, machine: machines.Machine) -> run_plan.RunP
   mesh = sharding.make_mesh(
     **config.mesh.model_dump(), devices=machines.devices(machine)
   )
-  run_plan.check(config, decoder, mesh)
+  distils = run_plan.uses_distillation(config.distill, config.balance)
+  layout = run_plan.batch_layout(
+    config.train.batch_size, config.replay, config.rollout, distils=distils
+  )
+  run_plan.check(
+    config.model,
+    decoder,
+    mesh,
+    top_k=config.distill.top_k if distils else None,
+    rows=layout.rows,
+    micro_batches=config.train.micro_batches,
+  )
   teacher_decoder = None
   if teacher_source is not None:
     teacher_decoder = hf_load.load_config(teacher_source, weights=False)
@@ -97,6 +108,7 @@ def make_plan(config: schema.Config, machine: machines.Machine) -> run_plan.RunP
     decoder,
     teacher_decoder,
     mesh,
+    batch_rows=layout.rows,
     widest=(
       batching.padded_width(limits.max_prompt_tokens),
       batching.padded_width(limits.max_answer_tokens),

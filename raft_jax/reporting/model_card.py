@@ -13,7 +13,7 @@ import yaml
 
 from raft_jax import errors
 from raft_jax.config import schema
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 from raft_jax.storage import sealed_folder, shards
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -128,7 +128,7 @@ def hub_name(source: str) -> str | None:
 
 def read_license(source: str) -> str | None:
   """The licence in the model card of the source folder, if it has one."""
-  path = hf_load.resolve(source) / "README.md"
+  path = model_source.resolve(source) / "README.md"
   if not path.is_file():
     return None
   parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
@@ -175,13 +175,18 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
+def read_scores(output: pathlib.Path) -> Mapping[str, Any]:
+  """What `evaluate` wrote into a run's folder; {} if it was not run."""
+  return _read_json(output / "evaluation" / "scores.json")
+
+
 def describe_scores(
   scores: Mapping[str, Any], step: int, edits: Mapping[str, Any]
 ) -> str:
   """The table of scores, or a sentence that this checkpoint was not evaluated.
 
   Args:
-    scores: as `evaluate` wrote them; {} if there are none.
+    scores: from `read_scores`.
     step: the step of the exported checkpoint.
     edits: how the checkpoint was edited, as `trained_model.edits` returns it.
   """
@@ -210,19 +215,32 @@ def describe_scores(
   return "\n".join(lines)
 
 
-def render(config: schema.Config, step: int, *, edits: Mapping[str, Any]) -> str:
+def render(
+  source: str,
+  *,
+  method: str,
+  adapter: bool,
+  step: int,
+  data: str,
+  hyperparameters: Mapping[str, Any],
+  scores: Mapping[str, Any],
+  edits: Mapping[str, Any],
+) -> str:
   """README.md of an exported folder, with the front matter of the hub.
 
   Args:
+    source: of the base model.
+    adapter: whether the folder holds a LoRA adapter alone.
     step: the step of the exported checkpoint.
+    data: from `describe_data`.
+    hyperparameters: the config's values under `HYPERPARAMETERS`.
+    scores: from `read_scores`.
     edits: how the checkpoint was edited, as `trained_model.edits` returns it.
   """
-  source, output = config.model.source, pathlib.Path(config.output)
-  adapter = config.export.adapter
   front_matter: dict[str, Any] = {
     "library_name": "peft" if adapter else "transformers",
     "pipeline_tag": "text-generation",
-    "tags": sorted({"raft", "raft_jax", config.method}),
+    "tags": sorted({"raft", "raft_jax", method}),
   }
   base = hub_name(source)
   if base is not None:
@@ -230,18 +248,16 @@ def render(config: schema.Config, step: int, *, edits: Mapping[str, Any]) -> str
   license_name = read_license(source)
   if license_name is not None:
     front_matter["license"] = license_name
-  hyperparameters = config.model_dump(mode="json", include=HYPERPARAMETERS)
-  scores = _read_json(output / "evaluation" / "scores.json")
   # The last part names the model; the whole path would tell of the user's machine.
   name = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
   return CARD.format(
     front_matter=yaml.safe_dump(front_matter, sort_keys=True),
-    name=f"{name}-{config.method}",
+    name=f"{name}-{method}",
     model=name,
-    method=config.method,
+    method=method,
     step=f"{step:,}",
     use=USE_ADAPTER if adapter else USE_MODEL,
-    data=describe_data(output, config.data.answers),
-    hyperparameters=yaml.safe_dump(hyperparameters, sort_keys=False),
+    data=data,
+    hyperparameters=yaml.safe_dump(dict(hyperparameters), sort_keys=False),
     evaluation=describe_scores(scores, step, edits),
   )

@@ -23,7 +23,7 @@ HINT = "run the same command again to continue"
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 SAME_S = 0.2
-"""Signals this close count as one: terminal and launcher may both send a Ctrl-C."""
+"""Signals within this time count as one: both terminal and launcher may send Ctrl-C."""
 
 received: list[int] = []
 """The first signal received while `listening`; empty if there was none."""
@@ -36,7 +36,7 @@ class _Process:
   Attributes:
     before: handlers that ours replaced; empty outside `listening`.
     children: processes that signals are passed on to.
-    noted_at: time of the first signal.
+    received_at: time of the first signal.
     terminated: exit status after SIGTERM.
     deferrals: number of open `deferred` contexts.
     handed_over: whether `hand_over` was called.
@@ -44,7 +44,7 @@ class _Process:
 
   before: dict[int, Any] = dataclasses.field(default_factory=dict)
   children: set[int] = dataclasses.field(default_factory=set)
-  noted_at: float = 0.0
+  received_at: float = 0.0
   terminated: int = 128 + signal.SIGTERM
   deferrals: int = 0
   handed_over: bool = False
@@ -68,7 +68,7 @@ def due() -> bool:
 
 
 def check() -> None:
-  """A safe point: nothing is lost if work stops here.
+  """Marks a safe point: nothing is lost if work stops here.
 
   Raises:
     Stopped: a signal was received.
@@ -79,7 +79,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-  """Within it `check` raises nothing; the caller reads `received` itself."""
+  """Keeps `check` from raising while it is open; the caller reads `received`."""
   _process.deferrals += 1
   try:
     yield
@@ -89,9 +89,10 @@ def deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(*, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
-  """Records signals within it; its end is a safe point. May be nested.
+  """Records signals while it is open; its end is a safe point. It may be nested.
 
-  A signal that was ignored before, as SIGINT in background jobs of a shell, stays so.
+  A signal that was ignored before stays ignored, such as SIGINT in the background jobs
+  of a shell.
 
   Args:
     terminated: exit status after SIGTERM.
@@ -108,7 +109,7 @@ def listening(*, terminated: int = 128 + signal.SIGTERM) -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing_on(child: int) -> Iterator[None]:
-  """Within it, received signals are also sent to a child process."""
+  """Sends signals to a child process, too, while it is open."""
   _process.children.add(child)
   try:
     yield
@@ -117,7 +118,7 @@ def passing_on(child: int) -> Iterator[None]:
 
 
 def hand_over() -> None:
-  """From now on, jax decides when all processes stop; no process may stop alone.
+  """Lets jax decide from now on when all processes stop; none may stop alone.
 
   jax handles SIGTERM and informs the other processes. A SIGINT is passed on to it.
   """
@@ -134,7 +135,7 @@ def handed_over() -> bool:
 
 
 def at_once(number: int, frame: object = None) -> None:
-  """Ends the process with one line; also a signal handler, while nothing can be lost.
+  """Ends the process with one line. It is also a handler while nothing can be lost.
 
   It does not raise, because an exception during an import prints a long traceback.
   """
@@ -174,19 +175,20 @@ def _read(pipe: int) -> None:
   with open(pipe, "rb", buffering=0) as signals:
     while number := signals.read(1):
       if number[0] in WATCHED:
-        _note(number[0])
+        _receive(number[0])
 
 
-def _note(number: int) -> None:
+def _receive(number: int) -> None:
+  """Records the first signal, passes it on, and ends the process at the second."""
   now = time.monotonic()
-  if received and now - _process.noted_at < SAME_S:
+  if received and now - _process.received_at < SAME_S:
     return
   for child in _process.children:
     with contextlib.suppress(OSError):
       os.kill(child, number)
   if received:
     at_once(number)
-  _process.noted_at = now
+  _process.received_at = now
   received.append(number)
   _say(
     "stopping after the current step, batch or compilation; send the signal again to "

@@ -165,7 +165,7 @@ def _message(at: str, item: Any, position: int) -> records.Message:
   if extra:  # dropping it would change the conversation
     known = ", ".join((*records.PLAIN, *FIELDS[role]))
     raise row_files.Fault(
-      f"`{at}` has {extra[0]!r}; a {role} turn may have {known} and nothing else"
+      f"`{at}` has {extra[0]!r}; a turn of role {role} may have {known} alone"
     )
   if role == "system" and position > 0:
     raise row_files.Fault(f"`{at}` is a system turn; only the first turn may be")

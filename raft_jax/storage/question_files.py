@@ -34,7 +34,7 @@ class Read(NamedTuple):
   questions: list[records.Question]
   places: dict[str, rejects_lib.Place]
   rejects: list[rejects_lib.Reject]
-  formats: Mapping[str, str]
+  formats: Mapping[str, str] = {}
 
 
 def read(

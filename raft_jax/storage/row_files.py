@@ -419,17 +419,24 @@ def _cells(batch: Any, i: int, others: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoded(value: Any, arrow_type: Any) -> Any:
-  """A value of Arrow's JSON type, which is kept as its text, at any depth."""
-  if "arrow.json" not in str(arrow_type) or value is None:
-    return value
+  """A value of Arrow, in which objects have no null fields and JSON texts are values.
+
+  All rows of a column have the same fields: those that a row did not have are null.
+  `datasets` keeps columns of mixed types as JSON texts.
+  """
   from pyarrow import types
 
+  if value is None:
+    return None
   if types.is_struct(arrow_type):
     fields = [arrow_type.field(i) for i in range(arrow_type.num_fields)]
-    return {field.name: _decoded(value[field.name], field.type) for field in fields}
+    present = [field for field in fields if value[field.name] is not None]
+    return {field.name: _decoded(value[field.name], field.type) for field in present}
   if types.is_list(arrow_type) or types.is_large_list(arrow_type):
     return [_decoded(item, arrow_type.value_type) for item in value]
-  return _parse(value.encode())
+  if getattr(arrow_type, "extension_name", "") == "arrow.json":
+    return _parse(value.encode())
+  return value
 
 
 # --- Rows -----------------------------------------------------------------------------

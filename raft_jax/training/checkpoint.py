@@ -21,13 +21,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from raft_jax import errors
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
 from raft_jax.storage import hub_datasets
+from raft_jax.training import tree_fingerprints
 
 FOLDER = "checkpoints"
 BEST = "best"
@@ -89,45 +89,11 @@ def _hush() -> None:
   logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
-@jax.jit
-def fingerprints(tree: Any) -> Any:
-  """Two wrap-around sums of the bits of each leaf, the second weighted by position.
-
-  They do not depend on the sharding; a flipped bit or swapped rows change them. uint32
-  [2] per leaf.
-  """
-
-  def of_leaf(leaf):
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-    # Flattening would gather arrays that are sharded over devices.
-    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-      along = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-      place += along * jnp.uint32(stride % 2**32)
-      stride *= leaf.shape[axis]
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (2 * place + 1))])
-
-  return jax.tree.map(of_leaf, tree)
-
-
-def named_fingerprints(tree: Any) -> dict[str, list[int]]:
-  """Fingerprints by the path of the leaf, ready for JSON."""
-  leaves = jax.tree_util.tree_leaves_with_path(distributed.to_host(fingerprints(tree)))
-  return {
-    # Simple names are the same for a NamedTuple and for the dict that Orbax restores.
-    jax.tree_util.keystr(path, simple=True, separator="/"): [
-      int(part) for part in value
-    ]
-    for path, value in leaves
-  }
-
-
 def save(orbax: Any, step: int, state: Any, identity: dict[str, Any]) -> None:
   """Starts to save `state` under `step`; returns when the arrays may be donated."""
   meta = {
     "identity": identity,
-    "fingerprints": named_fingerprints(state),
+    "fingerprints": tree_fingerprints.by_path(state),
     "sealed": True,
   }
   with _writable(orbax.directory):
@@ -205,7 +171,7 @@ def restore(
         state = orbax.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         ).state
-      check_fingerprints(folder, meta["fingerprints"], named_fingerprints(state))
+      check_fingerprints(folder, meta["fingerprints"], tree_fingerprints.by_path(state))
       return state, step
     except Damaged as damage:
       _step_back(orbax, folder, damage, on_corrupt)
@@ -313,7 +279,7 @@ def restore_params(
           ),
         ),
       ).state
-  check_fingerprints(place, meta["fingerprints"], named_fingerprints(restored))
+  check_fingerprints(place, meta["fingerprints"], tree_fingerprints.by_path(restored))
   return restored["params"], step
 
 

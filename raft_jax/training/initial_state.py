@@ -74,7 +74,7 @@ def start(
     source_teacher = load_params(
       str(config.distill.source),
       plan.teacher_decoder,
-      plan.settings.dtype,
+      plan.settings.compute.dtype,
       run_plan.param_shardings(plan.mesh, plan.teacher_decoder),
     )
   reference = reference_params(plan, base, source_teacher)
@@ -126,7 +126,7 @@ def reference_params(
     return step_lib.ReferenceParams({}, source_teacher, None)
   rounded = base
   if _reads_rounded_base(plan):
-    rounded = jax.tree.map(lambda leaf: _cast(leaf, plan.settings.dtype), base)
+    rounded = jax.tree.map(lambda leaf: _cast(leaf, plan.settings.compute.dtype), base)
   teacher = source_teacher
   if plan.frozen_teacher and plan.teacher_decoder is None:
     teacher = rounded
@@ -269,14 +269,20 @@ def placed(mesh: Any, batches: Any, title: str) -> Iterable[batching.Batch]:
 # --- Checkpoints ----------------------------------------------------------------------
 
 
-def checkpoint_tree(
-  plan: run_plan.RunPlan, state: step_lib.TrainState, replayer: mssr.Replayer | None
-) -> Any:
-  """What a checkpoint stores: the train state and, with adaptive replay, its memory."""
-  if replayer is None:
-    return state
-  memory = sharding.spread(sharding.replicated(plan.mesh), replayer.memory)
-  return {**state._asdict(), "memory": memory}
+def save(
+  checkpoints: Any,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  step: int,
+  state: step_lib.TrainState,
+  replayer: mssr.Replayer | None,
+) -> None:
+  """Starts to save the train state and, with adaptive replay, its memory."""
+  tree: Any = state
+  if replayer is not None:
+    memory = sharding.spread(sharding.replicated(plan.mesh), replayer.memory)
+    tree = {**state._asdict(), "memory": memory}
+  checkpoint.save(checkpoints, step, tree, inputs.identity)
 
 
 def restore(

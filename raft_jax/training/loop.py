@@ -23,11 +23,11 @@ from raft_jax.hf import chat
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed, interrupts
 from raft_jax.training import (
-  checkpoint,
   initial_state,
   metrics_log,
   run_inputs,
   run_plan,
+  step_schedule,
 )
 from raft_jax.training import programs as programs_lib
 
@@ -44,10 +44,7 @@ def train(
   log: metrics_log.RunLog,
   validate: Validate | None,
 ) -> int:
-  """Trains to the last step, or until a signal or the validation ends it.
-
-  Returns the number of steps done, the last of which has been saved in `checkpoints`.
-  """
+  """Trains until the last step, a signal or the validation; returns the steps saved."""
   schedule, state, done = plan.schedule, start.state, start.step
   replayer, build_teacher_context = start.replayer, context_builder(plan, inputs)
   stopwatch = programs_lib.Stopwatch()
@@ -56,16 +53,15 @@ def train(
   pending: programs_lib.Dispatched | None = None  # dispatched, but not read yet
   for step, batch in enumerate(batching.iterate(inputs.dataset, start_step=done), done):
     batch = batch if replayer is None else replayer.mix(step, batch)
-    gradient_stats = run_plan.takes_gradient_stats(schedule, step)
+    gradient_stats = step_schedule.takes_gradient_stats(schedule, step)
     compiles = is_new((*padded_widths(batch), gradient_stats), compiled)
-    timed = run_plan.times_phases(schedule, step) and not compiles
+    timed = step_schedule.times_phases(schedule, step) and not compiles
     if timed and pending is not None:  # or its wait would count as this step's
       log.write(done, read(pending))
       pending = None
 
     # Dispatch this step, then read the metrics of the one before it.
-    # A signal may end the first step, whose programs compile for long: there is nothing
-    # to save yet. Later steps are finished first.
+    # A signal may end the first step, which compiles for long and has nothing to save.
     with interrupts.deferred() if step > start.step else contextlib.nullcontext():
       state, dispatched = programs_lib.run_step(
         plan.programs,
@@ -82,8 +78,8 @@ def train(
     pending, done = dispatched, step + 1
 
     stopping = distributed.should_stop(done)  # the only check: once per step
-    validating = validate is not None and run_plan.validates(schedule, done)
-    saving = stopping or run_plan.saves(schedule, done)
+    validating = validate is not None and step_schedule.validates(schedule, done)
+    saving = stopping or step_schedule.saves(schedule, done)
     if validating or saving:
       # Read first: a step that is not finite must end here, before it is saved.
       metrics, pending = read(pending), None
@@ -95,8 +91,7 @@ def train(
       log.write(done, metrics)
     if saving or stopping:
       log.check()
-      tree = initial_state.checkpoint_tree(plan, state, replayer)
-      checkpoint.save(checkpoints, done, tree, inputs.identity)
+      initial_state.save(checkpoints, plan, inputs, done, state, replayer)
     if stopping:
       break
   return done

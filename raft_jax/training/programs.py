@@ -17,7 +17,7 @@ import optax
 from raft_jax.baselines import sdpo
 from raft_jax.config import schema
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.distillation import step as step_lib
 from raft_jax.models import partition, sampling, transformer
 from raft_jax.runtime import interrupts
@@ -39,7 +39,7 @@ class Programs(NamedTuple):
   """
 
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
-  roll_out: Callable[..., tuple[objective.Trajectory, jax.Array | None]] | None = None
+  roll_out: Callable[..., tuple[sequences.Trajectory, jax.Array | None]] | None = None
   score_teacher: Callable[..., objective.Support] | None = None
   teacher_params: Callable[..., transformer.Params] | None = None
 
@@ -58,7 +58,7 @@ class Dispatched(NamedTuple):
   step: int
   metrics: dict[str, Any]
   batch: batching.Batch
-  trajectory: objective.Trajectory | None
+  trajectory: sequences.Trajectory | None
   ended_B: jax.Array | None
   seconds: dict[str, float]
 
@@ -91,7 +91,7 @@ class PhaseClock:
 
 
 TeacherContextBuilder = Callable[
-  [batching.Batch, objective.Trajectory], sdpo.TeacherContext
+  [batching.Batch, sequences.Trajectory], sdpo.TeacherContext
 ]
 """Makes teacher contexts that depend on the rollouts; runs on the host."""
 
@@ -112,7 +112,7 @@ def run_step(
   update = functools.partial(programs.update, anchor=reference.anchor)
 
   if programs.roll_out is None or programs.score_teacher is None:
-    no_rollout = objective.empty_trajectory(len(batch.row_id_B))
+    no_rollout = sequences.empty_trajectory(len(batch.row_id_B))
     state, metrics = update(
       state, reference.frozen, batch, no_rollout, None, gradient_stats=False
     )
@@ -182,6 +182,39 @@ def rolls_out(share: float, *, seed: int, step: int) -> bool:
   return bool(np.random.default_rng((seed, step)).random() < share)
 
 
+def roll_out(
+  params: transformer.Params,
+  frozen: transformer.Params,
+  batch: batching.Batch,
+  step: int,
+  *,
+  settings: objective.Settings,
+  rollouts: Rollouts,
+) -> tuple[sequences.Trajectory, jax.Array | None]:
+  """The trajectory of a step; see `Programs.roll_out`."""
+  if not rolls_out(rollouts.share, seed=rollouts.seed, step=step):
+    return sequences.Trajectory(batch.answer_BA, batch.answer_length_B), None
+  rollout = sampling.generate(
+    partition.combine(frozen, params),
+    settings.decoder,
+    batch.prompt_BP,
+    batch.prompt_length_B,
+    batch.row_id_B,
+    seed=rollouts.seed,
+    step=step,
+    max_new_tokens=rollouts.max_new_tokens,
+    temperature=rollouts.temperature,
+    top_p=rollouts.top_p,
+    eos_ids=settings.eos_ids,
+    pad_id=rollouts.pad_id,
+    dtype=settings.compute.dtype,
+    unroll=settings.rollout_unroll,
+    top_tokens=settings.sampler_top_k,
+  )
+  trajectory = sequences.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.stats)
+  return trajectory, rollout.ended_B
+
+
 TEACHERS: dict[str, Callable[..., transformer.Params]] = {
   "base": lambda base, state, frozen: base,
   "live": lambda base, state, frozen: partition.combine(frozen, state.params),
@@ -217,40 +250,9 @@ def compile_programs(
   )
   if teacher is None:
     return Programs(update)
-
-  def roll_out(
-    params: transformer.Params,
-    frozen: transformer.Params,
-    batch: batching.Batch,
-    step: int,
-  ) -> tuple[objective.Trajectory, jax.Array | None]:
-    if not rolls_out(rollouts.share, seed=rollouts.seed, step=step):
-      return objective.Trajectory(batch.answer_BA, batch.answer_length_B), None
-    rollout = sampling.generate(
-      partition.combine(frozen, params),
-      settings.decoder,
-      batch.prompt_BP,
-      batch.prompt_length_B,
-      batch.row_id_B,
-      seed=rollouts.seed,
-      step=step,
-      max_new_tokens=rollouts.max_new_tokens,
-      temperature=rollouts.temperature,
-      top_p=rollouts.top_p,
-      eos_ids=settings.eos_ids,
-      pad_id=rollouts.pad_id,
-      dtype=settings.dtype,
-      unroll=settings.rollout_unroll,
-      top_tokens=settings.sampler_top_k,
-    )
-    trajectory = objective.Trajectory(
-      rollout.tokens_BR, rollout.length_B, rollout.stats
-    )
-    return trajectory, rollout.ended_B
-
   return Programs(
     update,
-    roll_out,
+    functools.partial(roll_out, settings=settings, rollouts=rollouts),
     jax.jit(functools.partial(objective.score_teacher, settings=settings)),
     TEACHERS[teacher],
   )

@@ -98,35 +98,80 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
   Raises:
     errors.UserError: naming the key that is wrong and what to do.
   """
-  train, distill = config.train, config.distill
-  distils = run_plan.uses_distillation(distill, config.balance)
-  decoder, teacher_decoder, tokenizer, mesh = read_networks(config, distils=distils)
+  train, distils = (
+    config.train,
+    run_plan.uses_distillation(config.distill, config.balance),
+  )
+  distill = config.distill if distils else None
+  networks = read_networks(
+    config.model,
+    config.lora,
+    config.mesh,
+    distill,
+    train.seed,
+    thinking=config.data.thinking == "keep",
+  )
+  decoder, teacher_decoder, tokenizer, mesh = networks
+  layout = run_plan.batch_layout(
+    train.batch_size, config.replay, config.rollout, distils=distils
+  )
+  run_plan.check(
+    config.model,
+    decoder,
+    mesh,
+    top_k=None if distill is None else distill.top_k,
+    rows=layout.rows,
+    micro_batches=train.micro_batches,
+  )
   examples = training_set.load(config, tokenizer, distil=distils)
   rows = [*examples.rows, *examples.replayed]
   longest = longest_row(
     rows,
-    distill if distils else None,
+    distill,
     new_tokens=config.rollout.max_new_tokens,
     context=config.data.max_teacher_tokens,
   )
   batching.check_positions(longest, config.model.source, decoder)
   if teacher_decoder is not None:
-    batching.check_positions(longest, str(distill.source), teacher_decoder)
+    batching.check_positions(longest, str(config.distill.source), teacher_decoder)
   widths = batching.widths(rows, config.data.buckets, batch_size=train.batch_size)
-  layout = run_plan.batch_layout(config)
-  seed, pad_id = train.seed, tokenizer.pad_id
-  dataset = make_dataset(train, examples, layout, widths, pad_id)
+  dataset = make_dataset(train, examples, layout, widths, tokenizer.pad_id)
   plan = run_plan.make_plan(
     config,
     decoder,
     teacher_decoder,
     mesh,
+    batch_rows=layout.rows,
     widest=widths[-1],
     total_steps=len(dataset),
     eos_ids=tokenizer.eos_ids,
-    pad_id=pad_id,
+    pad_id=tokenizer.pad_id,
   )
-  inputs = RunInputs(
+  inputs = make_inputs(config, tokenizer, examples, dataset, widths)
+  if distributed.is_primary():
+    run_lock.lock_config(config, "train", IDENTITY_KEYS)
+    rejects_file = pathlib.Path(config.output) / "rejects.jsonl"
+    rejects.write(rejects_file, examples.rejects)
+    rejects.report(examples.rejects, rejects_file)
+  warn_of_raw_context(distill)
+  return plan, inputs
+
+
+def make_inputs(
+  config: schema.Config,
+  tokenizer: chat.ChatTokenizer,
+  examples: training_set.TrainingSet,
+  dataset: Any,
+  widths: Sequence[batching.Widths],
+) -> RunInputs:
+  """What was read for a run, with the batches that probe the base model.
+
+  Args:
+    dataset: from `make_dataset`.
+    widths: padded widths of its batches.
+  """
+  seed, pad_id = config.train.seed, tokenizer.pad_id
+  return RunInputs(
     tokenizer=tokenizer,
     dataset=dataset,
     anchor_batches=anchor_batches(config.anchor, examples.general, seed, pad_id),
@@ -134,7 +179,7 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     replay=mssr.make_plan(
       config.replay,
       examples.replayed,
-      batch_size=train.batch_size,
+      batch_size=config.train.batch_size,
       seed=seed,
       pad_id=pad_id,
       widths=widths,
@@ -144,17 +189,10 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
       **model_identity(config.model.source, config.lora),
       "data": examples.digest,
       "tokenizer": tokenizer.digest,
-      **teacher_identity(distill.source),
+      **teacher_identity(config.distill.source),
       **dataset_identity(config.data, config.replay, config.anchor),
     },
   )
-  if distributed.is_primary():
-    run_lock.lock_config(config, "train", IDENTITY_KEYS)
-    rejects_file = pathlib.Path(config.output) / "rejects.jsonl"
-    rejects.write(rejects_file, examples.rejects)
-    rejects.report(examples.rejects, rejects_file)
-  warn_of_raw_context(distill if distils else None)
-  return plan, inputs
 
 
 def warn_of_raw_context(distill: schema.Distill | None) -> None:
@@ -200,29 +238,36 @@ class Networks(NamedTuple):
   mesh: Mesh
 
 
-def read_networks(config: schema.Config, *, distils: bool) -> Networks:
-  """Reads the models' configs and the tokenizer, and checks them against the config.
+def read_networks(
+  model: schema.Model,
+  lora: schema.Lora | None,
+  mesh_sizes: schema.Mesh,
+  distill: schema.Distill | None,
+  seed: int,
+  *,
+  thinking: bool,
+) -> Networks:
+  """Reads the models' configs and the tokenizer, and makes the mesh of devices.
+
+  Args:
+    distill: None if nothing is distilled.
+    seed: `train.seed`.
+    thinking: whether `data.thinking` is `keep`.
 
   Raises:
-    errors.UserError: they do not fit the config or the devices.
+    errors.UserError: a model cannot be read or trained, or the devices do not suffice.
   """
-  source = config.model.source
+  source = model.source
   decoder = hf_load.load_config(source)
   hf_load.check_params(source, decoder)
-  run_plan.make_split(config.lora, source, decoder, config.train.seed)  # checks lora
-  thinking = config.data.thinking == "keep"
-  tokenizer = chat.load(source, config.model.chat_template, thinking=thinking)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  run_plan.make_split(lora, source, decoder, seed)  # checks `lora`
+  tokenizer = chat.load(source, model.chat_template, thinking=thinking)
+  mesh = sharding.make_mesh(mesh_sizes.data, mesh_sizes.fsdp, mesh_sizes.tensor)
   teacher_decoder = None
-  if distils and config.distill.source is not None:
+  if distill is not None and distill.source is not None:
     teacher_decoder = read_teacher(
-      config.distill.source,
-      source,
-      tokenizer,
-      decoder,
-      template=config.model.chat_template,
+      distill.source, source, tokenizer, decoder, template=model.chat_template
     )
-  run_plan.check(config, decoder, mesh)
   return Networks(decoder, teacher_decoder, tokenizer, mesh)
 
 
@@ -314,7 +359,7 @@ def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, A
   """What all processes of a run must have in common, by name."""
   keys = [key for key in schema.Config.model_fields if key != "cluster"]
   content = {f"content of {name}": value for name, value in identity.items()}
-  return {**config_load.values(config, keys), **content}
+  return {**config_load.values(config, keys), **content, **distributed.versions()}
 
 
 # --- Probing batches ------------------------------------------------------------------

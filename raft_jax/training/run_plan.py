@@ -21,52 +21,16 @@ from raft_jax.data import batching
 from raft_jax.distillation import objective, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
-from raft_jax.models import lora, partition, sampling, sharding, transformer
-from raft_jax.training import optim
+from raft_jax.models import (
+  lora,
+  param_sharding,
+  partition,
+  sampling,
+  sharding,
+  transformer,
+)
+from raft_jax.training import optim, step_schedule
 from raft_jax.training import programs as programs_lib
-
-
-class StepSchedule(NamedTuple):
-  """At which steps a run does more than train.
-
-  Attributes:
-    gradient_stats_every: steps between two measurements of both gradients; 0: never.
-    gradient_stats_early: also measure at steps 1, 2, 4, ..., while the distillation
-      loss grows from 0.
-    validate_every: steps between two validations; None: never.
-  """
-
-  total_steps: int
-  checkpoint_every: int
-  gradient_stats_every: int
-  gradient_stats_early: bool
-  validate_every: int | None
-
-
-def takes_gradient_stats(schedule: StepSchedule, step: int) -> bool:
-  """Whether a step, counted from 0, takes each loss's own gradient."""
-  every = schedule.gradient_stats_every
-  if every == 0:
-    return False
-  early = schedule.gradient_stats_early and step < every and step & (step - 1) == 0
-  return step % every == 0 or early
-
-
-def times_phases(schedule: StepSchedule, step: int) -> bool:
-  """Whether a step, counted from 0, waits for each phase to time it."""
-  every = schedule.gradient_stats_every
-  return every > 0 and step % every == every // 2
-
-
-def validates(schedule: StepSchedule, done: int) -> bool:
-  """Whether to validate after `done` steps."""
-  every = schedule.validate_every
-  return every is not None and (done % every == 0 or done == schedule.total_steps)
-
-
-def saves(schedule: StepSchedule, done: int) -> bool:
-  """Whether to save a checkpoint after `done` steps."""
-  return done % schedule.checkpoint_every == 0 or done == schedule.total_steps
 
 
 class RunPlan(NamedTuple):
@@ -93,7 +57,7 @@ class RunPlan(NamedTuple):
   split: partition.Split
   settings: objective.Settings
   rollouts: programs_lib.Rollouts
-  schedule: StepSchedule
+  schedule: step_schedule.StepSchedule
   optimizer: optax.GradientTransformationExtraArgs
   rates: np.ndarray
   abstract_state: step.TrainState
@@ -127,7 +91,7 @@ class RunPlan(NamedTuple):
   def base_dtype(self) -> str:
     """The type in which the base model is loaded."""
     exact = self.split.trains_base or self.edits_base
-    return "float32" if exact else self.settings.dtype
+    return "float32" if exact else self.settings.compute.dtype
 
 
 def make_plan(
@@ -136,6 +100,7 @@ def make_plan(
   teacher_decoder: transformer.DecoderConfig | None,
   mesh: Mesh,
   *,
+  batch_rows: int,
   widest: batching.Widths,
   total_steps: int,
   eos_ids: tuple[int, ...],
@@ -161,27 +126,26 @@ def make_plan(
   abstract_state, shardings = state_shardings(mesh, split, optimizer)
   settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform(mesh))
   rollouts = make_rollouts(config.rollout, distill, train.seed, pad_id)
-  programs = programs_lib.compile_programs(
-    settings,
-    rollouts,
-    optimizer=optimizer,
-    balancer=balancer,
-    state_shardings=shardings,
-    teacher=distill.teacher if distils else None,
-  )
   edits = config.prune is not None or config.interpolate is not None
   return RunPlan(
     mesh=mesh,
     split=split,
     settings=settings,
     rollouts=rollouts,
-    schedule=make_schedule(train, config.balance, validation, total_steps),
+    schedule=step_schedule.make(train, config.balance, validation, total_steps),
     optimizer=optimizer,
     rates=np.asarray(jax.vmap(rate)(jnp.arange(total_steps))),
     abstract_state=abstract_state,
     state_shardings=shardings,
-    programs=programs,
-    batch_rows=batch_layout(config).rows,
+    programs=programs_lib.compile_programs(
+      settings,
+      rollouts,
+      optimizer=optimizer,
+      balancer=balancer,
+      state_shardings=shardings,
+      teacher=distill.teacher if distils else None,
+    ),
+    batch_rows=batch_rows,
     widest=widest,
     siblings=make_siblings(distill, config.rollout, config.data) if distils else None,
     leak_phrases=teacher_prompts.leak_phrases(distill.teacher_context),
@@ -189,22 +153,6 @@ def make_plan(
     anchored=optim.reads_anchor(config.anchor, config.recadam),
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
     edits_base=validation is not None and edits,
-  )
-
-
-def make_schedule(
-  train: schema.Train,
-  balance: schema.Balance,
-  validation: schema.Validation | None,
-  total_steps: int,
-) -> StepSchedule:
-  """At which steps a run does more than train."""
-  return StepSchedule(
-    total_steps=total_steps,
-    checkpoint_every=train.checkpoint_every,
-    gradient_stats_every=train.gradient_stats_every,
-    gradient_stats_early=balance.mode == "gradient_norm",
-    validate_every=None if validation is None else validation.every,
   )
 
 
@@ -239,18 +187,22 @@ def make_settings(
   device_platform: str,
 ) -> objective.Settings:
   """The values of a step that are fixed for a run."""
-  model, distill, unroll = config.model, config.distill, config.model.unroll
+  model, train, distill = config.model, config.train, config.distill
   return objective.Settings(
     decoder=decoder,
     eos_ids=eos_ids,
-    dtype=model.dtype,
-    remat=model.remat,
-    unroll=unroll,
-    attention=model.attention,
-    rollout_unroll=sampling.unrolled(config.rollout.unroll, unroll, device_platform),
-    micro_batches=config.train.micro_batches,
-    cross_entropy=config.train.cross_entropy,
-    loss_mean=config.train.loss_mean,
+    compute=transformer.Compute(
+      dtype=model.dtype,
+      remat=model.remat,
+      unroll=model.unroll,
+      attention=model.attention,
+    ),
+    rollout_unroll=sampling.unrolled(
+      config.rollout.unroll, model.unroll, device_platform
+    ),
+    micro_batches=train.micro_batches,
+    cross_entropy=train.cross_entropy,
+    loss_mean=train.loss_mean,
     top_k=distill.top_k,
     support=distill.support,
     max_importance=distill.max_importance,
@@ -308,38 +260,51 @@ class BatchLayout(NamedTuple):
     return (self.questions + self.replayed) * self.group
 
 
-def batch_layout(config: schema.Config) -> BatchLayout:
+def batch_layout(
+  questions: int,
+  replay: schema.Replay | None,
+  rollout: schema.Rollout,
+  *,
+  distils: bool,
+) -> BatchLayout:
   """The rows of a batch, by kind.
 
   Raises:
     errors.UserError: the share of replayed rows is not a whole number of them.
   """
-  size, replay, replayed = config.train.batch_size, config.replay, 0
+  replayed = 0
   if replay is not None and not mssr.is_adaptive(replay):
-    replayed = batching.count_replays(size, replay.share)
-  distils = uses_distillation(config.distill, config.balance)
-  return BatchLayout(size, replayed, config.rollout.group if distils else 1)
+    replayed = batching.count_replays(questions, replay.share)
+  return BatchLayout(questions, replayed, rollout.group if distils else 1)
 
 
 def check(
-  config: schema.Config, decoder: transformer.DecoderConfig, mesh: Mesh
+  model: schema.Model,
+  decoder: transformer.DecoderConfig,
+  mesh: Mesh,
+  *,
+  top_k: int | None,
+  rows: int,
+  micro_batches: int,
 ) -> None:
   """Checks a config against its model and mesh, before weights or rows are read.
+
+  Args:
+    top_k: tokens on which teacher and student are compared; None if nothing is
+      distilled.
+    rows: of every batch, from `batch_layout`.
 
   Raises:
     errors.UserError: they do not fit together.
   """
-  source, top_k = config.model.source, config.distill.top_k
-  distils = uses_distillation(config.distill, config.balance)
-  if distils and top_k > decoder.vocab_size:
+  if top_k is not None and top_k > decoder.vocab_size:
     raise errors.UserError(
-      f"distill.top_k: {top_k} is larger than the vocabulary of {source} "
+      f"distill.top_k: {top_k} is larger than the vocabulary of {model.source} "
       f"({decoder.vocab_size}); lower it"
     )
-  if config.model.attention == "cudnn":
-    check_cudnn(source, decoder, mesh)
-  parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.micro_batches
-  rows = batch_layout(config).rows
+  if model.attention == "cudnn":
+    check_cudnn(model.source, decoder, mesh)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
   if rows % parts:
     raise errors.UserError(
       f"train.batch_size: {rows} rows (with replay and rollout.group) do not "
@@ -378,7 +343,7 @@ def param_shardings(
   mesh: Mesh, decoder: transformer.DecoderConfig
 ) -> transformer.Params:
   """Shardings of all parameters of a model."""
-  return sharding.tree(mesh, transformer.axes(decoder), transformer.shapes(decoder))
+  return sharding.tree(mesh, param_sharding.axes(decoder), transformer.shapes(decoder))
 
 
 def state_shardings(

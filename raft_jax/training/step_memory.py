@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from raft_jax import errors
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import sequences
 from raft_jax.distillation import step as step_lib
 from raft_jax.models import sharding, transformer
 from raft_jax.training import initial_state, run_plan
@@ -48,7 +48,7 @@ def reference_shapes(plan: run_plan.RunPlan) -> step_lib.ReferenceParams:
 
   source_teacher = None
   if plan.frozen_teacher and plan.teacher_decoder is not None:
-    source_teacher = shapes(plan.teacher_decoder, plan.settings.dtype)
+    source_teacher = shapes(plan.teacher_decoder, plan.settings.compute.dtype)
   base = shapes(plan.decoder, plan.base_dtype)
   return initial_state.reference_params(plan, base, source_teacher)
 
@@ -102,7 +102,7 @@ def check(plan: run_plan.RunPlan) -> None:
     return
   needed = step_bytes(plan)
   if needed > available:
-    recompute = "" if plan.settings.remat else "set model.remat=true, "
+    recompute = "" if plan.settings.compute.remat else "set model.remat=true, "
     raise errors.UserError(
       f"memory: a step takes at least {needed / 2**30:.1f} GiB, and this machine has "
       f"{available / 2**30:.1f} GiB; {recompute}raise train.micro_batches (now "
@@ -153,7 +153,7 @@ def compile_update(
   """Compiles the update of a run's widest batch."""
   state, batch, programs = plan.abstract_state, widest_batch(plan), plan.programs
   roll_out, score_teacher = programs.roll_out, programs.score_teacher
-  trajectory = objective.empty_trajectory(plan.batch_rows)
+  trajectory = sequences.empty_trajectory(plan.batch_rows)
   support = None
   if roll_out is not None and score_teacher is not None:
     step = first_rollout_step(plan)

@@ -9,7 +9,7 @@ import pytest
 
 from raft_jax.baselines import sdpo
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sampling
 from raft_jax.storage import records
@@ -43,7 +43,7 @@ def teacher_context(codec, answers, max_tokens, success=0.5):
   question = [records.Message("user", f"Question {i}?") for i in range(2)]
   return sdpo.build_teacher_context(
     batching.Batch(nothing, lengths, nothing, lengths, nothing, lengths, rows),
-    objective.Trajectory(jnp.array(tokens), lengths),
+    sequences.Trajectory(jnp.array(tokens), lengths),
     tokenizer=codec,
     questions_by_row={i: ((question[i],), "alpha beta gamma delta") for i in range(2)},
     siblings=sdpo.Siblings(group=3, success=success, max_tokens=max_tokens),
@@ -108,7 +108,7 @@ def test_one_steps_loss_in_float64():
   off_RB = np.random.default_rng(0).normal(0.7, 1, rollout.tokens_BR.shape)
   before = rollout.stats.log_prob_BR - off_RB.astype(np.float32)
   seen = rollout.stats._replace(log_prob_BR=before)
-  trajectory = objective.Trajectory(rollout.tokens_BR, length_B, seen)
+  trajectory = sequences.Trajectory(rollout.tokens_BR, length_B, seen)
   settings = tiny_step.SETTINGS._replace(
     **{
       "cross_entropy": False,

@@ -63,15 +63,15 @@ def main() -> None:
 
   parse, hlo_cost.parse = hlo_cost.parse, keep
   dry_run.measure(config_load.load(folder / "run.yaml", without_data=True), "cpu:8")
-  found = {}
+  counts = {}
   for name, text in zip(("rollout", "teacher", "update"), texts, strict=True):
     sent = hlo_cost.collectives(parse(text), 8)
     shapes = {shape for one in sent for shape in re.findall(r"\[([\d,]*)\]", one.type)}
-    found[name] = {
+    counts[name] = {
       "kinds": sorted({one.kind for one in sent}),
       "shapes": [[int(n) for n in shape.split(",") if n] for shape in sorted(shapes)],
     }
-  print(json.dumps(found))
+  print(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def replan(run: schema.Config, plan: run_plan.RunPlan) -> run_plan.RunPlan:
     plan.decoder,
     plan.teacher_decoder,
     plan.mesh,
+    batch_rows=plan.batch_rows,
     widest=plan.widest,
     total_steps=plan.schedule.total_steps,
     eos_ids=plan.settings.eos_ids,

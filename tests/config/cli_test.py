@@ -120,10 +120,10 @@ def test_a_second_signal_ends_the_process_in_the_middle_of_work(tmp_path, blows)
 def test_a_signal_sent_twice_at_once_is_one(tmp_path):
   # As by a terminal and by a launcher that passes on what it gets.
   blows = [signal.SIGTERM] * 2
-  found = struck_once_ready(
+  outcome = struck_once_ready(
     STAGE.replace("0.01", "0.5"), tmp_path, *blows, after_s=0.02
   )
-  assert found == (143, NOTED + HINT)
+  assert outcome == (143, NOTED + HINT)
 
 
 SWALLOWERS = {

@@ -28,13 +28,13 @@ def test_those_nearest_to_the_centres_stand_for_their_clusters(keep):
   rng = np.random.default_rng(0)
   true = rng.permutation(np.repeat([0, 1, 2], [30, 20, 10]))
   points = 50 * np.eye(8)[true] + rng.normal(size=(60, 8))
-  found = clusters.representatives(
+  selection = clusters.representatives(
     points.astype(np.float32), cluster_count=3, keep=keep, seed=0
   )
   names = {}
-  for label, blob in zip(found.cluster_N, true, strict=True):
+  for label, blob in zip(selection.cluster_N, true, strict=True):
     assert names.setdefault(label, blob) == blob
-  expected, counts = set(), collections.Counter(true[found.chosen].tolist())
+  expected, counts = set(), collections.Counter(true[selection.chosen].tolist())
   for blob, size in enumerate([30, 20, 10]):
     exact = min(keep, 60) * size / 60
     assert abs(counts[blob] - exact) < 1
@@ -42,14 +42,14 @@ def test_those_nearest_to_the_centres_stand_for_their_clusters(keep):
     centre = sum(points[i] for i in members) / size
     members.sort(key=lambda i: float(((points[i] - centre) ** 2).sum()))
     expected.update(members[: counts[blob]])
-  assert set(found.chosen) == expected
-  assert found.chosen == sorted(found.chosen)
+  assert set(selection.chosen) == expected
+  assert selection.chosen == sorted(selection.chosen)
 
 
 def test_fewer_different_rows_than_clusters():
   rows = np.array([[1.0, 0], [0, 1], [1, 0], [1, 0]])
   with np.errstate(all="raise"):
-    found = clusters.representatives(rows, cluster_count=20, keep=2, seed=0)
+    selection = clusters.representatives(rows, cluster_count=20, keep=2, seed=0)
   # 3 and 1 rows share 2: 1.5 and 0.5, of which one is rounded up.
-  assert len(found.chosen) == 2
-  assert found.cluster_N[0] == found.cluster_N[2] == found.cluster_N[3]
+  assert len(selection.chosen) == 2
+  assert selection.cluster_N[0] == selection.cluster_N[2] == selection.cluster_N[3]

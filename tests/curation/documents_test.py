@@ -88,9 +88,9 @@ def test_every_kind_of_document_is_read_in_order(tmp_path):
   (tmp_path / ".git").mkdir()
   (tmp_path / ".git/config.txt").write_text("hidden")
   (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-  found, unusable = documents.read(str(tmp_path), domain="law")
+  parsed, unusable = documents.read(str(tmp_path), domain="law")
   # printf 'é\n' | sha256sum | cut -c1-16, and the same of p
-  assert found == [
+  assert parsed == [
     documents.Document("a.MD", "law", "# Law", True),
     documents.Document("b.txt", "law", "A tort.\nA wrong.\nEnd.\n"),
     documents.Document("7", "law", "seven"),
@@ -126,8 +126,8 @@ def test_what_is_no_document_is_listed_with_its_reason(
 ):
   (tmp_path / name).write_bytes(content)
   (tmp_path / "good.txt").write_text("A tort is a civil wrong.")
-  found, (row,) = documents.read(str(tmp_path))
-  assert [document.id for document in found] == ["good.txt"]
+  parsed, (row,) = documents.read(str(tmp_path))
+  assert [document.id for document in parsed] == ["good.txt"]
   assert (row["what"], row["reason"]) == ("document", reason)
   assert re.search(detail, row["detail"])
   assert row["document"].split(":")[0] == name
@@ -136,8 +136,8 @@ def test_what_is_no_document_is_listed_with_its_reason(
 def test_a_row_may_stand_twice_but_an_id_may_not_stand_for_two_texts(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_bytes(_lines({"text": "one"}, {"text": "one"}, {"id": "x", "text": "y"}))
-  found, (row,) = documents.read(str(path))
-  assert len(found) == 2
+  parsed, (row,) = documents.read(str(path))
+  assert len(parsed) == 2
   assert (row["reason"], row["document"]) == ("duplicate", "rows.jsonl:2")
   path.write_bytes(_lines({"id": "x", "text": "one"}, {"id": "x", "text": "two"}))
   with pytest.raises(errors.UserError, match=r"'x' stands .* rows.jsonl:1 and .*:2"):

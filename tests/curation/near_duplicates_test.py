@@ -22,9 +22,9 @@ def test_near_duplicates_are_those_of_a_brute_force_search(threshold):
   dice.shuffle(texts)
   expected = brute_force_duplicates.find(texts, threshold)
   assert 10 < sum(j is not None for j in expected) < 200
-  found = near_duplicates.find(texts, threshold)
-  assert [match and match.earlier for match in found] == expected
-  for text, match in zip(texts, found, strict=True):
+  matches = near_duplicates.find(texts, threshold)
+  assert [match and match.earlier for match in matches] == expected
+  for text, match in zip(texts, matches, strict=True):
     if match is not None:
       mine = brute_force_duplicates.grams(text)
       theirs = brute_force_duplicates.grams(texts[match.earlier])

@@ -74,13 +74,13 @@ class Script:
 
   def __init__(self, reply):
     self.reply = reply
-    self.asked = []
+    self.received = []
 
   def count_tokens(self, messages):
     return len(messages[-1].content)
 
   def generate(self, requests):
-    self.asked += requests
+    self.received += requests
     return [self.reply(r) for r in requests]
 
 
@@ -181,7 +181,7 @@ def test_unusable_rewrites_keep_the_original_and_are_never_fused(tmp_path):
   ]
   assert all(r.answer == r.question.answer and r.rounds == () for r in refined)
   assert refined[1].rewrite == "A civil wr"
-  assert scripts[1].asked == scripts[2].asked == []
+  assert scripts[1].received == scripts[2].received == []
 
 
 def test_the_filter_keeps_a_cosine_at_the_threshold_and_drops_one_below(tmp_path):
@@ -198,7 +198,7 @@ def test_the_filter_keeps_a_cosine_at_the_threshold_and_drops_one_below(tmp_path
     (0.6, "below_threshold"),
   ]
   assert refined[1].answer == refined[1].question.answer
-  assert len(scripts[1].asked) == 1
+  assert len(scripts[1].received) == 1
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_rows_seed_is_its_contents_wherever_the_row_stands(tmp_path):
     _, scripts = _refine(
       tmp_path / folder, rows, lambda r: _says("void"), lambda r: None, lambda r: None
     )
-    return {r.messages[0].content: r.seed for r in scripts[0].asked}
+    return {r.messages[0].content: r.seed for r in scripts[0].received}
 
   one, other = seeds("one", "abc"), seeds("other", "cda")
   assert len({*one.values(), *other.values()}) == 4
@@ -249,7 +249,7 @@ def test_judges_that_never_give_a_score_keep_the_original(tmp_path):
   assert [r.scores for r in refined[0].rounds] == [(None,)] * 3
   # Every round has its own seed, else three rounds would be one.
   assert len({r.text for r in refined[0].rounds}) == 3
-  assert len(scripts[2].asked) == 3
+  assert len(scripts[2].received) == 3
 
 
 def test_without_sampling_a_round_is_not_asked_again(tmp_path):
@@ -259,7 +259,7 @@ def test_without_sampling_a_round_is_not_asked_again(tmp_path):
     role = calls_lib.Role("fuse", script, 8, 0.0, 1.0, 2)
     for number in (1, 2):
       calls.ask(role, [(records.Message("user", "x"),)], round_number=number)
-  assert len(script.asked) == 1
+  assert len(script.received) == 1
 
 
 def test_prompt_too_long_is_an_error_before_anything_is_asked(tmp_path):
@@ -273,7 +273,7 @@ def test_prompt_too_long_is_an_error_before_anything_is_asked(tmp_path):
     _refine(tmp_path / "a", questions, *script)
   refined, scripts = _refine(tmp_path / "b", questions, *script, skip_too_long=True)
   assert [r.reason for r in refined] == ["judges_failed", "rewrite_prompt_too_long"]
-  assert len(scripts[0].asked) == 1
+  assert len(scripts[0].received) == 1
 
 
 def test_prompt_that_only_the_server_finds_too_long(tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_prompt_that_only_the_server_finds_too_long(tmp_path, monkeypatch):
     _refine(tmp_path / "a", questions, *script)
   refined, scripts = _refine(tmp_path / "b", questions, *script, skip_too_long=True)
   assert [r.reason for r in refined] == ["fusion_failed", "rewrite_prompt_too_long"]
-  assert len(scripts[2].asked) == 0
+  assert len(scripts[2].received) == 0
 
 
 def test_a_judge_that_can_is_held_to_its_form(tmp_path):
@@ -300,7 +300,7 @@ def test_a_judge_that_can_is_held_to_its_form(tmp_path):
       role = calls_lib.Role("judge", script, 8, 0.0, 1.0, 2, form)
       item = refinement.Item("q", "a", "b")
       assert refinement.language_judge(role)([item], calls_lib.Calls(book, 0)) == [0.5]
-      seen += [request.reply_schema for request in script.asked]
+      seen += [request.reply_schema for request in script.received]
   # Two calls, for the form is part of what a verdict depends on.
   assert seen == [None, judging_lib.REPLY_SCHEMA]
 
@@ -310,7 +310,7 @@ def test_longest_prompts_go_first_in_batches_of_the_roles_size(tmp_path):
   _, scripts = _refine(
     tmp_path, questions, lambda r: _says("void"), lambda r: None, lambda r: None
   )
-  lengths = [len(r.messages[0].content) for r in scripts[0].asked]
+  lengths = [len(r.messages[0].content) for r in scripts[0].received]
   assert lengths == sorted(lengths, reverse=True)
   assert len(lengths) == 5
 
@@ -324,8 +324,30 @@ def test_equal_rows_are_one_call_with_one_answer(tmp_path):
     lambda r: None,
     lambda r: None,
   )
-  assert len(scripts[0].asked) == 1
+  assert len(scripts[0].received) == 1
   assert [r.question.id for r in refined] == ["q", "twin"]
+
+
+def test_the_call_of_a_tool_is_kept_as_it_is(tmp_path):
+  call = records.ToolCall("f", '{"a": 1}')
+  kept = dataclasses.replace(_question("b", ""), tool_calls=(call,))
+  refined, scripts = _refine(
+    tmp_path,
+    [_question("a"), kept, _question("c")],
+    lambda r: _says("A civil wrong."),
+    lambda r: _says("fused"),
+    lambda r: _says('{"score": 1}'),
+  )
+  assert [len(script.asked) for script in scripts] == [2, 2, 2]
+  assert [(r.answer, r.chosen, r.reason) for r in refined] == [
+    ("fused", "fused", "accepted"),
+    ("", "original", "rewrite_tool_call"),
+    ("fused", "fused", "accepted"),
+  ]
+  again = refinement.reselect(
+    refined[1], threshold=0.1, rounds=1, accept_at=0.1, judges=[0]
+  )
+  assert again == refined[1]
 
 
 def test_conversation_is_shown_with_its_roles():

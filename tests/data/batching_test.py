@@ -142,11 +142,11 @@ def test_widths_by_hand():
 
 @pytest.mark.parametrize("buckets", [1, 2, 3, 8])
 def test_widths_ascend_and_hold_every_row(rows, buckets):
-  found = batching.widths(rows, buckets)
-  assert 1 <= len(found) <= buckets
-  for low, high in itertools.pairwise(found):
+  actual = batching.widths(rows, buckets)
+  assert 1 <= len(actual) <= buckets
+  for low, high in itertools.pairwise(actual):
     assert all(a <= b for a, b in zip(low, high))
-  for triple, part in zip(zip(*found), ("prompt", "answer", "teacher")):
+  for triple, part in zip(zip(*actual), ("prompt", "answer", "teacher")):
     assert all(width % 16 == 0 for width in triple)
     assert 0 <= triple[-1] - max(len(getattr(row, part)) for row in rows) < 16
 

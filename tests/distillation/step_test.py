@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from raft_jax import balance, losses
-from raft_jax.distillation import objective, step
+from raft_jax.distillation import objective, sequences, step
 from raft_jax.models import transformer
 from raft_jax.training import optim
 from tests.helpers import tiny_step
@@ -91,8 +91,12 @@ def test_packed_losses_equal_each_sequence_on_its_own():
 def test_the_trajectory_cannot_see_the_answer():
   params, batch, trajectory, _ = tiny_step.setting()
   other = batch._replace(answer_BA=(batch.answer_BA + 1) % 97)
-  _, hidden = objective.student_hidden(params, batch, trajectory, tiny_step.SETTINGS)
-  _, changed = objective.student_hidden(params, other, trajectory, tiny_step.SETTINGS)
+  _, hidden = sequences.student_hidden(
+    params, tiny_step.CONFIG, batch, trajectory, transformer.FLOAT32
+  )
+  _, changed = sequences.student_hidden(
+    params, tiny_step.CONFIG, other, trajectory, transformer.FLOAT32
+  )
   np.testing.assert_array_equal(hidden, changed)
 
 
@@ -301,7 +305,7 @@ def test_order_of_the_rows_is_immaterial():
 def test_skip_first_and_mask_eos_drop_their_tokens():
   _, batch, trajectory, _ = tiny_step.setting()
   tokens = trajectory.tokens_BR.at[0, 2].set(5)
-  trajectory = objective.Trajectory(tokens, trajectory.length_B.at[0].set(3))
+  trajectory = sequences.Trajectory(tokens, trajectory.length_B.at[0].set(3))
   plain = objective.token_weights(batch, trajectory, tiny_step.SETTINGS).kd_BR
   masked = objective.token_weights(
     batch, trajectory, tiny_step.SETTINGS._replace(skip_first=1, mask_eos=True)

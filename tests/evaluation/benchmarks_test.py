@@ -84,8 +84,8 @@ def test_ifeval_aggregates_as_the_harness(tmp_path, checkers):
       [r[f"inst_level_{way}_acc"] for r in rows]
     )
     by_prompt = np.mean([r[f"prompt_level_{way}_acc"] for r in rows])
-    found = scores[f"ifeval_instruction_{way}"]
-    assert intervals.mean(found) == pytest.approx(by_instruction)
+    actual = scores[f"ifeval_instruction_{way}"]
+    assert intervals.mean(actual) == pytest.approx(by_instruction)
     assert intervals.mean(scores[f"ifeval_prompt_{way}"]) == pytest.approx(by_prompt)
     assert 0 < by_instruction < 1
 
@@ -116,8 +116,8 @@ def test_what_a_checker_draws_is_the_same_each_time(tmp_path, checkers):
   assert random.getstate() == before
   random.random()
   again = benchmarks.ifeval_scores(_orders(tmp_path, [row]), answers[:1], checkers)
-  found = [*scores["ifeval_prompt_strict"].values_N]
-  assert set(found) == set(again["ifeval_prompt_strict"].values_N)
+  actual = [*scores["ifeval_prompt_strict"].values_N]
+  assert set(actual) == set(again["ifeval_prompt_strict"].values_N)
 
 
 def test_missing_sentence_model_is_named(tmp_path):
@@ -158,8 +158,8 @@ def test_only_a_line_feed_ends_a_row(tmp_path):
   text = "one\u2028line"
   row = json.dumps({"prompt": text}, ensure_ascii=False)
   path.write_text(f"{row}\r\n\n{row}\n{{", encoding="utf-8")
-  found = benchmarks.read(benchmarks.Prompt, str(path), key="k", limit=2)
-  assert [item.prompt for item in found] == [text, text]
+  actual = benchmarks.read(benchmarks.Prompt, str(path), key="k", limit=2)
+  assert [item.prompt for item in actual] == [text, text]
   with pytest.raises(errors.UserError, match=r"prompts\.jsonl:4: is not valid JSON"):
     benchmarks.read(benchmarks.Prompt, str(path), key="k")
 
@@ -228,9 +228,9 @@ def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
     logits = scoring.choices(model, mmlu.prompts, mmlu.letters, log, name="MMLU")
-  found, wanted = np.array(logits), np.array(expected)
+  actual, wanted = np.array(logits), np.array(expected)
   # The harness has log-probabilities: the same but for one constant a prompt.
-  np.testing.assert_allclose(found - found[:, :1], wanted - wanted[:, :1], atol=1e-5)
+  np.testing.assert_allclose(actual - actual[:, :1], wanted - wanted[:, :1], atol=1e-5)
   right = benchmarks.mmlu_scores(mmlu.items, logits)["mmlu"].values_N
   assert right.tolist() == [row["acc"] for row in samples]
 

@@ -59,10 +59,10 @@ def test_drift_is_the_full_kl_over_the_answer(pair, tmp_path):
     for p in (params, base_params)
   )
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    found = drift.row_drifts(origin, model, rows, log, name="drift")
+    actual = drift.row_drifts(origin, model, rows, log, name="drift")
     still = drift.row_drifts(origin, origin, rows, log, name="drift")
   assert min(expected) > 1e-3
-  np.testing.assert_allclose(found, expected, rtol=1e-3)
+  np.testing.assert_allclose(actual, expected, rtol=1e-3)
   assert still == [0.0] * 3
 
 
@@ -71,14 +71,14 @@ def test_weight_distance_of_every_tensor_and_layer(pair):
   tuned = dict(params, layers=dict(params["layers"]))
   tuned["embed"] = params["embed"] * 1.25
   tuned["layers"]["q"] = params["layers"]["q"].at[1].add(0.5)
-  found = drift.weight_distances(params, tuned)
-  assert found["embed"] == pytest.approx(0.25, rel=1e-5)
-  assert found["layers.q.0"] == found["layers.down.1"] == 0.0
+  actual = drift.weight_distances(params, tuned)
+  assert actual["embed"] == pytest.approx(0.25, rel=1e-5)
+  assert actual["layers.q.0"] == actual["layers.down.1"] == 0.0
   q = np.asarray(params["layers"]["q"][1], np.float64)
   expected = 0.5 * np.sqrt(q.size) / np.sqrt((q**2).sum())
-  assert found["layers.q.1"] == pytest.approx(expected, rel=1e-5)
+  assert actual["layers.q.1"] == pytest.approx(expected, rel=1e-5)
   shapes = transformer.shapes(config)
   layers = len(jax.tree.leaves(shapes["layers"])) * config.n_layers
-  assert len(found) == layers + len(jax.tree.leaves(shapes)) - len(
+  assert len(actual) == layers + len(jax.tree.leaves(shapes)) - len(
     jax.tree.leaves(shapes["layers"])
   )

@@ -69,9 +69,9 @@ def test_weights_count_answers_within_an_item():
 def test_items_without_an_answer_move_no_interval():
   values, weights = np.array([1.0, 0.0, 0.5]), np.array([2.0, 1.0, 2.0])
   padded = intervals.ItemScores(np.append(values, [0, 0]), np.append(weights, [0, 0]))
-  found = intervals.interval(padded)
-  assert found == intervals.interval(intervals.ItemScores(values, weights))
-  assert np.isfinite(found).all()
+  actual = intervals.interval(padded)
+  assert actual == intervals.interval(intervals.ItemScores(values, weights))
+  assert np.isfinite(actual).all()
 
 
 def test_mcnemar_counts_only_the_items_that_changed():
@@ -113,14 +113,14 @@ def test_retention_of_nothing_is_not_a_number():
 
 def test_the_interval_is_that_of_the_plain_bootstrap():
   values = np.random.default_rng(3).exponential(2.0, 80)
-  found = intervals.describe_samples(
+  actual = intervals.describe_samples(
     intervals.resampled_means(values, "test questions")
   )
   low, high = intervals.interval(intervals.ItemScores(values))
-  assert found["value"] == pytest.approx(values.mean())
+  assert actual["value"] == pytest.approx(values.mean())
   # Two sets of 10,000 resamples agree to a few percent of the width.
-  assert found["low"] == pytest.approx(low, abs=0.05 * (high - low))
-  assert found["high"] == pytest.approx(high, abs=0.05 * (high - low))
+  assert actual["low"] == pytest.approx(low, abs=0.05 * (high - low))
+  assert actual["high"] == pytest.approx(high, abs=0.05 * (high - low))
 
 
 def test_weights_count_answers():
@@ -163,9 +163,9 @@ def test_a_curve_is_read_off_in_every_sample():
   places = [np.array([4.0, 4.0]), np.array([3.0, 2.0]), np.array([2.0, 3.0])]
   heights = [np.array([0.0, 0.0]), np.array([0.1, 0.4]), np.array([0.4, 0.1])]
   curve = list(zip(places, heights))
-  found = intervals.interpolate_samples(curve, np.array([2.5, 3.5]))
+  actual = intervals.interpolate_samples(curve, np.array([2.5, 3.5]))
   # Between 2 (0.4) and 3 (0.1); then between 3 (0.1) and 4 (0).
-  np.testing.assert_allclose(found, [0.25, 0.05])
+  np.testing.assert_allclose(actual, [0.25, 0.05])
   outside = intervals.interpolate_samples(curve, np.array([1.9, 1.9]))
   assert np.isnan(outside[0])
   assert outside[1] == pytest.approx(0.4)

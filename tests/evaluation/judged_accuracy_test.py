@@ -18,13 +18,13 @@ class Judge:
   prompt_limit = 10_000
 
   def __init__(self, name, replies):
-    self.identity, self.replies, self.asked = name, replies, []
+    self.identity, self.replies, self.received = name, replies, []
 
   def count_tokens(self, messages):
     return len(messages[-1].content)
 
   def generate(self, requests):
-    self.asked += requests
+    self.received += requests
     return [
       engines.Completion(
         next(said for key, said in self.replies.items() if key in str(r.messages)),
@@ -58,13 +58,18 @@ def test_each_judge_votes_or_abstains_and_nothing_is_asked_twice(tmp_path, templ
   ]
   with journal.open_journal(tmp_path / "journal.jsonl") as book:
     calls = calls_lib.Calls(book, 0)
-    found = judged_accuracy.votes(template, items, roles, calls)
-    assert found == [[True, None, True], [False, False, None], [False] * 3, [False] * 3]
+    actual = judged_accuracy.votes(template, items, roles, calls)
+    assert actual == [
+      [True, None, True],
+      [False, False, None],
+      [False] * 3,
+      [False] * 3,
+    ]
     # An empty answer and one with a verdict in it were shown to nobody.
-    asked = [len(role.generator.asked) for role in roles]
-    assert asked == [2, 2, 2]
-    assert judged_accuracy.votes(template, items, roles, calls) == found
-    assert [len(role.generator.asked) for role in roles] == asked
+    counts = [len(role.generator.received) for role in roles]
+    assert counts == [2, 2, 2]
+    assert judged_accuracy.votes(template, items, roles, calls) == actual
+    assert [len(role.generator.received) for role in roles] == counts
 
 
 def test_all_patterns_of_three_votes():
@@ -81,12 +86,12 @@ def test_all_patterns_of_three_votes():
   }
   patterns = list(itertools.product((True, False, None), repeat=3))
   assert len(patterns) == 27
-  found = judged_accuracy.scores("d_acc", patterns)
-  assert found["d_acc"].values_N.tolist() == [float(p in right) for p in patterns]
-  assert found["d_acc_undecided"].values_N.tolist() == [
+  actual = judged_accuracy.scores("d_acc", patterns)
+  assert actual["d_acc"].values_N.tolist() == [float(p in right) for p in patterns]
+  assert actual["d_acc_undecided"].values_N.tolist() == [
     float(p in undecided) for p in patterns
   ]
-  assert found["d_acc"].share
+  assert actual["d_acc"].share
   # Two judges need both, and one alone decides.
   assert judging.majority([True, False]) is None
   assert judged_accuracy.scores("x", [[True], [None]])["x"].values_N.tolist() == [

@@ -172,7 +172,7 @@ def test_replies_and_scores_equal_those_of_transformers(
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
     ours = ask(lm_eval_model.Adapter(model, log))
     computed = len(log.calls)
-    found = lm_eval_tasks.score(
+    actual = lm_eval_tasks.score(
       lm_eval_tasks.read(_settings(folder, *names, chat=chat), 512), model, log
     )
     assert len(log.calls) == computed  # the very same requests
@@ -197,22 +197,22 @@ def test_replies_and_scores_equal_those_of_transformers(
     ("letters", "acc", ""),
     ("story", "exact_match", "_whole"),
   ):
-    score = found.scores[f"task_{name}_{metric}{chosen}"]
+    score = actual.scores[f"task_{name}_{metric}{chosen}"]
     assert score.share
     items = [row[metric] for row in theirs["samples"][name]]
     assert score.values_N.tolist() == items
-    assert found.directions[f"task_{name}_{metric}{chosen}"] == 1
-  both = found.scores["task_both_acc"]
+    assert actual.directions[f"task_{name}_{metric}{chosen}"] == 1
+  both = actual.scores["task_both_acc"]
   assert len(both.values_N) == 12
   assert intervals.mean(both) == pytest.approx(theirs["results"]["both"]["acc,none"])
-  assert found.scores["task_letters_f1"] == 6.0  # the harness' figure, of no items
+  assert actual.scores["task_letters_f1"] == 6.0  # the harness' figure, of no items
   if not chat:
     rolled = theirs["results"]["roll"]
-    bits = found.scores["task_roll_bits_per_byte"]
+    bits = actual.scores["task_roll_bits_per_byte"]
     assert len(bits.values_N) == 6
     assert intervals.mean(bits) == pytest.approx(rolled["bits_per_byte,none"], rel=1e-5)
-    assert found.directions["task_roll_bits_per_byte"] == -1
-    perplexity = found.scores["task_roll_word_perplexity"]
+    assert actual.directions["task_roll_bits_per_byte"] == -1
+    perplexity = actual.scores["task_roll_word_perplexity"]
     assert perplexity == pytest.approx(rolled["word_perplexity,none"], rel=1e-3)
 
 
@@ -221,11 +221,11 @@ def test_limit_shots_and_seeds(tmp_path, model, folder, alone):
     digests = []
     for shots in (2, 2, 1):
       tasks = lm_eval_tasks.read(_settings(folder, "quiz", limit=2, shots=shots), 512)
-      found = [lm_eval_tasks.score(tasks, model, log) for _ in range(2)]
-      assert len(found[0].scores["task_quiz_acc"].values_N) == 2
+      actual = [lm_eval_tasks.score(tasks, model, log) for _ in range(2)]
+      assert len(actual[0].scores["task_quiz_acc"].values_N) == 2
       # The examples are drawn, and the same for both models.
-      assert found[0].item_digests == found[1].item_digests
-      digests.append(found[0].item_digests["task_quiz"])
+      assert actual[0].item_digests == actual[1].item_digests
+      digests.append(actual[0].item_digests["task_quiz"])
   assert digests[0] == digests[1] != digests[2]
 
 
@@ -262,7 +262,7 @@ def test_a_killed_evaluation_repeats_nothing(
   batches = []
   for _ in range(99):
     try:
-      found = measured(2)
+      actual = measured(2)
     except KeyboardInterrupt:
       batches.append(len(computed))
     else:
@@ -271,7 +271,7 @@ def test_a_killed_evaluation_repeats_nothing(
   again = measured(0)
   assert computed == []
   assert again.scores["task_quiz_acc"].values_N.tolist() == (
-    found.scores["task_quiz_acc"].values_N.tolist()
+    actual.scores["task_quiz_acc"].values_N.tolist()
   )
   # One go takes as many batches as all the killed ones together.
   (tmp_path / "journal.jsonl").unlink()
@@ -292,13 +292,13 @@ def test_a_context_of_spaces_is_the_start_of_a_text(tmp_path, model):
 def test_the_journal_tells_continuations_apart(tmp_path, model):
   """Of the same tokens: another last one, and another place where they begin."""
   pairs = (("rain law", " river"), ("rain law", " wind"), ("rain", " law river"))
-  found = []
+  actual = []
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
     for args in pairs:
       adapter = lm_eval_model.Adapter(model, log)
-      found += adapter.loglikelihood([types.SimpleNamespace(args=args)])
+      actual += adapter.loglikelihood([types.SimpleNamespace(args=args)])
     assert len(log.calls) == 3
-  assert len({log_p for log_p, _ in found}) == 3
+  assert len({log_p for log_p, _ in actual}) == 3
 
 
 def test_choices_of_one_token_share_their_context(tmp_path, model, folder, alone):

@@ -49,11 +49,11 @@ def _quiz(domain: str) -> list[dict]:
   answers = {row["question"]: row["answer"].split(". ")[0].rstrip(".") for row in rows}
   # The shortest, so that five solved questions stay short, too.
   answers = dict(sorted(answers.items(), key=lambda pair: len(pair[1]))[:40])
-  said, found = list(answers.values()), []
+  said, actual = list(answers.values()), []
   for i, question in enumerate(answers):
     choices = [said[(i + step) % len(said)] for step in (7, 11, 13)]
     choices.insert(i % 4, said[i])
-    found.append(
+    actual.append(
       {
         "subject": domain,
         "question": question,
@@ -61,7 +61,7 @@ def _quiz(domain: str) -> list[dict]:
         "answer": "ABCD"[i % 4],
       }
     )
-  return found
+  return actual
 
 
 ORDERS = (
@@ -100,11 +100,11 @@ ORDERS = (
 def _orders() -> list[dict]:
   """Each general prompt with two instructions, of which no pair comes twice to it."""
   prompts = [row["prompt"] for row in _rows(DATA / "prompts.jsonl")]
-  found = []
+  actual = []
   for i in range(ITEMS):
     chosen = [ORDERS[i % len(ORDERS)], ORDERS[(i + 1 + i // 64) % len(ORDERS)]]
     kinds, options, words = zip(*chosen)
-    found.append(
+    actual.append(
       {
         "key": i,
         "prompt": " ".join([prompts[i % len(prompts)], *words]),
@@ -112,7 +112,7 @@ def _orders() -> list[dict]:
         "kwargs": list(options),
       }
     )
-  return found
+  return actual
 
 
 @pytest.fixture
@@ -246,12 +246,12 @@ def test_ifeval_of_greedy_answers(tmp_path, model, files, capsys, monkeypatch):
     prompt = scores[f"ifeval_prompt_{way}"]
     instruction = scores[f"ifeval_instruction_{way}"]
     rows = [row[f"inst_level_{way}_acc"] for row in samples]
-    for found, items, name in (
+    for actual, items, name in (
       (prompt, [float(row[f"prompt_level_{way}_acc"]) for row in samples], "prompt"),
       (instruction, [np.mean(row) for row in rows], "inst"),
     ):
-      agree = found.values_N == np.array(items)
-      ours = intervals.mean(found)
+      agree = actual.values_N == np.array(items)
+      ours = intervals.mean(actual)
       theirs = results[f"{name}_level_{way}_acc,none"]
       words.append(f"{name} {way} {agree.sum()} agree, {ours:.4f} and {theirs:.4f}")
       assert agree.all()

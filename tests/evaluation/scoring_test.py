@@ -1,5 +1,6 @@
 """Values of single items against transformers, and what is kept of a killed run."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,23 +13,14 @@ import transformers
 from raft_jax import errors
 from raft_jax.data import batching
 from raft_jax.evaluation import scoring
-from raft_jax.hf import chat
+from raft_jax.hf import chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files
+from tests.helpers import tiny_decoder
 
-TINY = transformer.DecoderConfig(
-  vocab_size=97,
-  d_model=16,
-  n_layers=2,
-  n_heads=4,
-  n_kv_heads=2,
-  head_dim=4,
-  d_ff=24,
-  rms_eps=1e-5,
-  rope_theta=10000.0,
-  max_positions=256,
-  tie_embeddings=True,
+TINY = dataclasses.replace(
+  tiny_decoder.CONFIG, d_model=16, n_layers=2, head_dim=4, d_ff=24, max_positions=256
 )
 SETTINGS = scoring.Settings(batch_size=3, dtype="float32", unroll=1)
 
@@ -55,7 +47,7 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_pa
     for i, q in enumerate(questions)
   ]
   assert all(row.answer[-1] == chat_tokenizer.eos_ids[0] for row in rows)
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   network = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )
@@ -95,12 +87,12 @@ def _model(params: transformer.Params, batch_size: int = 3, pad_id: int = 0):
 
 def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
   params, rows = transformer.init(jax.random.key(0), TINY), _rows(4)
-  found = []
+  actual = []
   for batch_size, pad_id in ((4, 0), (1, 5)):
     with journal.open_journal(tmp_path / f"{batch_size}.jsonl") as log:
       model = _model(params, batch_size, pad_id)
-      found.append(scoring.losses(model, rows, log, name="loss"))
-  np.testing.assert_allclose(*found, rtol=1e-5)
+      actual.append(scoring.losses(model, rows, log, name="loss"))
+  np.testing.assert_allclose(*actual, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path):
@@ -118,8 +110,8 @@ def test_choices_are_the_logits_after_each_prompt(tmp_path):
   params, rows = transformer.init(jax.random.key(0), TINY), _rows(5)
   prompts, letters = [row.prompt for row in rows], [7, 90, 0]
   with journal.open_journal(tmp_path / "journal.jsonl") as log:
-    found = scoring.choices(_model(params), prompts, letters, log, name="choices")
-  for prompt, logits in zip(prompts, found):
+    actual = scoring.choices(_model(params), prompts, letters, log, name="choices")
+  for prompt, logits in zip(prompts, actual):
     valid = jnp.ones((1, len(prompt)), bool)
     hidden, _ = transformer.forward(
       params,
@@ -147,12 +139,12 @@ def test_batches_are_longest_first_and_complete():
 def test_finished_batches_survive_an_interruption(tmp_path):
   keys = [journal.content_key(i=i) for i in range(7)]
   lengths = [1, 2, 3, 4, 5, 6, 7]
-  asked: list[int] = []
+  computed: list[int] = []
 
   def compute(batch: list[int]) -> list[int]:
-    if len(asked) >= 4:
+    if len(computed) >= 4:
       raise KeyboardInterrupt
-    asked.extend(batch)
+    computed.extend(batch)
     return [10 * i for i in batch]
 
   def run(compute):
@@ -163,7 +155,7 @@ def test_finished_batches_survive_an_interruption(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     run(compute)
-  assert asked == [6, 5, 4, 3]
+  assert computed == [6, 5, 4, 3]
   later: list[int] = []
   values = run(lambda batch: later.extend(batch) or [10 * i for i in batch])
   assert later == [2, 1, 0]

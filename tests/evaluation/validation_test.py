@@ -24,6 +24,7 @@ from raft_jax.training import (
   programs,
   run_plan,
   trained_model,
+  tree_fingerprints,
 )
 from tests.helpers import short_run, tiny_run
 
@@ -145,15 +146,15 @@ def bests(output):
 
 def test_validations_are_logged_and_the_best_step_is_kept(validated):
   output, _ = validated
-  found = validations(output)
-  assert [step for step, _ in found] == [2, 4, 6]
+  actual = validations(output)
+  assert [step for step, _ in actual] == [2, 4, 6]
   for name, expected in {
     "validation_drift": [0.010, 0.014, 0.017],
     "validation_ifeval": [0.5, 0.5, 1.0],
     "validation_best": [2, 4, 4],
   }.items():
-    assert [values[name] for _, values in found] == pytest.approx(expected, abs=7e-4)
-  losses = [values["validation_loss"] for _, values in found]
+    assert [values[name] for _, values in actual] == pytest.approx(expected, abs=7e-4)
+  losses = [values["validation_loss"] for _, values in actual]
   assert losses == sorted(losses, reverse=True)
   assert set(bests(output)) == {4}
   page = run_page.render(run_folder.read(output), "t")
@@ -188,7 +189,7 @@ def test_export_reads_the_best_step_or_the_last_and_says_so(validated, capsys):
   assert "reading step 4, the best by `validation`" in capsys.readouterr().out
   decoder = hf_load.load_config(settings.model.source)
   exported = hf_load.load_params(str(output / "export"), decoder)
-  assert checkpoint.named_fingerprints({"params": exported}) == bests(output)[4]
+  assert tree_fingerprints.by_path({"params": exported}) == bests(output)[4]
   assert "for 4 steps" in (output / "export/README.md").read_text()
   # `keep` is no part of what was trained: it may change afterwards.
   last = settings.model_copy(
@@ -398,10 +399,10 @@ def test_the_model_that_is_validated_is_the_one_that_is_read(start, overrides):
   )
   validation_set = read(settings)
   with journal.open_journal(output / "again.jsonl") as log:
-    found = validation.measure(validation_set, trained, base, settings.validation, log)
+    actual = validation.measure(validation_set, trained, base, settings.validation, log)
   logged = dict(validations(output))[step]
   assert logged.pop("validation_best") == step
-  assert found == logged
+  assert actual == logged
   if settings.lora is not None:
     assert all("/lora/" in name for name in bests(output)[step])
 

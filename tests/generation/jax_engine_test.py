@@ -6,8 +6,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.generation import engines, jax_engine
-from raft_jax.hf import chat
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import chat, model_source
 from raft_jax.storage import records
 from tests.helpers import tiny_run
 
@@ -22,13 +21,13 @@ def engine(smollm):
 @pytest.fixture(scope="module")
 def requests(law):
   rows = [json.loads(line) for line in (law / "test.jsonl").open()][:5]
-  asked = [
+  short = [
     engines.Request((records.Message("user", row["question"]),), 12, 0.8, 0.95, seed)
     for seed, row in enumerate(rows, start=2**31 - 6)
   ]
   # The second width: a long prompt pads to another bucket than a short one.
   long = (records.Message("user", "Answer with yes. " * 20),)
-  return [*asked, engines.Request(long, 12, 0.8, 0.95, 7)]
+  return [*short, engines.Request(long, 12, 0.8, 0.95, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +48,12 @@ def test_the_seed_matters(engine, requests, replies):
 
 
 def test_counts_and_finish_reasons(engine, requests, replies, smollm):
-  codec = chat.load(smollm)
+  chat_tokenizer = chat.load(smollm)
   for request, reply in zip(requests, replies, strict=True):
     assert reply.prompt_tokens == engine.count_tokens(request.messages)
-    assert reply.prompt_tokens == len(chat.prompt_ids(codec, request.messages))
+    assert reply.prompt_tokens == len(chat.prompt_ids(chat_tokenizer, request.messages))
     assert (reply.finish_reason == "length") == (reply.completion_tokens == 12)
-    assert len(chat.encode(codec, reply.text)) <= reply.completion_tokens
+    assert len(chat.encode(chat_tokenizer, reply.text)) <= reply.completion_tokens
 
 
 def test_a_reply_that_ends_is_a_stop_without_control_tokens(engine, smollm):
@@ -74,7 +73,7 @@ def test_greedy_equals_transformers(engine, smollm, law):
   import torch
   import transformers
 
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )

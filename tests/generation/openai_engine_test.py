@@ -32,9 +32,9 @@ def connect(server: chat_server.Server, **changes):
   return openai_engine.connect(chat_server.MODEL, **settings)
 
 
-def refused(engine, asked: engines.Request) -> errors.UserError:
+def refused(engine, question: engines.Request) -> errors.UserError:
   """The error that stands in the place of the one reply."""
-  (failure,) = engine.generate([asked])
+  (failure,) = engine.generate([question])
   assert isinstance(failure, errors.UserError)
   assert "\n" not in str(failure)
   return failure
@@ -48,10 +48,10 @@ def one_after_another(*replies: chat_server.Reply):
 def test_what_is_sent_and_what_comes_back():
   with chat_server.serving(lambda r: chat_server.says("Hello.")) as server:
     engine = connect(server)
-    asked = request(reply_schema=judging.REPLY_SCHEMA)
-    (reply,) = engine.generate([asked])
+    question = request(reply_schema=judging.REPLY_SCHEMA)
+    (reply,) = engine.generate([question])
   assert reply == engines.Completion("Hello.", "stop", 7, 5)
-  assert server.asked == [
+  assert server.requests == [
     {
       "model": "served",
       "messages": [{"role": "user", "content": "Hi"}],
@@ -75,9 +75,9 @@ def test_what_is_sent_and_what_comes_back():
 def test_requests_of_a_batch_are_sent_together_and_answered_in_order():
   together = threading.Barrier(8, timeout=10)  # broken, if they came one by one
 
-  def answer(asked):
+  def answer(body):
     together.wait()
-    return chat_server.says(asked["messages"][0]["content"].upper())
+    return chat_server.says(body["messages"][0]["content"].upper())
 
   with chat_server.serving(answer) as server:
     replies = connect(server).generate([request(c) for c in "abcdefgh"])
@@ -91,8 +91,8 @@ def test_a_busy_server_is_asked_again(status):
   with chat_server.serving(script) as server:
     (reply,) = connect(server).generate([request()])
   assert reply.text == "Now."
-  assert len(server.asked) == 3
-  assert {r["seed"] for r in server.asked} == {11}
+  assert len(server.requests) == 3
+  assert {r["seed"] for r in server.requests} == {11}
 
 
 def test_a_server_that_stays_busy_is_given_up_in_one_line():
@@ -100,7 +100,7 @@ def test_a_server_that_stays_busy_is_given_up_in_one_line():
     failure = refused(connect(server), request())
     assert re.search(r"429.*rate limit.*calls are kept", str(failure))
     assert isinstance(failure, errors.TryAgainError)
-    assert len(server.asked) == openai_engine.RETRIES + 1
+    assert len(server.requests) == openai_engine.RETRIES + 1
 
 
 def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
@@ -108,7 +108,7 @@ def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
   openai_engine._client.cache_clear()
   for_ever = threading.Event()
 
-  def answer(asked):
+  def answer(body):
     for_ever.wait(30)
     return chat_server.says("Too late.")
 
@@ -120,7 +120,7 @@ def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
       for_ever.set()
   assert "no reply within 0.2 s, 2 times" in str(failure)
   assert isinstance(failure, errors.TryAgainError)
-  assert len(server.asked) == 2
+  assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
   ],
 )
 def test_garbage_is_named_as_such(reply):
-  with chat_server.serving(lambda asked: reply) as server:
+  with chat_server.serving(lambda body: reply) as server:
     failure = refused(connect(server), request())
   assert "sent a reply that is no chat completion" in str(failure)
 
@@ -161,8 +161,8 @@ def test_garbage_is_named_as_such(reply):
   ],
 )
 def test_one_refused_request_leaves_the_others_be(reply, finish):
-  def answer(asked):
-    bad = asked["messages"][0]["content"] == "bad"
+  def answer(body):
+    bad = body["messages"][0]["content"] == "bad"
     return reply if bad else chat_server.says("Hello.")
 
   with chat_server.serving(answer) as server:
@@ -184,16 +184,16 @@ def test_one_refused_request_leaves_the_others_be(reply, finish):
   ],
 )
 def test_other_refusals_end_the_run_in_one_line_without_another_try(reply, says):
-  with chat_server.serving(lambda asked: reply) as server:
+  with chat_server.serving(lambda body: reply) as server:
     failure = refused(connect(server), request())
-    assert len(server.asked) == 1
+    assert len(server.requests) == 1
   assert re.search(says, str(failure))
   assert not isinstance(failure, errors.TryAgainError)
 
 
 def test_what_a_batch_finished_is_kept_where_one_of_it_fails(tmp_path):
-  def answer(asked):
-    bad = asked["messages"][0]["content"] == "bad"
+  def answer(body):
+    bad = body["messages"][0]["content"] == "bad"
     return chat_server.error(422, "no") if bad else chat_server.says("Hello.")
 
   prompts = [(records.Message("user", word),) for word in ("a", "bad", "b", "c")]
@@ -206,9 +206,9 @@ def test_what_a_batch_finished_is_kept_where_one_of_it_fails(tmp_path):
       with pytest.raises(errors.UserError, match="422"):
         calls_lib.Calls(book, 0).ask(role, prompts)
     assert len(book.calls) == 2
-  asked = [each["messages"][0]["content"] for each in server.asked]
+  contents = [each["messages"][0]["content"] for each in server.requests]
   # The longest first, in pairs; after a failure nothing more.
-  assert [sorted(asked[:2]), sorted(asked[2:])] == [["a", "bad"], ["b", "bad"]]
+  assert [sorted(contents[:2]), sorted(contents[2:])] == [["a", "bad"], ["b", "bad"]]
 
 
 def test_a_server_started_with_room_for_more_is_asked_again(tmp_path, capsys):
@@ -230,21 +230,21 @@ def test_a_server_started_with_room_for_more_is_asked_again(tmp_path, capsys):
 
 
 def test_half_a_surrogate_pair_becomes_text_that_a_file_takes():
-  with chat_server.serving(lambda asked: chat_server.says("Yes \ud83d")) as server:
+  with chat_server.serving(lambda body: chat_server.says("Yes \ud83d")) as server:
     (reply,) = connect(server).generate([request()])
   assert reply.text == "Yes ?"
 
 
 def test_a_server_is_looked_at_before_anything_is_asked():
   ok = chat_server.says("Hello.")
-  with chat_server.serving(lambda asked: ok) as server:
+  with chat_server.serving(lambda body: ok) as server:
     with pytest.raises(errors.UserError, match="does not serve other, but served"):
       openai_engine.connect("other", base_url=server.url)
     with pytest.raises(errors.UserError, match="base_url should end in /v1"):
       openai_engine.connect("served", base_url=server.url.removesuffix("/v1"))
   html = chat_server.Reply(b"<html>", headers={"content-type": "text/html"})
   with (
-    chat_server.serving(lambda asked: ok, models=html) as server,
+    chat_server.serving(lambda body: ok, models=html) as server,
     pytest.raises(errors.UserError, match="is no chat completion"),
   ):
     connect(server)
@@ -256,7 +256,7 @@ def test_a_server_is_looked_at_before_anything_is_asked():
 
 
 def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
-  with chat_server.serving(lambda asked: chat_server.says("Hello.")) as server:
+  with chat_server.serving(lambda body: chat_server.says("Hello.")) as server:
     with pytest.raises(errors.UserError, match="no environment variable NO_SUCH_KEY"):
       connect(server, api_key_env="NO_SUCH_KEY")
     monkeypatch.setenv("OUR_KEY", "sk-secret")
@@ -269,7 +269,7 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
 def test_thinking_that_the_server_took_out_is_counted(field):
   thought = chat_server.says("Yes.", **{field: "Hm, well."})
-  with chat_server.serving(lambda asked: thought) as server:
+  with chat_server.serving(lambda body: thought) as server:
     (reply,) = connect(server).generate([request()])
   # 7 + 9 + 8 characters of thinking and 4 of answer in 5 tokens: 5 * 24 / 28 = 4.3.
   assert engines.strip_thinking(reply) == engines.Completion("Yes.", "stop", 7, 5, 4)
@@ -315,12 +315,12 @@ def test_refine_through_a_server_where_there_is_no_jax(tmp_path, law, smollm):
   path = tmp_path / "run.yaml"
   limit = {"calls": 6}
 
-  def answer(asked):
+  def answer(body):
     if limit["calls"] == 0:
       return chat_server.error(404, "gone")
     limit["calls"] -= 1
-    content = asked["messages"][0]["content"]
-    if "response_format" in asked:
+    content = body["messages"][0]["content"]
+    if "response_format" in body:
       return chat_server.says('{"score": 0.9}')
     facts = next(x for x in content.splitlines() if "nswer: " in x)
     return chat_server.says("<think>Hm.</think>" + facts.partition("nswer: ")[2])
@@ -344,12 +344,12 @@ output: "{tmp_path / "out"}"
     write(server.url)
     with pytest.raises(errors.UserError, match=r"404.*gone"):
       refine.refine(config_load.load(path))
-    first = [json.dumps(asked) for asked in server.asked]
+    first = [json.dumps(body) for body in server.requests]
   limit["calls"] = 1000
   with chat_server.serving(answer) as server:
     write(server.url)  # another port
     out = refine_without_jax(path)
-    second = [json.dumps(asked) for asked in server.asked]
+    second = [json.dumps(body) for body in server.requests]
   assert "rewrite: 6 calls done, 0 to do" in out
   assert "accepted 6" in out
   # 6 rewrites before; then 6 fusions, with the refused ones again, and 6 verdicts.

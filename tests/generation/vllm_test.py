@@ -81,9 +81,13 @@ def greedy(
   source: str, questions: list[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
   """Prompts and answers as token ids, by the built-in sampler in float32."""
-  codec, config = chat.load(source), hf_load.load_config(source)
-  prompts = [chat.prompt_ids(codec, [records.Message("user", q)]) for q in questions]
-  ids_BP = np.full((len(prompts), max(map(len, prompts))), codec.pad_id, np.int32)
+  chat_tokenizer, config = chat.load(source), hf_load.load_config(source)
+  prompts = [
+    chat.prompt_ids(chat_tokenizer, [records.Message("user", q)]) for q in questions
+  ]
+  ids_BP = np.full(
+    (len(prompts), max(map(len, prompts))), chat_tokenizer.pad_id, np.int32
+  )
   for row, prompt in zip(ids_BP, prompts, strict=True):
     row[: len(prompt)] = prompt
   rollout = sampling.generate(
@@ -96,8 +100,8 @@ def greedy(
     step=0,
     max_new_tokens=NEW,
     temperature=0.0,
-    eos_ids=codec.eos_ids,
-    pad_id=codec.pad_id,
+    eos_ids=chat_tokenizer.eos_ids,
+    pad_id=chat_tokenizer.pad_id,
   )
   tokens_BR, length_B = np.asarray(rollout.tokens_BR), np.asarray(rollout.length_B)
   answers = zip(tokens_BR, length_B, strict=True)
@@ -127,10 +131,10 @@ def test_vllm_serves_the_export_as_we_do(exported, questions, smollm, tmp_path, 
   A logit of about 20 is rounded to bfloat16 in steps of 1/8, and the rounding of 30
   layers comes on top: margins of at most 0.3 were seen, of our float32 logits.
   """
-  asked, said = tmp_path / "questions.json", tmp_path / "answers.json"
-  asked.write_text(json.dumps(questions))
+  questions_file, said = tmp_path / "questions.json", tmp_path / "answers.json"
+  questions_file.write_text(json.dumps(questions))
   script = ROOT / "tests/helpers/vllm_answers.py"
-  call([vllm_python(), *map(str, (script, exported, asked, dtype, NEW, said))])
+  call([vllm_python(), *map(str, (script, exported, questions_file, dtype, NEW, said))])
   replies = json.loads(said.read_text())
   prompts, ours = greedy(str(exported), questions)
   assert [reply["prompt"] for reply in replies] == prompts

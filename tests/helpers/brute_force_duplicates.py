@@ -10,9 +10,9 @@ def grams(text):
 
 def find(texts, threshold):
   """The index that each text repeats, by sets of strings; None for kept ones."""
-  sets, found = [grams(text) for text in texts], []
+  sets, earlier = [grams(text) for text in texts], []
   for i, mine in enumerate(sets):
-    kept = [j for j in range(i) if found[j] is None]
+    kept = [j for j in range(i) if earlier[j] is None]
     near = (j for j in kept if len(mine & sets[j]) >= threshold * len(mine | sets[j]))
-    found.append(next(near, None))
-  return found
+    earlier.append(next(near, None))
+  return earlier

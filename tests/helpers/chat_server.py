@@ -49,7 +49,7 @@ class Server(NamedTuple):
   """Where it listens, and the chat requests and keys that came in."""
 
   url: str
-  asked: list[dict[str, Any]]
+  requests: list[dict[str, Any]]
   keys: list[str | None]
 
 
@@ -58,7 +58,7 @@ def serving(
   answer: Callable[[dict[str, Any]], Reply], models: Reply | None = None
 ) -> Iterator[Server]:
   """A server on a free local port, for the time of the context."""
-  asked: list[dict[str, Any]] = []
+  requests: list[dict[str, Any]] = []
   keys: list[str | None] = []
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -71,7 +71,7 @@ def serving(
 
     def do_POST(self) -> None:
       request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-      asked.append(request)
+      requests.append(request)
       keys.append(self.headers["authorization"])
       with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         self._send(answer(request))
@@ -94,7 +94,7 @@ def serving(
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   try:
-    yield Server(f"http://127.0.0.1:{server.server_port}/v1", asked, keys)
+    yield Server(f"http://127.0.0.1:{server.server_port}/v1", requests, keys)
   finally:
     server.shutdown()
     server.server_close()

@@ -66,15 +66,15 @@ def tracked(*patterns: str) -> list[pathlib.Path]:
 
 
 def everything() -> list[Printed]:
-  found: list[Printed] = []
+  printed: list[Printed] = []
   for path in tracked("*.md"):
-    found += in_text(path.read_text(encoding="utf-8"), name(path))
+    printed += in_text(path.read_text(encoding="utf-8"), name(path))
   for path in tracked("raft_jax/*.py", "tests/*.py"):
     for line, text in strings(path):
-      found += in_text(text, name(path), line)
+      printed += in_text(text, name(path), line)
   for path in tracked("*.yaml", "*.sh", "*.sbatch", "*.txt", "*.toml"):
-    found += in_comments(path.read_text(encoding="utf-8"), name(path))
-  return found
+    printed += in_comments(path.read_text(encoding="utf-8"), name(path))
+  return printed
 
 
 def name(path: pathlib.Path) -> str:
@@ -106,12 +106,12 @@ def in_text(text: str, file: str, line: int = 1) -> Iterator[Printed]:
 def unmarked(text: str) -> list[str]:
   """Commands in the middle of a sentence and not in backticks: where do they end?"""
   text = SPAN.sub("", FENCE.sub("", text))
-  found = [(match.start(), match[0]) for match in COMMAND.finditer(text)]
+  starts = [(match.start(), match[0]) for match in COMMAND.finditer(text)]
   at_start = [match.end() for match in re.finditer(r"^ *", text, re.MULTILINE)]
   names = r"launch/\S+|for +\w+ +in"  # a script may be named, and English has `for`
   return [
     start
-    for position, start in found
+    for position, start in starts
     if position not in at_start and not re.fullmatch(names, start)
   ]
 
@@ -299,12 +299,12 @@ def run(command: str, here: pathlib.Path) -> Ran:
     timeout=60,
   )
   made = [path.read_bytes().decode().split("\0")[:-1] for path in calls.iterdir()]
-  found = [Call(call[0], call[1], tuple(call[2:])) for call in made]
-  for call in list(found):
+  started = [Call(call[0], call[1], tuple(call[2:])) for call in made]
+  for call in list(started):
     if pathlib.Path(call.program).name == "kubectl":
       for inside in containers(here / call.arguments[-1]):
-        found += run(inside, here).calls
-  return Ran(done.returncode, done.stderr, found)
+        started += run(inside, here).calls
+  return Ran(done.returncode, done.stderr, started)
 
 
 def containers(manifest: pathlib.Path) -> Iterator[str]:

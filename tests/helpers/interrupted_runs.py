@@ -2,7 +2,8 @@
 
   python -m tests.helpers.interrupted_runs STAGE COUNT
 
-Options are in `--help`. Instants are spread evenly from the start of a run to its end.
+Options are in `--help`. Instants are spread evenly from the start of a run to its end,
+in CPU time of the process, which does not depend on what else the machine does.
 Each run begins in a fresh folder, and all share a cache of compiled programs, as a
 user's runs can. With `--rerun N` every Nth interrupted command is run again, and must
 end with the files that a run which nothing stopped has.
@@ -18,6 +19,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -45,7 +47,7 @@ BAD = ("Traceback", "Exception ignored", "Segmentation", "Fatal Python error", "
 class Outcome(NamedTuple):
   """What came of one interrupted run; `fault` is None where it ended by the rule."""
 
-  instant: float
+  instant: float  # CPU seconds since the start
   status: int
   seconds: float  # from the signal to the end
   fault: str | None
@@ -88,11 +90,11 @@ def environment(root: pathlib.Path) -> dict[str, str]:
 
 
 def whole(root: pathlib.Path, stage: str) -> float:
-  """Runs a stage to its end, twice so that the programs are known; its seconds."""
+  """CPU seconds of a stage whose programs are compiled: it runs twice."""
   seconds = 0.0
   for name in ("first", "whole"):
     output = started_from(root, stage, name)
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
       command(root, stage, output),
       capture_output=True,
@@ -100,8 +102,22 @@ def whole(root: pathlib.Path, stage: str) -> float:
       env=environment(root),
     )
     assert done.returncode == 0, done.stderr.decode()
-    seconds = time.monotonic() - began
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = ended.ru_utime - began.ru_utime + ended.ru_stime - began.ru_stime
   return seconds
+
+
+def wait_until(process: subprocess.Popen[bytes], instant: float) -> None:
+  """Waits until a process has used `instant` CPU seconds, or has ended."""
+  ticks = os.sysconf("SC_CLK_TCK")
+  while process.poll() is None:
+    # Fields 14 and 15 of Linux's stat are user and system time; the name before them
+    # may contain spaces.
+    fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2]
+    user, system = fields.split()[11:13]
+    if (int(user) + int(system)) / ticks >= instant:
+      return
+    time.sleep(0.002)
 
 
 BEFORE = {"refine": None, "train": "refine", "evaluate": "train", "export": "train"}
@@ -131,12 +147,12 @@ def result(output: pathlib.Path, stage: str) -> dict[str, str]:
   if stage == "export":
     # Not the file: the library writes what it knows of it in any order.
     weights = safetensors.numpy.load_file(output / "export/model.safetensors")
-    found = {name: tensor.tobytes() for name, tensor in weights.items()}
-    found |= {p.name: p.read_bytes() for p in output.glob("export/*.json")}
+    contents = {name: tensor.tobytes() for name, tensor in weights.items()}
+    contents |= {p.name: p.read_bytes() for p in output.glob("export/*.json")}
   else:
     files = [*output.glob("refined/shard-*"), output / "refined/MANIFEST.json"]
-    found = {p.name: p.read_bytes() for p in files}
-  return {name: hashlib.sha256(value).hexdigest() for name, value in found.items()}
+    contents = {p.name: p.read_bytes() for p in files}
+  return {name: hashlib.sha256(value).hexdigest() for name, value in contents.items()}
 
 
 def strike(
@@ -157,7 +173,7 @@ def strike(
     stderr=subprocess.PIPE,
     env=environment(root),
   )
-  time.sleep(instant)
+  wait_until(process, instant)
   process.send_signal(blow)
   struck = time.monotonic()
   if twice:
@@ -198,7 +214,7 @@ def judged(
     return f"{bad}: {said[-3000:]}", "bad output"
   right = {STATUS[stage][blow]} | ({128 + blow} if twice else set())
   if status in right and any(hint in said for hint in HINTS):
-    return None, "noted" if "stopping at the next" in said else "at once, importing"
+    return None, "noted" if "send the signal again" in said else "at once, importing"
   # Before the package is imported, and after it has ended, the process is Python's own.
   if status == -blow:
     return None, "Python's own start or end"
@@ -260,17 +276,17 @@ def main() -> None:
     rerun=given.rerun,
     jobs=given.jobs,
   )
-  good = [found for found in outcomes if found.fault is None]
-  for found in outcomes:
-    if found.fault is not None:
-      print(f"at {found.instant:.2f} s: {found.fault}")
-  kinds = collections.Counter((found.kind, found.status) for found in outcomes)
-  waits = sorted(found.seconds for found in outcomes)
+  good = [outcome for outcome in outcomes if outcome.fault is None]
+  for outcome in outcomes:
+    if outcome.fault is not None:
+      print(f"at {outcome.instant:.2f} CPU seconds: {outcome.fault}")
+  kinds = collections.Counter((outcome.kind, outcome.status) for outcome in outcomes)
+  waits = sorted(outcome.seconds for outcome in outcomes)
   print(
     f"{given.stage} {blow.name}{' twice' if given.twice else ''}: {len(good)} of "
     f"{len(outcomes)} by the rule; {dict(kinds)}; seconds from signal to end: median "
     f"{waits[len(waits) // 2]:.2f}, longest {waits[-1]:.2f}; last instant "
-    f"{outcomes[-1].instant:.2f} s",
+    f"{outcomes[-1].instant:.2f} CPU seconds",
     flush=True,
   )
   sys.exit(len(good) < len(outcomes))

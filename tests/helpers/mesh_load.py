@@ -13,13 +13,13 @@ import numpy as np
 from flax import traverse_util
 
 from raft_jax.hf import load as hf_load
-from raft_jax.models import sharding, transformer
+from raft_jax.models import param_sharding, sharding, transformer
 
 
 def main(folder: str, out: str) -> None:
   config = hf_load.load_config(folder)
   mesh = sharding.make_mesh(1, 4, 2)
-  places = sharding.tree(mesh, transformer.axes(config), transformer.shapes(config))
+  places = sharding.tree(mesh, param_sharding.axes(config), transformer.shapes(config))
   params = hf_load.load_params(folder, config, shardings=places)
   assert all(
     jax.tree.leaves(jax.tree.map(lambda x, y: x.sharding == y, params, places))

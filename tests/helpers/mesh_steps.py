@@ -10,6 +10,7 @@ The model is mild on purpose: Adam's first step has the sign of the gradient, ho
 small, and in a model that is steep round-off grows to per cents within two steps.
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -20,25 +21,21 @@ from jax.sharding import AxisType, Mesh
 from raft_jax import balance
 from raft_jax.data import batching
 from raft_jax.distillation import objective, step
-from raft_jax.models import lora, partition, sharding, transformer
+from raft_jax.models import lora, param_sharding, partition, sharding, transformer
 from raft_jax.runtime import distributed
 from raft_jax.training import optim, run_plan
 from raft_jax.training import programs as programs_lib
+from tests.helpers import tiny_decoder, tiny_step
 
 # 8 divides every width but the feed-forward's 44, which then stays whole; a head of 8
 # spread over tensor = 8 with 4 heads is cut in two.
-DECODER = transformer.DecoderConfig(
+DECODER = dataclasses.replace(
+  tiny_decoder.CONFIG,
   vocab_size=96,
-  d_model=32,
   n_layers=2,
-  n_heads=4,
   n_kv_heads=4,
-  head_dim=8,
   d_ff=44,
-  rms_eps=1e-5,
-  rope_theta=10_000.0,
   max_positions=64,
-  tie_embeddings=True,
 )
 ROWS, STEPS, RATE = 8, 2, 1e-2
 ONE = "one device"
@@ -67,9 +64,8 @@ ROLLOUTS = programs_lib.Rollouts(
 
 
 def make_settings(micro_batches: int, *, apart: bool) -> objective.Settings:
-  return objective.Settings(
+  return tiny_step.SETTINGS._replace(
     decoder=DECODER,
-    eos_ids=(5,),
     micro_batches=micro_batches,
     rollout_unroll=0 if apart else 1,
     top_k=16,
@@ -138,7 +134,9 @@ def steps(
   )
   out = {}
   with jax.set_mesh(mesh):
-    placed = sharding.tree(mesh, transformer.axes(DECODER), transformer.shapes(DECODER))
+    placed = sharding.tree(
+      mesh, param_sharding.axes(DECODER), transformer.shapes(DECODER)
+    )
     teacher = jax.device_put(base_params(), placed)
     frozen = split.freeze(teacher) if split.freeze else {}
     reference = step.ReferenceParams(frozen, teacher, None)

@@ -298,12 +298,12 @@ def matrix(root: pathlib.Path, questions: pathlib.Path, plan: list) -> list[dict
 
   verdicts = strikes(root, plan, run_stage, result, "refined")
   total = logged(root / "whole/log").count("embedded")
-  found = []
+  checked = []
   for verdict in verdicts:
     pairs = sum("cosine" in value for value in verdict.kept.values())
     embedded = verdict.again.count("embedded") + 2 * pairs
-    found.append({**shown(verdict), "embedded": embedded, "expected_embedded": total})
-  return found
+    checked.append({**shown(verdict), "embedded": embedded, "expected_embedded": total})
+  return checked
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ class Habit(NamedTuple):
   models: chat_server.Reply | None = None
 
 
-def good(asked: dict[str, Any]) -> str:
+def good(request: dict[str, Any]) -> str:
   """What a willing model says: the facts, a verdict, or a sentence."""
-  content = asked["messages"][-1]["content"]
+  content = request["messages"][-1]["content"]
   if "candidate answer" in content:
     return '{"score": 0.9}'
   facts = [line for line in content.splitlines() if "nswer: " in line]
@@ -54,8 +54,8 @@ def body(text: Any, finish: Any = "stop", **message: Any) -> dict[str, Any]:
 def changed(**fields: Any) -> Callable[[dict[str, Any], int], chat_server.Reply]:
   """A usual reply with other fields beside `choices`; ... takes one away."""
 
-  def answer(asked: dict[str, Any], number: int) -> chat_server.Reply:
-    whole = {**body(good(asked)), **fields}
+  def answer(request: dict[str, Any], number: int) -> chat_server.Reply:
+    whole = {**body(good(request)), **fields}
     return chat_server.Reply({k: v for k, v in whole.items() if v is not ...})
 
   return answer
@@ -65,32 +65,38 @@ def always(status: int, error: Any, **headers: str):
   """The same refusal for ever."""
   reply = chat_server.Reply(error, status)
   sent = {k.replace("_", "-"): v for k, v in headers.items()} or reply.headers
-  return lambda asked, number: reply._replace(headers=sent)
+  return lambda request, number: reply._replace(headers=sent)
 
 
 def once(reply: chat_server.Reply):
   """A failure of the second request only."""
-  return lambda asked, number: reply if number == 1 else chat_server.says(good(asked))
+  return lambda request, number: (
+    reply if number == 1 else chat_server.says(good(request))
+  )
 
 
 def said(form: Callable[[str], Any], finish: Any = "stop", **message: Any):
   """A usual reply whose content is made from the good one."""
-  return lambda asked, number: chat_server.says(form(good(asked)), finish, **message)
+  return lambda request, number: chat_server.says(
+    form(good(request)), finish, **message
+  )
 
 
 def refuses(name: str, status: int, error: Any):
   """A server that does not take a parameter."""
 
-  def answer(asked: dict[str, Any], number: int) -> chat_server.Reply:
-    taken = name not in asked
-    return chat_server.says(good(asked)) if taken else chat_server.Reply(error, status)
+  def answer(request: dict[str, Any], number: int) -> chat_server.Reply:
+    taken = name not in request
+    return (
+      chat_server.says(good(request)) if taken else chat_server.Reply(error, status)
+    )
 
   return answer
 
 
-def streamed(asked: dict[str, Any], number: int) -> chat_server.Reply:
+def streamed(request: dict[str, Any], number: int) -> chat_server.Reply:
   """Pieces of a reply as server-sent events, which were not asked for."""
-  text = good(asked)
+  text = good(request)
   parts = [{"delta": {"role": "assistant", "content": ""}}]
   parts += [{"delta": {"content": text[i : i + 9]}} for i in range(0, len(text), 9)]
   parts += [{"delta": {}, "finish_reason": "stop"}]
@@ -102,13 +108,13 @@ def streamed(asked: dict[str, Any], number: int) -> chat_server.Reply:
   )
 
 
-def slow(asked: dict[str, Any], number: int) -> chat_server.Reply:
+def slow(request: dict[str, Any], number: int) -> chat_server.Reply:
   time.sleep(0.3)
-  return chat_server.says(good(asked))
+  return chat_server.says(good(request))
 
 
-def second_choice_first(asked: dict[str, Any], number: int) -> chat_server.Reply:
-  whole = body(good(asked))
+def second_choice_first(request: dict[str, Any], number: int) -> chat_server.Reply:
+  whole = body(good(request))
   other = {**whole["choices"][0], "index": 1, "message": {"content": "No."}}
   return chat_server.Reply({**whole, "choices": [other, *whole["choices"]]})
 
@@ -187,7 +193,7 @@ LONG = {
 NO_ROOM = "the server finds the rewrite prompt and max_new_tokens=256 too long"
 
 HABITS: dict[str, Habit] = {
-  "usual": Habit(lambda asked, n: chat_server.says(good(asked))),
+  "usual": Habit(lambda request, n: chat_server.says(good(request))),
   "no usage": Habit(changed(usage=...)),
   "usage null": Habit(changed(usage=None)),
   "usage in part": Habit(changed(usage={"total_tokens": 15})),
@@ -228,7 +234,7 @@ HABITS: dict[str, Habit] = {
   ),
   "finish_reason null": Habit(said(str, None)),
   "finish_reason null, no usage": Habit(
-    lambda asked, n: chat_server.Reply({**body(good(asked), None), "usage": None}),
+    lambda request, n: chat_server.Reply({**body(good(request), None), "usage": None}),
     *(2, 2, "finish_reason None"),
   ),
   "finish_reason unknown": Habit(
@@ -251,16 +257,16 @@ HABITS: dict[str, Habit] = {
   ),
   "cut off once": Habit(once(chat_server.says("A cut.")._replace(cut=40))),
   "a mark of byte order": Habit(
-    lambda asked, n: chat_server.Reply(
-      b"\xef\xbb\xbf" + json.dumps(body(good(asked))).encode()
+    lambda request, n: chat_server.Reply(
+      b"\xef\xbb\xbf" + json.dumps(body(good(request))).encode()
     )
   ),
   "slow": Habit(slow),
   "a page of a proxy": Habit(
-    lambda asked, n: page(502, "Bad Gateway"), 75, 75, "502 Bad Gateway"
+    lambda request, n: page(502, "Bad Gateway"), 75, 75, "502 Bad Gateway"
   ),
   "a page to log in": Habit(
-    lambda asked, n: page(0, "Sign in"), 2, 2, "the page '0 Sign in'"
+    lambda request, n: page(0, "Sign in"), 2, 2, "the page '0 Sign in'"
   ),
   "429 with status 200": Habit(
     always(200, {"error": RATE, "user_id": "u"}, retry_after_ms="1"),
@@ -299,9 +305,9 @@ HABITS: dict[str, Habit] = {
   ),
   "a filter": Habit(always(400, AZURE), 0, 0, "rewrite_filtered", ""),
   "too long": Habit(always(400, LONG), 2, 2, NO_ROOM),
-  "413": Habit(lambda asked, n: page(413, "Too Large", 413), 2, 2, NO_ROOM),
+  "413": Habit(lambda request, n: page(413, "Too Large", 413), 2, 2, NO_ROOM),
   "models/ before the name": Habit(
-    lambda asked, n: chat_server.says(good(asked)),
+    lambda request, n: chat_server.says(good(request)),
     models=chat_server.Reply({"data": [{"id": f"models/{chat_server.MODEL}"}]}),
   ),
 }

@@ -6,13 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raft_jax.config import schema
 from raft_jax.data import batching
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.models import sampling, transformer
+from raft_jax.training import run_plan
 from tests.helpers import tiny_decoder
 
 CONFIG = tiny_decoder.CONFIG
-SETTINGS = objective.Settings(decoder=CONFIG, eos_ids=(5,), top_k=20)
+SETTINGS = run_plan.make_settings(
+  schema.Config(
+    model=schema.Model(source="tiny"),
+    data=schema.Data(questions="none"),
+    output="none",
+    distill=schema.Distill(top_k=20),
+  ),
+  CONFIG,
+  teacher_decoder=None,
+  eos_ids=(5,),
+  device_platform="cpu",
+)
 
 
 def make_batch(rows=4, prompt=7, answer=6, context=11, seed=0):
@@ -44,7 +57,7 @@ def roll_out(params, batch, new=5):
     eos_ids=(5,),
     pad_id=5,
   )
-  return objective.Trajectory(rollout.tokens_BR, rollout.length_B)
+  return sequences.Trajectory(rollout.tokens_BR, rollout.length_B)
 
 
 @jax.jit

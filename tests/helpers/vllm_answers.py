@@ -16,9 +16,9 @@ def main() -> None:
   model = vllm.LLM(
     folder, dtype=dtype, enforce_eager=True, max_model_len=1024, max_num_seqs=32
   )
-  asked = json.loads(pathlib.Path(questions).read_text())
+  texts = json.loads(pathlib.Path(questions).read_text())
   replies = model.chat(
-    [[{"role": "user", "content": question}] for question in asked],
+    [[{"role": "user", "content": question}] for question in texts],
     vllm.SamplingParams(temperature=0.0, max_tokens=int(tokens)),
     use_tqdm=False,
   )

@@ -25,6 +25,7 @@ from raft_jax.hf import (
   chat,
   chat_template,
   gguf_file,
+  model_source,
   teacher_prompts,
 )
 from raft_jax.hf import (
@@ -138,8 +139,8 @@ MANNERS = {
 
 
 def trl_templates() -> dict[str, str]:
-  found = importlib.util.find_spec("trl")
-  folder = pathlib.Path(found.origin).parent / "chat_templates"
+  spec = importlib.util.find_spec("trl")
+  folder = pathlib.Path(spec.origin).parent / "chat_templates"
   files = sorted(folder.glob("*.jinja"))
   return {f"trl/{file.stem}": file.read_text(encoding="utf-8") for file in files}
 
@@ -195,12 +196,12 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm):
-  vocabulary = gguf_file.vocabulary(hf_load.resolve(smollm))
+  vocabulary = gguf_file.vocabulary(model_source.resolve(smollm))
   ids = {token: index for index, token in enumerate(vocabulary.tokens)}
   backend = hf_tokenizer.byte_level_bpe(
     ids, vocabulary.merges, hf_tokenizer.SPLITTERS["qwen2"]
   )
-  found = transformers.PreTrainedTokenizerFast(
+  loaded = transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend,
     bos_token="<repo_name>",
     eos_token="<|endoftext|>",
@@ -209,9 +210,9 @@ def tokenizer(smollm):
   spelled = r"<[|｜][^<>'\"{}\s]+[|｜]>|<\|?\w+\|?>|</?(?:\w+:)?\w+>|\[/?[A-Z]{3,}\]"
   marks = {m for t in TEMPLATES.values() for m in re.findall(spelled, t)}
   ordinary = {m for m in marks if re.search("(?i)think|tool|function|param", m)}
-  found.add_tokens(sorted(ordinary))
-  found.add_special_tokens({"additional_special_tokens": sorted(marks - ordinary)})
-  return found
+  loaded.add_tokens(sorted(ordinary))
+  loaded.add_special_tokens({"additional_special_tokens": sorted(marks - ordinary)})
+  return loaded
 
 
 @pytest.fixture
@@ -267,7 +268,7 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
       chat.turn_ids(made(tokenizer, template, tmp_path), messages, ANSWERS[0])
     return
   chat_tokenizer = made(tokenizer, template, tmp_path)
-  asked = theirs(tokenizer, template, messages, prompt=True)
+  prompt_text = theirs(tokenizer, template, messages, prompt=True)
   end = tokenizer.decode([chat_tokenizer.eos_ids[0]])
   for answer in ANSWERS:
     finished = [*messages, Message("assistant", answer)]
@@ -281,9 +282,9 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
     if cut < 0:  # the template writes no end
       learned = learned[:-1]
     read, said = tokenizer.decode(prompt), tokenizer.decode(learned)
-    assert read.startswith(asked)
-    if read == asked:
-      assert prompt == ids_of(tokenizer, asked)
+    assert read.startswith(prompt_text)
+    if read == prompt_text:
+      assert prompt == ids_of(tokenizer, prompt_text)
     if name in CLOSED:
       assert read.endswith(CLOSED[name])
       header = read.removesuffix(CLOSED[name])
@@ -329,7 +330,7 @@ def in_files(folder: pathlib.Path, templates: dict[str, str]) -> None:
 PLACES = pytest.mark.parametrize("write", [in_config, in_files])
 
 
-def asked(source: str | pathlib.Path, **options) -> list[int]:
+def template_ids(source: str | pathlib.Path, **options) -> list[int]:
   """What transformers gives for a question."""
   tokenizer = transformers.AutoTokenizer.from_pretrained(source)
   return tokenizer.apply_chat_template(
@@ -347,9 +348,11 @@ QUESTION = [Message("user", "1")]
 def test_the_default_of_several_templates_is_used(folder, write):
   write(folder, {"default": PLAIN, "tool_use": OTHER, "rag": OTHER})
   chat_tokenizer = chat.load(str(folder))
-  assert chat.prompt_ids(chat_tokenizer, QUESTION) == asked(folder)
+  assert chat.prompt_ids(chat_tokenizer, QUESTION) == template_ids(folder)
   chosen = chat.load(str(folder), "tool_use")
-  assert chat.prompt_ids(chosen, QUESTION) == asked(folder, chat_template="tool_use")
+  assert chat.prompt_ids(chosen, QUESTION) == template_ids(
+    folder, chat_template="tool_use"
+  )
   assert chosen.digest != chat_tokenizer.digest
 
 
@@ -369,14 +372,18 @@ def test_several_templates_without_a_default(folder):
   ):
     chat.load(str(folder))
   chat_tokenizer = chat.load(str(folder), "rag")
-  assert chat.prompt_ids(chat_tokenizer, QUESTION) == asked(folder, chat_template="rag")
+  assert chat.prompt_ids(chat_tokenizer, QUESTION) == template_ids(
+    folder, chat_template="rag"
+  )
 
 
 def test_a_template_from_a_file(folder, tmp_path):
   file = tmp_path / "mine.jinja"
   file.write_text(OTHER)
   chat_tokenizer = chat.load(str(folder), str(file))
-  assert chat.prompt_ids(chat_tokenizer, QUESTION) == asked(folder, chat_template=OTHER)
+  assert chat.prompt_ids(chat_tokenizer, QUESTION) == template_ids(
+    folder, chat_template=OTHER
+  )
   with pytest.raises(errors.UserError, match=r"none\.jinja cannot be read"):
     chat.load(str(folder), str(tmp_path / "none.jinja"))
   file.write_bytes(b"\xff\xfe")
@@ -393,10 +400,10 @@ def test_templates_of_a_gguf_file_have_names(monkeypatch, smollm):
     "tokenizer.chat_template.tool_use": OTHER,
   }
   monkeypatch.setattr(gguf_file, "_value", lambda reader, key: read.get(key))
-  found = gguf_file.templates(None)
-  assert found == {"default": PLAIN, "tool_use": OTHER}
-  assert chat_template.choose(found, None, "x") == PLAIN
-  assert chat_template.choose(found, "tool_use", "x") == OTHER
+  templates = gguf_file.templates(None)
+  assert templates == {"default": PLAIN, "tool_use": OTHER}
+  assert chat_template.choose(templates, None, "x") == PLAIN
+  assert chat_template.choose(templates, "tool_use", "x") == OTHER
 
 
 ALWAYS = MANNERS["always_thinks"]
@@ -418,10 +425,10 @@ def test_an_export_renders_as_it_was_trained(folder, write, templates, name, kep
   params, out = hf_load.load_params(str(folder), config), folder.parent / "out"
   hf_save.save(out, params, config, str(folder), template=name, card="")
   chat_tokenizer = chat.load(str(folder), name)
-  assert asked(out) == chat.prompt_ids(chat_tokenizer, QUESTION)
+  assert template_ids(out) == chat.prompt_ids(chat_tokenizer, QUESTION)
   assert chat.load(str(out)).digest == chat_tokenizer.digest
   if kept:
-    assert asked(out, chat_template="tool_use") == asked(
+    assert template_ids(out, chat_template="tool_use") == template_ids(
       folder, chat_template="tool_use"
     )
 
@@ -540,7 +547,7 @@ def test_words_of_a_domain_stay_single_tokens(smollm):
 
 def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
   """GGUF calls them user-defined."""
-  whole = gguf_file.vocabulary(hf_load.resolve(smollm))
+  whole = gguf_file.vocabulary(model_source.resolve(smollm))
   added = {**whole.added, "<think>": False, "</think>": False}
   tokens = [*whole.tokens, "<think>", "</think>"]
   changed = whole._replace(added=added, tokens=tokens)

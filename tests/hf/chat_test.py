@@ -15,8 +15,7 @@ import transformers
 from hypothesis import strategies
 
 from raft_jax import errors
-from raft_jax.hf import chat, teacher_prompts
-from raft_jax.hf import load as hf_load
+from raft_jax.hf import chat, model_source, teacher_prompts
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.storage.records import Message
 
@@ -56,7 +55,7 @@ def chat_tokenizer(smollm) -> chat.ChatTokenizer:
 @pytest.fixture(scope="module")
 def theirs(smollm):
   """transformers' own conversion of the GGUF tokenizer."""
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
@@ -336,9 +335,9 @@ def test_teacher_chat_is_one_user_turn(chat_tokenizer):
     "\nAnswer the question based on the reference knowledge:\nWhat is a tort?\nAnswer:"
   )
   several = conversation("Hi", "Hello.", "What is a tort?", system="Be brief.")
-  asked = conversation("Hi", "Hello.", words, system="Be brief.")
+  dialogue = conversation("Hi", "Hello.", words, system="Be brief.")
   got = teacher_prompts.teacher_ids(chat_tokenizer, several, "A wrong.", "chat")
-  assert got == template_ids(chat_tokenizer.hf_tokenizer, asked)
+  assert got == template_ids(chat_tokenizer.hf_tokenizer, dialogue)
 
 
 def test_teacher_example_is_one_user_turn(chat_tokenizer):
@@ -348,8 +347,8 @@ def test_teacher_example_is_one_user_turn(chat_tokenizer):
     "\n\nNow answer with a response of your own, including the thinking process."
   )
   got = teacher_prompts.teacher_ids(chat_tokenizer, several, "A wrong.", "example")
-  asked = conversation("Hi", "Hello.", content, system="Be brief.")
-  assert got == template_ids(chat_tokenizer.hf_tokenizer, asked)
+  dialogue = conversation("Hi", "Hello.", content, system="Be brief.")
+  assert got == template_ids(chat_tokenizer.hf_tokenizer, dialogue)
 
 
 def test_teacher_none_is_the_student(chat_tokenizer):

@@ -1,10 +1,11 @@
-"""What of a config is refused, by name; how tensors of files are found and cut."""
+"""Config fields: what is refused, and renamed ones; parts of fused tensors."""
 
 import numpy as np
 import pytest
+import transformers
 
 from raft_jax import errors
-from raft_jax.hf import decoder_config, families
+from raft_jax.hf import decoder_config, families, tensor_layout
 from tests.helpers import tiny_families
 
 LLAMA = {**tiny_families.TINY, "model_type": "llama"}
@@ -55,25 +56,41 @@ def test_refused_by_name(name):
   assert "\n" not in str(caught.value)
 
 
+def test_a_field_with_another_name_in_config_json(monkeypatch):
+  """Its value is read and checked, as transformers writes it under Llama's name."""
+  theirs = transformers.LlamaConfig(
+    **tiny_families.TINY, rms_norm_eps=0.02, hidden_act="gelu"
+  ).to_dict()
+  own_names = {"rms_norm_eps": "norm_epsilon", "hidden_act": "activation_function"}
+  fields = {own_names.get(name, name): value for name, value in theirs.items()}
+  family = families.FAMILIES["llama"]._replace(renamed=own_names)
+  monkeypatch.setitem(families.FAMILIES, "llama", family)
+  with pytest.raises(errors.UserError, match="activation_function = 'gelu' is not"):
+    decoder_config.decoder_config(fields, "m/config.json")
+  fields["activation_function"] = "silu"
+  config = decoder_config.decoder_config(fields, "m/config.json")
+  assert config.rms_eps == theirs["rms_norm_eps"] == 0.02
+
+
 def test_gguf_is_read_for_families_with_names_in_it():
   readable = {name for name, family in families.FAMILIES.items() if family.in_gguf}
   assert readable == {"llama"}
 
 
 def test_a_part_of_a_fused_tensor_is_read_alone():
-  """Rows 1:3 of k, which lies behind 4 rows of q: a host reads no more."""
-  whole, asked = np.arange(80).reshape(8, 10), []
+  """Row 1 of k, whose rows follow the 4 rows of q: a host reads no more."""
+  whole, indices = np.arange(80).reshape(8, 10), []
 
   def read(index):
-    asked.append(index)
+    indices.append(index)
     return whole[index]
 
   leaves = {f"layers/{x}": np.zeros((1, n, 10)) for x, n in zip("kqv", (2, 4, 2))}
   names = dict.fromkeys(("layers/q", "layers/k", "layers/v"), "{}.qkv")
-  (piece,) = families.pieces(leaves, names)
+  (piece,) = tensor_layout.pieces(leaves, names)
   assert piece.shape == (8, 10)
-  part = families.part(families.Stored((8, 10), read), piece, "layers/k")
+  part = tensor_layout.part(tensor_layout.Stored((8, 10), read), piece, "layers/k")
   assert part.shape == (2, 10)
   got = part.read((slice(1, 2), slice(None)))
   np.testing.assert_array_equal(got, whole[5:6])
-  assert asked == [(slice(5, 6, 1), slice(None))]
+  assert indices == [(slice(5, 6, 1), slice(None))]

@@ -20,7 +20,14 @@ import transformers
 
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
-from raft_jax.models import layer_functions, sampling, sharding, transformer
+from raft_jax.models import (
+  kv_cache,
+  layer_functions,
+  param_sharding,
+  sampling,
+  sharding,
+  transformer,
+)
 from tests.helpers import tiny_families
 
 VOCAB = tiny_families.TINY["vocab_size"]
@@ -273,7 +280,7 @@ def test_cached_decoding_equals_one_forward(made):
   row = made.rows[0][None]
   column = jnp.arange(row.shape[1])
   want = our_logits(made.params, made.config, made.rows)[0]
-  cache, parts = transformer.init_cache(made.config, 1, row.shape[1]), []
+  cache, parts = kv_cache.init(made.config, 1, row.shape[1]), []
   for start, stop in ((0, 9), (9, 40)):
     part, cache = forward(
       made.params,
@@ -282,7 +289,7 @@ def test_cached_decoding_equals_one_forward(made):
       column[None, start:stop],
       (column[None, :] <= column[start:stop, None])[None],
       cache=cache,
-      cache_index=start,
+      column=start,
       reach_B=jnp.array([row.shape[1]]),
     )
     parts.append(head(made.params, made.config, part[0]))
@@ -366,7 +373,7 @@ def test_tree_is_shardable_and_trainable(made):
     lambda x: x.shape, made.params
   )
   mesh = sharding.make_mesh(1, -1, 1)
-  places = sharding.tree(mesh, transformer.axes(made.config), shapes)
+  places = sharding.tree(mesh, param_sharding.axes(made.config), shapes)
   loaded = hf_load.load_params(str(made.folder), made.config, shardings=places)
   jax.tree.map(np.testing.assert_array_equal, loaded, made.params)
   row = jnp.asarray(made.rows[1][None])

@@ -13,6 +13,7 @@ from transformers import modeling_rope_utils
 
 from raft_jax import errors
 from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.models import transformer
@@ -22,7 +23,7 @@ from tests.helpers import tiny_llama
 @pytest.fixture(scope="module")
 def reference(smollm):
   """The real model as transformers itself dequantises the GGUF file."""
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   return transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )
@@ -145,7 +146,10 @@ def small(path: pathlib.Path, kind: Kind, meta: dict | None = None, **extra) -> 
     else:
       writer.add_tensor(f"{name}.weight", rng.standard_normal(rows, np.float32))
   for name, array in extra.items():
-    writer.add_tensor(name, np.asarray(array, np.float32))
+    if isinstance(array, np.ndarray) and array.dtype == np.uint8:
+      writer.add_tensor(name, array, raw_dtype=Kind.Q8_K)
+    else:
+      writer.add_tensor(name, np.asarray(array, np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -206,7 +210,7 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path):
   source = small(tmp_path / "m.gguf", Kind.F32, meta, **{"rope_freqs.weight": divisors})
   (rope,) = hf_load.load_config(source).ropes
   np.testing.assert_allclose(rope.divisors, divisors, rtol=1e-5)
-  fields = hf_load.fields(hf_load.resolve(source))
+  fields = hf_load.fields(model_source.resolve(source))
   (tmp_path / "config.json").write_text(json.dumps(fields))
   again = transformers.AutoConfig.from_pretrained(tmp_path)
   assert again.rope_parameters == scaling
@@ -246,6 +250,13 @@ def test_a_quantisation_that_cannot_be_read_is_named(tmp_path):
     hf_load.check_params(source, hf_load.load_config(source))
 
 
+def test_rope_divisors_that_cannot_be_read_are_named(tmp_path):
+  divisors = encoded(Kind.Q8_K, 1, np.random.default_rng(0))
+  source = small(tmp_path / "m.gguf", Kind.F32, **{"rope_freqs.weight": divisors})
+  with pytest.raises(errors.UserError, match=r"rope_freqs\.weight is stored as Q8_K"):
+    hf_load.load_config(source)
+
+
 def test_a_quantisation_of_the_future(tmp_path):
   path = tmp_path / "m.gguf"
   small(path, Kind.F32)
@@ -269,7 +280,7 @@ def test_values_that_are_not_finite_are_named(tmp_path):
 
 
 def test_truncated(smollm, tmp_path):
-  whole = hf_load.resolve(smollm).read_bytes()
+  whole = model_source.resolve(smollm).read_bytes()
   for name, size in (("head", 1000), ("body", len(whole) - 4096)):
     path = tmp_path / f"{name}.gguf"
     path.write_bytes(whole[:size])

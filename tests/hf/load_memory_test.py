@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from flax import traverse_util
 
-from raft_jax.hf import families
+from raft_jax.hf import families, tensor_layout
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 
@@ -39,9 +39,9 @@ def write_random(folder: pathlib.Path) -> None:
   """A checkpoint of random bfloat16 values in shards with an index."""
   (folder / "config.json").write_text(json.dumps(QWEN_1_5B))
   config = hf_load.load_config(str(folder))
-  names = families.file_names(families.FAMILIES["qwen2"], in_gguf=False)
+  names = tensor_layout.file_names(families.FAMILIES["qwen2"], in_gguf=False)
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
-  pieces = families.pieces(leaves, names)
+  pieces = tensor_layout.pieces(leaves, names)
   noise = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
   noise = noise.astype(ml_dtypes.bfloat16)
   weight_map: dict[str, str] = {}

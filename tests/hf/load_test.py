@@ -17,8 +17,8 @@ import transformers
 from flax import traverse_util
 
 from raft_jax import errors
-from raft_jax.hf import families
 from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source, tensor_layout
 from raft_jax.hf import save as hf_save
 from tests.helpers import tiny_llama
 
@@ -86,20 +86,20 @@ def test_sharded_over_eight_devices(tmp_path):
 def test_a_block_is_read_alone_and_in_strips(monkeypatch):
   """A host reads only its block: rows 1:6 and columns 2:4, as a mesh would ask."""
   whole = np.arange(8 * 5, dtype=np.float32).reshape(8, 5)
-  asked = []
+  indices = []
 
   def read(index):
-    asked.append(index)
+    indices.append(index)
     return whole[index]
 
   monkeypatch.setattr(hf_load, "STRIP_BYTES", 2 * 2 * 4)
   index = (slice(1, 6), slice(2, 4))
   out = hf_load._read_block(
-    families.Stored((8, 5), read), index, np.dtype("float32"), "x"
+    tensor_layout.Stored((8, 5), read), index, np.dtype("float32"), "x"
   )
   np.testing.assert_array_equal(out, whole[index])
   rows = [slice(1, 3), slice(3, 5), slice(5, 6)]
-  assert asked == [(strip, slice(2, 4)) for strip in rows]
+  assert indices == [(strip, slice(2, 4)) for strip in rows]
 
 
 def test_host_memory_is_one_tensor(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_old_rotary_buffers_are_ignored(tmp_path):
 )
 def test_bad_source(source, says):
   with pytest.raises(errors.UserError, match=says) as caught:
-    hf_load.resolve(source)
+    model_source.resolve(source)
   assert "\n" not in str(caught.value)
 
 
@@ -170,4 +170,4 @@ def test_resolve_imports_nothing(tmp_path, monkeypatch):
   (package / "m.gguf").write_text("")
   monkeypatch.syspath_prepend(tmp_path)
   source = "pkg://raft_jax_test_package/m.gguf"
-  assert hf_load.resolve(source) == package / "m.gguf"
+  assert model_source.resolve(source) == package / "m.gguf"

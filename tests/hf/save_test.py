@@ -36,7 +36,7 @@ def test_save_notices_wrong_bytes(complete, tmp_path, monkeypatch):
     pathlib.Path(path).write_bytes(data)
 
   monkeypatch.setattr(safetensors.numpy, "save_file", flip)
-  with pytest.raises(OSError, match="was not written as it should be"):
+  with pytest.raises(OSError, match="differs from what was written"):
     hf_save.save(tmp_path / "out", params, config, str(complete), card="")
   assert {p.name for p in tmp_path.iterdir()} == {"source"}
 

@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from raft_jax import errors
 from raft_jax.hf import load as hf_load
+from raft_jax.hf import model_source
 from tests.helpers import tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -279,5 +280,5 @@ def test_the_folder_of_a_gguf_file_names_it(tmp_path):
 
 
 def test_a_gguf_file_in_capitals(tmp_path, smollm):
-  (tmp_path / "SMOL.GGUF").symlink_to(hf_load.resolve(smollm))
+  (tmp_path / "SMOL.GGUF").symlink_to(model_source.resolve(smollm))
   assert hf_load.load_config(str(tmp_path / "SMOL.GGUF")) == hf_load.load_config(smollm)

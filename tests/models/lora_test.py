@@ -18,7 +18,7 @@ import transformers
 
 from raft_jax import balance, errors, export, train
 from raft_jax.config import schema
-from raft_jax.distillation import objective, step
+from raft_jax.distillation import objective, sequences, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter
 from raft_jax.hf import save as hf_save
@@ -56,7 +56,7 @@ def setting():
   base = tiny_decoder.random_params(CONFIG)
   batch = tiny_step.make_batch()
   rng = np.random.default_rng(1)
-  trajectory = objective.Trajectory(
+  trajectory = sequences.Trajectory(
     jnp.array(rng.integers(6, 97, (4, 5)), jnp.int32), jnp.array([5, 3, 0, 4])
   )
   support = objective.score_teacher(

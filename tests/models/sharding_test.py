@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from raft_jax import errors
-from raft_jax.models import sharding, transformer
+from raft_jax.models import param_sharding, sharding, transformer
 from tests.benchmarks import step_collectives
 from tests.helpers import mesh_steps
 
@@ -93,7 +93,7 @@ def test_place_splits_what_divides_and_leaves_the_rest_whole():
 def test_every_parameter_has_a_place(tied):
   decoder = dataclasses.replace(mesh_steps.DECODER, tie_embeddings=tied)
   shapes = transformer.shapes(decoder)
-  placed = sharding.tree(sized(2, 2, 2), transformer.axes(decoder), shapes)
+  placed = sharding.tree(sized(2, 2, 2), param_sharding.axes(decoder), shapes)
   assert jax.tree.structure(placed) == jax.tree.structure(shapes)
   # Kernels over fsdp and tensor, norm scales over fsdp: an eighth to a half each.
   parts = jax.tree.map(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from raft_jax.models import rotary, transformer
+from raft_jax.models import kv_cache, param_sharding, rotary, transformer
 from tests.helpers import tiny_decoder
 
 
@@ -101,7 +101,7 @@ def test_cached_decoding_equals_one_forward():
     transformer.positions(valid),
     transformer.causal_mask(valid),
   )
-  cache = transformer.init_cache(tiny_decoder.CONFIG, 2, 12)
+  cache = kv_cache.init(tiny_decoder.CONFIG, 2, 12)
   column = jnp.arange(12)
   pieces = []
   for start, stop in ((0, 5), (5, 6), (6, 7), (7, 12)):
@@ -115,28 +115,29 @@ def test_cached_decoding_equals_one_forward():
       jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start)),
       mask,
       cache=cache,
-      cache_index=start,
+      column=start,
     )
     pieces.append(piece)
   np.testing.assert_allclose(jnp.concatenate(pieces, 1), hidden, atol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{"remat": True}, {"unroll": 0}])
-def test_remat_and_unroll_change_no_gradient(options):
+@pytest.mark.parametrize("change", [{"remat": True}, {"unroll": 0}])
+def test_remat_and_unroll_change_no_gradient(change):
   params = tiny_decoder.random_params()
   tokens = jnp.arange(12).reshape(2, 6)
   valid = jnp.ones((2, 6), bool)
 
-  def gradient(**options):
+  def gradient(compute):
     return jax.grad(
       lambda p: jnp.sum(
         jnp.square(
-          tiny_decoder.logits(p, tiny_decoder.CONFIG, tokens, valid, **options)
+          tiny_decoder.logits(p, tiny_decoder.CONFIG, tokens, valid, compute=compute)
         )
       )
     )(params)
 
-  plain, other = gradient(), gradient(**options)
+  plain = gradient(transformer.FLOAT32)
+  other = gradient(transformer.Compute(**change))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
       b, a, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max())
@@ -160,7 +161,7 @@ def test_layers_apart_compute_what_they_compute_in_a_stack():
   next_seen = jnp.concatenate([valid, jnp.array([[True, False]] * 2)], 1)[:, None]
 
   def run(params):
-    cache = transformer.init_cache(config, 2, 8)
+    cache = kv_cache.init(config, 2, 8)
     tokens, places = jnp.arange(12).reshape(2, 6), transformer.positions(valid)
     first, cache = transformer.forward(
       params, config, tokens, places, seen, cache=cache
@@ -168,11 +169,11 @@ def test_layers_apart_compute_what_they_compute_in_a_stack():
     second, cache = transformer.forward(
       *(params, config, jnp.array([[7], [9]]), jnp.array([[6], [4]]), next_seen),
       cache=cache,
-      cache_index=6,
+      column=6,
     )
     return first, second, cache
 
-  apart = transformer.gathered(params, config, "float32", apart=True)
+  apart = param_sharding.gathered(params, config, "float32", apart=True)
   assert len(apart["layers"]) == 3
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
@@ -198,7 +199,7 @@ def test_bfloat16_activations_stay_near_float32():
     tokens,
     transformer.positions(valid),
     transformer.causal_mask(valid),
-    dtype="bfloat16",
+    compute=transformer.Compute(dtype="bfloat16"),
   )
   assert rounded.dtype == jnp.bfloat16
   # bfloat16 keeps 8 bits: a relative error of a few 2^-8 after three layers.
@@ -211,6 +212,6 @@ def test_axes_name_every_dimension_of_every_parameter():
     config = dataclasses.replace(tiny_decoder.CONFIG, tie_embeddings=tie)
     ranks = jax.tree.map(lambda leaf: leaf.ndim, transformer.shapes(config))
     named = jax.tree.map(
-      len, transformer.axes(config), is_leaf=lambda node: isinstance(node, tuple)
+      len, param_sharding.axes(config), is_leaf=lambda node: isinstance(node, tuple)
     )
     assert ranks == named

@@ -14,7 +14,7 @@ import pytest
 
 from raft_jax import losses
 from raft_jax.config import load as config_load
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, sequences
 from raft_jax.models import sampling
 from raft_jax.training import run_plan
 from tests.helpers import tiny_decoder
@@ -58,7 +58,7 @@ def ours(settings, sampler_stats=None):
   """Loss and gradient of the student's logits."""
   student, teacher, tokens, _ = drawn()
   head = jnp.eye(VOCABULARY)
-  trajectory = objective.Trajectory(
+  trajectory = sequences.Trajectory(
     jnp.array(tokens), jnp.array(LENGTHS), sampler_stats
   )
   weights = losses.mean_weights(

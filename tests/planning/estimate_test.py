@@ -7,7 +7,7 @@ from raft_jax.planning import estimate, machines
 
 def made_up(**own) -> dict:
   """1 GiB of each class beside an update with round costs."""
-  found = {
+  phase = {
     "flops": 312e12,
     "temporaries": 10 * estimate.GIB,
     "output": 0,
@@ -23,7 +23,7 @@ def made_up(**own) -> dict:
     "parameters": 1000,
     "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
     "memory": {**memory, "cache": 0},
-    "phases": {"update": found, "measured update": {**found, "flops": 4 * 312e12}},
+    "phases": {"update": phase, "measured update": {**phase, "flops": 4 * 312e12}},
   }
 
 
@@ -67,8 +67,8 @@ def test_a_refused_or_too_large_program_does_not_fit():
 def test_the_smallest_machine_by_its_bound(temporaries, topology, need):
   machine = machines.parse("a100_80:8")
   answer = made_up(temporaries=temporaries * estimate.GIB)
-  found = estimate.smallest_fit(answer, machine, 0.75, 16)
-  assert found.startswith(f"{topology} (at most {need:.1f} GiB a device")
+  fit = estimate.smallest_fit(answer, machine, 0.75, 16)
+  assert fit.startswith(f"{topology} (at most {need:.1f} GiB a device")
   huge = made_up(temporaries=80 * estimate.GIB)
   assert estimate.smallest_fit(huge, machine, 0.75, 16).startswith(
     "none of a100_80:1, "

@@ -35,7 +35,7 @@ def test_flops_of_a_decoder_are_those_of_the_formula(remat):
       tokens_BT,
       transformer.positions(valid_BT),
       transformer.causal_mask(valid_BT),
-      remat=remat,
+      compute=transformer.Compute(remat=remat),
     )
     return jnp.sum(hidden_BTD)
 
@@ -151,9 +151,9 @@ def module(bound: str, known: str) -> hlo_cost.Module:
 
 @pytest.mark.parametrize(("bound", "known"), [("9", KNOWN), ("5", "")])
 def test_collectives_of_a_program_by_hand(bound, known):
-  found = hlo_cost.collectives(module(bound, known), 8)
+  listed = hlo_cost.collectives(module(bound, known), 8)
   # By a ring: gathering sends (g - 1) / g of the whole, reducing twice that.
-  assert [(one.kind, one.group, one.times, one.wire) for one in found] == [
+  assert [(one.kind, one.group, one.times, one.wire) for one in listed] == [
     ("all-gather", 8, 1, 8 * 16 * 2 * 7 / 8),
     ("all-gather", 2, 5, 5 * 4 * 4 * 4 / 2),
     ("all-reduce", 8, 5, 5 * 2 * 40 * 7 / 8),

@@ -107,9 +107,9 @@ def test_settings_of_one_group_are_told_apart_and_a_group_of_rates_is_one():
     for seed in (0, 1)
     for keys in [{"distill.top_k": k, "train.seed": seed}]
   ]
-  found = sweep_results.chosen([*RUNS[:2], *wide])
-  assert list(found) == ["sft", "raft-top_k_64", "raft-top_k_128"]
-  assert [len(same) for same in found.values()] == [1, 2, 2]
+  groups = sweep_results.chosen([*RUNS[:2], *wide])
+  assert list(groups) == ["sft", "raft-top_k_64", "raft-top_k_128"]
+  assert [len(same) for same in groups.values()] == [1, 2, 2]
 
 
 def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
@@ -125,13 +125,13 @@ def test_measures_are_averaged_over_seeds_at_each_value_of_a_key():
   ]
   for run, mass in zip(runs, (None, 0.9, 0.7, 0.99)):
     run |= {} if mass is None else {"support_mass": mass}
-  found = {(one.key, one.title): one.curves for one in sweep_plots.swept(runs)}
-  assert {key for key, _ in found} == {k}  # one value, a seed or a word is no sweep
-  loss = found[k, "Held-out loss, nats per token"]
+  plots = {(one.key, one.title): one.curves for one in sweep_plots.swept(runs)}
+  assert {key for key, _ in plots} == {k}  # one value, a seed or a word is no sweep
+  loss = plots[k, "Held-out loss, nats per token"]
   assert loss == {"k": [(64.0, pytest.approx(3.1)), (4096.0, 2.0)]}
-  mass = found[k, "Teacher's probability in the top K"]
+  mass = plots[k, "Teacher's probability in the top K"]
   assert mass == {"k": [(64.0, pytest.approx(0.8)), (4096.0, 0.99)]}
-  assert (k, "Drift from the base model, nats per token") not in found
+  assert (k, "Drift from the base model, nats per token") not in plots
 
 
 def test_ratios_of_the_losses_are_drawn_once_a_setting(tmp_path):

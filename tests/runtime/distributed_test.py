@@ -29,7 +29,7 @@ MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://n1:5", "OMPI_COMM_WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-  ("environment", "found"),
+  ("environment", "launcher"),
   [
     ({}, None),
     (SLURM, "Slurm"),
@@ -45,8 +45,8 @@ MPI = {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://n1:5", "OMPI_COMM_WORLD_SIZE": "2"}
     ({"JAX_COORDINATOR_ADDRESS": "n1:5"}, "JAX_COORDINATOR_ADDRESS"),
   ],
 )
-def test_several_processes_are_recognised_by_who_starts_them(environment, found):
-  assert distributed.launcher(environment) == found
+def test_several_processes_are_recognised_by_who_starts_them(environment, launcher):
+  assert distributed.launcher(environment) == launcher
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def said(out: str) -> str:
 
 
 def test_two_processes_share_words_faults_and_rows():
-  found = ended(
+  results = ended(
     start(["tests.helpers.host_talk"], ["tests.helpers.host_talk"], devices=2)
   )
-  assert [status for status, *_ in found] == [0, 0], found
-  first, second = (json.loads(said(out)) for _, out, _ in found)
+  assert [status for status, *_ in results] == [0, 0], results
+  first, second = (json.loads(said(out)) for _, out, _ in results)
   host = socket.gethostname()
   assert [first.pop("leads"), second.pop("leads")] == [True, False]
   assert [first.pop("both"), second.pop("both")] == ["result 0", "result 1"]
@@ -236,8 +236,8 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
   for processes in (1, 2):
     path = tmp_path / f"{processes}.npz"
     command = ["tests.helpers.mesh_steps", str(path), "all"]
-    found = ended(start(*[command] * processes, devices=8 // processes))
-    assert [status for status, *_ in found] == [0] * processes, found
+    results = ended(start(*[command] * processes, devices=8 // processes))
+    assert [status for status, *_ in results] == [0] * processes, results
     with np.load(path) as file:
       arrived[processes] = dict(file)
   one, two = arrived[1], arrived[2]
@@ -351,12 +351,12 @@ def test_two_processes_stop_as_one_and_are_started_again_when_one_is_lost(
   two = start(command, command, devices=4)
   wait_for_step(two, tmp_path, 2)
   two[1].send_signal(signal.SIGTERM)
-  found = ended(two)
-  assert [status for status, *_ in found] == [75, 75], found
+  results = ended(two)
+  assert [status for status, *_ in results] == [75, 75], results
   saved = trained(tmp_path, source)[1]
   assert 2 < saved < STEPS
-  assert f"stopped and saved after step {saved} of {STEPS}" in found[0][1]
-  assert said(found[1][1]) == ""  # one of them speaks
+  assert f"stopped and saved after step {saved} of {STEPS}" in results[0][1]
+  assert said(results[1][1]) == ""  # one of them speaks
 
   python = script(
     tmp_path / "python",
@@ -407,8 +407,8 @@ def test_processes_that_were_started_differently_say_so_and_end(tmp_path, source
     (["distill.top_k=17"], "distill.top_k: 17 in process 1 on .* but 16 in process 0"),
     (["data.max_prompt_tokens=1"], "process 1 on .*: row .* is too long"),
   ]:
-    found = ended(start(command, [*command, *other], devices=1))
-    for status, _, err in found:
+    results = ended(start(command, [*command, *other], devices=1))
+    for status, _, err in results:
       assert status == 2, err
       assert re.search(f"error: {said_of_it}", err), err
 
@@ -425,8 +425,8 @@ def test_what_methods_do_beside_the_steps_is_the_same_in_two_processes(
   for processes in (1, 2):
     folder = tmp_path / str(processes)
     command = [*write_config(folder, source), *overrides, "train.max_steps=2"]
-    found = ended(start(*[command] * processes, devices=2 // processes))
-    assert [status for status, *_ in found] == [0] * processes, found
+    results = ended(start(*[command] * processes, devices=2 // processes))
+    assert [status for status, *_ in results] == [0] * processes, results
     logs.append(logged(folder))
   one, two = logs
   assert len(one) == len(two) == 2

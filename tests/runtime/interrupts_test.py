@@ -65,7 +65,7 @@ def root(tmp_path_factory) -> pathlib.Path:
 def test_interrupted_anywhere_a_stage_ends_by_its_rule(root, stage, blow):
   """Few instants; `python -m tests.helpers.interrupted_runs STAGE 100` has many."""
   outcomes = interrupted_runs.measure(root, stage, 5, blow, rerun=2)
-  assert [found for found in outcomes if found.fault] == []
+  assert [outcome for outcome in outcomes if outcome.fault] == []
 
 
 JAX = {

@@ -2,7 +2,9 @@
 
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from raft_jax import errors
 from raft_jax.storage import messages, question_files, records, row_files
@@ -109,7 +111,7 @@ BAD = {
   "argument NaN": ([USER, call(arguments='{"a":NaN}')], "NaN is not a JSON number"),
   "call by the user": (
     [{**USER, "tool_calls": [CALL]}],
-    "`messages[0]` has 'tool_calls'; a user turn may have role, content and nothing",
+    "`messages[0]` has 'tool_calls'; a turn of role user may have role, content alone",
   ),
   "reasoning of the user": (
     [{**USER, "reasoning_content": "hm"}],
@@ -125,7 +127,7 @@ BAD = {
   ),
   "old function call": (
     [USER, {"role": "assistant", "content": "x", "function_call": {"name": "f"}}],
-    "`messages[1]` has 'function_call'; a assistant turn may have",
+    "`messages[1]` has 'function_call'; a turn of role assistant may have",
   ),
   "unknown role": (
     [{"role": "function", "content": "x"}],
@@ -205,6 +207,33 @@ def test_rows_name_line_and_field(tmp_path):
   assert [q.id for q in kept] == ["a", "b"]
   assert kept[0].messages[0].tools == (json.dumps(TOOL),)
   assert (kept[1].answer, kept[1].reasoning_content) == ("y", "<think>hm</think>")
+
+
+def test_calls_in_parquet_have_their_own_arguments(tmp_path):
+  """A column has one schema: each call gets the arguments of all calls, as null."""
+  calls = ({"city": "Paris"}, {"zone": "Q7", "days": [1, 2]})
+  rows = [
+    {
+      "id": f"{i}",
+      "messages": [
+        USER,
+        {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": given}}]},
+        {**RESULT, "name": "f"},
+      ],
+      "tools": [TOOL | {"function": {"name": "f", "parameters": {"type": "object"}}}],
+      "answer": "x",
+    }
+    for i, given in enumerate(calls)
+  ]
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+  (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  read, same = (
+    question_files.read(tmp_path / f"q.{kind}").questions
+    for kind in ("parquet", "jsonl")
+  )
+  found = [json.loads(q.messages[1].tool_calls[0].arguments) for q in read]
+  assert found == list(calls)
+  assert [q.messages[0].tools for q in read] == [q.messages[0].tools for q in same]
 
 
 def test_records_of_tools_and_reasoning_are_read_back():

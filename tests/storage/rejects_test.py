@@ -96,22 +96,22 @@ def test_a_row_that_the_template_refuses(tmp_path, strict, suffix, bad):
   assert "1 of 400 rows" in message
   assert "data.unusable=skip" in message
   skipping = make_config(tmp_path, strict, questions=path, data={"unusable": "skip"})
-  found = training_set.load(skipping, tokenizer, distil=False)
-  assert [row.row_id for row in found.rows] == [i for i in range(400) if i != 316]
-  (reject,) = found.rejects
+  loaded = training_set.load(skipping, tokenizer, distil=False)
+  assert [row.row_id for row in loaded.rows] == [i for i in range(400) if i != 316]
+  (reject,) = loaded.rejects
   assert reject.place == ("row-317", path, 317)
   assert reject.kind == "refused"
   assert "roles must alternate" in reject.reason
   # The order of what is left is a function of the file, and part of what a run is.
   clean = write(tmp_path / "clean.jsonl", rows(400))
   other = make_config(tmp_path, strict, questions=clean)
-  assert training_set.load(skipping, tokenizer, distil=False).digest == found.digest
-  assert training_set.load(other, tokenizer, distil=False).digest != found.digest
+  assert training_set.load(skipping, tokenizer, distil=False).digest == loaded.digest
+  assert training_set.load(other, tokenizer, distil=False).digest != loaded.digest
   # Transformers' own rendering of the rows that are kept.
   theirs = transformers.AutoTokenizer.from_pretrained(strict)
-  for row in found.rows[315:318]:
-    asked = [m._asdict() for m in found.questions_by_row[row.row_id][0]]
-    ids = theirs.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+  for row in loaded.rows[315:318]:
+    turns = [m._asdict() for m in loaded.questions_by_row[row.row_id][0]]
+    ids = theirs.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     assert list(row.prompt) == ids
 
 
@@ -158,8 +158,8 @@ def test_too_long_rows_are_listed_beside_the_others(tmp_path, strict):
   message = refused(lambda: training_set.load(run, tokenizer, distil=False))
   assert message.startswith(f"{path}:7: row 'row-7' is too long: answer of 301 tokens")
   run = make_config(tmp_path, strict, questions=path, data={**data, "too_long": "skip"})
-  found = training_set.load(run, tokenizer, distil=False)
-  kinds = [(r.place.line, r.place.id, r.kind) for r in found.rejects]
+  loaded = training_set.load(run, tokenizer, distil=False)
+  kinds = [(r.place.line, r.place.id, r.kind) for r in loaded.rejects]
   assert kinds == [(3, "row-3", "refused"), (7, "row-7", "too_long")]
 
 
@@ -262,13 +262,13 @@ def test_skip_sets_aside_whatever_is_wrong_with_a_row(tmp_path, capsys):
   listed = tmp_path / "rejects.jsonl"
   kept = question_files.read_questions(path, unusable="skip", rejects_path=listed)
   assert [q.id for q in kept] == ["row-1", "row-4", "row-6"]
-  found = [json.loads(line) for line in listed.open()]
-  assert [(r["line"], r["id"], r["kind"]) for r in found] == [
+  listed_rows = [json.loads(line) for line in listed.open()]
+  assert [(r["line"], r["id"], r["kind"]) for r in listed_rows] == [
     (2, None, "unreadable"),
     (3, "empty", "unreadable"),
     (5, "row-1", "repeated"),
   ]
-  assert found[2]["reason"] == "has the id of line 1"
+  assert listed_rows[2]["reason"] == "has the id of line 1"
   told = capsys.readouterr().err
   assert told.count("\n") == 1
   assert "3 rows were set aside (1 repeated, 2 unreadable)" in told
@@ -293,8 +293,8 @@ def test_seeds_and_documents_name_their_rows(tmp_path):
   assert f"{other}:1: row 'a': has no `question`; rename 'Question'" in message
   _, (row,) = documents_lib.read(other, text_field="question")
   assert "has no `question`; rename 'Question'; see extract" in row["detail"]
-  found, unusable = documents_lib.read(str(documents))
-  assert [document.id for document in found] == ["a"]
+  readable, unusable = documents_lib.read(str(documents))
+  assert [document.id for document in readable] == ["a"]
   assert [(row["document"], row["id"]) for row in unusable] == [("d.jsonl:2", "b")]
   with pytest.raises(errors.UserError, match=r"data\.unusable=skip"):
     documents_lib.check("d.jsonl", 1, unusable, 0.01)

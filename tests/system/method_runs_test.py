@@ -216,8 +216,8 @@ def test_parts_go_together(make, needs, base):
 def test_wise_ft_is_between_the_base_model_and_sft(make, base, sft):
   params, _ = fitted(make("wise_ft", "interpolate.weight=0.25"))
   jax.tree.map(
-    lambda found, before, after: np.testing.assert_allclose(
-      found, 0.75 * np.float64(before) + 0.25 * np.float64(after), rtol=1e-6, atol=1e-7
+    lambda actual, before, after: np.testing.assert_allclose(
+      actual, 0.75 * np.float64(before) + 0.25 * np.float64(after), rtol=1e-6, atol=1e-7
     ),
     *(params, base, sft[0]),
   )

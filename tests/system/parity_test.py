@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from raft_jax.hf import chat
+from raft_jax.hf import chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.models import sampling, transformer
@@ -32,7 +32,7 @@ class Real(NamedTuple):
   config: transformer.DecoderConfig
   params: transformer.Params
   reference: transformers.PreTrainedModel
-  codec: chat.ChatTokenizer
+  tokenizer: chat.ChatTokenizer
   prompts: list[list[int]]
 
 
@@ -51,19 +51,19 @@ def conversations(law: pathlib.Path) -> list[list[Message]]:
 
 @pytest.fixture(scope="module")
 def real(smollm, law) -> Real:
-  path = hf_load.resolve(smollm)
+  path = model_source.resolve(smollm)
   reference = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   ).eval()
   config = hf_load.load_config(smollm)
-  codec = chat.load(smollm)
+  tokenizer = chat.load(smollm)
   prompts: list[list[int]] = []
   for turns in conversations(law):
-    while len(ids := chat.prompt_ids(codec, turns)) in map(len, prompts):
+    while len(ids := chat.prompt_ids(tokenizer, turns)) in map(len, prompts):
       turns[-1] = turns[-1]._replace(content=turns[-1].content + " Why?")
     prompts.append(ids)
   return Real(
-    smollm, config, hf_load.load_params(smollm, config), reference, codec, prompts
+    smollm, config, hf_load.load_params(smollm, config), reference, tokenizer, prompts
   )
 
 
@@ -86,7 +86,7 @@ def our_hidden(real: Real, *, left: bool) -> list[np.ndarray]:
   )
   for start in range(0, PROMPTS, 5):
     rows = real.prompts[start : start + 5]
-    ids_BT, valid_BT = padded(rows, real.codec.pad_id, left=left)
+    ids_BT, valid_BT = padded(rows, real.tokenizer.pad_id, left=left)
     mask_BTT = transformer.causal_mask(jnp.asarray(valid_BT))
     positions_BT = transformer.positions(jnp.asarray(valid_BT))
     hidden_BTD = np.asarray(run(real.params, ids_BT, positions_BT, mask_BTT))
@@ -118,7 +118,7 @@ def test_logits_with_padding_on_either_side(real):
 
 def test_greedy_answers_are_the_same_tokens(real):
   new = 64
-  ids_BP, valid_BP = padded(real.prompts, real.codec.pad_id, left=False)
+  ids_BP, valid_BP = padded(real.prompts, real.tokenizer.pad_id, left=False)
   rollout = sampling.generate(
     real.params,
     real.config,
@@ -129,22 +129,22 @@ def test_greedy_answers_are_the_same_tokens(real):
     step=0,
     max_new_tokens=new,
     temperature=0.0,
-    eos_ids=real.codec.eos_ids,
-    pad_id=real.codec.pad_id,
+    eos_ids=real.tokenizer.eos_ids,
+    pad_id=real.tokenizer.pad_id,
   )
-  ids_BP, valid_BP = padded(real.prompts, real.codec.pad_id, left=True)
+  ids_BP, valid_BP = padded(real.prompts, real.tokenizer.pad_id, left=True)
   with torch.no_grad():
     theirs_BT = real.reference.generate(
       torch.tensor(ids_BP, dtype=torch.long),
       attention_mask=torch.tensor(valid_BP, dtype=torch.long),
       do_sample=False,
       max_new_tokens=new,
-      eos_token_id=list(real.codec.eos_ids),
-      pad_token_id=real.codec.pad_id,
+      eos_token_id=list(real.tokenizer.eos_ids),
+      pad_token_id=real.tokenizer.pad_id,
     ).numpy()[:, ids_BP.shape[1] :]
   lengths, ended = np.asarray(rollout.length_B), np.asarray(rollout.ended_B)
   for row, theirs in enumerate(theirs_BT):
-    stops = np.flatnonzero(np.isin(theirs, real.codec.eos_ids))
+    stops = np.flatnonzero(np.isin(theirs, real.tokenizer.eos_ids))
     length = int(stops[0]) + 1 if stops.size else new
     ours = np.asarray(rollout.tokens_BR[row, : lengths[row]])
     assert ours.tolist() == theirs[:length].tolist(), row

@@ -41,7 +41,7 @@ def serving(habit: server_habits.Habit):
   """A server with a habit, which knows how often it was asked."""
   count = iter(range(10_000))
   return chat_server.serving(
-    lambda asked: habit.answer(asked, next(count)), models=habit.models
+    lambda request: habit.answer(request, next(count)), models=habit.models
   )
 
 
@@ -70,7 +70,7 @@ def test_the_engine_takes_or_refuses_a_reply(name):
       assert re.search(habit.outcome, str(reply))
       assert isinstance(reply, errors.TryAgainError) == (habit.refine == 75)
   limit = openai_engine.RETRIES + 1 if habit.refine == 75 else 2
-  assert len(server.asked) <= 3 * limit
+  assert len(server.requests) <= 3 * limit
 
 
 def test_a_refused_parameter_is_left_out_and_said_once(capsys):
@@ -78,47 +78,47 @@ def test_a_refused_parameter_is_left_out_and_said_once(capsys):
   with serving(habit) as server:
     replies = ask(server, 16) + ask(server, 2)
   assert {reply.left_out for reply in replies} == {("seed",)}
-  assert ["seed" in asked for asked in server.asked[-18:]].count(True) <= 16
-  assert not any("seed" in asked for asked in server.asked[-2:])
+  assert ["seed" in request for request in server.requests[-18:]].count(True) <= 16
+  assert not any("seed" in request for request in server.requests[-2:])
   told = capsys.readouterr().err.splitlines()
   assert len(told) == 1
   assert re.search("does not take seed .*Extra inputs are not permitted", told[0])
 
 
 def test_one_parameter_after_another_is_refused(capsys):
-  def answer(asked):
+  def answer(request):
     for name in ("seed", "temperature", "top_p", "max_tokens", "response_format"):
-      if name in asked:
+      if name in request:
         return chat_server.error(400, f"{name} is not supported by this model")
-    assert asked["max_completion_tokens"] == 256
+    assert request["max_completion_tokens"] == 256
     return chat_server.says("Yes.")
 
   with chat_server.serving(answer) as server:
     (reply,) = ask(server)
-    assert len(server.asked) == 6
+    assert len(server.requests) == 6
   assert reply.text == "Yes."
   assert len(capsys.readouterr().err.splitlines()) == 5
 
 
 def test_what_is_refused_although_it_was_not_sent_ends_the_run():
   with chat_server.serving(
-    lambda asked: chat_server.error(400, "seed is not supported")
+    lambda request: chat_server.error(400, "seed is not supported")
   ) as server:
     (failure,) = ask(server)
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
   assert isinstance(failure, errors.UserError)
   assert "seed is not supported; see what it does not take: `omit`" in str(failure)
 
 
 def test_keys_leave_parameters_out_and_name_marks(capsys):
   text = "<<Hm.>>Yes."
-  with chat_server.serving(lambda asked: chat_server.says(text)) as server:
+  with chat_server.serving(lambda request: chat_server.says(text)) as server:
     (reply,) = ask(server, omit=("seed", "max_tokens"), marks=("<<", ">>"))
-    (asked,) = server.asked
+    (request,) = server.requests
     engine = openai_engine.connect("served", base_url=server.url, marks=("<<", ">>"))
-  assert "seed" not in asked
-  assert "max_tokens" not in asked
-  assert asked["max_completion_tokens"] == 256
+  assert "seed" not in request
+  assert "max_tokens" not in request
+  assert request["max_completion_tokens"] == 256
   assert reply.text == "Yes."
   assert reply.thinking_tokens == 3  # 7 of 11 characters, 5 tokens
   assert engine.identity == "openai served thinking in << >>"
@@ -139,7 +139,7 @@ def test_a_run_that_goes_on_does_not_ask_again(tmp_path):
       role = calls_lib.Role("fuse", engine, 12, 0.5, 0.9, 2)
       replies = calls_lib.Calls(book, 0).ask(role, prompts)
       assert {reply.left_out for reply in replies if reply} == {("seed",)}
-    assert sum("seed" not in asked for asked in server.asked) == 4
+    assert sum("seed" not in request for request in server.requests) == 4
 
 
 def test_unknown_counts_are_said_to_be_unknown(tmp_path):
@@ -170,7 +170,7 @@ def test_unknown_counts_are_said_to_be_unknown(tmp_path):
 )
 def test_counts_are_numbers_or_unknown(usage, counts):
   reply = chat_server.Reply({**server_habits.body("Yes."), "usage": usage})
-  with chat_server.serving(lambda asked: reply) as server:
+  with chat_server.serving(lambda request: reply) as server:
     (made,) = ask(server)
   assert (made.prompt_tokens, made.completion_tokens) == counts
 
@@ -194,7 +194,7 @@ def test_counts_are_numbers_or_unknown(usage, counts):
   ],
 )
 def test_content_is_text_or_parts(content, text):
-  with chat_server.serving(lambda asked: chat_server.says(content)) as server:
+  with chat_server.serving(lambda request: chat_server.says(content)) as server:
     (made,) = ask(server)
   if text is None:
     assert re.search("no chat completion: .*`content`", str(made))
@@ -225,7 +225,7 @@ def test_a_stream_that_breaks_off_is_asked_for_again():
   whole = server_habits.streamed({"messages": [{"content": "?"}]}, 0)
   half = whole._replace(body=whole.body[:200], headers={"retry-after-ms": "1"})
   replies = [half, whole]
-  with chat_server.serving(lambda asked: replies.pop(0)) as server:
+  with chat_server.serving(lambda request: replies.pop(0)) as server:
     (made,) = ask(server)
   assert made.text == server_habits.GOOD
 
@@ -308,7 +308,7 @@ def test_no_reply_however_odd_is_a_defect(form):
 )
 def test_lists_of_models(models, error):
   good = chat_server.says("Yes.")
-  with chat_server.serving(lambda asked: good, models=models) as server:
+  with chat_server.serving(lambda request: good, models=models) as server:
     if error is None:
       assert ask(server)[0].text == "Yes."
     else:

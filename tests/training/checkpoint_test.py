@@ -12,7 +12,7 @@ import pytest
 from raft_jax import balance, errors
 from raft_jax.distillation import step
 from raft_jax.models import transformer
-from raft_jax.training import checkpoint, optim
+from raft_jax.training import checkpoint, optim, tree_fingerprints
 from tests.helpers import tiny_decoder
 
 CONFIG = tiny_decoder.CONFIG
@@ -211,14 +211,14 @@ def test_without_a_step_to_go_back_to_damage_stops_the_run(saved):
 
 def test_fingerprints_see_a_flipped_bit_and_a_swapped_row():
   leaf = jax.random.normal(jax.random.key(0), (6, 4))
-  plain = checkpoint.named_fingerprints({"a": leaf})
+  plain = tree_fingerprints.by_path({"a": leaf})
   bits = np.array(leaf).view(np.uint32)
   bits[3, 2] ^= 1
   flipped = {"a": jnp.array(bits.view(np.float32))}
   swapped = {"a": leaf[jnp.array([1, 0, 2, 3, 4, 5])]}
-  assert checkpoint.named_fingerprints(flipped) != plain
-  assert checkpoint.named_fingerprints(swapped) != plain
-  assert checkpoint.named_fingerprints({"a": leaf + 0}) == plain
+  assert tree_fingerprints.by_path(flipped) != plain
+  assert tree_fingerprints.by_path(swapped) != plain
+  assert tree_fingerprints.by_path({"a": leaf + 0}) == plain
   # By hand: the sum, and the sum weighted by 1, 3, 5, ... in row-major order.
   flat = np.array(leaf).view(np.uint32).ravel().astype(object)
   weighted = sum(int(x) * (2 * i + 1) for i, x in enumerate(flat))

@@ -1,0 +1,82 @@
+"""Logical axes of the decoder's parameters, and parameters gathered before a loop."""
+
+from __future__ import annotations
+
+import jax
+from jax import Array
+
+from raft_jax.models import sharding, transformer
+
+
+def axes(config: transformer.DecoderConfig) -> transformer.Params:
+  """Logical axis names of every parameter, for `sharding.tree`."""
+  wide, queries = ("layers", "embed"), ("layers", "heads")
+  keys, up = ("layers", "kv_heads"), ("layers", "mlp", "embed")
+  layers: dict[str, tuple[str, ...]] = {
+    "q": (*queries, "embed"),
+    "k": (*keys, "embed"),
+    "v": (*keys, "embed"),
+    "o": ("layers", "embed", "heads"),
+    "gate": up,
+    "up": up,
+    "down": ("layers", "embed", "mlp"),
+  }
+  if config.pre_norms:
+    layers |= {"attn_norm": wide, "mlp_norm": wide}
+  if config.post_norms:
+    layers |= {"attn_post_norm": wide, "mlp_post_norm": wide}
+  if config.qkv_bias:
+    layers |= {"q_bias": queries, "k_bias": keys, "v_bias": keys}
+  if config.qk_norm == "head":
+    layers |= dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim"))
+  if config.qk_norm == "projection":
+    layers |= {"q_norm": queries, "k_norm": keys}
+  names: transformer.Params = {
+    "embed": ("vocab", "embed"),
+    "final_norm": ("embed",),
+    "layers": layers,
+  }
+  if not config.tie_embeddings:
+    names["head"] = ("vocab", "embed")
+  return names
+
+
+def gathered_head(params: transformer.Params, dtype: str) -> Array:
+  """The output embedding in `dtype`, gathered over `fsdp` once, before a loop."""
+  embedding_VD = transformer.output_embedding(params).astype(dtype)
+  return sharding.gathered(embedding_VD, "vocab", "embed")
+
+
+def gathered(
+  params: transformer.Params,
+  config: transformer.DecoderConfig,
+  dtype: str,
+  *,
+  apart: bool = False,
+) -> transformer.Params:
+  """All parameters gathered over `fsdp` once, before a loop; kernels in `dtype`.
+
+  Vectors keep their dtype, because a norm adds its offset to the scale in float32.
+
+  Args:
+    apart: whether each layer has its own arrays: "layers" and the adapters are then
+      tuples with one tree for each layer.
+  """
+
+  def gather(leaf: Array, names: tuple[str, ...]) -> Array:
+    is_kernel = len(names) - ("layers" in names) > 1
+    return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
+
+  base_axes = axes(config)
+  base = {name: params[name] for name in base_axes}
+  adapters = {name: params[name] for name in params if name not in base_axes}
+  if apart:
+    # Before gathering, so that a gathered stack never exists beside its layers.
+    base["layers"] = transformer.unstack(base["layers"], config)
+    layer_axes = {name: names[1:] for name, names in base_axes["layers"].items()}
+    base_axes["layers"] = (layer_axes,) * config.n_layers
+    adapters = {
+      name: transformer.unstack(tree, config) for name, tree in adapters.items()
+    }
+  base = jax.tree.map(gather, base, base_axes)
+  return {**base, **jax.tree.map(sharding.everywhere, adapters)}
