@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from raft_jax.config import schema
-from raft_jax.storage import row_formats
+from raft_jax.storage import row_layout
 
 
-def layout(data: schema.Data) -> row_formats.Layout:
+def layout(data: schema.Data) -> row_layout.Layout:
   """Of `data.questions`, `data.test` and `data.validation`."""
-  return row_formats.Layout(data.format, data.columns or {}, data.turns)
+  return row_layout.Layout(data.format, data.columns or {}, data.turns)
 
 
-def general_layout(data: schema.Data) -> row_formats.Layout:
+def general_layout(data: schema.Data) -> row_layout.Layout:
   """Of other questions, whose columns have names of their own."""
-  return row_formats.Layout(turns=data.turns)
+  return row_layout.Layout(turns=data.turns)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.storage import row_files
+from raft_jax.storage import arrow_rows, row_files
 
 PREFIX = "hub://"
 GRAMMAR = "hub://ORG/NAME[:CONFIG][/SPLIT][@REVISION]"
@@ -63,11 +63,11 @@ def without_revision(text: str) -> str:
 
 
 def rows(text: str, fields: Sequence[str]) -> Iterator[tuple[int, row_files.Row]]:
-  """Number and row of each row of a dataset, as `row_files.rows`."""
+  """Number and row of each row of a dataset, as `arrow_rows.parquet_rows`."""
   resolved = resolve(text)
   table = resolved.dataset.with_format("arrow")
   names = table.column_names
-  columns = row_files.usable_columns(resolved.name, names, fields)
+  columns = arrow_rows.usable_columns(resolved.name, names, fields)
   batches = (
     batch
     for part in table.select_columns(columns).iter(1000)
@@ -75,7 +75,7 @@ def rows(text: str, fields: Sequence[str]) -> Iterator[tuple[int, row_files.Row]
   )
   start = 1
   for batch in batches:
-    yield from row_files.batch_rows(names, [batch], start)
+    yield from arrow_rows.batch_rows(names, [batch], start)
     start += batch.num_rows
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from raft_jax import errors
 from raft_jax.runtime import interrupts
 from raft_jax.storage import messages as messages_lib
-from raft_jax.storage import records, row_files, row_formats, sources
+from raft_jax.storage import records, row_files, row_formats, row_layout, sources
 from raft_jax.storage import rejects as rejects_lib
 
 HEAD = 100
@@ -40,7 +40,7 @@ class Read(NamedTuple):
 def read(
   path: str | os.PathLike[str],
   *,
-  layout: row_formats.Layout = row_formats.DETECTED,
+  layout: row_layout.Layout = row_layout.DETECTED,
   limit: int | None = None,
   unusable: str = "error",
   reject_threshold: float = 0.01,
@@ -109,7 +109,7 @@ class Checked(NamedTuple):
 def check_questions(
   path: str | os.PathLike[str],
   *,
-  layout: row_formats.Layout = row_formats.DETECTED,
+  layout: row_layout.Layout = row_layout.DETECTED,
   limit: int | None = None,
   unusable: str = "error",
   reject_threshold: float = 0.01,
@@ -168,7 +168,7 @@ def _announce(file: str, name: str) -> None:
 def rows(
   path: str | os.PathLike[str],
   *,
-  layout: row_formats.Layout = row_formats.DETECTED,
+  layout: row_layout.Layout = row_layout.DETECTED,
   limit: int | None = None,
   without: Container[rejects_lib.Place] = (),
 ) -> Iterator[tuple[rejects_lib.Place, records.Question]]:
@@ -184,7 +184,7 @@ def rows(
 
 def _checked(
   path: str | os.PathLike[str],
-  layout: row_formats.Layout,
+  layout: row_layout.Layout,
   limit: int | None,
   formats: dict[str, str],
 ) -> Iterator[tuple[rejects_lib.Place, records.Question | rejects_lib.Reject]]:
@@ -196,16 +196,16 @@ def _checked(
   count = 0
   for part in sources.parts(path):
     file = sources.part_name(part)
-    every = sources.part_rows(part, row_formats.columns_to_read(layout))
+    every = sources.part_rows(part, row_layout.columns_to_read(layout))
     head = list(itertools.islice(every, HEAD))
-    name = row_formats.detect(file, _readable(head), layout)
+    name = row_layout.detect(file, _readable(head), layout)
     if head:
       formats[file] = name
     for line, row in itertools.chain(head, every):
       interrupts.check()
       values: Any = None
       try:
-        values = row_formats.fields(row_files.values(row), layout.columns)
+        values = row_layout.fields(row_files.values(row), layout.columns)
         questions = _questions(values, name, layout.turns)
       except row_files.Fault as reason:
         place = rejects_lib.Place(_given_id(values), file, line)

@@ -1,27 +1,27 @@
-"""Rows of one file, whatever their fields mean: JSONL, JSON, CSV, TSV and Parquet.
+"""Rows of one text file, whatever their fields mean: JSONL, JSON, CSV and TSV.
 
 A row is parsed when `values` is called with it, so a bad row does not affect others.
-All kinds but Parquet may be compressed, as `.gz` or `.zst`.
+The file may be compressed, as `.gz` or `.zst`.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import functools
 import gzip
 import io
 import json
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from raft_jax import errors
 from raft_jax.storage import delimited
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
+KINDS = (*TEXT_KINDS, ".parquet")
 COMPRESSED = (".gz", ".zst")
 USABLE = "rows are read from .jsonl, .json, .csv, .tsv and .parquet; .gz and .zst too"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -62,26 +62,15 @@ def kind(path: pathlib.Path) -> Kind | None:
   return Kind(suffix, compression) if suffix in KINDS else None
 
 
-def rows(path: pathlib.Path, fields: Sequence[str]) -> Iterator[tuple[int, Row]]:
-  """Each row with its line, or its number from 1 in Parquet and JSON files.
-
-  Args:
-    fields: columns to read from Parquet; of other columns only the names are kept.
+def rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
+  """Each row of a text file with its line, or its number from 1 in a JSON file.
 
   Raises:
     errors.UserError: the file cannot be read or has another format.
   """
   suffix, compression = kind(path) or (path.suffix.lower(), "")
   try:
-    if suffix == ".parquet":
-      if compression:
-        raise errors.UserError(
-          f"{path}: Parquet files are not read through {compression}, they compress "
-          "their own columns; uncompress it"
-        )
-      yield from _parquet_rows(path, fields)
-      return
-    if suffix not in KINDS:
+    if suffix not in TEXT_KINDS:
       raise errors.UserError(f"{path}: unknown file type {suffix!r}; {USABLE}")
     with _opened(path, compression) as stream:
       lines = _lines(path, stream)
@@ -350,93 +339,6 @@ def _check_header(path: pathlib.Path, header: delimited.Record, delimiter: str) 
   twice = next((name for name in names if name and names.count(name) > 1), None)
   if twice is not None:
     raise errors.UserError(f"{place}: two columns are named {twice!r}; keep one")
-
-
-# --- Parquet and Arrow ----------------------------------------------------------------
-
-
-def _parquet_rows(
-  path: pathlib.Path, fields: Sequence[str]
-) -> Iterator[tuple[int, Row]]:
-  import pyarrow  # a third of a second that JSONL users need not pay
-  from pyarrow import parquet
-
-  try:
-    file = parquet.ParquetFile(path)
-    columns = usable_columns(str(path), file.schema_arrow.names, fields)
-    batches = file.iter_batches(columns=columns)
-    yield from batch_rows(file.schema_arrow.names, batches)
-  except pyarrow.ArrowException as e:
-    reason = str(e).splitlines()[0]
-    raise errors.UserError(
-      f"{path}: not a readable Parquet file ({reason}); write it again"
-    ) from e
-
-
-def usable_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> list[str]:
-  """The columns that are among `fields`.
-
-  Raises:
-    errors.UserError: two of them have one name.
-  """
-  columns = [name for name in names if name in fields]
-  twice = next((name for name in columns if columns.count(name) > 1), None)
-  if twice is not None:
-    raise errors.UserError(f"{path}: two columns are named {twice!r}; keep one")
-  return columns
-
-
-def batch_rows(
-  names: Sequence[str], batches: Iterable[Any], start: int = 1
-) -> Iterator[tuple[int, Row]]:
-  """Number and row of each row of Arrow record batches.
-
-  Args:
-    names: all columns. Those that no batch holds are not read; their names serve as
-      suggestions where a field is missing.
-    start: number of the first row.
-  """
-  for batch in batches:
-    others = {name: True for name in names if name not in batch.schema.names}
-    for i in range(batch.num_rows):
-      yield start + i, functools.partial(_cells, batch, i, others)
-    start += batch.num_rows
-
-
-def _cells(batch: Any, i: int, others: Mapping[str, Any]) -> dict[str, Any]:
-  try:
-    return {
-      **others,
-      **{
-        field.name: _decoded(batch.column(field.name)[i].as_py(), field.type)
-        for field in batch.schema
-      },
-    }
-  except UnicodeDecodeError as e:
-    raise Fault("is not UTF-8") from e
-  except (ValueError, OverflowError) as e:
-    raise Fault(f"cannot be read: {str(e).splitlines()[0]}") from e
-
-
-def _decoded(value: Any, arrow_type: Any) -> Any:
-  """A value of Arrow, in which objects have no null fields and JSON texts are values.
-
-  All rows of a column have the same fields: those that a row did not have are null.
-  `datasets` keeps columns of mixed types as JSON texts.
-  """
-  from pyarrow import types
-
-  if value is None:
-    return None
-  if types.is_struct(arrow_type):
-    fields = [arrow_type.field(i) for i in range(arrow_type.num_fields)]
-    present = [field for field in fields if value[field.name] is not None]
-    return {field.name: _decoded(value[field.name], field.type) for field in present}
-  if types.is_list(arrow_type) or types.is_large_list(arrow_type):
-    return [_decoded(item, arrow_type.value_type) for item in value]
-  if getattr(arrow_type, "extension_name", "") == "arrow.json":
-    return _parse(value.encode())
-  return value
 
 
 # --- Rows -----------------------------------------------------------------------------

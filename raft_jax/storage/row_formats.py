@@ -1,17 +1,15 @@
-"""What the fields of a row mean: the formats of fine-tuning data, and their detection.
+"""What the fields of a row mean: the formats of fine-tuning data.
 
 Each format is a pure function from the fields of a row to a conversation that ends with
-the assistant. A file has one format: the one that its first rows fit, or the one that
-the config names. Two that fit are an error; nothing is guessed.
+the assistant; `examples` are the answers of it that are learned.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from raft_jax import errors
 from raft_jax.storage import messages as messages_lib
 from raft_jax.storage import records, row_files
 
@@ -56,24 +54,6 @@ class Format(NamedTuple):
   answer: str
   fits: Callable[[Values], bool]
   conversation: Callable[[Values], Turns]
-
-
-class Layout(NamedTuple):
-  """What the config says about rows.
-
-  Attributes:
-    format: name of the format; None: detected.
-    columns: field -> the column that holds it.
-    turns: "last": a conversation is one example; "each": every assistant turn is.
-  """
-
-  format: str | None = None
-  columns: Mapping[str, str] = {}
-  turns: str = "last"
-
-
-DETECTED = Layout()
-"""What is found where the config says nothing."""
 
 
 # --- Formats --------------------------------------------------------------------------
@@ -328,78 +308,7 @@ def near_field(field: str, values: Values) -> str | None:
   return others[near[0]] if near else None
 
 
-# --- The format of a file -------------------------------------------------------------
-
-
-def columns_to_read(layout: Layout) -> tuple[str, ...]:
-  return tuple(dict.fromkeys((*FIELDS, *layout.columns.values())))
-
-
-def fields(values: Values, columns: Mapping[str, str]) -> dict[str, Any]:
-  """The fields of a row under the names of the formats, without its nulls.
-
-  Args:
-    columns: field -> its column. A column with the field's own name gives way.
-  """
-  given = {key: value for key, value in values.items() if value is not None}
-  if not columns:
-    return given
-  mapped = {field: given[name] for field, name in columns.items() if name in given}
-  moved = {*columns, *columns.values()}
-  return {**{k: v for k, v in given.items() if k not in moved}, **mapped}
-
-
-def detect(file: str, head: Iterable[Values], layout: Layout) -> str:
-  """The format of a file, from its first readable rows.
-
-  Args:
-    file: its name, for messages.
-    head: the columns of each.
-
-  Raises:
-    errors.UserError: a mapped column is missing, or two formats fit the first row that
-      any fits.
-  """
-  rows = []
-  names: dict[str, None] = {}
-  chosen = layout.format
-  missing = set(layout.columns.values())
-  for values in head:
-    names |= dict.fromkeys(values)
-    missing -= names.keys()
-    row = fields(values, layout.columns)
-    rows.append(row)
-    fitting = fitting_formats(row) if chosen is None else []
-    if len(fitting) > 1:
-      raise errors.UserError(
-        f"{file}: its rows fit {' and '.join(map(_described, fitting))}; name one by "
-        f"data.format, e.g. data.format={fitting[0]}"
-      )
-    chosen = chosen or next(iter(fitting), None)
-    if chosen is not None and not missing:
-      break
-  if missing and rows:
-    key, column = next((k, c) for k, c in layout.columns.items() if c in missing)
-    raise errors.UserError(
-      f"{file}: data.columns maps {key} to {column!r}, and there is no such "
-      f"column; there are {', '.join(map(repr, names))}"
-    )
-  if chosen is None and rows and file.lower().endswith(_DELIMITED):
-    header = dict.fromkeys(names, "")
-    if not fitting_formats(fields(header, layout.columns)):
-      raise errors.UserError(
-        f"{file}:1: the first line must name the columns, and its names "
-        f"({', '.join(map(repr, names))}) fit no format; write e.g. question,answer, "
-        "or map the columns by data.columns"
-      )
-  return chosen or "question"
-
-
-_DELIMITED = tuple(f"{s}{c}" for s in (".csv", ".tsv") for c in ("", ".gz", ".zst"))
-
-
-def _described(name: str) -> str:
-  return f"{name} ({FORMATS[name].needs})"
+# --- Conversations --------------------------------------------------------------------
 
 
 def fitting_formats(row: Values) -> list[str]:

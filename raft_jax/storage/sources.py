@@ -10,15 +10,14 @@ An address is one of
 from __future__ import annotations
 
 import glob
-import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raft_jax import errors
-from raft_jax.storage import hub_datasets, row_files
+from raft_jax.storage import arrow_rows, hub_datasets, row_files
 
 _SPLIT_NAME = re.compile(
   r"(?:^|[^a-z])(train|test|valid(?:ation)?|val|dev|eval)(?:[^a-z]|$)"
@@ -161,45 +160,23 @@ def part_name(part: Part) -> str:
 
 
 def part_rows(part: Part, fields: Sequence[str]) -> Iterator[tuple[int, row_files.Row]]:
-  """Each row of a part with its line or number, as `row_files.rows`."""
+  """Each row of a part with its line or number.
+
+  Args:
+    fields: columns to read where columns are stored apart; of other columns only the
+      names are kept.
+
+  Raises:
+    errors.UserError: the part cannot be read or has another format.
+  """
   if part.kind == "hub":
     return hub_datasets.rows(part.name, fields)
   path = pathlib.Path(part.name)
   if part.kind == "saved":
-    return _saved_rows(path, fields)
-  return row_files.rows(path, fields)
-
-
-def _saved_rows(
-  folder: pathlib.Path, fields: Sequence[str]
-) -> Iterator[tuple[int, row_files.Row]]:
-  """The rows of a dataset that `save_to_disk` wrote: Arrow streams, in their order."""
-  import pyarrow
-
-  try:
-    state: Any = json.loads((folder / "state.json").read_text("utf-8"))
-    names = [str(item["filename"]) for item in state["_data_files"]]
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise errors.UserError(
-      f"{folder}: its state.json is damaged ({e}); save the dataset again"
-    ) from e
-  start = 1
-  for name in names:
-    path = folder / name
-    try:
-      with pyarrow.memory_map(str(path)) as source:
-        stream = pyarrow.ipc.open_stream(source)
-        columns = row_files.usable_columns(str(folder), stream.schema.names, fields)
-        for batch in stream:
-          yield from row_files.batch_rows(
-            stream.schema.names, [batch.select(columns)], start
-          )
-          start += batch.num_rows
-    except (OSError, pyarrow.ArrowException) as e:
-      reason = str(e).splitlines()[0]
-      raise errors.UserError(
-        f"{path}: not a readable Arrow file ({reason}); save the dataset again"
-      ) from e
+    return arrow_rows.saved_rows(path, fields)
+  if (row_files.kind(path) or ("",))[0] == ".parquet":
+    return arrow_rows.parquet_rows(path, fields)
+  return row_files.rows(path)
 
 
 def revisions(*addresses: str | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from raft_jax import errors
 from raft_jax.config import data_layout, sweep_runs
 from raft_jax.config import load as config_load
 from raft_jax.curation import refined_folder
-from raft_jax.storage import row_formats
+from raft_jax.storage import row_layout
 from raft_jax.training import run_inputs
 from tests.helpers import least_config
 
@@ -25,7 +25,7 @@ def test_the_layout_is_what_the_config_says(tmp_path):
   assert data_layout.layout(config.data) == ("alpaca", columns, "each")
   assert data_layout.general_layout(config.data) == (None, {}, "each")
   default = least_config.least(tmp_path)
-  assert data_layout.layout(default.data) == row_formats.DETECTED
+  assert data_layout.layout(default.data) == row_layout.DETECTED
 
 
 @pytest.mark.parametrize(

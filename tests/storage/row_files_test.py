@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from raft_jax import errors
-from raft_jax.storage import delimited, question_files, row_files, row_formats
+from raft_jax.storage import delimited, question_files, row_files, row_layout
 
 ROWS = [
   {"id": "1", "question": "Why?", "answer": "So."},
@@ -278,7 +278,7 @@ BROKEN = {
   "packed parquet": (
     "q.parquet.gz",
     gzip.compress(b"PAR1"),
-    "q.parquet.gz: Parquet files are not read through .gz",
+    "q.parquet.gz: a Parquet file compresses its own columns and is not read",
   ),
   "plain .gz": (
     "q.jsonl.gz",
@@ -344,7 +344,7 @@ def test_a_column_map_reads_columns_of_parquet(tmp_path):
   path = tmp_path / "q.parquet"
   table = pyarrow.table({"q": ["a"], "a": ["b"], "score": [1]})
   parquet.write_table(table, path)
-  layout = row_formats.Layout(columns={"question": "q", "answer": "a"})
+  layout = row_layout.Layout(columns={"question": "q", "answer": "a"})
   assert question_files.read_questions(path, layout=layout)[0].answer == "b"
 
 

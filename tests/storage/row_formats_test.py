@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from raft_jax import errors
-from raft_jax.storage import question_files, records, row_formats
+from raft_jax.storage import question_files, records, row_layout
 
 Message = records.Message
 ALPACA = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
@@ -158,7 +158,7 @@ def test_each_format_says_its_conversation(tmp_path, name, capsys):
 def test_each_turn_is_an_example_with_what_came_before(tmp_path, name):
   _, row, whole = ROWS[name]
   path = write(tmp_path, {"id": "a", **row}, {"id": "b", **row})
-  layout = row_formats.Layout(turns="each")
+  layout = row_layout.Layout(turns="each")
   found = question_files.read_questions(path, layout=layout)
   places = [i for i, turn in enumerate(whole) if turn.role == "assistant"]
   assert [(*q.messages, q.reply) for q in found] == [whole[: i + 1] for i in places] * 2
@@ -174,7 +174,7 @@ def test_ids_of_rows_without_one_are_the_same_for_every_way_to_say_them(tmp_path
     ids |= {q.id for q in question_files.read_questions(path)}
   assert len(rows) > 5
   assert len(ids) == 1
-  each = row_formats.Layout(turns="each")
+  each = row_layout.Layout(turns="each")
   first, second = question_files.read_questions(path, layout=each)
   assert {first.id} == ids
   assert second.id == f"{first.id}#2"
@@ -189,14 +189,14 @@ def test_a_greeting_is_no_example_and_counts(tmp_path):
     "answer": "b",
   }
   path = write(tmp_path, row)
-  found = question_files.read_questions(path, layout=row_formats.Layout(turns="each"))
+  found = question_files.read_questions(path, layout=row_layout.Layout(turns="each"))
   assert [(q.id, q.answer) for q in found] == [("a#2", "a"), ("a#3", "b")]
   assert [q.id for q in question_files.read_questions(path)] == ["a"]
 
 
 def test_the_limit_counts_examples(tmp_path):
   path = write(tmp_path, *[{"id": i, "messages": CHAT, "answer": "b"} for i in "abc"])
-  layout = row_formats.Layout(turns="each")
+  layout = row_layout.Layout(turns="each")
   found = question_files.read_questions(path, layout=layout, limit=3)
   assert [q.id for q in found] == ["a", "a#2", "b"]
 
@@ -205,7 +205,7 @@ def test_an_id_of_a_turn_that_a_row_has_is_a_repeat(tmp_path):
   path = write(
     tmp_path, {"id": "a", "messages": CHAT, "answer": "b"}, {**PLAIN, "id": "a#2"}
   )
-  layout = row_formats.Layout(turns="each")
+  layout = row_layout.Layout(turns="each")
   assert "'a#2' on line 2 has the id of line 1" in refused(path, layout=layout)
 
 
@@ -224,7 +224,7 @@ def test_tools_of_a_sharegpt_row_reach_the_question(tmp_path):
       ],
     },
   )
-  layout = row_formats.Layout(turns="each")
+  layout = row_layout.Layout(turns="each")
   call, said = question_files.read_questions(path, layout=layout)
   assert call.tool_calls == (records.ToolCall("look", '{"x": 1}'),)
   assert [m.role for m in said.messages] == ["system", "user", "assistant", "tool"]
@@ -243,14 +243,14 @@ def test_a_thought_of_any_learned_turn_is_apart_from_its_answer(tmp_path):
 
 def test_a_column_map_names_the_fields(tmp_path):
   path = write(tmp_path, {"q": "Why?", "a": "So.", "question": "other", "nr": 7})
-  layout = row_formats.Layout(columns={"question": "q", "answer": "a", "id": "nr"})
+  layout = row_layout.Layout(columns={"question": "q", "answer": "a", "id": "nr"})
   (question,) = question_files.read_questions(path, layout=layout)
   assert question == records.Question("7", "", records.user_turn("Why?"), "So.")
 
 
 def test_a_column_map_may_turn_one_format_into_another(tmp_path):
   path = write(tmp_path, {"dialogue": SHAREGPT["conversations"]})
-  layout = row_formats.Layout(columns={"conversations": "dialogue"})
+  layout = row_layout.Layout(columns={"conversations": "dialogue"})
   assert question_files.read(path, layout=layout).formats == {str(path): "sharegpt"}
 
 
@@ -263,7 +263,7 @@ def test_a_column_that_is_missing_is_named_with_those_that_exist(tmp_path, suffi
     path.write_text("Frage,answer\nWhy?,So.\n")
   else:
     parquet.write_table(pyarrow.table({"Frage": ["Why?"], "answer": ["So."]}), path)
-  message = refused(path, layout=row_formats.Layout(columns={"question": "q"}))
+  message = refused(path, layout=row_layout.Layout(columns={"question": "q"}))
   assert message == (
     f"{path}: data.columns maps question to 'q', and there is no such column; there "
     "are 'Frage', 'answer'"
@@ -276,7 +276,7 @@ def test_two_formats_that_fit_are_named_and_one_can_be_chosen(tmp_path):
   assert message.startswith(f"{path}: its rows fit question (`question` or `messages`")
   assert "and alpaca (`instruction` and `output`)" in message
   assert "data.format=question" in message
-  layout = row_formats.Layout(format="alpaca")
+  layout = row_layout.Layout(format="alpaca")
   (question,) = question_files.read_questions(path, layout=layout)
   assert question.answer == "dog"
 
