@@ -174,7 +174,7 @@ def _refined_examples(
 
 
 def as_turn(question: records.Question, answer: str) -> records.Message:
-  """The turn of a chosen answer: the question's own, or other words without reasoning."""
+  """The turn of a chosen answer. Other words than the question's have no reasoning."""
   if answer == question.answer:
     return question.reply
   return records.Message("assistant", answer)

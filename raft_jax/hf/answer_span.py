@@ -20,7 +20,7 @@ def forms(turn: Mapping[str, Any], template: str) -> Iterator[dict[str, Any]]:
   if not reasoning:
     yield dict(turn)
     return
-  content = turn["content"] or ""
+  content = turn.get("content", "")
   plain = {key: value for key, value in turn.items() if key != "reasoning_content"}
   yield {**turn, "reasoning_content": _thought(reasoning)}
   if messages_lib.THOUGHT.match(reasoning):
@@ -42,8 +42,8 @@ def content_end(rest: str, turn: Mapping[str, Any]) -> int | None:
     rest: what follows the prompt in the finished conversation.
   """
   end = 0
-  for text in (_thought(turn.get("reasoning_content", "")), turn["content"]):
-    core = (text or "").strip()
+  for text in (_thought(turn.get("reasoning_content", "")), turn.get("content", "")):
+    core = text.strip()
     start = rest.find(core, end)
     if start < 0:
       return None

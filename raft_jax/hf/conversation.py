@@ -146,8 +146,8 @@ def fitted(
   """The conversation in a form of which the chat template writes all tools and calls.
 
   A turn of calls alone has the content "" if the template then writes the calls, else
-  none (null); the arguments of a call are an object, else its JSON text. Templates of
-  DeepSeek's kind want the second of both.
+  no content (transformers makes a null content absent too). The arguments of a call are
+  an object, or else its JSON text, which DeepSeek's template wants.
 
   Raises:
     UserError: the template refuses the conversation, or leaves out its tools, a call or
@@ -156,9 +156,9 @@ def fitted(
   if not conversation.uses_tools:
     return conversation
   faults = []
-  for empty, as_text in itertools.product(("", None), (False, True)):
+  for absent, as_text in itertools.product((False, True), (False, True)):
     turns = [
-      _with_calls(turn, empty, arguments if as_text else None)
+      _with_calls(turn, arguments if as_text else None, absent=absent)
       for turn, arguments in zip(conversation.turns, conversation.argument_texts)
     ]
     try:
@@ -171,7 +171,7 @@ def fitted(
 
 
 def _with_calls(
-  turn: dict[str, Any], empty: str | None, arguments: Sequence[str] | None
+  turn: dict[str, Any], arguments: Sequence[str] | None, *, absent: bool
 ) -> dict[str, Any]:
   """A turn in one of the forms of `fitted`."""
   if "tool_calls" not in turn:
@@ -182,7 +182,9 @@ def _with_calls(
       {**call, "function": {**call["function"], "arguments": text}}
       for call, text in zip(calls, arguments, strict=True)
     ]
-  return {**turn, "content": turn["content"] or empty, "tool_calls": calls}
+  if absent and not turn["content"]:
+    turn = {key: value for key, value in turn.items() if key != "content"}
+  return {**turn, "tool_calls": calls}
 
 
 def _check_tools(

@@ -338,7 +338,7 @@ def test_the_call_of_a_tool_is_kept_as_it_is(tmp_path):
     lambda r: _says("fused"),
     lambda r: _says('{"score": 1}'),
   )
-  assert [len(script.asked) for script in scripts] == [2, 2, 2]
+  assert [len(script.received) for script in scripts] == [2, 2, 2]
   assert [(r.answer, r.chosen, r.reason) for r in refined] == [
     ("fused", "fused", "accepted"),
     ("", "original", "rewrite_tool_call"),

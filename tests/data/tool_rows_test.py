@@ -13,6 +13,7 @@ from raft_jax.evaluation import test_sets
 from raft_jax.generation import engines, openai_engine
 from raft_jax.hf import chat
 from raft_jax.storage import messages, question_files, records, rejects
+from tests.helpers import chat_templates
 
 ASKED = {"role": "user", "content": "Is it warm in Paris?"}
 CALL = {"id": "c1", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
@@ -26,6 +27,10 @@ ROWS = [
   {"id": "thinks", "question": "2 + 2?", "answer": "<think>\nTwo.\n</think>\n\n4."},
   {"id": "field", "question": "3 + 3?", "answer": "6.", "reasoning_content": "Three."},
 ]
+
+
+BUDGETS = {"max_prompt_tokens": 2000, "max_answer_tokens": 500}
+BUDGETS |= {"max_teacher_tokens": 3000}
 
 
 def make_config(tmp_path, source, **data) -> schema.Config:
@@ -52,6 +57,26 @@ def test_rows_with_tools_are_set_aside_by_name(tmp_path, smollm):
   ]
   assert "no tool calls" in loaded.rejects[1].reason
   assert [row.row_id for row in loaded.rows] == [0, 3, 4]
+
+
+def test_rows_with_tools_are_learned_where_the_template_has_tools(tmp_path, complete):
+  template = chat_templates.TEMPLATES["trl/qwen3"]
+  (complete / "chat_template.jinja").write_text(template)
+  run = make_config(tmp_path, str(complete), **BUDGETS)
+  loaded = training_set.load(run, chat.load(str(complete)), distil=True)
+  assert loaded.rejects == []
+  own = transformers.AutoTokenizer.from_pretrained(complete)
+  given = [[{"role": "user", "content": ROWS[1]["question"]}], ROWS[2]["messages"]]
+  for row, turns, tools in zip(loaded.rows[1:], given, (TOOLS, None)):
+    text = own.apply_chat_template(
+      turns,
+      tools=tools,
+      tokenize=False,
+      add_generation_prompt=True,
+      enable_thinking=False,
+    )
+    assert list(row.prompt) == own(text, add_special_tokens=False)["input_ids"]
+    assert len(row.teacher) > len(row.prompt)
 
 
 @pytest.mark.parametrize("thinking", ["drop", "keep"])

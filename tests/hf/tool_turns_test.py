@@ -1,6 +1,6 @@
 """Tools, tool turns and reasoning against transformers' `apply_chat_template`.
 
-The templates are those of `chat_template_test`; some of them know tools or reasoning.
+Some of the templates know tools or reasoning.
 """
 
 import copy
@@ -14,15 +14,27 @@ from raft_jax import errors
 from raft_jax.hf import chat, teacher_prompts
 from raft_jax.storage import messages
 from raft_jax.storage.records import Message
-from tests.hf import chat_template_test
-from tests.hf.chat_template_test import made, still, tokenizer  # noqa: F401
+from tests.helpers import chat_templates
 
 WITHOUT_TEXT = re.compile("trl/(llava_next|idefics3|smolvlm)")
 TEMPLATES = {
   name: template
-  for name, template in chat_template_test.TEMPLATES.items()
+  for name, template in chat_templates.TEMPLATES.items()
   if not WITHOUT_TEXT.match(name)  # contents in parts: refused in any case
 }
+made = chat_templates.made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm):
+  return chat_templates.load_tokenizer(smollm)
+
+
+@pytest.fixture
+def still(monkeypatch):
+  chat_templates.stop_clock(monkeypatch)
+
+
 TOOLS = [
   {
     "type": "function",
@@ -108,7 +120,7 @@ def own_template(chat_tokenizer: chat.ChatTokenizer) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tools_and_tool_turns(name, tokenizer, still, tmp_path):  # noqa: F811
+def test_tools_and_tool_turns(name, tokenizer, still, tmp_path):
   chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
   known = set(SITUATIONS) if KNOWS.match(name) else SOME.get(name, set())
   for situation, (turns, tools) in SITUATIONS.items():
@@ -126,6 +138,21 @@ def test_tools_and_tool_turns(name, tokenizer, still, tmp_path):  # noqa: F811
       assert text in rendered
 
 
+def test_a_turn_of_calls_alone_may_need_to_have_no_content(tokenizer, tmp_path):
+  template = (
+    "{% for m in messages %}{% if m.content is not defined %}"
+    "{% for c in m.tool_calls %}"
+    "{{ '<call>' + c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endif %}{% endfor %}"
+  )
+  chat_tokenizer = made(tokenizer, template, tmp_path)
+  turns = [ASKED, {**CALLED, "content": None}, RESULT]
+  ids = chat.prompt_ids(chat_tokenizer, messages.conversation(turns))
+  assert ids == ids_of(tokenizer, theirs(tokenizer, template, turns, prompt=True))
+  assert "<call>get_weather" in tokenizer.decode(ids)
+
+
 # The ends of tool calls that a model's generation_config.json has.
 CALL_ENDS = {"trl/gptoss": "<|call|>", "trl/gptoss_training": "<|call|>"}
 NOT_LEARNED = re.compile(r"trl/(gemma4(?!_v2)|diffusion_gemma|glm4moe)")
@@ -136,7 +163,7 @@ PARTS = re.compile(r"trl/(llama3_[12]|muse_glimmer)")
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if KNOWS.match(name)])
-def test_a_call_is_learned_as_the_template_writes_it(name, tokenizer, still, tmp_path):  # noqa: F811
+def test_a_call_is_learned_as_the_template_writes_it(name, tokenizer, still, tmp_path):
   chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
   if name in CALL_ENDS:
     end = tokenizer.convert_tokens_to_ids(CALL_ENDS[name])
@@ -182,8 +209,8 @@ THINKS = {
 def test_reasoning_of_earlier_turns_is_the_templates(
   name,
   form,
-  tokenizer,  # noqa: F811
-  still,  # noqa: F811
+  tokenizer,
+  still,
   tmp_path,
 ):
   chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
@@ -221,7 +248,7 @@ def keeping(hf_tokenizer, template: str, folder) -> chat.ChatTokenizer:
 
 @pytest.mark.parametrize("form", THINKS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_kept_reasoning_is_learned(name, form, tokenizer, still, tmp_path):  # noqa: F811
+def test_kept_reasoning_is_learned(name, form, tokenizer, still, tmp_path):
   template = TEMPLATES[name]
   chat_tokenizer = keeping(tokenizer, template, tmp_path)
   (turn,) = messages.parse([THINKS[form]])
@@ -252,7 +279,7 @@ def test_kept_reasoning_is_learned(name, form, tokenizer, still, tmp_path):  # n
   assert said.index(THOUGHT) < said.index("4.")
 
 
-def test_dropped_reasoning_leaves_no_trace(tokenizer, still, tmp_path):  # noqa: F811
+def test_dropped_reasoning_leaves_no_trace(tokenizer, still, tmp_path):
   for name in ("trl/qwen3", "trl/glm4moe", "trl/deepseek_r1_distill", "chatml"):
     chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
     plain = chat.turn_ids(chat_tokenizer, messages.parse([ASKS]), "4.")
@@ -261,7 +288,7 @@ def test_dropped_reasoning_leaves_no_trace(tokenizer, still, tmp_path):  # noqa:
       assert chat.turn_ids(chat_tokenizer, messages.parse([ASKS]), answer) == plain
 
 
-def test_an_answer_without_reasoning_among_kept_ones(tokenizer, still, tmp_path):  # noqa: F811
+def test_an_answer_without_reasoning_among_kept_ones(tokenizer, still, tmp_path):
   """Templates with a switch write an empty part; one that always opens is refused."""
   asked = messages.parse([ASKS])
   qwen = keeping(tokenizer, TEMPLATES["trl/qwen3"], tmp_path)
@@ -272,7 +299,7 @@ def test_an_answer_without_reasoning_among_kept_ones(tokenizer, still, tmp_path)
     chat.turn_ids(opens, asked, "4.")
 
 
-def test_thinking_decides_the_digest(tokenizer, tmp_path):  # noqa: F811
+def test_thinking_decides_the_digest(tokenizer, tmp_path):
   closed = made(tokenizer, TEMPLATES["trl/qwen3"], tmp_path)
   kept, dropped = (
     chat.of(closed.hf_tokenizer, closed.eos_ids, thinking=on) for on in (True, False)
@@ -331,7 +358,7 @@ def masked(hf_tokenizer, template: str, turns: list[dict]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_the_marked_tokens_are_learned(name, tokenizer, still, tmp_path):  # noqa: F811
+def test_the_marked_tokens_are_learned(name, tokenizer, still, tmp_path):
   chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
   earlier = [ASKS, {"role": "assistant", "content": "4."}, ASKED]
   answer = {"role": "assistant", "content": "It is, today."}
@@ -365,7 +392,7 @@ def marked_ids(hf_tokenizer, template, folder) -> tuple[str, str]:
   return hf_tokenizer.decode(prompt), hf_tokenizer.decode(learned)
 
 
-def test_text_before_the_marks_is_read_and_not_learned(tokenizer, tmp_path):  # noqa: F811
+def test_text_before_the_marks_is_read_and_not_learned(tokenizer, tmp_path):
   template = marks(
     "{{ '"
     + HEADER
@@ -378,7 +405,7 @@ def test_text_before_the_marks_is_read_and_not_learned(tokenizer, tmp_path):  # 
   assert tokenizer.decode(masked(tokenizer, template, turns)) == learned
 
 
-def test_an_end_token_outside_of_the_marks_is_learned(tokenizer, tmp_path):  # noqa: F811
+def test_an_end_token_outside_of_the_marks_is_learned(tokenizer, tmp_path):
   template = marks(
     "{{ '" + HEADER + "' }}{% generation %}{{ m.content }}{% endgeneration %}"
     "{{ '<|im_end|>\\n' }}"
@@ -401,7 +428,7 @@ def test_an_end_token_outside_of_the_marks_is_learned(tokenizer, tmp_path):  # n
     ),
   ],
 )
-def test_marks_that_do_not_enclose_the_answer(tokenizer, tmp_path, assistant, says):  # noqa: F811
+def test_marks_that_do_not_enclose_the_answer(tokenizer, tmp_path, assistant, says):
   template = marks("{{ '" + HEADER + "' }}" + assistant)
   with pytest.raises(errors.UserError, match=says):
     marked_ids(tokenizer, template, tmp_path)
@@ -411,8 +438,8 @@ def test_marks_that_do_not_enclose_the_answer(tokenizer, tmp_path, assistant, sa
 
 
 def test_control_tokens_in_tools_calls_and_reasoning_are_text(
-  tokenizer,  # noqa: F811
-  still,  # noqa: F811
+  tokenizer,
+  still,
   tmp_path,
 ):
   """The ids have the control tokens of a conversation without them, and its text."""
@@ -448,7 +475,7 @@ def test_control_tokens_in_tools_calls_and_reasoning_are_text(
 
 
 @pytest.mark.parametrize("form", ["paper", "chat", "example"])
-def test_the_teacher_reads_a_call_as_the_template_writes_it(form, tokenizer, tmp_path):  # noqa: F811
+def test_the_teacher_reads_a_call_as_the_template_writes_it(form, tokenizer, tmp_path):
   chat_tokenizer = made(tokenizer, TEMPLATES["trl/qwen2_5"], tmp_path)
   given = messages.conversation(LATER, tools=TOOLS)
   answer = messages.parse([ASKED, CALLED])[1]
