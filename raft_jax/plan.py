@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raft_jax import errors
-from raft_jax.config import cli, schema
+from raft_jax.config import cli, data_layout, schema
 from raft_jax.planning import estimate, machines, tables
 from raft_jax.runtime import interrupts
-from raft_jax.storage import question_files
+from raft_jax.storage import question_files, sources
 
 MEM_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 """The share of a GPU's memory that JAX takes; 0.75 by default."""
@@ -64,10 +63,11 @@ def total_steps(
   data: schema.Data, train: schema.Train, questions: int | None
 ) -> int | None:
   """Optimizer steps of the run; None if the number of questions is unknown."""
-  if questions is None and pathlib.Path(data.questions).is_file():
+  if questions is None and sources.on_disk(data.questions):
     questions = len(
       question_files.read_questions(
         data.questions,
+        layout=data_layout.layout(data),
         limit=data.limit,
         reject_threshold=data.reject_threshold,
         unusable=data.unusable,

@@ -125,7 +125,12 @@ def refine_once(output: pathlib.Path, run: sweep_runs.PlannedRun) -> None:
   folder = pathlib.Path(run.config.output)
   if (folder / "refined").exists():
     return
-  values = config_load.values(run.config, training_set.REFINED_KEYS)
+  values = {
+    key: value
+    for key, value in config_load.values(run.config, training_set.REFINED_KEYS).items()
+    # At their defaults these keys are left out, as before they existed.
+    if key not in refined_folder.LAYOUT_KEYS or value not in (None, "last")
+  }
   name = f"refined-{config_load.digest(values)[:12]}"
   config = run.config.model_copy(update={"output": str(output / name)})
   with journal.locked(output / ".refine", waits=True):

@@ -132,12 +132,25 @@ class Data(Section):
   """The questions, and their length limits."""
 
   questions: str
-  """Training questions: JSONL or Parquet {id?, domain?, question or messages,
-  answer}."""
+  """Training questions: a file, a folder, a glob, or `hub://ORG/NAME[:CONFIG][/SPLIT]
+  [@REVISION]`. [Formats](../raft_jax/storage/README.md#formats) are found by the fields
+  of the rows."""
   test: str | None = None
   """Held-out questions for `evaluate`, in the same form."""
   validation: str | None = None
   """Questions for choosing settings by their loss; `evaluate` also scores them."""
+  format: (
+    Literal["question", "messages", "prompt_completion", "alpaca", "sharegpt"] | None
+  ) = None
+  """Format of the rows of `questions`, `test` and `validation`; null: found by their
+  fields, file by file."""
+  columns: dict[str, str] | None = None
+  """Names of the columns of these files, by field, where they have other names:
+  `{question: q, answer: a}`."""
+  turns: Literal["last", "each"] = "last"
+  """The answers of a conversation that are examples. `last`: its last; `each`: every
+  turn of the assistant, each with all that comes before it; the id of the second is
+  `ID#2`."""
   limit: Positive | None = None
   """Use only the first N questions."""
   max_prompt_tokens: Positive = 256

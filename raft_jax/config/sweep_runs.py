@@ -13,6 +13,9 @@ from raft_jax import errors
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 
+TEST_DATA_KEYS = ("test", "format", "columns", "turns")
+"""Keys of `data` that decide what the runs of a sweep are tested on."""
+
 TEST_KEYS = {
   "limit",
   "max_new_tokens",
@@ -81,7 +84,7 @@ def _decides_tests(key: str) -> bool:
   section, *rest = key.split(".")
   if section == "evaluate":
     return not rest or rest[0] in TEST_KEYS
-  return key == "data.test"
+  return section == "data" and bool(rest) and rest[0] in TEST_DATA_KEYS
 
 
 def _grid(over: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

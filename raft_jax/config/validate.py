@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raft_jax.config import schema, validate_endpoints
+from raft_jax.storage import row_formats, sources
 
 Problems = validate_endpoints.Problems
 
@@ -31,12 +32,16 @@ def missing_files(tree: dict[str, Any]) -> Problems:
     section, name = key.split(".")
     values = tree.get(section)
     value = values.get(name) if isinstance(values, dict) else None
-    if isinstance(value, str) and not pathlib.Path(value).is_file():
+    if not isinstance(value, str):
+      continue
+    if not sources.is_present(value):
       yield (
         key,
-        f"{value!r} is not a file (looked in {pathlib.Path.cwd()}); give a .jsonl or "
-        f".parquet file",
+        f"{value!r} is not a file (looked in {pathlib.Path.cwd()}); give a file of "
+        "rows, a folder, a glob or hub://ORG/NAME",
       )
+    elif problem := sources.problem(value):
+      yield key, problem
 
 
 def conflicts(config: schema.Config) -> Problems:
@@ -93,12 +98,28 @@ def _paths(model: schema.Model, data: schema.Data, output: str) -> Problems:
     yield "output", "begins with ~, which only a shell expands; write $HOME"
   for name in ("validation", "test"):
     file = getattr(data, name)
-    if file is not None and os.path.realpath(file) == os.path.realpath(data.questions):
+    if file is None:
+      continue
+    if os.path.realpath(file) == os.path.realpath(data.questions):
       yield (
         f"data.{name}",
         "is data.questions, so memorised answers would count as right; name another "
         "file",
       )
+    elif shared := sources.shared(file, data.questions):
+      yield (
+        f"data.{name}",
+        f"holds {shared}, which is also in data.questions, so memorised answers would "
+        "count as right; name other files",
+      )
+  for field in data.columns or {}:
+    if field not in row_formats.FIELDS:
+      known = ", ".join(row_formats.FIELDS)
+      yield "data.columns", f"{field!r} is no field of a row; fields are {known}"
+  columns = [*(data.columns or {}).values()]
+  twice = next((name for name in columns if columns.count(name) > 1), None)
+  if twice is not None:
+    yield "data.columns", f"maps two fields to the column {twice!r}; keep one"
   # os.path, unlike pathlib, returns False for a name that is too long to be looked up.
   if os.path.exists(output) and not os.path.isdir(output):
     yield "output", f"{output} is not a folder; choose another output"

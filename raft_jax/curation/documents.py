@@ -192,8 +192,8 @@ def _read_rows(
   path: pathlib.Path, name: str, text_field: str, domain: str
 ) -> Iterator[tuple[str, Document | Unusable]]:
   try:
-    for line, row in question_files.read_texts(path, text_field, ("id", "domain")):
-      place = f"{name}:{line}"
+    for at, row in question_files.read_texts(path, text_field, ("id", "domain")):
+      place = f"{name}:{at.line}"
       if isinstance(row, rejects.Reject):
         no_field = row.reason.startswith("has no ")
         reason = row.reason + ("; see extract.text_field" if no_field else "")

@@ -19,11 +19,15 @@ from raft_jax.storage import journal, records, sealed_folder, shards
 FOLDER = "refined"
 """Name of the folder in a run's output."""
 
+LAYOUT_KEYS = ("data.format", "data.columns", "data.turns")
+"""Keys that decide which questions the rows of a file are."""
+
 IDENTITY_KEYS = (
   "model.source",
   "model.chat_template",
   "model.dtype",
   "data.questions",
+  *LAYOUT_KEYS,
   "refine.prompt",
   "refine.encoder",
   "refine.similarity_threshold",

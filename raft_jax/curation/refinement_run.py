@@ -19,14 +19,21 @@ from typing import Any, NamedTuple, Protocol
 
 import raft_jax
 from raft_jax import errors
+from raft_jax.config import data_layout, schema
 from raft_jax.config import load as config_load
-from raft_jax.config import schema
 from raft_jax.curation import refined_folder, refinement, stage_run
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles, sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
-from raft_jax.storage import journal, question_files, records, rejects, shards
+from raft_jax.storage import (
+  journal,
+  question_files,
+  records,
+  rejects,
+  shards,
+  sources,
+)
 
 WINDOW = 4096
 """Rows in memory at a time."""
@@ -41,8 +48,8 @@ class WorkerShare(NamedTuple):
 
 ALL_ROWS = WorkerShare(0, 1)
 
-PlacedQuestion = tuple[int, records.Question]
-"""A question and its line in the file."""
+PlacedQuestion = tuple[rejects.Place, records.Question]
+"""A question and its place."""
 
 
 class Questions(NamedTuple):
@@ -106,7 +113,11 @@ def refine(
   interrupts.check()
   encoder = sentence_encoder.load(settings.encoder)
   interrupts.check()
-  keys = (*refined_folder.IDENTITY_KEYS, "refine.*.context_tokens")
+  # The digest of the questions stands for the keys that decide which they are.
+  keys = [
+    k for k in refined_folder.IDENTITY_KEYS if k not in refined_folder.LAYOUT_KEYS
+  ]
+  keys.append("refine.*.context_tokens")
   inputs = _inputs(
     questions, settings, model, config_load.values(config, keys), encoder.identity
   )
@@ -141,9 +152,16 @@ def refine(
         "model": engines.identity(model.source),
         "encoder": encoder.identity,
         "questions": questions.digest,
+        **_commits(config.data),
       },
       write_report=write_report,
     )
+
+
+def _commits(data: schema.Data) -> dict[str, Mapping[str, str]]:
+  """The manifest's entry on a dataset of the hub."""
+  commits = sources.revisions(data.questions)
+  return {"commits": commits} if commits else {}
 
 
 def _check_questions(
@@ -166,11 +184,12 @@ def _check_questions(
 
   checked = question_files.check_questions(
     data.questions,
+    layout=data_layout.layout(data),
     limit=data.limit,
     unusable=data.unusable,
     reject_threshold=data.reject_threshold,
     rejects_path=rejects_path,
-    keep=lambda line, question: digest.update(refined_folder.question_bytes(question)),
+    keep=lambda place, question: digest.update(refined_folder.question_bytes(question)),
     fault=fault,
   )
   rejects.report(checked.rejects, rejects_path)
@@ -205,13 +224,16 @@ def _usable_rows(questions: Questions) -> Iterator[PlacedQuestion]:
   """The questions to refine, in order."""
   data = questions.data
   return question_files.rows(
-    data.questions, limit=data.limit, without=questions.checked.lines
+    data.questions,
+    layout=data_layout.layout(data),
+    limit=data.limit,
+    without=questions.checked.places,
   )
 
 
-def _row_name(data: schema.Data, line: int, question: records.Question) -> str:
+def _row_name(place: rejects.Place) -> str:
   """How messages name a question."""
-  return f"{question.id} ({data.questions}:{line})"
+  return f"{place.id} ({place.file}:{place.line})"
 
 
 def _check_lengths(questions: Questions, rewriter: calls_lib.Role, prompt: str) -> None:
@@ -219,14 +241,13 @@ def _check_lengths(questions: Questions, rewriter: calls_lib.Role, prompt: str) 
   limit = rewriter.generator.prompt_limit
   if limit is None or questions.data.too_long == "skip":
     return
-  for line, question in _usable_rows(questions):
+  for place, question in _usable_rows(questions):
     if question.tool_calls:  # not rewritten
       continue
     text = refinement.rewrite_prompt(question, prompt)
     count = rewriter.generator.count_tokens(records.user_turn(text))
     if count + rewriter.max_new_tokens > limit:
-      name = _row_name(questions.data, line, question)
-      raise calls_lib.too_long(rewriter, name, count)
+      raise calls_lib.too_long(rewriter, _row_name(place), count)
 
 
 def _refine_window(
@@ -277,7 +298,7 @@ def _refine_share(
       if calls.one_model:
         last = first + len(window)
         calls.title = f"rows {first + 1:,}-{last:,} of {len(spool):,}: "
-      names = [_row_name(questions.data, line, question) for line, question in window]
+      names = [_row_name(place) for place, _ in window]
       with contextlib.suppress(calls_lib.OtherModel):
         refined = refine_window([q for _, q in window], calls=calls, names=names)
         spool.put(first, map(records.to_json, refined))

@@ -135,17 +135,17 @@ def read_seeds(
   Raises:
     UserError: names the row.
   """
-  lines: dict[str, int] = {}
+  lines: dict[str, rejects.Place] = {}
   unusable: list[rejects.Reject] = []
-  for line, row in question_files.read_texts(path, "question"):
+  for place, row in question_files.read_texts(path, "question"):
     if isinstance(row, rejects.Reject):
       reject = row
     else:
-      first = lines.setdefault(row["question"].strip(), line)
-      if first == line:
+      first = lines.setdefault(row["question"].strip(), place)
+      if first is place:
         continue
-      place = rejects.Place(row.get("id"), path, line)
-      reject = rejects.Reject(place, f"repeats row {first}", "repeated")
+      at = first.line if first.file == place.file else f"{first.file}:{first.line}"
+      reject = rejects.Reject(place, f"repeats row {at}", "repeated")
     if policy == "error":
       raise errors.UserError(
         f"{reject}; mend or delete the row, or set data.unusable=skip to set it aside"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax import errors
-from raft_jax.config import run_lock, schema
+from raft_jax.config import data_layout, run_lock, schema
 from raft_jax.curation import refined_folder, refinement, synthesis_run
 from raft_jax.data import batching
 from raft_jax.hf import chat
@@ -218,9 +218,11 @@ def _read_examples(
 
 
 def _read(path: str, data: schema.Data) -> question_files.Read:
+  is_domain = path == data.questions
   return question_files.read(
     path,
-    limit=data.limit if path == data.questions else None,
+    layout=(data_layout.layout if is_domain else data_layout.general_layout)(data),
+    limit=data.limit if is_domain else None,
     unusable=data.unusable,
     reject_threshold=data.reject_threshold,
   )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.config import schema
+from raft_jax.config import data_layout, schema
 from raft_jax.data import batching
 from raft_jax.evaluation import benchmarks, scoring
 from raft_jax.hf import chat
@@ -103,8 +103,8 @@ def read_test(
   """Reads the first `limit` questions of `data.test`."""
   if data.test is None:
     raise errors.UserError(
-      "data.test: not set, so there is nothing to evaluate on; name a JSONL or Parquet"
-      " file of held-out questions"
+      "data.test: not set, so there is nothing to evaluate on; name a file of"
+      " held-out questions"
     )
   return _read_questions(data, tokenizer, data.test, limit)
 
@@ -123,6 +123,7 @@ def _read_questions(
 ) -> QuestionSet:
   file = question_files.read(
     path,
+    layout=data_layout.layout(data),
     limit=limit,
     unusable=data.unusable,
     reject_threshold=data.reject_threshold,

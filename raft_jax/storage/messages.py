@@ -24,6 +24,9 @@ FIELDS = {
 }
 """What a turn of each role may have besides role and content."""
 
+MASKS = ("weight", "loss", "train")
+"""What other data sets call the share of a turn in the loss."""
+
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 """The thinking at the start of an assistant's turn."""
 _OPENS = re.compile(r"\s*<think>")
@@ -156,7 +159,9 @@ def _message(at: str, item: Any, position: int) -> records.Message:
   others = {k: v for k, v in item.items() if k not in records.PLAIN and v}
   if role not in ROLES:
     raise row_files.Fault(f"`{at}.role` is {role!r}, not one of {', '.join(ROLES)}")
-  extra = [k for k in others if k not in FIELDS[role]]
+  # A weight of 0 says that the turn is not to be learned.
+  masks = [k for k in MASKS if item.get(k) is not None]
+  extra = [k for k in others if k not in FIELDS[role]] or masks
   if extra:  # dropping it would change the conversation
     known = ", ".join((*records.PLAIN, *FIELDS[role]))
     raise row_files.Fault(

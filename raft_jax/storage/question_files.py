@@ -1,59 +1,58 @@
-"""Files of questions: what a row may be, and strict reading of JSONL and Parquet.
+"""Files of questions: strict reading of rows, whatever their format.
 
-Rows are `{id?, domain?, question | messages, answer, tools?, reasoning_content?}`;
-other fields are ignored. A row that cannot be used is set aside with its line and the
-reason; nothing is guessed. Text is kept byte for byte: no stripping, no Unicode
-normalisation.
+Rows are conversations in one of the formats of `row_formats`; other fields are ignored.
+A row that cannot be used is set aside with its line and the reason; nothing is guessed.
+Text is kept byte for byte: no stripping, no Unicode normalisation.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import itertools
 import os
-import pathlib
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
 from raft_jax.runtime import interrupts
 from raft_jax.storage import messages as messages_lib
-from raft_jax.storage import records, row_files
+from raft_jax.storage import records, row_files, row_formats, row_layout, sources
 from raft_jax.storage import rejects as rejects_lib
 
-FIELDS = (
-  *("id", "domain", "question", "messages", "answer"),
-  *("tools", "reasoning_content"),
-)
-USUAL = {
-  "question": ("prompt", "instruction", "input", "query", "problem"),
-  "messages": ("conversations", "conversation"),
-  "answer": ("response", "output", "completion", "solution", "target"),
-}
-"""Names of these fields in other data sets."""
+HEAD = 100
+"""Rows among which a file's format is found."""
 
 
 class Read(NamedTuple):
-  """The usable rows of a file, the place of each by its id, and the other rows."""
+  """The usable rows of a source, the place of each by its id, and the other rows.
+
+  Attributes:
+    formats: the format of each file.
+  """
 
   questions: list[records.Question]
   places: dict[str, rejects_lib.Place]
   rejects: list[rejects_lib.Reject]
+  formats: Mapping[str, str] = {}
 
 
 def read(
   path: str | os.PathLike[str],
   *,
+  layout: row_layout.Layout = row_layout.DETECTED,
   limit: int | None = None,
   unusable: str = "error",
   reject_threshold: float = 0.01,
   rejects_path: str | os.PathLike[str] | None = None,
 ) -> Read:
-  """Reads and checks the rows of a `.jsonl` or `.parquet` file, in order.
+  """Reads and checks the rows of a source, in order.
 
   Args:
-    path: the file. A byte-order mark, CRLF line ends and blank lines are fine.
-    limit: stop after this many readable rows.
+    path: the source (`sources`). A byte-order mark, CRLF line ends and blank lines are
+      fine.
+    layout: what the config says about its rows.
+    limit: stop after this many readable questions.
     unusable: "skip" sets every unusable row aside; "error" refuses repeated ids, and
       a share of unreadable rows above the threshold.
     reject_threshold: share of unreadable rows, 0..1, that "error" also sets aside.
@@ -69,19 +68,20 @@ def read(
   kept: list[records.Question] = []
   places: dict[str, rejects_lib.Place] = {}
 
-  def keep(line: int, question: records.Question) -> None:
+  def keep(place: rejects_lib.Place, question: records.Question) -> None:
     kept.append(question)
-    places[question.id] = rejects_lib.Place(question.id, str(path), line)
+    places[question.id] = place
 
   checked = check_questions(
     path,
+    layout=layout,
     limit=limit,
     unusable=unusable,
     reject_threshold=reject_threshold,
     rejects_path=rejects_path,
     keep=keep,
   )
-  return Read(kept, places, checked.rejects)
+  return Read(kept, places, checked.rejects, checked.formats)
 
 
 def read_questions(
@@ -94,103 +94,144 @@ def read_questions(
 
 
 class Checked(NamedTuple):
-  """The number of usable rows of a file, and the other rows."""
+  """The number of usable rows of a source, the other rows, and the files' formats."""
 
   usable: int
   rejects: list[rejects_lib.Reject]
+  formats: Mapping[str, str]
 
   @property
-  def lines(self) -> frozenset[int]:
-    """Lines of the rows that are set aside, for `rows`."""
-    return frozenset(reject.place.line for reject in self.rejects)
+  def places(self) -> frozenset[rejects_lib.Place]:
+    """Places of the rows that are set aside, for `rows`."""
+    return frozenset(reject.place for reject in self.rejects)
 
 
 def check_questions(
   path: str | os.PathLike[str],
   *,
+  layout: row_layout.Layout = row_layout.DETECTED,
   limit: int | None = None,
   unusable: str = "error",
   reject_threshold: float = 0.01,
   rejects_path: str | os.PathLike[str] | None = None,
-  keep: Callable[[int, records.Question], None] = lambda line, question: None,
+  keep: Callable[[rejects_lib.Place, records.Question], None] = lambda place, q: None,
   fault: Callable[[records.Question], str | None] = lambda question: None,
 ) -> Checked:
-  """Checks the rows of a file like `read`, without holding them in memory.
+  """Checks the rows of a source like `read`, without holding them in memory.
 
   Args:
-    keep: called with the line and question of each readable row whose id is new.
+    keep: called with the place and question of each readable row whose id is new.
     fault: why such a row cannot be used, or None.
   """
-  path = pathlib.Path(path)
   count = 0
-  line_by_id: dict[str, int] = {}
+  place_by_id: dict[str, rejects_lib.Place] = {}
   rejects: list[rejects_lib.Reject] = []
-  for line, row in _checked(path, limit):
-    if isinstance(row, rejects_lib.Reject):
-      rejects.append(row)
+  formats: dict[str, str] = {}
+  for place, item in _checked(path, layout, limit, formats):
+    if isinstance(item, rejects_lib.Reject):
+      rejects.append(item)
       continue
-    place = rejects_lib.Place(row.id, str(path), line)
-    first_line = line_by_id.setdefault(row.id, line)
-    if first_line != line:
-      repeats = f"has the id of {row_files.unit(path)} {first_line}"
-      rejects.append(rejects_lib.Reject(place, repeats, "repeated"))
+    first = place_by_id.setdefault(item.id, place)
+    if first is not place:
+      rejects.append(rejects_lib.Reject(place, _repeats(place, first), "repeated"))
       continue
-    keep(line, row)
-    reason = fault(row)
+    keep(place, item)
+    reason = fault(item)
     if reason is None:
       count += 1
     else:
       rejects.append(rejects_lib.Reject(place, reason, "refused"))
+  for file, name in formats.items():
+    _announce(file, name)
   if rejects_path is not None:
     rejects_lib.write(rejects_path, rejects)
   _check_rejects(path, count, rejects, unusable, reject_threshold, rejects_path)
-  return Checked(count, rejects)
+  return Checked(count, rejects, formats)
+
+
+def _repeats(place: rejects_lib.Place, first: rejects_lib.Place) -> str:
+  if place.file == first.file:
+    return f"has the id of {row_files.unit(place.file)} {first.line}"
+  return f"has the id of {first.file}:{first.line}"
+
+
+_announced: set[tuple[str, str]] = set()
+
+
+def _announce(file: str, name: str) -> None:
+  """Prints a file's format once a process, unless it is the first of the table."""
+  if name != "question" and (file, name) not in _announced:
+    _announced.add((file, name))
+    print(f"{file}: format: {name}", file=sys.stderr)
 
 
 def rows(
   path: str | os.PathLike[str],
   *,
+  layout: row_layout.Layout = row_layout.DETECTED,
   limit: int | None = None,
-  without: Container[int] = (),
-) -> Iterator[tuple[int, records.Question]]:
-  """Line and question of the usable rows of a file, in order, one at a time.
+  without: Container[rejects_lib.Place] = (),
+) -> Iterator[tuple[rejects_lib.Place, records.Question]]:
+  """Place and question of the usable rows of a source, in order, one at a time.
 
   Args:
-    without: lines that `check_questions` set aside.
+    without: places that `check_questions` set aside.
   """
-  for line, row in _checked(pathlib.Path(path), limit):
-    if isinstance(row, records.Question) and line not in without:
-      yield line, row
+  for place, item in _checked(path, layout, limit, {}):
+    if isinstance(item, records.Question) and place not in without:
+      yield place, item
 
 
 def _checked(
-  path: pathlib.Path, limit: int | None
-) -> Iterator[tuple[int, records.Question | rejects_lib.Reject]]:
-  """Line of each row with its question or a reject, up to `limit` questions."""
+  path: str | os.PathLike[str],
+  layout: row_layout.Layout,
+  limit: int | None,
+  formats: dict[str, str],
+) -> Iterator[tuple[rejects_lib.Place, records.Question | rejects_lib.Reject]]:
+  """Place of each row with its questions or a reject, up to `limit` questions.
+
+  Args:
+    formats: the format of each file is put here.
+  """
   count = 0
-  for line, row in row_files.rows(path, FIELDS):
-    interrupts.check()
-    values: Any = None
+  for part in sources.parts(path):
+    file = sources.part_name(part)
+    every = sources.part_rows(part, row_layout.columns_to_read(layout))
+    head = list(itertools.islice(every, HEAD))
+    name = row_layout.detect(file, _readable(head), layout)
+    if head:
+      formats[file] = name
+    for line, row in itertools.chain(head, every):
+      interrupts.check()
+      values: Any = None
+      try:
+        values = row_layout.fields(row_files.values(row), layout.columns)
+        questions = _questions(values, name, layout.turns)
+      except row_files.Fault as reason:
+        place = rejects_lib.Place(_given_id(values), file, line)
+        excerpt = row_files.excerpt(row)
+        yield place, rejects_lib.Reject(place, str(reason), "unreadable", excerpt)
+        continue
+      for question in questions:
+        yield rejects_lib.Place(question.id, file, line), question
+        count += 1
+        if count == limit:
+          return
+
+
+def _readable(head: Sequence[tuple[int, row_files.Row]]) -> Iterator[Mapping[str, Any]]:
+  for _, row in head:
     try:
       values = row_files.values(row)
-      question = _question(values)
-    except row_files.Fault as reason:
-      place = rejects_lib.Place(_given_id(values), str(path), line)
-      yield (
-        line,
-        rejects_lib.Reject(place, str(reason), "unreadable", row_files.excerpt(row)),
-      )
+    except row_files.Fault:
       continue
-    yield line, question
-    count += 1
-    if count == limit:
-      return
+    yield values
 
 
 def read_texts(
   path: str | os.PathLike[str], field: str, optional: Sequence[str] = ("id",)
-) -> Iterator[tuple[int, dict[str, str] | rejects_lib.Reject]]:
-  """Line of each row of a `.jsonl` or `.parquet` file, with its texts or a reject.
+) -> Iterator[tuple[rejects_lib.Place, dict[str, str] | rejects_lib.Reject]]:
+  """Place of each row of a source, with its texts or a reject.
 
   Args:
     field: name of the field that each row must have.
@@ -200,27 +241,29 @@ def read_texts(
     errors.UserError: the file cannot be read or has another format.
   """
   fields = (*optional, field)
-  for line, row in row_files.rows(pathlib.Path(path), fields):
-    interrupts.check()
-    values: Any = None
-    try:
-      values = row_files.values(row)
-      given = {name: values[name] for name in fields if values.get(name) is not None}
-      if field not in given:
-        hint = _near(field, values)
-        raise row_files.Fault(
-          f"has no `{field}`" + (f"; rename {hint!r}" if hint else "")
-        )
-      yield (
-        line,
-        {name: messages_lib.plain_text(name, value) for name, value in given.items()},
-      )
-    except row_files.Fault as reason:
-      place = rejects_lib.Place(_given_id(values), str(path), line)
-      yield (
-        line,
-        rejects_lib.Reject(place, str(reason), "unreadable", row_files.excerpt(row)),
-      )
+  for part in sources.parts(path):
+    file = sources.part_name(part)
+    for line, row in sources.part_rows(part, fields):
+      interrupts.check()
+      values: Any = None
+      try:
+        values = row_files.values(row)
+        texts = _texts(values, field, fields)
+        yield rejects_lib.Place(texts.get("id"), file, line), texts
+      except row_files.Fault as reason:
+        place = rejects_lib.Place(_given_id(values), file, line)
+        excerpt = row_files.excerpt(row)
+        yield place, rejects_lib.Reject(place, str(reason), "unreadable", excerpt)
+
+
+def _texts(
+  values: Mapping[str, Any], field: str, fields: Sequence[str]
+) -> dict[str, str]:
+  given = {name: values[name] for name in fields if values.get(name) is not None}
+  if field not in given:
+    hint = row_formats.near_field(field, values)
+    raise row_files.Fault(f"has no `{field}`" + (f"; rename {hint!r}" if hint else ""))
+  return {name: messages_lib.plain_text(name, value) for name, value in given.items()}
 
 
 def _given_id(values: Any) -> str | None:
@@ -231,31 +274,25 @@ def _given_id(values: Any) -> str | None:
     return None
 
 
-def _question(values: Mapping[str, Any]) -> records.Question:
-  """The question of a row.
+def _questions(
+  values: Mapping[str, Any], name: str, turns: str
+) -> list[records.Question]:
+  """The questions of a row of a file whose format is `name`.
+
+  Every one has the id of the row. With turns="each", that of the second answer of the
+  assistant is ID#2, and so on.
 
   Raises:
-    row_files.Fault: the row is not a question.
+    row_files.Fault: the row cannot be used.
   """
-  values = {key: value for key, value in values.items() if value is not None}
-  has_question, has_messages = "question" in values, "messages" in values
-  if has_question and has_messages:
-    raise row_files.Fault("has both `question` and `messages`; keep one")
-  tools = values.get("tools")
-  messages: tuple[records.Message, ...]
-  if has_question:
-    messages = records.user_turn(messages_lib.text("question", values["question"]))
-    messages = messages_lib.with_tools(messages, tools)
-  elif has_messages:
-    messages = messages_lib.conversation(values["messages"], tools=tools)
-  else:
-    raise row_files.Fault(_missing("question", values))
-  if "answer" not in values:
-    raise row_files.Fault(_missing("answer", values))
-  reply = messages_lib.answer(values["answer"], values.get("reasoning_content"))
+  conversation = row_formats.conversation(values, name)
   domain = messages_lib.text("domain", values["domain"]) if "domain" in values else ""
-  row_id = _id(values, domain, messages, values["answer"])
-  return question(row_id, domain, messages, reply)
+  row_id = _id(values, domain, conversation)
+  found = []
+  for example in row_formats.examples(conversation, turns, name):
+    question_id = f"{row_id}#{example.number}" if example.number > 1 else row_id
+    found.append(question(question_id, domain, example.before, example.answer))
+  return found
 
 
 def question(
@@ -275,23 +312,6 @@ def question(
   )
 
 
-def _missing(field: str, values: Mapping[str, Any]) -> str:
-  near = _near(field, values)
-  if field == "answer":
-    return "has no `answer`" + (f"; rename {near!r}" if near else "")
-  turns = None if near else _near("messages", values)
-  hint = f"; rename {near or turns!r}" if near or turns else ""
-  return f"has no `question` (or `messages`){hint}{' to `messages`' if turns else ''}"
-
-
-def _near(field: str, values: Mapping[str, Any]) -> str | None:
-  """The field of a row that was probably meant to be `field`, or None."""
-  others = {key.lower(): key for key in values if key not in (*FIELDS, field)}
-  usual = [key for key in (field, *USUAL.get(field, ())) if key in others]
-  near = [*usual, *difflib.get_close_matches(field, others, n=1)]
-  return others[near[0]] if near else None
-
-
 def text_fault(field: str, value: Any) -> str | None:
   """Why `read_questions` would refuse a value as the text of a field, or None."""
   try:
@@ -302,20 +322,19 @@ def text_fault(field: str, value: Any) -> str | None:
 
 
 def _id(
-  values: Mapping[str, Any],
-  domain: str,
-  messages: Sequence[records.Message],
-  answer: str,
+  values: Mapping[str, Any], domain: str, conversation: Sequence[records.Message]
 ) -> str:
   given = values.get("id")
   if given is None:
-    content = records.canonical_json([domain, records.keyed(messages), answer])
+    *before, last = records.keyed(conversation)
+    answer = last[1] if len(last) == 2 else last  # the text of a plain answer
+    content = records.canonical_json([domain, before, answer])
     return hashlib.sha256(content).hexdigest()[:16]
   return messages_lib.plain_text("id", given)
 
 
 def _check_rejects(
-  path: pathlib.Path,
+  path: str | os.PathLike[str],
   kept: int,
   rejects: Sequence[rejects_lib.Reject],
   unusable: str,
@@ -325,7 +344,9 @@ def _check_rejects(
   """Raises UserError if rows may not be set aside or no row is usable."""
   total = kept + len(rejects)
   if total == 0:
-    raise errors.UserError(f"{path}: holds no rows; it needs at least one question")
+    raise errors.UserError(
+      f"{os.fspath(path)}: holds no rows; it needs at least one question"
+    )
   kinds: dict[str, list[rejects_lib.Reject]] = {}
   for reject in rejects:
     kinds.setdefault(reject.kind, []).append(reject)

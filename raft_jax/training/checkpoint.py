@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from raft_jax import errors
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
+from raft_jax.storage import hub_datasets
 from raft_jax.training import tree_fingerprints
 
 FOLDER = "checkpoints"
@@ -288,9 +289,12 @@ def check_identity(
   """Raises UserError with the first part in which two runs differ."""
   for key in sorted({*saved, *identity}):
     if saved.get(key) != identity.get(key):
+      remedy = "choose another `output`, or delete the folder"
+      if hub_datasets.PREFIX in key and saved.get(key):
+        remedy = f"name the dataset with @{saved[key]}, {remedy}"
       raise errors.UserError(
         f"{folder}: saved by a run whose {key} was {saved.get(key)!r}, now "
-        f"{identity.get(key)!r}; choose another `output`, or delete the folder"
+        f"{identity.get(key)!r}; {remedy}"
       )
 
 

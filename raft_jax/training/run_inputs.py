@@ -21,7 +21,7 @@ from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed
-from raft_jax.storage import rejects
+from raft_jax.storage import rejects, sources
 from raft_jax.training import optim, run_plan
 
 IDENTITY_KEYS = (
@@ -29,6 +29,9 @@ IDENTITY_KEYS = (
   "model.chat_template",
   "model.dtype",
   "data.questions",
+  "data.format",
+  "data.columns",
+  "data.turns",
   "data.limit",
   "data.max_prompt_tokens",
   "data.max_answer_tokens",
@@ -187,6 +190,7 @@ def make_inputs(
       "data": examples.digest,
       "tokenizer": tokenizer.digest,
       **teacher_identity(config.distill.source),
+      **dataset_identity(config.data, config.replay, config.anchor),
     },
   )
 
@@ -340,6 +344,15 @@ def model_identity(source: str, lora: schema.Lora | None) -> dict[str, Any]:
 def teacher_identity(source: str | None) -> dict[str, Any]:
   """The part of a run's identity that names the model of `distill.source`."""
   return {} if source is None else {"teacher": engines.identity(source)}
+
+
+def dataset_identity(
+  data: schema.Data, replay: schema.Replay | None, anchor: schema.Anchor | None
+) -> dict[str, str]:
+  """The commits of the hub's datasets that a run learns from."""
+  general = [section.questions for section in (replay, anchor) if section is not None]
+  commits = sources.revisions(data.questions, *general)
+  return {f"commit of {address}": commit for address, commit in commits.items()}
 
 
 def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, Any]:

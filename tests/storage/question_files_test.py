@@ -173,7 +173,7 @@ def test_missing_empty_and_foreign_files(tmp_path):
   assert "is a folder" in refused(tmp_path)
   assert "holds no rows" in refused(write(tmp_path, b"", b"\r"))
   assert "holds no rows" in refused(write(tmp_path, b"\xef\xbb\xbf"))
-  assert "'.csv'" in refused(write(tmp_path, GOOD, name="q.csv"))
+  assert "'.txt'" in refused(write(tmp_path, GOOD, name="q.txt"))
   utf16 = write(tmp_path, GOOD.decode().encode("utf-16"))
   assert f"{utf16}:1: is UTF-16; save the file as UTF-8" in refused(utf16)
   bad = write(tmp_path, b"PAR1 but not really", name="q.parquet")

@@ -236,12 +236,13 @@ def test_a_suffix_is_read_without_its_case(tmp_path, suffix):
 @pytest.mark.parametrize(
   ("name", "content", "says"),
   [
-    ("q.jsonl.gz", b"\x1f\x8b\x08", "unknown file type '.gz'.*uncompressed"),
+    ("q.jsonl.bz2", b"BZh", "unknown file type '.bz2'; rows are read from .jsonl"),
+    ("q.jsonl.gz", b"\x1f\x8b\x08", "the .gz archive is torn or damaged"),
     ("q.JSONL", b"\x1f\x8b\x08", r"is compressed \(gzip\)"),
     ("q.jsonl", b"PAR1....", "is a Parquet file; name it .parquet"),
     ("q.jsonl", b"PK\x03\x04", "is a zip archive"),
     ("q.jsonl", b"\x28\xb5\x2f\xfd", r"is compressed \(zstd\)"),
-    ("q.json", b"[]", "unknown file type '.json'"),
+    ("q.json", b"[]", "holds no rows"),
     ("q.Parquet", b"{}", "not a readable Parquet file"),
   ],
 )
