@@ -100,12 +100,8 @@ def build_teacher_context(
     for row, length in zip(tokens_BR, length_B)
   ]
   questions = [questions_by_row[int(row_id) // siblings.group] for row_id in row_id_B]
-  reward_B = np.array(
-    [
-      rouge.rouge_l(chat.as_reply(answer).content, text)
-      for (_, answer), text in zip(questions, texts)
-    ]
-  )
+  answers = [chat.as_reply(answer).content for _, answer in questions]
+  reward_B = np.array([*map(rouge.rouge_l, answers, texts)])
   success_B = (reward_B >= siblings.success) & np.array([bool(text) for text in texts])
   contexts = [
     None

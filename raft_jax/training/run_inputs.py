@@ -98,10 +98,8 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
   Raises:
     errors.UserError: naming the key that is wrong and what to do.
   """
-  train, distils = (
-    config.train,
-    run_plan.uses_distillation(config.distill, config.balance),
-  )
+  train = config.train
+  distils = run_plan.uses_distillation(config.distill, config.balance)
   distill = config.distill if distils else None
   networks = read_networks(
     config.model,
@@ -150,11 +148,16 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
   inputs = make_inputs(config, tokenizer, examples, dataset, widths)
   if distributed.is_primary():
     run_lock.lock_config(config, "train", IDENTITY_KEYS)
-    rejects_file = pathlib.Path(config.output) / "rejects.jsonl"
-    rejects.write(rejects_file, examples.rejects)
-    rejects.report(examples.rejects, rejects_file)
+    list_rejects(config.output, examples.rejects)
   warn_of_raw_context(distill)
   return plan, inputs
+
+
+def list_rejects(output: str, rejected: Sequence[rejects.Reject]) -> None:
+  """Writes and reports the rows that the run sets aside."""
+  path = pathlib.Path(output) / "rejects.jsonl"
+  rejects.write(path, rejected)
+  rejects.report(rejected, path)
 
 
 def make_inputs(
