@@ -18,7 +18,7 @@ from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.reporting import model_card
 from raft_jax.runtime import distributed, interrupts
-from raft_jax.training import run_inputs, run_plan, trained_model
+from raft_jax.training import run_identity, run_inputs, run_plan, trained_model
 
 
 class Exported(NamedTuple):
@@ -63,7 +63,7 @@ def export(config: schema.Config) -> Exported:
   if config.export.adapter and config.lora is not None:
     folder = output / "adapter"
     split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
-    identity = run_inputs.model_identity(source, config.lora)
+    identity = run_identity.model_identity(source, config.lora)
     params, step = trained_model.load_trained_tree(
       config.output, config.validation, identity, split.shapes
     )

@@ -25,6 +25,7 @@ from raft_jax.training import (
   loop,
   metrics_log,
   output_lock,
+  run_identity,
   run_inputs,
   step_memory,
 )
@@ -45,7 +46,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       stack.enter_context(contextlib.redirect_stdout(None))
     plan, inputs = distributed.run_on_all(lambda: run_inputs.prepare(config))
     interrupts.check()
-    distributed.assert_same(run_inputs.shared_facts(config, inputs.identity))
+    distributed.assert_same(run_identity.shared_facts(config, inputs.identity))
     validation_set = validation_lib.read(
       settings, config.data, inputs.tokenizer, plan.decoder, source=config.model.source
     )

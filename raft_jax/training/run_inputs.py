@@ -13,16 +13,14 @@ from jax.sharding import Mesh
 
 from raft_jax import errors
 from raft_jax.baselines import mssr
-from raft_jax.config import load as config_load
 from raft_jax.config import run_lock, schema
 from raft_jax.data import batching, training_set
-from raft_jax.generation import engines
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed
-from raft_jax.storage import rejects, sources
-from raft_jax.training import optim, run_plan
+from raft_jax.storage import rejects
+from raft_jax.training import importance_batches, run_identity, run_plan
 
 IDENTITY_KEYS = (
   "model.source",
@@ -177,8 +175,12 @@ def make_inputs(
   return RunInputs(
     tokenizer=tokenizer,
     dataset=dataset,
-    anchor_batches=anchor_batches(config.anchor, examples.general, seed, pad_id),
-    soft_mask_batches=soft_mask_batches(config.soft_mask, examples.rows, seed, pad_id),
+    anchor_batches=importance_batches.anchor_batches(
+      config.anchor, examples.general, seed, pad_id
+    ),
+    soft_mask_batches=importance_batches.soft_mask_batches(
+      config.soft_mask, examples.rows, seed, pad_id
+    ),
     replay=mssr.make_plan(
       config.replay,
       examples.replayed,
@@ -189,11 +191,11 @@ def make_inputs(
     ),
     questions_by_row=examples.questions_by_row,
     identity={
-      **model_identity(config.model.source, config.lora),
+      **run_identity.model_identity(config.model.source, config.lora),
       "data": examples.digest,
       "tokenizer": tokenizer.digest,
-      **teacher_identity(config.distill.source),
-      **dataset_identity(config.data, config.replay, config.anchor),
+      **run_identity.teacher_identity(config.distill.source),
+      **run_identity.dataset_identity(config.data, config.replay, config.anchor),
     },
   )
 
@@ -331,97 +333,3 @@ def longest_row(
       before = max(len(row.prompt), len(row.teacher), sibling)
       longest = max(longest, before + compared[distill.trajectory])
   return {f"rollout.max_new_tokens={new_tokens}, data.max_*_tokens": longest}
-
-
-# --- Identity -------------------------------------------------------------------------
-
-
-def model_identity(source: str, lora: schema.Lora | None) -> dict[str, Any]:
-  """What trained parameters belong to, as checkpoints store it."""
-  return {
-    "model": engines.identity(source),
-    "lora": lora and lora.model_dump(mode="json"),
-  }
-
-
-def teacher_identity(source: str | None) -> dict[str, Any]:
-  """The part of a run's identity that names the model of `distill.source`."""
-  return {} if source is None else {"teacher": engines.identity(source)}
-
-
-def dataset_identity(
-  data: schema.Data, replay: schema.Replay | None, anchor: schema.Anchor | None
-) -> dict[str, str]:
-  """The commits of the hub's datasets that a run learns from."""
-  general = [section.questions for section in (replay, anchor) if section is not None]
-  commits = sources.revisions(data.questions, *general)
-  return {f"commit of {address}": commit for address, commit in commits.items()}
-
-
-def shared_facts(config: schema.Config, identity: dict[str, Any]) -> dict[str, Any]:
-  """What all processes of a run must have in common, by name."""
-  keys = [key for key in schema.Config.model_fields if key != "cluster"]
-  content = {f"content of {name}": value for name, value in identity.items()}
-  return {**config_load.values(config, keys), **content, **distributed.versions()}
-
-
-# --- Probing batches ------------------------------------------------------------------
-
-
-def anchor_batches(
-  settings: schema.Anchor | None,
-  rows: Sequence[batching.Row],
-  seed: int,
-  pad_id: int,
-) -> Any:
-  """General questions that give the importance of parameters, or None.
-
-  Raises:
-    errors.UserError: there are fewer rows than one batch.
-  """
-  if settings is None or not optim.weighs_pull(settings):
-    return None
-  # With given answers the square of a batch's mean gradient would be biased.
-  size = settings.batch_size if settings.importance == "sampled" else 1
-  if len(rows) < size:
-    raise _too_few("anchor", size, len(rows), "anchor.questions")
-  return one_pass(rows, size, seed=seed, pad_id=pad_id)
-
-
-def soft_mask_batches(
-  settings: schema.SoftMask | None,
-  rows: Sequence[batching.Row],
-  seed: int,
-  pad_id: int,
-) -> Any:
-  """Questions that give the importance of heads and units, or None.
-
-  Raises:
-    errors.UserError: there are fewer rows than one batch.
-  """
-  if settings is None:
-    return None
-  rows = rows[: settings.limit]
-  if len(rows) < settings.batch_size:
-    raise _too_few("soft_mask", settings.batch_size, len(rows), "data.questions")
-  return one_pass(rows, settings.batch_size, seed=seed, pad_id=pad_id)
-
-
-def _too_few(section: str, size: int, count: int, source: str) -> errors.UserError:
-  return errors.UserError(
-    f"{section}.batch_size: {size} is more than the {count} rows of {source}; lower it"
-  )
-
-
-def one_pass(
-  rows: Sequence[batching.Row], batch_size: int, *, seed: int, pad_id: int
-) -> Any:
-  """Batches of one pass over rows, all of one padded width."""
-  return batching.dataset(
-    rows,
-    batch_size=batch_size,
-    epochs=1,
-    seed=seed,
-    pad_id=pad_id,
-    widths=batching.widths(rows, 1),
-  )

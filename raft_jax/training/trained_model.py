@@ -11,7 +11,7 @@ from raft_jax.baselines import fapm
 from raft_jax.config import schema
 from raft_jax.hf import load as hf_load
 from raft_jax.models import lora, partition, transformer
-from raft_jax.training import checkpoint, run_inputs, run_plan
+from raft_jax.training import checkpoint, run_identity, run_plan
 
 
 def load(
@@ -24,7 +24,7 @@ def load(
   """
   source = config.model.source
   split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
-  identity = run_inputs.model_identity(source, config.lora)
+  identity = run_identity.model_identity(source, config.lora)
   params, step = load_trained_tree(
     config.output, config.validation, identity, split.shapes
   )
@@ -57,7 +57,7 @@ def load_trained_tree(
   """The trained parameters of the best step or the last one, and that step.
 
   Args:
-    identity: from `run_inputs.model_identity`.
+    identity: from `run_identity.model_identity`.
     shapes: of the trained tree.
 
   Raises:

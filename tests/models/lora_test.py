@@ -27,6 +27,7 @@ from raft_jax.training import (
   checkpoint,
   initial_state,
   optim,
+  run_identity,
   run_inputs,
   run_plan,
   step_memory,
@@ -308,7 +309,7 @@ def adapters_of(settings):
   split = run_plan.make_split(
     settings.lora, source, hf_load.load_config(source), settings.train.seed
   )
-  identity = run_inputs.model_identity(source, settings.lora)
+  identity = run_identity.model_identity(source, settings.lora)
   return checkpoint.restore_params(settings.output, split.shapes, identity)
 
 
