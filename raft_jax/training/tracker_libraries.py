@@ -7,6 +7,7 @@ from the environment variables that its documentation names.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ import struct
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 PROJECT = "raft_jax"
@@ -44,26 +45,32 @@ class Run(NamedTuple):
   repeats: bool = False
 
 
+Row = tuple[int, Mapping[str, float]]
+"""A step, and the values after it by their names."""
+
+
 class Tracker(NamedTuple):
   """A run in a library, as functions.
 
   Attributes:
     run_id: opens the same run again; empty if the folder is enough.
     last_step: the last step that the library has; None if it cannot say.
-    log: adds the values of a step.
+    log: adds rows, in the order of their steps.
     summarise: adds the scores of the checkpoint of a step.
     attach: adds a picture, given as step, name and PNG.
     close: ends the run with the status finished, stopped or failed.
     threaded: whether calls may wait for a network, and so need a thread.
+    batches: whether rows that wait go into one call.
   """
 
   run_id: str
   last_step: int | None
-  log: Callable[[int, Mapping[str, float]], None]
+  log: Callable[[Sequence[Row]], None]
   summarise: Callable[[int, Mapping[str, float]], None]
   attach: Callable[[int, str, bytes], None]
   close: Callable[[str], None]
   threaded: bool = True
+  batches: bool = False
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:
@@ -71,8 +78,20 @@ def finite(values: Mapping[str, float]) -> dict[str, float]:
   return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
+def one_by_one(
+  log: Callable[[int, Mapping[str, float]], None],
+) -> Callable[[Sequence[Row]], None]:
+  """Adds rows with a function that adds one."""
+
+  def log_all(rows: Sequence[Row]) -> None:
+    for step, values in rows:
+      log(step, values)
+
+  return log_all
+
+
 @contextlib.contextmanager
-def png_file(name: str, png: bytes):
+def png_file(name: str, png: bytes) -> Iterator[pathlib.Path]:
   """A picture as a file, for libraries that read files only."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / f"{name.replace('/', '-')}.png"
@@ -145,7 +164,7 @@ def tensorboard(run: Run, run_id: str | None) -> Tracker:
   return Tracker(
     run_id="",
     last_step=run.step,
-    log=board.write,
+    log=one_by_one(board.write),
     summarise=board.write,
     attach=board.picture,
     close=lambda status: board.close(),
@@ -194,7 +213,7 @@ def wandb(run: Run, run_id: str | None) -> Tracker:
   return Tracker(
     run_id=live.id,
     last_step=None if live.offline else live.starting_step - 1,
-    log=lambda step, values: live.log(finite(values), step=step, commit=True),
+    log=one_by_one(lambda step, values: live.log(finite(values), step=step)),
     summarise=lambda step, scores: live.summary.update(finite(scores)),
     attach=attach,
     close=lambda status: live.finish(exit_code=0 if status == "finished" else 1),
@@ -202,6 +221,9 @@ def wandb(run: Run, run_id: str | None) -> Tracker:
 
 
 # --- MLflow ---------------------------------------------------------------------------
+
+MLFLOW_BATCH = 800
+"""Metrics of a call; it may have 1000, and a row is added whole."""
 
 MLFLOW_STEP = "raft_jax.last_step"
 """The tag of an MLflow run that says how far it got."""
@@ -227,22 +249,22 @@ def mlflow(run: Run, run_id: str | None) -> Tracker:
     last_step = int(found.data.tags.get(MLFLOW_STEP, 0))
     client.update_run(run_id, status="RUNNING")
 
-  def log(step: int, values: Mapping[str, float]) -> None:
+  def metrics(step: int, values: Mapping[str, float]) -> list[Any]:
     now = int(time.time() * 1000)
-    client.log_batch(
-      run_id,
-      metrics=[
-        entities.Metric(name, value, now, step)
-        for name, value in finite(values).items()
-      ],
-      tags=[entities.RunTag(MLFLOW_STEP, str(step))],
-      synchronous=True,  # this is a thread of its own already
-    )
+    return [entities.Metric(n, v, now, step) for n, v in finite(values).items()]
+
+  def log(rows: Sequence[Row]) -> None:
+    batch: list[Any] = []
+    for number, (step, values) in enumerate(rows, 1):
+      batch += metrics(step, values)
+      if len(batch) >= MLFLOW_BATCH or number == len(rows):
+        tag = entities.RunTag(MLFLOW_STEP, str(step))
+        # Synchronous: this is a thread of its own already.
+        client.log_batch(run_id, metrics=batch, tags=[tag], synchronous=True)
+        batch = []
 
   def summarise(step: int, scores: Mapping[str, float]) -> None:
-    now = int(time.time() * 1000)
-    metrics = [entities.Metric(n, v, now, step) for n, v in finite(scores).items()]
-    client.log_batch(run_id, metrics=metrics, synchronous=True)
+    client.log_batch(run_id, metrics=metrics(step, scores), synchronous=True)
 
   def attach(step: int, name: str, png: bytes) -> None:
     with png_file(name, png) as path:
@@ -256,6 +278,7 @@ def mlflow(run: Run, run_id: str | None) -> Tracker:
     summarise=summarise,
     attach=attach,
     close=lambda status: client.set_terminated(run_id, status_names[status]),
+    batches=True,  # a call takes 0.1 s, however short
   )
 
 
@@ -306,6 +329,10 @@ def trackio(run: Run, run_id: str | None) -> Tracker:
   )
   next_step = getattr(live, "_next_step", None)
 
+  def close(status: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+      live.finish()
+
   def attach(step: int, name: str, png: bytes) -> None:
     with png_file(name, png) as path:
       live.log({f"report/{name}": library.Image(str(path))}, step=step)
@@ -313,10 +340,10 @@ def trackio(run: Run, run_id: str | None) -> Tracker:
   return Tracker(
     run_id=live.name,
     last_step=None if next_step is None else next_step - 1,
-    log=lambda step, values: live.log(finite(values), step=step),
+    log=one_by_one(lambda step, values: live.log(finite(values), step=step)),
     summarise=lambda step, scores: live.log(finite(scores), step=step),
     attach=attach,
-    close=lambda status: live.finish(),
+    close=close,
   )
 
 

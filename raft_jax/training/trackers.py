@@ -30,7 +30,7 @@ from raft_jax.training import tracker_libraries
 FILE = "trackers.json"
 """File of a run's folder: which run of each tracker it is, and how far that got."""
 
-OPEN_SECONDS = CLOSE_SECONDS = 60.0
+OPEN_SECONDS = CLOSE_SECONDS = 120.0
 """The longest that a start or an end waits for a tracker."""
 
 MODULES = {
@@ -127,7 +127,7 @@ class Feed:
     """Adds the values of a step, unless the tracker has this step."""
     if step > self.last_step:
       self.last_step = step
-      self.call(self._log, step, values)
+      self.call(self._log, (step, values))
 
   def call(self, function: Callable[..., None], *arguments: Any) -> None:
     """Calls a function of the tracker, now or later."""
@@ -147,13 +147,22 @@ class Feed:
     if self._thread.is_alive() and self.error is None:
       self.error = TimeoutError(f"it took nothing for {CLOSE_SECONDS:.0f} s")
 
-  def _log(self, step: int, values: Mapping[str, float]) -> None:
-    self.tracker.log(step, values)
-    self.sent = step
+  def _log(self, *rows: tracker_libraries.Row) -> None:
+    self.tracker.log(rows)
+    self.sent = rows[-1][0]
 
   def _work(self) -> None:
-    while (call := self._calls.get()) is not None:
-      self._try(*call, always=call[0] is self.tracker.close)
+    call = self._calls.get()
+    while call is not None:
+      function, arguments = call
+      following: list[Any] = []
+      joins = function == self._log and self.tracker.batches
+      while joins and not following and not self._calls.empty():
+        following.append(self._calls.get())
+        if following[0] is not None and following[0][0] == self._log:
+          arguments += following.pop()[1]
+      self._try(function, arguments, always=function is self.tracker.close)
+      call = following[0] if following else self._calls.get()
 
   def _try(self, function: Any, arguments: Any, *, always: bool = False) -> None:
     if self.error is not None and not always:

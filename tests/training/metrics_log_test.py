@@ -175,7 +175,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_and_the_run_goes_on(tmp_path)
   log = metrics_log.Log(tmp_path, resume_step=0, tracked=["tensorboard"])
   log.write(1, {"a": 1.0})
   # The same writer, with its file on a device that is always full.
-  board = log.trackers.feeds[0].tracker.log.__self__
+  board = log.trackers.feeds[0].tracker.summarise.__self__
   board._records.close()
   board._records = tensorboardX.RecordWriter("/dev/full")
   with one_warning("TensorBoard is off"):

@@ -33,12 +33,13 @@ class Store:
       raise LookupError("no such run")
     rows = self.runs[run_id]
 
-    def log(step, values):
-      if self.gate is not None:
-        self.gate.wait()
-      if step == self.fails_at:
-        raise ConnectionError("http://me:hunter22@host/api is away")
-      rows.append((step, dict(values)))
+    def log(new_rows):
+      for step, values in new_rows:
+        if self.gate is not None:
+          self.gate.wait()
+        if step == self.fails_at:
+          raise ConnectionError("http://me:hunter22@host/api is away")
+        rows.append((step, dict(values)))
 
     last = max((step for step, _ in rows), default=0)
     return tracker_libraries.Tracker(
@@ -48,6 +49,7 @@ class Store:
       summarise=lambda step, scores: self.scores.update({step: dict(scores)}),
       attach=lambda step, name, png: self.pictures.append((step, name, png)),
       close=self.ends.append,
+      batches=self.tells_steps,
     )
 
   def steps(self, run_id="id0"):
