@@ -23,6 +23,7 @@ import numpy as np
 from rich import console, table
 
 from raft_jax.config import cli, run_lock, schema
+from raft_jax.config import load as config_load
 from raft_jax.evaluation import (
   comparison,
   drift,
@@ -36,12 +37,13 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import sampling
 from raft_jax.runtime import distributed, interrupts
 from raft_jax.storage import journal, rejects
-from raft_jax.training import checkpoint, trained_model
+from raft_jax.training import checkpoint, metrics_log, trackers, trained_model
 
 
 def main(config: schema.Config) -> None:
   """Scores the base and the trained model, and writes `output/evaluation`."""
   distributed.refuse("evaluate")
+  trackers.require(config.train.trackers)
   source, settings = config.model.source, config.evaluate
   thinking = config.data.thinking == "keep"
   tokenizer = chat.load(source, config.model.chat_template, thinking=thinking)
@@ -98,6 +100,11 @@ def main(config: schema.Config) -> None:
     "seconds": compared.seconds,
   }
   comparison.write(folder, result, compared.items, compared.samples)
+  tracked = trackers.describe(
+    config.train, folder.parent, config_load.values(config, trackers.SETTINGS)
+  )
+  with metrics_log.tracked(trackers.names(config.train), tracked) as opened:
+    opened.summarise(step, comparison.flat(result))
   show(result)
 
 

@@ -6,12 +6,21 @@ import pathlib
 
 from raft_jax import errors
 from raft_jax.config import cli, schema
-from raft_jax.reporting import run_page, sweep_page, sweep_results
+from raft_jax.config import load as config_load
+from raft_jax.reporting import (
+  run_folder,
+  run_page,
+  run_plots,
+  sweep_page,
+  sweep_results,
+)
+from raft_jax.training import metrics_log, trackers
 
 
 def main(config: schema.Config) -> None:
   """Writes the page of the run or the sweep in the output folder of the config."""
   output = pathlib.Path(config.output)
+  trackers.require(config.train.trackers)
   if sweep_results.exist(output):
     print(f"comparison: {sweep_page.write(output)}")
     return
@@ -21,6 +30,14 @@ def main(config: schema.Config) -> None:
       " `python -m raft_jax.train` with this config first"
     )
   print(f"report: {run_page.write(output)}")
+  tracked = trackers.names(config.train)
+  if tracked:
+    run = trackers.describe(
+      config.train, output, config_load.values(config, trackers.SETTINGS)
+    )
+    pictures = run_plots.pictures(run_folder.read(output))
+    with metrics_log.tracked(tracked, run) as opened:
+      opened.attach(metrics_log.last_step(output / "metrics.jsonl"), pictures)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from raft_jax.hf import load as hf_load
 from raft_jax.reporting import sweep_collection, sweep_results
 from raft_jax.runtime import interrupts, stage_process
 from raft_jax.storage import atomic, journal
+from raft_jax.training import trackers
 
 STAGE_FILES = ".stages"
 """Folder of the config files of stages; those beside it are the user's."""
@@ -43,6 +44,8 @@ def main(base: schema.Config) -> None:
   if only is not None and only > len(runs):
     raise errors.UserError(f"sweep.only: {only}, but there are runs 1 to {len(runs)}")
   todo = runs if only is None else [runs[only - 1]]
+  for run in todo:
+    trackers.require(run.config.train.trackers)
   if "evaluate" in stages:
     first = todo[0].config
     check_tests(first.model, first.data, first.evaluate, first.refine.encoder)

@@ -15,6 +15,7 @@ import time
 import jax
 
 from raft_jax.config import cli, schema
+from raft_jax.config import load as config_load
 from raft_jax.evaluation import early_stopping
 from raft_jax.evaluation import validation as validation_lib
 from raft_jax.models import sharding
@@ -28,6 +29,7 @@ from raft_jax.training import (
   run_identity,
   run_inputs,
   step_memory,
+  trackers,
 )
 
 
@@ -39,6 +41,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
     on_corrupt: "previous" continues from the step before a damaged checkpoint.
   """
   settings, output = config.validation, pathlib.Path(config.output)
+  trackers.require(config.train.trackers)
   join(config.cluster)
   is_primary = distributed.is_primary()
   with contextlib.ExitStack() as stack:
@@ -68,8 +71,12 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       config, plan, inputs, checkpoints, on_corrupt=on_corrupt
     )
     began = time.perf_counter()
-    board = config.train.tensorboard
-    log = stack.enter_context(metrics_log.run_log(output, start.step, total, board))
+    tracked = trackers.describe(
+      config.train, output, config_load.values(config, trackers.SETTINGS)
+    )
+    log = stack.enter_context(
+      metrics_log.run_log(start.step, total, trackers.names(config.train), tracked)
+    )
     validation = stack.enter_context(
       validation_lib.during_training(
         config, plan, inputs, start.reference, validation_set, checkpoints, start.step

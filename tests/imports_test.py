@@ -43,6 +43,10 @@ FENCES = {
   "semantic_text_splitter": {"curation"},
   "matplotlib": {"reporting"},
   "jinja2": {"reporting"},
+  **{
+    name: {"training.tracker_libraries"}
+    for name in ("tensorboardX", "wandb", "mlflow", "trackio")
+  },
   **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib")},
 }
 

@@ -43,7 +43,19 @@ class Train(Section):
   """Every N steps, measure each loss's gradient norm, their cosine, and the time of
   each phase. Costs one more backward pass. 0: never."""
   tensorboard: bool = False
-  """Also write TensorBoard events. metrics.jsonl is always written."""
+  """Also write TensorBoard events, as `trackers: [tensorboard]` does. metrics.jsonl is
+  always written."""
+  trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+  """Libraries that also get the metrics, the scores of `evaluate` and the figures of
+  `report`; each is an extra of its own name."""
+  tracker_project: str | None = None
+  """Project (MLflow: experiment) of the trackers. null: from the library's environment
+  variable, else `raft_jax`."""
+  tracker_group: str | None = None
+  """Runs with the same group belong together. null: in a sweep, the name of its
+  folder."""
+  tracker_offline: bool = False
+  """Trackers use no server: they write to local files only."""
 
 
 class Lora(Section):

@@ -115,6 +115,8 @@ def _override(
     section_values = tree.setdefault(section, {})
     journal = section_values.get("journal") or str(folder / f"{file}.jsonl")
     section_values["journal"] = journal
+  if tree.get("train", {}).get("trackers"):
+    tree["train"] = {"tracker_group": folder.name} | tree["train"]
   items = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
   try:
     return config_load.from_tree(tree, items)

@@ -176,6 +176,25 @@ def sample_answers(
   ]
 
 
+def flat(result: Mapping[str, Any]) -> dict[str, float]:
+  """The means of a result by names such as `evaluation/trained/rouge_l`."""
+  tables = {
+    "base": result["scores"]["base"],
+    "trained": result["scores"]["trained"],
+    "retention": result["retention"],
+    "drift": {"mean": result["drift"]} if result["drift"] else {},
+  }
+  values = {
+    f"evaluation/{table}/{name}": float(score["value"])
+    for table, scores in tables.items()
+    for name, score in scores.items()
+  }
+  return values | {
+    f"evaluation/difference/{name}": float(paired["difference"])
+    for name, paired in result["paired"].items()
+  }
+
+
 def write(
   folder: pathlib.Path,
   result: Mapping[str, Any],

@@ -11,6 +11,7 @@ from typing import Any
 
 import markupsafe
 import matplotlib
+import matplotlib.colors
 import matplotlib.figure
 import matplotlib.ticker
 from matplotlib.axes import Axes
@@ -33,6 +34,16 @@ MAX_POINTS = 600
 # page, so that one figure suits the light and the dark scheme.
 INK, GRID = "#010203", "#040506"
 COLOURS = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05")
+LIGHT = {
+  INK: "#1d2430",
+  GRID: "#dfe3e8",
+  **dict(zip(COLOURS, ("#2563b0", "#c2570c", "#17805b", "#a3358b", "#6b7280"))),
+}
+"""Placeholder -> colour of the light scheme, for pictures."""
+
+Panel = Callable[[Axes], None]
+"""Draws one panel."""
+
 STYLE: dict[Any, Any] = {
   "axes.axisbelow": True,
   "axes.edgecolor": GRID,
@@ -96,7 +107,7 @@ def _panel(
   mark_at: float | None = None,
   bottom: float | None = None,
   log: bool = False,
-) -> Callable[[Axes], None] | None:
+) -> Panel | None:
   """A panel of curves over the training step, or None if none was measured.
 
   Args:
@@ -133,7 +144,7 @@ def _panel(
   return draw
 
 
-def _histogram(summary: Mapping[str, Any]) -> Callable[[Axes], None] | None:
+def _histogram(summary: Mapping[str, Any]) -> Panel | None:
   """Similarity of rewrites with their originals, and the acceptance threshold."""
   similarity = summary.get("similarity") or {}
   edges, counts = similarity.get("edges") or [], similarity.get("counts") or []
@@ -156,7 +167,7 @@ def _histogram(summary: Mapping[str, Any]) -> Callable[[Axes], None] | None:
   return draw
 
 
-def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
+def _distances(scores: Mapping[str, Any]) -> Panel | None:
   """A histogram of how far the tensors moved from the base model's."""
   tensors = (scores.get("weight_distance") or {}).get("tensors") or {}
   moved = [value for value in tensors.values() if run_folder.is_number(value)]
@@ -173,13 +184,11 @@ def _distances(scores: Mapping[str, Any]) -> Callable[[Axes], None] | None:
   return draw
 
 
-def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
+def svg(draw: Panel) -> markupsafe.Markup:
   """One panel as inline SVG in the colours of the page."""
   interrupts.check()
   with matplotlib.rc_context(STYLE):
-    # Not pyplot, which has global state and may need a display.
-    figure = matplotlib.figure.Figure(figsize=(4.9, 2.7))
-    draw(figure.add_subplot())
+    figure = _figure(draw)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
   text = buffer.getvalue()
@@ -190,6 +199,32 @@ def svg(draw: Callable[[Axes], None]) -> markupsafe.Markup:
   for colour, name in names.items():
     text = text.replace(colour, f"var(--{name})")
   return markupsafe.Markup(text)
+
+
+def png(draw: Panel) -> bytes:
+  """One panel as a PNG in the colours of the light page."""
+  interrupts.check()
+  with matplotlib.rc_context(STYLE):
+    figure = _figure(draw)
+    for artist in figure.findobj():
+      for kind in ("color", "facecolor", "edgecolor"):
+        read = getattr(artist, f"get_{kind}", None)
+        colour: Any = read() if read is not None else None
+        if matplotlib.colors.is_color_like(colour):
+          shown = LIGHT.get(matplotlib.colors.to_hex(colour))
+          if shown is not None:
+            alpha = matplotlib.colors.to_rgba(colour)[3]
+            getattr(artist, f"set_{kind}")((shown, alpha))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+  return buffer.getvalue()
+
+
+def _figure(draw: Panel) -> matplotlib.figure.Figure:
+  # Not pyplot, which has global state and may need a display.
+  figure = matplotlib.figure.Figure(figsize=(4.9, 2.7))
+  draw(figure.add_subplot())
+  return figure
 
 
 ROLLOUT_SHARES = {
@@ -211,7 +246,20 @@ MASS_OUTSIDE = {
 
 def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
   """The inline SVG of each panel that was measured, by the name of its figure."""
-  panels = {
+  return {name: [svg(panel) for panel in row] for name, row in _panels(run).items()}
+
+
+def pictures(run: run_folder.Run) -> dict[str, bytes]:
+  """The same panels as PNG files, by names such as `losses-1`."""
+  return {
+    f"{name}-{number}": png(panel)
+    for name, row in _panels(run).items()
+    for number, panel in enumerate(row, 1)
+  }
+
+
+def _panels(run: run_folder.Run) -> dict[str, list[Panel]]:
+  panels: dict[str, list[Panel | None]] = {
     "validation": _validation(run),
     "losses": [
       _panel(run, "SFT loss, nats per token", {"loss_sft": "L_SFT"}),
@@ -233,12 +281,11 @@ def figures(run: run_folder.Run) -> dict[str, list[markupsafe.Markup]]:
     "distance": [_distances(run.scores)],
   }
   return {
-    name: [svg(panel) for panel in row if panel is not None]
-    for name, row in panels.items()
+    name: [panel for panel in row if panel is not None] for name, row in panels.items()
   }
 
 
-def _validation(run: run_folder.Run) -> list[Callable[[Axes], None] | None]:
+def _validation(run: run_folder.Run) -> list[Panel | None]:
   """Loss, drift and IFEval during training, with the best step and the drift limit."""
   best = run_folder.series(run, "validation_best")[1][-1:]
   best_step = best[0] if best else None

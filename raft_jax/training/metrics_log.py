@@ -1,7 +1,7 @@
 """The metrics of a run: its log, its progress bar, and signs of collapse in rollouts.
 
 `metrics.jsonl` is the authoritative record: one JSON object per line, NaN as null.
-TensorBoard is optional, and its failure never stops a run.
+Trackers are optional, and their failure never stops a run.
 """
 
 from __future__ import annotations
@@ -13,32 +13,50 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from raft_jax import errors
-from raft_jax.runtime import distributed, progress
+from raft_jax.runtime import distributed, interrupts, progress
+from raft_jax.training import tracker_libraries, trackers
 
 # --- Log and progress bar -------------------------------------------------------------
 
 
 class Log:
-  """Appends rows to `metrics.jsonl` and, on request, to TensorBoard."""
+  """Appends rows to `metrics.jsonl` and, on request, to trackers."""
 
   def __init__(
-    self, output: pathlib.Path, *, resume_step: int, tensorboard: bool = False
+    self,
+    output: pathlib.Path,
+    *,
+    resume_step: int,
+    tracked: Sequence[str] = (),
+    run: tracker_libraries.Run | None = None,
   ):
-    """Opens the log and drops rows after `resume_step`, whose steps were lost."""
+    """Opens the log and drops rows after `resume_step`, whose steps were lost.
+
+    Args:
+      tracked: names of trackers.
+      run: what they are told.
+    """
     self._path = output / "metrics.jsonl"
     self._started = time.monotonic()
+    logged_until = last_step(self._path)
     keep_until(self._path, resume_step)
     self._file = self._path.open("a", encoding="utf-8")
-    self._board = board(output / "tensorboard") if tensorboard else None
+    self.trackers = trackers.open_all(
+      tracked,
+      (run or tracker_libraries.Run(output))._replace(
+        step=resume_step, repeats=logged_until > resume_step
+      ),
+      read_rows(self._path) if tracked else (),
+      logged_until=logged_until,
+    )
 
   def write(self, step: int, values: dict[str, float], split: str = "train") -> None:
     row = {
@@ -52,71 +70,12 @@ class Log:
     }
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._file.flush()
-    if self._board is not None:
-      try:
-        self._board.write(
-          step, {f"{split}/{name}": value for name, value in values.items()}
-        )
-      except OSError as error:
-        warnings.warn(f"TensorBoard is off from now on: {error}", stacklevel=2)
-        self._board.close()
-        self._board = None
+    self.trackers.write(step, values, split)
 
-  def close(self) -> None:
+  def close(self, status: str = "finished") -> None:
     os.fsync(self._file.fileno())
     self._file.close()
-    if self._board is not None:
-      self._board.close()
-
-
-class Board:
-  """Appends scalars to a TensorBoard event file, in the caller's thread.
-
-  tensorboardX's `SummaryWriter` uses a thread of its own: once a full disk has ended
-  that thread, nothing empties its queue and the next scalar waits for ever.
-  """
-
-  def __init__(self, folder: pathlib.Path):
-    """Starts a file. Raises ImportError without tensorboardX, OSError on a bad disk."""
-    import tensorboardX
-    from tensorboardX.proto import event_pb2, summary_pb2
-
-    self._event: Any = event_pb2.Event
-    self._summary: Any = summary_pb2.Summary
-    folder.mkdir(parents=True, exist_ok=True)
-    # TensorBoard merges the files of a folder, so a resumed run adds one.
-    path = folder / f"events.out.tfevents.{time.time():.6f}"
-    self._records = tensorboardX.RecordWriter(str(path))
-    self._append(file_version="brain.Event:2")
-
-  def write(self, step: int, values: dict[str, float]) -> None:
-    """Adds one value to each named curve. Raises OSError if that fails."""
-    scalars = [
-      self._summary.Value(tag=name, simple_value=value)
-      for name, value in values.items()
-    ]
-    self._append(step=step, summary=self._summary(value=scalars))
-
-  def close(self) -> None:
-    # `write` has flushed every event, or raised.
-    with contextlib.suppress(OSError):
-      self._records.close()
-
-  def _append(self, **fields: Any) -> None:
-    event = self._event(wall_time=time.time(), **fields)
-    self._records.write(event.SerializeToString())
-    self._records.flush()
-
-
-def board(folder: pathlib.Path) -> Board | None:
-  """A TensorBoard writer, or None with a warning if it cannot be opened."""
-  try:
-    return Board(folder)
-  except (ImportError, OSError) as error:
-    warnings.warn(
-      f"no TensorBoard ({error}); run {errors.install('tensorboard')}", stacklevel=2
-    )
-    return None
+    self.trackers.close(status)
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:
@@ -144,6 +103,30 @@ def rows_until(path: pathlib.Path, step: int) -> list[tuple[str, dict[str, Any]]
   return rows
 
 
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a log."""
+  return [row for _, row in rows_until(path, sys.maxsize)]
+
+
+def last_step(path: pathlib.Path) -> int:
+  """The last step of a log; 0 if it has none."""
+  return max((row["step"] for row in read_rows(path)), default=0)
+
+
+@contextlib.contextmanager
+def tracked(
+  names: Sequence[str], run: tracker_libraries.Run
+) -> Iterator[trackers.Trackers]:
+  """The trackers of a run that was trained, for its scores and pictures."""
+  rows = read_rows(run.output / "metrics.jsonl") if names else []
+  step = max((row["step"] for row in rows), default=0)
+  opened = trackers.open_all(names, run._replace(step=step), rows, logged_until=step)
+  try:
+    yield opened
+  finally:
+    opened.close()
+
+
 class RunLog:
   """The log and the progress bar of a run; silent in all processes but the first.
 
@@ -168,17 +151,20 @@ class RunLog:
 
 @contextlib.contextmanager
 def run_log(
-  output: pathlib.Path, start: int, total_steps: int, tensorboard: bool
+  start: int, total_steps: int, tracked: Sequence[str], run: tracker_libraries.Run
 ) -> Iterator[RunLog]:
   """The log of a run that continues after `start` steps."""
   if not distributed.is_primary():
     yield RunLog(None, None)
     return
-  with (
-    contextlib.closing(Log(output, resume_step=start, tensorboard=tensorboard)) as log,
-    contextlib.closing(progress.Progress("train", total_steps, done=start)) as bar,
-  ):
-    yield RunLog(log, bar)
+  log = Log(run.output, resume_step=start, tracked=tracked, run=run)
+  status = "failed"
+  try:
+    with contextlib.closing(progress.Progress("train", total_steps, done=start)) as bar:
+      yield RunLog(log, bar)
+    status = "stopped" if interrupts.received else "finished"
+  finally:
+    log.close(status)
 
 
 def note(values: dict[str, float]) -> str:

@@ -44,6 +44,7 @@ IDENTITY_KEYS = (
     for key in schema.Train.model_fields
     if key
     not in ("checkpoint_every", "keep_checkpoints", "tensorboard", "micro_batches")
+    and not key.startswith("tracker")
   ),
   "data.answers",
   "lora",

@@ -47,3 +47,26 @@ def test_the_presets_are_runs_of_the_reproduction(name):
       same = {key: getattr(ours, key) for key in apart[section]}
       theirs = theirs.model_copy(update=same)
     assert ours == theirs, section
+
+
+def test_runs_of_a_sweep_have_its_folder_as_their_group_in_trackers(tmp_path):
+  path = tmp_path / "sweep.yaml"
+  questions = tmp_path / "q.jsonl"
+  questions.write_text('{"question": "a", "answer": "b"}\n')
+  path.write_text(
+    f"""
+model: {{source: "{tmp_path}"}}
+data: {{questions: "{questions}"}}
+output: "{tmp_path / "week7"}"
+sweep: {{runs: [{{name: sft, set: {{method: sft}}, over: {{train.seed: [0, 1]}}}}]}}
+"""
+  )
+
+  def groups(*overrides):
+    runs = sweep_runs.expand(config_load.load(path, overrides))
+    return {run.config.train.tracker_group for run in runs}
+
+  named = "train.trackers=[wandb]"
+  assert groups() == {None}  # nothing changes for a sweep without trackers
+  assert groups(named) == {"week7"}
+  assert groups(named, "train.tracker_group=mine") == {"mine"}

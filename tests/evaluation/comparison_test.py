@@ -19,3 +19,18 @@ def test_difference_is_taken_item_by_item():
   score = result["scores"]["base"]["held_out_loss"]
   assert score["high"] - score["low"] > 1.0
   assert score["n"] == 40
+
+
+def test_the_means_as_flat_names_for_trackers():
+  base = {"rouge_l": intervals.ItemScores(np.array([0.25, 0.5]))}
+  trained = {"rouge_l": intervals.ItemScores(np.array([0.5, 0.75]))}
+  result = comparison.summarise(base, trained) | {
+    "retention": {},
+    "drift": {"value": 0.125},
+  }
+  assert comparison.flat(result) == {
+    "evaluation/base/rouge_l": 0.375,
+    "evaluation/trained/rouge_l": 0.625,
+    "evaluation/difference/rouge_l": 0.25,
+    "evaluation/drift/mean": 0.125,
+  }

@@ -1,9 +1,12 @@
 """The report on files as the stages write them, on damaged ones and on none."""
 
 import html.parser
+import io
 import json
 import math
 import pathlib
+
+import PIL.Image
 
 from raft_jax.reporting import html_page, run_folder, run_page, run_plots
 
@@ -337,3 +340,15 @@ def test_a_long_run_is_thinned_to_bin_means():
   assert len(steps) == len(values) == run_plots.MAX_POINTS
   assert steps[0] == 0.5
   assert set(values) == {0.5}
+
+
+def test_pictures_for_trackers_show_the_figures_in_the_light_colours(tmp_path):
+  pictures = run_plots.pictures(run_folder.read(_fill(tmp_path)))
+  assert {"losses-1", "rollouts-1", "gradients-1"} <= pictures.keys()
+  image = PIL.Image.open(io.BytesIO(pictures["losses-1"])).convert("RGB")
+  assert image.size[0] > 600
+  colours = {colour for _, colour in image.getcolors(1 << 20)}
+  assert (255, 255, 255) in colours  # the paper
+  assert (0x1D, 0x24, 0x30) in colours  # the title
+  assert any(b > r + 60 for r, _, b in colours)  # the first curve is blue
+  assert (1, 2, 3) not in colours  # a placeholder

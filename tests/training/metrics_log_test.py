@@ -133,7 +133,7 @@ def events(folder):
 def test_tensorboard_gets_every_row_also_of_a_run_that_goes_on(tmp_path):
   assert crc32c(b"123456789") == 0xE3069283  # the published check value
   for step in (1, 2):
-    log = metrics_log.Log(tmp_path, resume_step=step - 1, tensorboard=True)
+    log = metrics_log.Log(tmp_path, resume_step=step - 1, tracked=["tensorboard"])
     log.write(step, {"loss_sft": 2.0 * step, "kd_at_0": math.nan})
     log.close()
   first, one, second, two = events(tmp_path / "tensorboard")
@@ -163,7 +163,7 @@ def one_warning(says):
 def test_tensorboard_that_cannot_start_is_one_warning(tmp_path):
   (tmp_path / "tensorboard").write_text("a file where the folder should be")
   with one_warning("no TensorBoard"):
-    log = metrics_log.Log(tmp_path, resume_step=0, tensorboard=True)
+    log = metrics_log.Log(tmp_path, resume_step=0, tracked=["tensorboard"])
     for step in (1, 2):
       log.write(step, {"a": 1.0})
     log.close()
@@ -172,11 +172,12 @@ def test_tensorboard_that_cannot_start_is_one_warning(tmp_path):
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
 def test_tensorboard_on_a_full_disk_is_one_warning_and_the_run_goes_on(tmp_path):
-  log = metrics_log.Log(tmp_path, resume_step=0, tensorboard=True)
+  log = metrics_log.Log(tmp_path, resume_step=0, tracked=["tensorboard"])
   log.write(1, {"a": 1.0})
   # The same writer, with its file on a device that is always full.
-  log._board._records.close()
-  log._board._records = tensorboardX.RecordWriter("/dev/full")
+  board = log.trackers.feeds[0].tracker.summarise.__self__
+  board._records.close()
+  board._records = tensorboardX.RecordWriter("/dev/full")
   with one_warning("TensorBoard is off"):
     for step in range(2, 40):
       log.write(step, {"a": 1.0})
