@@ -216,6 +216,7 @@ def _section(loc: Sequence[str | int]) -> type[schema.Section]:
 
 RENAMED = {
   "train.measure_every": "train.gradient_stats_every",
+  "train.tensorboard": "train.trackers=[tensorboard]",
   "watch": "validation",
 }
 """Old name of a key or section -> its present name."""

@@ -42,12 +42,9 @@ class Train(Section):
   gradient_stats_every: Annotated[int, pydantic.Field(ge=0)] = 20
   """Every N steps, measure each loss's gradient norm, their cosine, and the time of
   each phase. Costs one more backward pass. 0: never."""
-  tensorboard: bool = False
-  """Also write TensorBoard events, as `trackers: [tensorboard]` does. metrics.jsonl is
-  always written."""
   trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-  """Libraries that also get the metrics, the scores of `evaluate` and the figures of
-  `report`; each is an extra of its own name."""
+  """Libraries that get the metrics of metrics.jsonl, the scores of `evaluate` and the
+  figures of `report` as well; each is an extra of its own name."""
   tracker_project: str | None = None
   """Project (MLflow: experiment) of the trackers. null: from the library's environment
   variable, else `raft_jax`."""

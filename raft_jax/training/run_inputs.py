@@ -42,8 +42,7 @@ IDENTITY_KEYS = (
   *(
     f"train.{key}"
     for key in schema.Train.model_fields
-    if key
-    not in ("checkpoint_every", "keep_checkpoints", "tensorboard", "micro_batches")
+    if key not in ("checkpoint_every", "keep_checkpoints", "micro_batches")
     and not key.startswith("tracker")
   ),
   "data.answers",

@@ -66,9 +66,8 @@ SETTINGS = (
 
 
 def names(train: schema.Train) -> tuple[str, ...]:
-  """The trackers of a run: those that are listed, and TensorBoard by its own key."""
-  board = ("tensorboard",) if train.tensorboard else ()
-  return tuple(dict.fromkeys((*board, *train.trackers)))
+  """The trackers of a run, each once."""
+  return tuple(dict.fromkeys(train.trackers))
 
 
 def describe(

@@ -234,9 +234,9 @@ def test_a_missing_library_is_an_error_with_its_pip_command(monkeypatch):
   trackers.require(["tensorboard"])
 
 
-def test_the_old_key_and_the_list_name_tensorboard_once():
-  both = schema.Train(tensorboard=True, trackers=("wandb", "tensorboard"))
-  assert trackers.names(both) == ("tensorboard", "wandb")
+def test_a_tracker_that_is_listed_twice_is_one():
+  train = schema.Train(trackers=("wandb", "tensorboard", "wandb"))
+  assert trackers.names(train) == ("wandb", "tensorboard")
   assert trackers.names(schema.Train()) == ()
 
 
