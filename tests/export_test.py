@@ -12,6 +12,8 @@ import transformers
 import yaml
 
 from raft_jax import errors, export
+from raft_jax.config import load as config_load
+from raft_jax.config import schema
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
@@ -207,3 +209,79 @@ def test_damaged_model_cards_have_no_license(tmp_path):
   assert model_card.read_license(str(tmp_path)) is None
   (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
   assert model_card.read_license(str(tmp_path)) == "mit"
+
+
+# --- GGUF and the hub -----------------------------------------------------------------
+
+
+def test_gguf_and_modelfile_of_a_run(run, tiny, capsys):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.5)
+  run = run.model_copy(update={"export": schema.Export(gguf="f16")})
+  export.main(run)
+  folder = output / "gguf"
+  names = {"output-f16.gguf", "output-f16.Modelfile"}
+  assert {path.name for path in folder.iterdir()} == names
+  lines = capsys.readouterr().out.strip().splitlines()
+  size = (folder / "output-f16.gguf").stat().st_size / 1e6
+  assert lines[-2:] == [
+    f"wrote {folder}/output-f16.gguf: {size:,.1f} MB, 20 tensors, f16",
+    f"wrote {folder}/output-f16.Modelfile",
+  ]
+  network = transformers.AutoModelForCausalLM.from_pretrained(
+    output / "export", dtype=torch.float32
+  )
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, gguf_file="output-f16.gguf", dtype=torch.float32
+  )
+  state = again.state_dict()
+  for name, tensor in network.state_dict().items():
+    rounded = tensor.half().float() if tensor.ndim > 1 else tensor
+    assert torch.equal(state[name], rounded), name
+  modelfile = (folder / "output-f16.Modelfile").read_text()
+  assert "\nFROM ./output-f16.gguf\n" in modelfile
+  assert 'PARAMETER stop "<|im_end|>"' in modelfile
+
+
+def test_gguf_targets_and_tokenizers_are_checked_before_the_checkpoint(run, tiny):
+  """There is no checkpoint: what is refused here was refused without weights."""
+  output = pathlib.Path(run.output)
+  run = run.model_copy(update={"export": schema.Export(gguf="q8_0")})
+  (output / "gguf").mkdir(parents=True)
+  (output / "config").mkdir()  # of a run that has not trained yet
+  for name in ("output-q8_0.gguf", "output-q8_0.Modelfile"):
+    (output / "gguf" / name).write_text("mine")
+    with pytest.raises(errors.UserError, match=f"{name}: is not an earlier export"):
+      export.main(run)
+    (output / "gguf" / name).unlink()
+  with pytest.raises(errors.UserError, match="no checkpoint"):
+    export.main(run)
+
+
+@pytest.mark.parametrize(
+  ("values", "says"),
+  [
+    (["export.gguf=q4_0"], "export.gguf"),
+    (
+      ["export.gguf=f16", "export.adapter=true", "lora={}"],
+      "exports the adapter alone",
+    ),
+    (["export.push=mine"], "is not ORGANISATION/NAME"),
+    (["export.push=lab/"], "is not ORGANISATION/NAME"),
+    (["export.push=lab/a--b"], "is not ORGANISATION/NAME"),
+    (["export.push=https://huggingface.co/lab/mine"], "is not ORGANISATION/NAME"),
+    (["export.public=true"], "is read with export.push only"),
+    (
+      [
+        "export.push=lab/mine",
+        "sweep.stages=[train, export]",
+        "sweep.runs=[{name: a}, {name: b}]",
+      ],
+      "every run of the sweep would replace",
+    ),
+  ],
+)
+def test_values_that_cannot_be_exported(run, values, says):
+  path = pathlib.Path(run.output).parent / "run.yaml"
+  with pytest.raises(errors.UserError, match=says):
+    config_load.load(path, values)
