@@ -1,7 +1,10 @@
 """The exported folder as transformers reads it, and the card as a person does."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,9 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.reporting import model_card
 from raft_jax.storage import records, shards
-from tests.helpers import tiny_run
+from tests.helpers import fake_hub, tiny_run
+
+TOKEN = "hf_SECRETSECRETSECRET"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,26 @@ def run(tmp_path, tiny, law):
     tiny,
     tmp_path / "output",
     questions=str(law / "train.jsonl"),
+  )
+
+
+@pytest.fixture
+def hub():
+  with fake_hub.serving() as hub:
+    hub.account(TOKEN, "ann", "lab")
+    yield hub
+
+
+def command(run, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+  """`python -m raft_jax.export` with this environment's variables for the hub."""
+  config = pathlib.Path(run.output).parent / "run.yaml"
+  hidden = {name: v for name, v in os.environ.items() if not name.startswith("HF_")}
+  return subprocess.run(
+    [sys.executable, "-m", "raft_jax.export", "--config", str(config), *arguments],
+    check=False,
+    env={**hidden, "HF_HUB_DISABLE_XET": "1", **environment},
+    capture_output=True,
+    text=True,
   )
 
 
@@ -256,6 +281,37 @@ def test_gguf_targets_and_tokenizers_are_checked_before_the_checkpoint(run, tiny
     (output / "gguf" / name).unlink()
   with pytest.raises(errors.UserError, match="no checkpoint"):
     export.main(run)
+
+
+def test_push_by_the_command(run, tiny, hub):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
+  where = {"HF_ENDPOINT": hub.url}
+  for environment, code, says in (
+    (where, 2, "there is no token for the hub"),
+    ({**where, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
+    ({"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}, 75, "check the network"),
+  ):
+    home = {"HF_HOME": str(output / "hf")}
+    done = command(run, "export.push=lab/mine", **home, **environment)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (output / "export").exists()
+  done = command(run, "export.push=lab/mine", HF_TOKEN=TOKEN, **where)
+  assert done.returncode == 0, done.stderr
+  folder, repo = output / "export", hub.repos["lab/mine"]
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  assert repo.files == {
+    path.relative_to(folder).as_posix(): path.read_bytes() for path in files
+  }
+  assert repo.private
+  assert repo.messages == ["raft, step 7 (raft_jax)"]
+  assert "raft_jax" in repo.tags()
+  assert f"pushed lab/mine: {hub.url}/lab/mine/commit/" in done.stdout
+  assert TOKEN not in done.stdout + done.stderr
+  for path in output.rglob("*"):
+    assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
 
 
 @pytest.mark.parametrize(
