@@ -3,40 +3,84 @@
 transformers and vLLM load the folder: float32 safetensors (the master weights, not
 rounded), config, tokenizer with its chat template, generation config and README.md. A
 model trained with LoRA can be exported as an adapter, which PEFT applies to the base
-model.
+model. The folder can also be written as a GGUF file, and uploaded to the hub.
 """
 
 from __future__ import annotations
 
 import functools
 import pathlib
+import re
 from typing import NamedTuple
 
 from raft_jax.config import cli, run_lock, schema
+from raft_jax.hf import gguf_vocabulary, gguf_writer, hub_upload, ollama
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.reporting import model_card
 from raft_jax.runtime import distributed, interrupts
+from raft_jax.storage import atomic
 from raft_jax.training import run_identity, run_inputs, run_plan, trained_model
 
 
 class Exported(NamedTuple):
-  """What was written: the folder, the bytes of all its files, and its tensors."""
+  """What was written: the folder, the bytes of all its files, its tensors, the step."""
 
   folder: pathlib.Path
   size: int
   tensors: int
+  step: int
 
 
 def main(config: schema.Config) -> None:
   """Exports the trained model and prints what was written."""
   distributed.refuse("export")
+  wanted = config.export
+  if wanted.gguf is not None:
+    for target in _gguf_targets(config.output, wanted.gguf):
+      check = gguf_writer if target.suffix == ".gguf" else ollama
+      check.check_target(target)
+    gguf_writer.describe(config.model.source, config.model.chat_template)
+  if wanted.push is not None:
+    hub_upload.check(wanted.push, public=wanted.public)
   exported = export(config)
   print(
     f"exported {exported.folder}: {exported.size / 1e6:,.1f} MB,"
     f" {exported.tensors} tensors, float32"
   )
+  if wanted.gguf is not None:
+    write_gguf(exported.folder, config.output, wanted.gguf)
+  if wanted.push is not None:
+    message = f"{config.method}, step {exported.step} (raft_jax)"
+    address = hub_upload.push(
+      exported.folder, wanted.push, public=wanted.public, message=message
+    )
+    print(f"pushed {wanted.push}: {address}")
+
+
+def _gguf_targets(output: str, kind: str) -> tuple[pathlib.Path, pathlib.Path]:
+  """The GGUF file and the Modelfile, named after the run's folder."""
+  name = re.sub(r"[^\w.+-]", "_", pathlib.Path(output).resolve().name) or "model"
+  folder = pathlib.Path(output) / "gguf"
+  return folder / f"{name}-{kind}.gguf", folder / f"{name}-{kind}.Modelfile"
+
+
+def write_gguf(folder: pathlib.Path, output: str, kind: str) -> None:
+  """Writes the exported folder as a GGUF file with a Modelfile, and prints which."""
+  path, modelfile = _gguf_targets(output, kind)
+  name = path.stem.removesuffix(f"-{kind}")
+  written = gguf_writer.write(folder, path, kind, name=name)
+  print(
+    f"wrote {path}: {written.size / 1e6:,.1f} MB, {written.tensors} tensors, {kind}"
+  )
+  tokenizer = hf_tokenizer.load(str(folder))
+  ends = hf_tokenizer.eos_ids(str(folder), tokenizer)
+  add_bos = gguf_vocabulary.adds_bos(tokenizer, str(folder))
+  with atomic.replacing(modelfile) as temporary:
+    text = ollama.modelfile(path.name, tokenizer, ends, add_bos=add_bos)
+    temporary.write_text(text, encoding="utf-8")
+  print(f"wrote {modelfile}")
 
 
 def export(config: schema.Config) -> Exported:
@@ -97,7 +141,7 @@ def export(config: schema.Config) -> Exported:
       overwrite=True,
     )
   size = sum(path.stat().st_size for path in folder.rglob("*"))
-  return Exported(folder, size, hf_save.count_tensors(folder))
+  return Exported(folder, size, hf_save.count_tensors(folder), step)
 
 
 if __name__ == "__main__":

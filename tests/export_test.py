@@ -1,7 +1,10 @@
 """The exported folder as transformers reads it, and the card as a person does."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,16 @@ import transformers
 import yaml
 
 from raft_jax import errors, export
+from raft_jax.config import load as config_load
+from raft_jax.config import schema
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.reporting import model_card
 from raft_jax.storage import records, shards
-from tests.helpers import tiny_run
+from tests.helpers import model_hub, tiny_run
+
+TOKEN = "hf_SECRETSECRETSECRET"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,26 @@ def run(tmp_path, tiny, law):
     tiny,
     tmp_path / "output",
     questions=str(law / "train.jsonl"),
+  )
+
+
+@pytest.fixture
+def hub():
+  with model_hub.serving() as hub:
+    hub.account(TOKEN, "ann", "lab")
+    yield hub
+
+
+def command(run, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+  """`python -m raft_jax.export` with this environment's variables for the hub."""
+  config = pathlib.Path(run.output).parent / "run.yaml"
+  hidden = {name: v for name, v in os.environ.items() if not name.startswith("HF_")}
+  return subprocess.run(
+    [sys.executable, "-m", "raft_jax.export", "--config", str(config), *arguments],
+    check=False,
+    env={**hidden, "HF_HUB_DISABLE_XET": "1", **environment},
+    capture_output=True,
+    text=True,
   )
 
 
@@ -207,3 +234,110 @@ def test_damaged_model_cards_have_no_license(tmp_path):
   assert model_card.read_license(str(tmp_path)) is None
   (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
   assert model_card.read_license(str(tmp_path)) == "mit"
+
+
+# --- GGUF and the hub -----------------------------------------------------------------
+
+
+def test_gguf_and_modelfile_of_a_run(run, tiny, capsys):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.5)
+  run = run.model_copy(update={"export": schema.Export(gguf="f16")})
+  export.main(run)
+  folder = output / "gguf"
+  names = {"output-f16.gguf", "output-f16.Modelfile"}
+  assert {path.name for path in folder.iterdir()} == names
+  lines = capsys.readouterr().out.strip().splitlines()
+  size = (folder / "output-f16.gguf").stat().st_size / 1e6
+  assert lines[-2:] == [
+    f"wrote {folder}/output-f16.gguf: {size:,.1f} MB, 20 tensors, f16",
+    f"wrote {folder}/output-f16.Modelfile",
+  ]
+  network = transformers.AutoModelForCausalLM.from_pretrained(
+    output / "export", dtype=torch.float32
+  )
+  again = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, gguf_file="output-f16.gguf", dtype=torch.float32
+  )
+  state = again.state_dict()
+  for name, tensor in network.state_dict().items():
+    rounded = tensor.half().float() if tensor.ndim > 1 else tensor
+    assert torch.equal(state[name], rounded), name
+  modelfile = (folder / "output-f16.Modelfile").read_text()
+  assert "\nFROM ./output-f16.gguf\n" in modelfile
+  assert 'PARAMETER stop "<|im_end|>"' in modelfile
+
+
+def test_gguf_targets_and_tokenizers_are_checked_before_the_checkpoint(run, tiny):
+  """There is no checkpoint: what is refused here was refused without weights."""
+  output = pathlib.Path(run.output)
+  run = run.model_copy(update={"export": schema.Export(gguf="q8_0")})
+  (output / "gguf").mkdir(parents=True)
+  (output / "config").mkdir()  # of a run that has not trained yet
+  for name in ("output-q8_0.gguf", "output-q8_0.Modelfile"):
+    (output / "gguf" / name).write_text("mine")
+    with pytest.raises(errors.UserError, match=f"{name}: is not an earlier export"):
+      export.main(run)
+    (output / "gguf" / name).unlink()
+  with pytest.raises(errors.UserError, match="no checkpoint"):
+    export.main(run)
+
+
+def test_push_by_the_command(run, tiny, hub):
+  output = pathlib.Path(run.output)
+  tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)
+  where = {"HF_ENDPOINT": hub.url}
+  for environment, code, says in (
+    (where, 2, "there is no token for the hub"),
+    ({**where, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, 2, "HF_HUB_OFFLINE is set"),
+    ({"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}, 75, "check the network"),
+  ):
+    home = {"HF_HOME": str(output / "hf")}
+    done = command(run, "export.push=lab/mine", **home, **environment)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (output / "export").exists()
+  done = command(run, "export.push=lab/mine", HF_TOKEN=TOKEN, **where)
+  assert done.returncode == 0, done.stderr
+  folder, repo = output / "export", hub.repos["lab/mine"]
+  files = [path for path in folder.rglob("*") if path.is_file()]
+  assert repo.files == {
+    path.relative_to(folder).as_posix(): path.read_bytes() for path in files
+  }
+  assert repo.private
+  assert repo.messages == ["raft, step 7 (raft_jax)"]
+  assert "raft_jax" in repo.tags()
+  assert f"pushed lab/mine: {hub.url}/lab/mine/commit/" in done.stdout
+  assert TOKEN not in done.stdout + done.stderr
+  for path in output.rglob("*"):
+    assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+  ("values", "says"),
+  [
+    (["export.gguf=q4_0"], "export.gguf"),
+    (
+      ["export.gguf=f16", "export.adapter=true", "lora={}"],
+      "exports the adapter alone",
+    ),
+    (["export.push=mine"], "is not ORGANISATION/NAME"),
+    (["export.push=lab/"], "is not ORGANISATION/NAME"),
+    (["export.push=lab/a--b"], "is not ORGANISATION/NAME"),
+    (["export.push=https://huggingface.co/lab/mine"], "is not ORGANISATION/NAME"),
+    (["export.public=true"], "is read with export.push only"),
+    (
+      [
+        "export.push=lab/mine",
+        "sweep.stages=[train, export]",
+        "sweep.runs=[{name: a}, {name: b}]",
+      ],
+      "every run of the sweep would replace",
+    ),
+  ],
+)
+def test_values_that_cannot_be_exported(run, values, says):
+  path = pathlib.Path(run.output).parent / "run.yaml"
+  with pytest.raises(errors.UserError, match=says):
+    config_load.load(path, values)

@@ -244,6 +244,16 @@ class Export(Section):
   adapter: bool = False
   """With `lora`: a PEFT adapter for the base model, in `output/adapter`, instead of the
   whole model in `output/export`."""
+  gguf: Literal["f16", "q8_0", "bf16", "f32"] | None = None
+  """Also write the model as a GGUF file of this type, with a Modelfile for Ollama, into
+  `output/gguf`. null: no GGUF file."""
+  push: str | None = None
+  """Also upload the exported folder to this repository of the Hugging Face hub,
+  `ORGANISATION/NAME`, with the token of `hf auth login` or of HF_TOKEN. null: no
+  upload."""
+  public: bool = False
+  """Whether the repository that `push` creates is public. A public repository that is
+  there is written to only with true."""
 
 
 class Config(Section):

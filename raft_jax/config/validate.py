@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,7 @@ def conflicts(config: schema.Config) -> Problems:
       "soft_mask": config.soft_mask,
     },
   )
+  yield from _export(config.export, config.sweep)
   yield from _unused(config.distill, config.balance, config.rollout)
   yield from _refine(config.refine)
   yield from _evaluate(config.evaluate)
@@ -351,6 +353,38 @@ def _adapter(
         yield name, f"{verb}, and `lora` trains none of these; delete one of the two"
   elif export.adapter:
     yield "export.adapter", "needs a `lora` section; add it, or delete this line"
+
+
+_HUB_NAME = re.compile(
+  r"(?=.{1,96}$)(?!.*(--|\.\.|\.git$))[a-z0-9]([\w.-]*\w)?/\w([\w.-]*\w)?",
+  re.ASCII | re.IGNORECASE,
+)
+"""Names of repositories that the hub accepts, with an owner."""
+
+
+def _export(export: schema.Export, sweep: schema.Sweep) -> Problems:
+  if export.adapter and export.gguf is not None:
+    yield (
+      "export.gguf",
+      "needs the whole model, and export.adapter=true exports the adapter alone; "
+      "delete one of the two",
+    )
+  if export.push is None:
+    if export.public:
+      yield "export.public", "is read with export.push only; set that or delete it"
+    return
+  if not _HUB_NAME.fullmatch(export.push):
+    yield (
+      "export.push",
+      f"{export.push!r} is not ORGANISATION/NAME; write your user name or your "
+      "organisation's, a slash, and a name for the model",
+    )
+  if sweep.runs and "export" in sweep.stages:
+    yield (
+      "export.push",
+      "every run of the sweep would replace the one before in this repository; set it "
+      "in the `set` of one run",
+    )
 
 
 def _unused(

@@ -1,6 +1,7 @@
 """GGUF files, read: the config, the tensors and the tokenizer's data in them.
 
-No other module knows the format or imports the `gguf` package.
+`gguf_writer` and `gguf_vocabulary` write them. No other module knows the format or
+imports the `gguf` package.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def _matched(
 
   in_gguf = path.is_file()
   family = decoder_config.find_family(fields(path), _config_place(path))
-  stored = gguf_file.tensors(path) if in_gguf else _safetensors(path)
+  stored = gguf_file.tensors(path) if in_gguf else stored_tensors(path)
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
   pieces = tensor_layout.pieces(leaves, names)
@@ -346,7 +346,12 @@ def _check_tied(
     )
 
 
-def _safetensors(folder: pathlib.Path) -> dict[str, tensor_layout.Stored]:
+def stored_tensors(folder: pathlib.Path) -> dict[str, tensor_layout.Stored]:
+  """The tensors of a Hugging Face folder by name, from the headers alone.
+
+  Raises:
+    UserError: there are no weights, more than one set of them, or a damaged file.
+  """
   index = folder / weight_files.INDEX
   content = read_json(index) if index.is_file() else None
   return weight_files.tensors(folder, weight_files.shards(folder, content))

@@ -35,6 +35,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   except (OSError, RuntimeError) as e:
     temporary.unlink(missing_ok=True)
     raise errors.UserError(_write_failure(path, e)) from e
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def _write_failure(path: pathlib.Path, e: Exception) -> str:

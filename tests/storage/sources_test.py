@@ -13,7 +13,7 @@ from raft_jax import errors
 from raft_jax.config import run_lock
 from raft_jax.storage import question_files, sources
 from raft_jax.training import checkpoint
-from tests.helpers import fake_hub, least_config
+from tests.helpers import dataset_hub, least_config
 
 
 def lines(*names: str) -> str:
@@ -200,7 +200,7 @@ configs:
 
 
 def test_datasets_of_the_hub(tmp_path):
-  with fake_hub.serving() as hub:
+  with dataset_hub.serving() as hub:
     first = hub.push("org/one", {"data/train.jsonl": lines("1", "2").encode()})
     hub.push(
       "org/two",
