@@ -15,7 +15,6 @@ import random
 import signal
 import sys
 import time
-import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from raft_jax import refine
 from raft_jax.config import schema
 from raft_jax.curation import refinement_run
 from raft_jax.generation import engines, jax_engine, sentence_encoder
+from raft_jax.hf import chat
 from raft_jax.storage import journal
 
 FATAL = signal.SIGKILL
@@ -126,8 +126,8 @@ def script(log: pathlib.Path) -> None:
   """Puts the scripted models in the place of the real ones, for this process."""
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"
-  tokenizer = types.SimpleNamespace(
-    digest="none", hf_tokenizer=Tokenizer(), controls=(), plain=None, vocab_size=None
+  tokenizer = chat.ChatTokenizer(
+    Tokenizer(), eos_ids=(0,), pad_id=0, digest="none", controls=()
   )
   engines.chat_tokenizer = lambda source, template=None: tokenizer
   sentence_encoder.load = lambda source: BagOfWords(log)

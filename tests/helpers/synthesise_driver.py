@@ -10,7 +10,6 @@ import json
 import pathlib
 import random
 import sys
-import types
 
 import sklearn.cluster  # noqa: F401 - once, and not in every fork
 import threadpoolctl  # noqa: F401
@@ -18,6 +17,7 @@ import threadpoolctl  # noqa: F401
 from raft_jax import synthesise
 from raft_jax.config import schema
 from raft_jax.generation import engines, jax_engine, sentence_encoder
+from raft_jax.hf import chat
 from tests.helpers import refine_driver
 
 WORDS = ("why", "how", "when", "name", "list", "sort", "rain", "bread", "tax", "train")
@@ -63,12 +63,8 @@ def make_config(folder: pathlib.Path, seeds: pathlib.Path, **keys) -> schema.Con
 
 def script(log: pathlib.Path) -> None:
   """Puts the scripted model in the place of the real ones, for this process."""
-  tokenizer = types.SimpleNamespace(
-    hf_tokenizer=refine_driver.Tokenizer(),
-    controls=(),
-    eos_ids=(0,),
-    plain=None,
-    vocab_size=None,
+  tokenizer = chat.ChatTokenizer(
+    refine_driver.Tokenizer(), eos_ids=(0,), pad_id=0, digest="none", controls=()
   )
   jax_engine.load = lambda source, **_: Scripted(source, log)
   engines.identity = lambda source: f"scripted {source}"

@@ -36,8 +36,10 @@ def _resolve(tmp_path):
 
   def resolve(name, *overrides):
     path = tmp_path / "c.yaml"
+    (tmp_path / "q.jsonl").touch()
     path.write_text(
-      f"model: {{source: a/b}}\ndata: {{questions: {__file__}}}\noutput: {tmp_path}/x\n"
+      f"model: {{source: a/b}}\ndata: {{questions: {tmp_path}/q.jsonl}}\n"
+      f"output: {tmp_path}/x\n"
     )
     loaded = config_load.load(path, [f"method={name}", *overrides])
     return run_plan.make_settings(loaded, tiny_decoder.CONFIG, None, (0,), "cpu")
