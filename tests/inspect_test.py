@@ -118,7 +118,7 @@ def test_rejects_are_grouped_by_reason_with_their_places(tmp_path, model, tokeni
   ]
   found = read(configure(tmp_path, model, rows), tokenizer)
   seen = [
-    (group.count, group.kind, [place.line for place in group.places])
+    (group.rows, group.kind, [place.line for place in group.places])
     for group in inspection.reasons(found.rejects)
   ]
   assert sorted(seen) == [

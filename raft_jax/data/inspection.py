@@ -87,7 +87,8 @@ def read(
       None,
     )
   )
-  questions, calls = contents.questions, []
+  questions = contents.questions
+  calls: list[rejects_lib.Reject] = []
   if not learned:
     questions, calls = question_files.text_answers(contents)
   examples = [
@@ -156,7 +157,7 @@ def _fault(check: Callable[[], Any]) -> str | None:
 class Reason(NamedTuple):
   """Rejects of one kind and reason: their number, the first reason and places."""
 
-  count: int
+  rows: int
   kind: str
   reason: str
   places: list[rejects_lib.Place]

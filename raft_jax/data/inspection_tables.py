@@ -100,10 +100,10 @@ def reasons(found: inspection.QuestionSet, listed: str | None) -> list[str]:
   groups = inspection.reasons(found.rejects)
   for group in groups[:REASONS]:
     at = ", ".join(map(_short_place, group.places))
-    more = ", ..." if group.count > len(group.places) else ""
-    lines.append(f"  {group.count:,} {group.kind}: {group.reason} ({at}{more})")
+    more = ", ..." if group.rows > len(group.places) else ""
+    lines.append(f"  {group.rows:,} {group.kind}: {group.reason} ({at}{more})")
   if len(groups) > REASONS:
-    rest = sum(group.count for group in groups[REASONS:])
+    rest = sum(group.rows for group in groups[REASONS:])
     lines.append(f"  {rest:,} for {len(groups) - REASONS} other reasons")
   return [plain(line) for line in lines]
 

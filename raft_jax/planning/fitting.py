@@ -293,9 +293,10 @@ def device_bytes(mesh: Mesh) -> float | None:
   if run_plan.platform(mesh) == "cpu":
     return float(step_memory.host_bytes())
   limits = [
-    (device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices
+    (device.memory_stats() or {}).get("bytes_limit", math.nan)
+    for device in mesh.local_devices
   ]
-  return None if None in limits else float(sum(limits))
+  return None if math.isnan(sum(limits)) else float(sum(limits))
 
 
 def plan_of(
