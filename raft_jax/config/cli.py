@@ -32,19 +32,21 @@ def run(
   *,
   options: Mapping[str, Mapping[str, Any]] | None = None,
   without_data: bool = False,
+  base: Mapping[str, Any] | None = None,
 ) -> None:
   """Runs `python -m raft_jax.<stage> --config FILE [key=value ...] [--print-config]`.
 
   `main` is called with the config and, by keyword, the values of the stage's own
   `options`: name -> arguments of `argparse`'s `add_argument`. `without_data`: whether
-  the files of questions may be absent.
+  the files of questions may be absent. `base`: keys of a run without --config, which
+  then may be left out.
   """
   environment.plain_streams()
-  parser = _parser(stage, description, options or {})
+  parser = _parser(stage, description, options or {}, needs_config=base is None)
   with interrupts.listening():
     try:
       given, overrides = parser.parse_known_args(argv)
-      if given.config is None:
+      if given.config is None and base is None:
         raise errors.UserError(
           f"--config is missing; write `{parser.prog} --config FILE`"
         )
@@ -55,7 +57,11 @@ def run(
           # Behind an option that takes several words argparse takes these as well.
           overrides += [word for word in values if "=" in word]
           values[:] = [word for word in values if "=" not in word]
-      settings = config_load.load(given.config, overrides, without_data=without_data)
+      settings = (
+        config_load.load(given.config, overrides, without_data=without_data)
+        if given.config is not None
+        else config_load.from_tree(dict(base or {}), overrides, "command line")
+      )
       if given.print_config:
         print(config_load.dump(settings), end="")
       else:
@@ -69,13 +75,17 @@ def run(
 
 
 def _parser(
-  stage: str, description: str, options: Mapping[str, Mapping[str, Any]]
+  stage: str,
+  description: str,
+  options: Mapping[str, Mapping[str, Any]],
+  *,
+  needs_config: bool,
 ) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog=f"python -m raft_jax.{stage}",
     usage=" ".join(
       [
-        "%(prog)s --config FILE",
+        "%(prog)s --config FILE" if needs_config else "%(prog)s [--config FILE]",
         *(f"[{name} {how['metavar']}]" for name, how in options.items()),
         "[key=value ...] [--print-config]",
       ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import raft_jax
 
 COMMANDS = {
+  "inspect": "shows your data as the model reads it, and writes a config for it",
   "extract": "writes question/answer pairs from documents",
   "synthesise": "lets the model write general questions to rehearse",
   "refine": "rewrites, filters, fuses and judges the answers",

@@ -50,15 +50,20 @@ def load(
   return _checked(draft, str(path), overrides, without_data)
 
 
-def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> schema.Config:
+def from_tree(
+  tree: dict[str, Any], overrides: Sequence[str] = (), place: str = "config"
+) -> schema.Config:
   """Checks a tree in the form of `Config.model_dump(mode="json")`, with overrides.
+
+  Args:
+    place: where the tree stands, for messages.
 
   Raises:
     errors.UserError: as `load`.
   """
   draft = strict_yaml.Draft()
   draft.tree = tree
-  return _checked(draft, "config", overrides)
+  return _checked(draft, place, overrides)
 
 
 def _checked(

@@ -16,6 +16,7 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import transformer
+from raft_jax.runtime import interrupts
 from raft_jax.storage import records, rejects
 
 Array = Any
@@ -86,48 +87,80 @@ def encode_rows(
   Raises:
     errors.UserError: names the first row that is refused, or no row is left.
   """
-  if len(places) != len(examples):
-    raise ValueError(f"{len(examples)} examples but {len(places)} places")
   limits = (max_prompt_tokens, max_answer_tokens, max_teacher_tokens)
-  rows, over, refused = _tokenise(examples, tokenizer, teacher_context, limits, places)
+  tokenised = tokenise(examples, tokenizer, teacher_context, limits, places)
+  return choose_rows(
+    tokenised, limits, too_long=too_long, unusable=unusable, places=places
+  )
+
+
+class Tokenised(NamedTuple):
+  """Rows within the budgets, rows over one, and by row id those that the template
+  refuses."""
+
+  rows: list[Row]
+  over: list[Row]
+  refused: dict[int, rejects.Reject]
+
+
+def choose_rows(
+  tokenised: Tokenised,
+  limits: Widths,
+  *,
+  too_long: str,
+  unusable: str,
+  places: Sequence[rejects.Place],
+) -> tuple[list[Row], list[rejects.Reject]]:
+  """The rows to use, and those set aside; arguments and errors as for `encode_rows`."""
+  rows, over, refused = tokenised
   if refused and unusable == "error":
     raise errors.UserError(
-      f"{next(iter(refused.values()))} ({len(refused)} of {len(examples)} rows are "
+      f"{next(iter(refused.values()))} ({len(refused)} of {len(places)} rows are "
       "refused), or set data.unusable=skip to set such rows aside"
     )
   if over and too_long == "error":
-    raise errors.UserError(_over_budget(over, limits, places, len(examples)))
-  by_id = refused | {
-    row.row_id: rejects.Reject(
-      places[row.row_id], "is too long: " + _exceeded(row, limits), "too_long"
-    )
-    for row in over
-  }
-  set_aside = [by_id[row_id] for row_id in sorted(by_id)]
+    raise errors.UserError(_over_budget(over, limits, places, len(places)))
+  set_aside = unused_rows(tokenised, limits, places)
   if not rows:
     budgets = (
       "data.max_prompt_tokens, data.max_answer_tokens or data.max_teacher_tokens"
     )
     raise errors.UserError(
-      f"data: no row is left of {len(examples)} ({len(over)} over a budget); the first "
+      f"data: no row is left of {len(places)} ({len(over)} over a budget); the first "
       f"is {set_aside[0] if set_aside else 'missing'}"
       f"{f'; raise {budgets}' if over else ''}"
     )
   return rows, set_aside
 
 
-def _tokenise(
+def unused_rows(
+  tokenised: Tokenised, limits: Widths, places: Sequence[rejects.Place]
+) -> list[rejects.Reject]:
+  """The rows that are over a budget or refused by the template, in order."""
+  by_id = tokenised.refused | {
+    row.row_id: rejects.Reject(
+      places[row.row_id], "is too long: " + _exceeded(row, limits), "too_long"
+    )
+    for row in tokenised.over
+  }
+  return [by_id[row_id] for row_id in sorted(by_id)]
+
+
+def tokenise(
   examples: Sequence[Conversation],
   tokenizer: chat.ChatTokenizer,
   teacher_context: str,
   limits: Widths,
   places: Sequence[rejects.Place],
-) -> tuple[list[Row], list[Row], dict[int, rejects.Reject]]:
-  """Rows within the limits, rows over one, and by row id those the template refuses."""
+) -> Tokenised:
+  """Tokenises every example that the template does not refuse."""
+  if len(places) != len(examples):
+    raise ValueError(f"{len(examples)} examples but {len(places)} places")
   rows: list[Row] = []
   over: list[Row] = []
   refused: dict[int, rejects.Reject] = {}
   for row_id, (messages, answer) in enumerate(examples):
+    interrupts.check()
     try:
       ids = teacher_prompts.row_ids(tokenizer, messages, answer, teacher_context)
     except errors.UserError as error:
@@ -135,12 +168,13 @@ def _tokenise(
       continue
     prompt, learned, teacher = map(tuple, ids)
     row = Row(prompt, learned, teacher, row_id)
-    fits = all(length <= limit for length, limit in zip(_lengths(row), limits))
+    fits = all(length <= limit for length, limit in zip(lengths(row), limits))
     (rows if fits else over).append(row)
-  return rows, over, refused
+  return Tokenised(rows, over, refused)
 
 
-def _lengths(row: Row) -> Widths:
+def lengths(row: Row) -> Widths:
+  """Tokens of a row's prompt, answer and teacher's context."""
   return len(row.prompt), len(row.answer), len(row.teacher)
 
 
@@ -150,7 +184,7 @@ _PARTS = ("prompt", "answer", "teacher")
 def _exceeded(row: Row, limits: Sequence[int]) -> str:
   return ", ".join(
     f"{part} of {length} tokens > data.max_{part}_tokens={limit}"
-    for part, length, limit in zip(_PARTS, _lengths(row), limits)
+    for part, length, limit in zip(_PARTS, lengths(row), limits)
     if length > limit
   )
 
@@ -162,7 +196,7 @@ def _over_budget(
   total: int,
 ) -> str:
   first = over[0]
-  needed = [max(column) for column in zip(*map(_lengths, over))]
+  needed = [max(column) for column in zip(*map(lengths, over))]
   remedy = ", ".join(
     f"data.max_{part}_tokens={length}"
     for part, length, limit in zip(_PARTS, needed, limits)
@@ -203,9 +237,11 @@ def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[W
   A batch is as wide as its widest row. Bucket i of n is therefore wide enough for about
   i/n of random batches: it is the (i/n)^(1/batch_size) quantile of the rows' lengths.
   """
-  lengths = np.array([_lengths(row) for row in rows])
+  row_lengths = np.array([lengths(row) for row in rows])
   shares = np.arange(1, buckets + 1) / buckets
-  quantiles = np.quantile(lengths, shares ** (1 / batch_size), axis=0, method="higher")
+  quantiles = np.quantile(
+    row_lengths, shares ** (1 / batch_size), axis=0, method="higher"
+  )
   return sorted(
     {(padded_width(p), padded_width(a), padded_width(c)) for p, a, c in quantiles}
   )
@@ -358,7 +394,7 @@ def sequential_batches(
 
 def _collate(rows: Sequence[Row], pad_id: int, widths: Sequence[Widths]) -> Batch:
   """Pads to the smallest of the ascending widths that holds every row."""
-  needed = [max(column) for column in zip(*map(_lengths, rows))]
+  needed = [max(column) for column in zip(*map(lengths, rows))]
   for triple in widths:
     if all(need <= width for need, width in zip(needed, triple)):
       break

@@ -81,25 +81,12 @@ def load(
     distil: whether there is a teacher, which needs a context of its own.
   """
   data, replay, anchor = config.data, config.replay, config.anchor
-  context = config.distill.teacher_context if distil else "none"
-  if context == "sibling":  # made after the rollouts
-    context = "none"
+  context = context_of(config.distill) if distil else "none"
   set_aside: list[rejects_lib.Reject] = []
   if data.answers == "original":
     examples, set_aside = _read_examples(data.questions, data)
   else:  # refinement has listed the rows that it set aside
-    folder = _find_refined(config.output, config.method)
-    run_lock.check_lock(config, "refine", REFINED_KEYS)
-    rewriter = tokenizer
-    if tokenizer.thinking:  # the rewriter's is off
-      rewriter = chat.load(config.model.source, config.model.chat_template)
-    examples = _refined_examples(
-      folder,
-      data,
-      threshold=config.refine.similarity_threshold,
-      source=config.model.source,
-      tokenizer_digest=rewriter.digest,
-    )
+    examples = read_refined(config, tokenizer)
   rows, refused = _encode(examples, tokenizer, context, data)
   set_aside += refused
   questions_by_row = {i: (e.messages, e.answer) for i, e in enumerate(examples)}
@@ -122,6 +109,32 @@ def load(
   parts = [part for part in (rows, replayed, general) if part]
   digest = hashlib.sha256(b"".join(repr(part).encode() for part in parts)).hexdigest()
   return TrainingSet(rows, replayed, general, set_aside, digest, questions_by_row)
+
+
+def context_of(distill: schema.Distill) -> str:
+  """The form in which the teacher's context is known before there are rollouts."""
+  form = distill.teacher_context
+  return "none" if form == "sibling" else form
+
+
+def read_refined(config: schema.Config, tokenizer: chat.ChatTokenizer) -> list[Example]:
+  """The examples of a run's refined records.
+
+  Raises:
+    errors.UserError: they are unfinished, or belong to other questions or settings.
+  """
+  folder = _find_refined(config.output, config.method)
+  run_lock.check_lock(config, "refine", REFINED_KEYS)
+  rewriter = tokenizer
+  if tokenizer.thinking:  # the rewriter's is off
+    rewriter = chat.load(config.model.source, config.model.chat_template)
+  return _refined_examples(
+    folder,
+    config.data,
+    threshold=config.refine.similarity_threshold,
+    source=config.model.source,
+    tokenizer_digest=rewriter.digest,
+  )
 
 
 def _find_refined(output: str, method: str) -> pathlib.Path:

@@ -128,16 +128,7 @@ def _read_questions(
     unusable=data.unusable,
     reject_threshold=data.reject_threshold,
   )
-  questions = [question for question in file.questions if not question.tool_calls]
-  calls = [
-    rejects_lib.Reject(
-      file.places[question.id],
-      "its answer is a tool call, and only answers of text are scored",
-      "refused",
-    )
-    for question in file.questions
-    if question.tool_calls
-  ]
+  questions, calls = question_files.text_answers(file)
   if not questions:
     raise errors.UserError(f"{calls[0]}; the file has no other answers, so give others")
   rows, too_long = batching.encode_rows(

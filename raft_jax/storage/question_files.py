@@ -93,6 +93,22 @@ def read_questions(
   return result.questions
 
 
+def text_answers(
+  contents: Read,
+) -> tuple[list[records.Question], list[rejects_lib.Reject]]:
+  """The questions whose answers can be scored, and the others as rejects."""
+  calls = [
+    rejects_lib.Reject(
+      contents.places[question.id],
+      "its answer is a tool call, and only answers of text are scored",
+      "refused",
+    )
+    for question in contents.questions
+    if question.tool_calls
+  ]
+  return [question for question in contents.questions if not question.tool_calls], calls
+
+
 class Checked(NamedTuple):
   """The number of usable rows of a source, the other rows, and the files' formats."""
 
@@ -145,7 +161,7 @@ def check_questions(
     _announce(file, name)
   if rejects_path is not None:
     rejects_lib.write(rejects_path, rejects)
-  _check_rejects(path, count, rejects, unusable, reject_threshold, rejects_path)
+  check_rejects(path, count, rejects, unusable, reject_threshold, rejects_path)
   return Checked(count, rejects, formats)
 
 
@@ -333,7 +349,7 @@ def _id(
   return messages_lib.plain_text("id", given)
 
 
-def _check_rejects(
+def check_rejects(
   path: str | os.PathLike[str],
   kept: int,
   rejects: Sequence[rejects_lib.Reject],
@@ -341,7 +357,12 @@ def _check_rejects(
   threshold: float,
   rejects_path: str | os.PathLike[str] | None,
 ) -> None:
-  """Raises UserError if rows may not be set aside or no row is usable."""
+  """Raises UserError if rows may not be set aside or no row is usable.
+
+  Args:
+    kept: number of usable rows.
+    unusable, threshold, rejects_path: as for `read`.
+  """
   total = kept + len(rejects)
   if total == 0:
     raise errors.UserError(
