@@ -283,6 +283,7 @@ def test_gguf_targets_and_tokenizers_are_checked_before_the_checkpoint(run, tiny
     export.main(run)
 
 
+@pytest.mark.slow
 def test_push_by_the_command(run, tiny, hub):
   output = pathlib.Path(run.output)
   tiny_run.save_checkpoint(output, tiny, step=7, scale=1.0)

@@ -464,6 +464,7 @@ def test_agreement_of_judges_by_hand():
 # The real models
 
 
+@pytest.mark.slow
 def test_real_models_end_to_end(tmp_path, law, smollm, capsys):
   run = schema.Config.model_validate(
     {

@@ -92,6 +92,7 @@ def _sweep(file, *overrides: str) -> subprocess.CompletedProcess:
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_run_resumed_and_collected(file):
   output = pathlib.Path(config_load.load(file).output)
   one = _sweep(file, "sweep.only=2")

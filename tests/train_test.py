@@ -140,7 +140,8 @@ def test_a_finished_run_is_not_run_again(uninterrupted, source, law, capsys):
 
 
 @pytest.mark.parametrize(
-  ("kill_at", "number"), [(1, signal.SIGKILL), (3, signal.SIGKILL)]
+  ("kill_at", "number"),
+  [pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow), (3, signal.SIGKILL)],
 )
 def test_a_killed_run_ends_with_the_same_bits(
   tmp_path, source, law, uninterrupted, kill_at, number

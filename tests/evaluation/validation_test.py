@@ -295,6 +295,7 @@ def test_killed_at_any_place_a_run_ends_with_the_same_best(
   assert bests(output) == bests(validated[0])
 
 
+@pytest.mark.slow
 def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, validated):
   output = tmp_path / "signalled"
   path, settings = make_config(output, source, law, general)

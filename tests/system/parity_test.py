@@ -116,6 +116,7 @@ def test_logits_with_padding_on_either_side(real):
   assert max(worst.values()) <= ABSOLUTE
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_same_tokens(real):
   new = 64
   ids_BP, valid_BP = padded(real.prompts, real.tokenizer.pad_id, left=False)
