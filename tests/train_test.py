@@ -272,6 +272,7 @@ def test_bad_input_is_one_clear_error_before_weights(
   assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_step_that_memory_cannot_hold_is_refused_before_weights(
   tmp_path, source, law, monkeypatch
 ):

@@ -188,6 +188,7 @@ def flat(result: Mapping[str, Any]) -> dict[str, float]:
     f"evaluation/{table}/{name}": float(score["value"])
     for table, scores in tables.items()
     for name, score in scores.items()
+    if score  # the retention of a score that is 0 before training is empty
   }
   return values | {
     f"evaluation/difference/{name}": float(paired["difference"])

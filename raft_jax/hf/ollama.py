@@ -74,7 +74,7 @@ def modelfile(
   if frames is None:
     lines.append(
       "# No TEMPLATE: the model's chat template is absent, or is more than text around"
-      " each message. Ollama may know a similar one; `ollama show --template` tells."
+      " each message. Ollama may use a similar one of its own."
     )
   else:
     lines.append(f'TEMPLATE """{go_template(frames)}"""')

@@ -25,12 +25,13 @@ def test_the_means_as_flat_names_for_trackers():
   base = {"rouge_l": intervals.ItemScores(np.array([0.25, 0.5]))}
   trained = {"rouge_l": intervals.ItemScores(np.array([0.5, 0.75]))}
   result = comparison.summarise(base, trained) | {
-    "retention": {},
+    "retention": {"rouge_l": {"value": 150.0}, "ifeval": {}},
     "drift": {"value": 0.125},
   }
   assert comparison.flat(result) == {
     "evaluation/base/rouge_l": 0.375,
     "evaluation/trained/rouge_l": 0.625,
     "evaluation/difference/rouge_l": 0.25,
+    "evaluation/retention/rouge_l": 150.0,
     "evaluation/drift/mean": 0.125,
   }

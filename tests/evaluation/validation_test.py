@@ -260,7 +260,14 @@ class Killed(BaseException):
   pass
 
 
-@pytest.mark.parametrize("at", ["row 4", "row 6", "save 6"])
+@pytest.mark.parametrize(
+  "at",
+  [
+    "row 4",
+    pytest.param("row 6", marks=pytest.mark.slow),
+    pytest.param("save 6", marks=pytest.mark.slow),
+  ],
+)
 def test_killed_at_any_place_a_run_ends_with_the_same_best(
   start, validated, monkeypatch, tmp_path, at
 ):
@@ -308,6 +315,7 @@ def test_killed_by_a_signal_it_ends_the_same(tmp_path, source, law, general, val
   assert bests(output) == bests(validated[0])
 
 
+@pytest.mark.slow
 def test_it_stops_early_and_a_rerun_does_nothing(start, validated, capsys, monkeypatch):
   rule = ["validation.max_drift=0.012", "validation.patience=1"]
   output, _ = start("early", *rule)
@@ -335,6 +343,7 @@ def test_it_stops_early_and_a_rerun_does_nothing(start, validated, capsys, monke
   assert set(bests(output)) == {2}
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_validation_and_its_save_it_stops_at_the_same_step(
   start, monkeypatch, tmp_path
 ):
@@ -383,8 +392,11 @@ def test_a_best_step_that_was_deleted_is_missed_aloud(start, tmp_path, capsys):
   "overrides",
   [
     ["lora={rank: 4}"],
-    ["prune={keep: 0.3}", "interpolate={weight: 0.8}"],
-    ["prune={keep: 0.3}", "model.dtype=bfloat16"],  # of rounded weights others are kept
+    pytest.param(
+      ["prune={keep: 0.3}", "interpolate={weight: 0.8}"], marks=pytest.mark.slow
+    ),
+    # Of rounded weights others are kept.
+    pytest.param(["prune={keep: 0.3}", "model.dtype=bfloat16"], marks=pytest.mark.slow),
   ],
 )
 def test_the_model_that_is_validated_is_the_one_that_is_read(start, overrides):

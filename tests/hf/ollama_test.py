@@ -10,12 +10,12 @@ import pytest
 from raft_jax import errors
 from raft_jax.hf import chat_template, ollama
 from raft_jax.hf import tokenizer as hf_tokenizer
-from tests.hf import chat_template_test
+from tests.helpers import chat_templates
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "helpers/go_template.go"
 TEMPLATES = {
   name: template
-  for name, template in chat_template_test.TEMPLATES.items()
+  for name, template in chat_templates.TEMPLATES.items()
   if not name.endswith("_training")
 }
 TALKS = [
@@ -129,7 +129,7 @@ def test_the_modelfile_of_smollm(tokenizer):
   "template",
   [
     None,
-    chat_template_test.MANNERS["system_in_last_turn"],
+    chat_templates.MANNERS["system_in_last_turn"],
     # It counts the turns.
     "{% for m in messages %}{{ loop.index ~ m.role ~ m.content }}{% endfor %}",
     # It refuses a system message.
@@ -153,7 +153,7 @@ def test_bos_is_left_to_the_file(smollm):
   """llama.cpp writes it before the text if the GGUF file says so."""
   tokenizer = hf_tokenizer.load(smollm)
   tokenizer.bos_token = "<|endoftext|>"
-  tokenizer.chat_template = "{{ bos_token }}" + chat_template_test.MANNERS["chatml"]
+  tokenizer.chat_template = "{{ bos_token }}" + chat_templates.MANNERS["chatml"]
   for add_bos in (False, True):
     frames = ollama.find_frames(tokenizer, add_bos=add_bos)
     assert frames is not None

@@ -141,15 +141,15 @@ def sft(make):
   return fitted(make("sft"))
 
 
-# Stopped and resumed in `train_test` and `lora_test`, too; `opd` has RAFT's state, and
-# `wise_ft` is trained as `sft`.
-ELSEWHERE = ("raft", "lora", "opd", "wise_ft")
+# Each adds a state of its own to a run: an average, an anchor, a memory of replays.
+# `train_test` and `lora_test` stop and resume RAFT and LoRA.
+WITH_STATE = ("sdft_cl", "recadam", "mssr")
 
 
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=pytest.mark.slow) if name in ELSEWHERE else name
+    name if name in WITH_STATE else pytest.param(name, marks=pytest.mark.slow)
     for name in methods.METHODS
   ],
 )
@@ -174,6 +174,7 @@ def test_it_trains_and_a_resumed_run_ends_with_the_same_bits(name, make, needs, 
   assert timeless[:STEPS] == timeless[STEPS:]
 
 
+@pytest.mark.slow
 def test_opd_pure_stays_at_the_base_model_while_opd_leaves_it(make):
   """Student and teacher are the same at step 1: no loss, no gradient but rounding."""
   _, (pure, *_) = fitted(make("opd_pure", "train.max_steps=4"))
@@ -188,6 +189,7 @@ def test_opd_pure_stays_at_the_base_model_while_opd_leaves_it(make):
   assert bounded[-1]["loss_sft"] < bounded[0]["loss_sft"]
 
 
+@pytest.mark.slow
 def test_parts_go_together(make, needs, base):
   """RAFT on adapters, with replay, pruned afterwards."""
   overrides = ["lora={rank: 4}", "prune={keep: 0.25}", *needs["replay"]]
