@@ -296,9 +296,9 @@ def test_what_installs_an_extra_is_written_in_one_place(faults_of):
   named = set()
   for path in (ROOT / "raft_jax").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
-      if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors.install":
-        if isinstance(node.args[0], ast.Constant):
-          named.add(node.args[0].value)
+      is_call = isinstance(node, ast.Call)
+      if is_call and ast.unparse(node.func) == "errors.install":
+        named |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
   named |= set(trackers.MODULES)  # `errors.install(name)` of `train.trackers`
   assert named >= {"eval", "plan", "refine"}
   for extra in named:
