@@ -1,8 +1,8 @@
 """Your data as a run will read it, without a model's weights.
 
-`python -m raft_jax.inspect --config C`, or without a config
-`python -m raft_jax.inspect model.source=M data.questions=F`. Prints format, rejects,
-lengths, repeats and an example; `--write FILE` writes a config that fits.
+`python -m raft_jax.inspect --config C`; without a config, the keys `model.source` and
+`data.questions` are enough. Prints format, rejects, lengths, repeats and an example;
+`--write FILE` writes a config that fits.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def test_without_a_config_and_in_the_root_of_the_project(tmp_path, model):
 @pytest.mark.parametrize(
   ("words", "says"),
   [
-    ((), "model: is required"),
+    ((), "--config is missing"),
     (("model.source=x", "data.questions=none.jsonl"), "'none.jsonl' is not a file"),
     (("--config", "none.yaml"), "none.yaml: cannot read the config"),
     (("model.source=nowhere", "data.questions=empty.jsonl"), "nowhere"),

@@ -46,7 +46,7 @@ def run(
   with interrupts.listening():
     try:
       given, overrides = parser.parse_known_args(argv)
-      if given.config is None and base is None:
+      if given.config is None and (base is None or not overrides):
         raise errors.UserError(
           f"--config is missing; write `{parser.prog} --config FILE`"
         )

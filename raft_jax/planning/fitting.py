@@ -390,7 +390,7 @@ def header(config: schema.Config, sets: Sequence[inspection.QuestionSet]) -> lis
   """The first lines of the file."""
   rows = ", ".join(f"{found.used:,} rows of {found.name}" for found in sets)
   lines = [
-    f"Written by `python -m raft_jax.inspect --write` for {rows}.",
+    f"Written by `inspect` for {rows}.",
     "Every comment says why; change what you know better.",
   ]
   if config.data.test is None:
