@@ -220,6 +220,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_75(
   assert short_run.rows(output) == short_run.rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_weight_zero_is_sft_and_runs_no_rollout(tmp_path, source, law):
   results = []
   for name, overrides in {
@@ -300,6 +301,7 @@ def test_rows_longer_than_the_model_reads_are_refused(tmp_path, source, law):
     train.fit(settings)
 
 
+@pytest.mark.slow
 def test_records_refined_by_another_config_are_refused(tmp_path, source, law):
   output = tmp_path / "elsewhere"
   short_run.write_refined(output, law)

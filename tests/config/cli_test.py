@@ -510,6 +510,7 @@ def test_docstrings_are_kept_for_the_libraries_that_read_them(tmp_path, options,
     {"PYTHONHASHSEED": "7", "PYTHONDONTWRITEBYTECODE": "1"},
   ],
 )
+@pytest.mark.slow
 def test_other_things_of_a_shell_change_nothing(tmp_path, shell):
   (error,) = report(tmp_path, **shell).stderr.splitlines()
   assert error.startswith("error: output: ")

@@ -234,6 +234,7 @@ def test_validation_leaves_training_bit_identical_and_compiles_no_step(
   assert plain == validated > 0
 
 
+@pytest.mark.slow
 def test_steps_without_a_validation_are_not_waited_for(start, monkeypatch):
   events = []
 

@@ -309,6 +309,7 @@ def refine_without_jax(path: pathlib.Path) -> str:
   return done.stdout
 
 
+@pytest.mark.slow
 def test_refine_through_a_server_where_there_is_no_jax(tmp_path, law, smollm):
   """All roles at a server; it dies after some calls, comes back elsewhere, and is not
   asked again what it answered."""

@@ -322,6 +322,7 @@ NULLS = {
 
 
 @pytest.mark.parametrize("name", NULLS)
+@pytest.mark.slow
 def test_its_null_setting_is_sft_bit_for_bit(name, make, needs, sft):
   params, _ = fitted(make(name, *needs.get(name, []), *NULLS[name]))
   assert_identical(params, sft[0])
