@@ -17,7 +17,7 @@ from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.data import inspection, inspection_tables, training_set
 from raft_jax.hf import chat
-from raft_jax.planning import fitting
+from raft_jax.planning import commented_config, fitting
 from raft_jax.training import run_inputs
 from tests.helpers import brute_force_duplicates, tiny_run
 
@@ -302,15 +302,15 @@ def test_memory_asks_for_more_until_a_step_fits(
 ):
   config = configure(tmp_path, model, ROWS, None)
   monkeypatch.setattr(fitting, "device_bytes", lambda mesh: 1000.0)
-  choices = fitting.choose(config, [read(config, tokenizer)], tokenizer)
+  choices = fitting.choose(config, [read(config, tokenizer)])
   assert choices["lora"].value == {}
   assert choices["model.remat"].value is True
   assert "DOES NOT FIT" in choices["model.remat"].why
   path = tmp_path / "lora.yaml"
-  path.write_text(fitting.as_yaml(config, choices, ["A run."]))
+  path.write_text(commented_config.as_yaml(config, choices, ["A run."]))
   assert config_load.load(path).lora is not None
   monkeypatch.setattr(fitting, "device_bytes", lambda mesh: 1e15)
-  choices = fitting.choose(config, [read(config, tokenizer)], tokenizer)
+  choices = fitting.choose(config, [read(config, tokenizer)])
   assert choices["model.remat"].value is False
   assert "lora" not in choices
 
@@ -322,7 +322,7 @@ def test_a_file_is_never_overwritten(tmp_path, model):
     inspect.main(configure(tmp_path, model), write=str(path))
   assert path.read_text() == "mine"
   with pytest.raises(errors.UserError, match="there is no folder"):
-    fitting.check_absent(tmp_path / "no/my.yaml")
+    commented_config.check_absent(tmp_path / "no/my.yaml")
 
 
 # --- The command ----------------------------------------------------------------------

@@ -168,14 +168,18 @@ def tokenise(
       continue
     prompt, learned, teacher = map(tuple, ids)
     row = Row(prompt, learned, teacher, row_id)
-    fits = all(length <= limit for length, limit in zip(lengths(row), limits))
-    (rows if fits else over).append(row)
+    (rows if fits(row, limits) else over).append(row)
   return Tokenised(rows, over, refused)
 
 
 def lengths(row: Row) -> Widths:
   """Tokens of a row's prompt, answer and teacher's context."""
   return len(row.prompt), len(row.answer), len(row.teacher)
+
+
+def fits(row: Row, limits: Widths) -> bool:
+  """Whether a row is within the budgets."""
+  return all(n <= limit for n, limit in zip(lengths(row), limits))
 
 
 _PARTS = ("prompt", "answer", "teacher")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,10 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.config import data_layout, schema
-from raft_jax.curation import near_duplicates
+from raft_jax.curation import near_duplicates, refined_folder
 from raft_jax.data import batching, training_set
 from raft_jax.hf import chat
-from raft_jax.storage import question_files, records
+from raft_jax.storage import question_files, records, sealed_folder
 from raft_jax.storage import rejects as rejects_lib
 
 SHARES = (0.5, 0.9, 0.99, 1.0)
@@ -138,6 +139,28 @@ def measure(
   )
 
 
+def read_refined(
+  config: schema.Config, tokenizer: chat.ChatTokenizer, context: str
+) -> tuple[QuestionSet | None, list[str]]:
+  """The run's refined records if it has some to learn from, and why there are none."""
+  folder = pathlib.Path(config.output) / refined_folder.FOLDER
+  if config.data.answers == "original":
+    return None, []
+  if not (folder / sealed_folder.MANIFEST).exists():
+    return None, [
+      "refine: has not run; the lengths are those of the original answers, so inspect "
+      f"again after it (data.answers={config.data.answers} learns what it writes)"
+    ]
+  try:
+    examples = training_set.read_refined(config, tokenizer)
+  except errors.UserError as error:
+    return None, [f"refined answers: {error}"]
+  found = measure(
+    "refined", str(folder), examples, config.data, tokenizer, context=context
+  )
+  return found, []
+
+
 def budgets(data: schema.Data) -> batching.Widths:
   """The most tokens of a prompt, an answer and a teacher's context."""
   return data.max_prompt_tokens, data.max_answer_tokens, data.max_teacher_tokens
@@ -173,6 +196,11 @@ def reasons(rejects: Sequence[rejects_lib.Reject], places: int = 3) -> list[Reas
     Reason(len(group), kind, group[0].reason, [r.place for r in group[:places]])
     for (kind, _), group in sorted(groups.items(), key=lambda item: -len(item[1]))
   ]
+
+
+def learned(sets: Sequence[QuestionSet]) -> QuestionSet:
+  """The set that a run learns from: the refined one where there is one."""
+  return next(s for s in reversed(sets) if s.name in ("questions", "refined"))
 
 
 def lengths(found: QuestionSet) -> dict[str, np.ndarray]:
@@ -242,6 +270,12 @@ def near_repeats(sets: Sequence[QuestionSet]) -> Repeats | None:
 
 def _text(example: training_set.Example) -> str:
   return "\n".join(map(records.as_text, (*example.messages, example.answer)))
+
+
+def repeats(sets: Sequence[QuestionSet]) -> tuple[Repeats, Repeats | None]:
+  """The same questions, and the near repeats that are not among them."""
+  same, near = same_questions(sets), near_repeats(sets)
+  return same, None if near is None else beside(near, same)
 
 
 def beside(near: Repeats, same: Repeats) -> Repeats:

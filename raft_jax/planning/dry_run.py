@@ -87,38 +87,10 @@ def make_plan(config: schema.Config, machine: machines.Machine) -> run_plan.RunP
   mesh = sharding.make_mesh(
     **config.mesh.model_dump(), devices=machines.devices(machine)
   )
-  distils = run_plan.uses_distillation(config.distill, config.balance)
-  layout = run_plan.batch_layout(
-    config.train.batch_size, config.replay, config.rollout, distils=distils
-  )
-  run_plan.check(
-    config.model,
-    decoder,
-    mesh,
-    top_k=config.distill.top_k if distils else None,
-    rows=layout.rows,
-    micro_batches=config.train.micro_batches,
-  )
   teacher_decoder = None
   if teacher_source is not None:
     teacher_decoder = hf_load.load_config(teacher_source, weights=False)
-  limits = config.data
-  return run_plan.make_plan(
-    config,
-    decoder,
-    teacher_decoder,
-    mesh,
-    batch_rows=layout.rows,
-    widest=(
-      batching.padded_width(limits.max_prompt_tokens),
-      batching.padded_width(limits.max_answer_tokens),
-      batching.padded_width(limits.max_teacher_tokens),
-    ),
-    total_steps=1,
-    # Any ids will do: they change no cost.
-    eos_ids=(0,),
-    pad_id=0,
-  )
+  return run_plan.make_budget_plan(config, decoder, teacher_decoder, mesh)
 
 
 # --- Compiling instead of running -----------------------------------------------------

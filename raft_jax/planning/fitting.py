@@ -7,24 +7,25 @@ saves memory from the memory of a step (`step_memory`).
 from __future__ import annotations
 
 import math
-import os
-import pathlib
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from raft_jax import errors
 from raft_jax.config import load as config_load
-from raft_jax.config import schema, strict_yaml
+from raft_jax.config import schema
 from raft_jax.data import batching, inspection
-from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
+from raft_jax.planning import commented_config
 from raft_jax.runtime import interrupts
 from raft_jax.training import run_plan, step_memory
+
+Choice = commented_config.Choice
+Choices = commented_config.Choices
 
 GIB = 2.0**30
 
@@ -45,58 +46,17 @@ PUBLISHED_SIZE = 8e9
 inverse root of their parameters."""
 
 
-class Choice(NamedTuple):
-  """A value, and why."""
-
-  value: Any
-  why: str
-
-
-Choices = dict[str, Choice]
-"""Dotted key -> its value."""
-
-
-def check_absent(path: pathlib.Path) -> None:
-  """Raises UserError if the file to write exists or cannot be made."""
-  if os.path.lexists(path):
-    raise errors.UserError(
-      f"--write: {path} exists and is not overwritten; name another file, or delete it"
-    )
-  if not path.parent.is_dir():
-    raise errors.UserError(f"--write: there is no folder {path.parent}; make it first")
-
-
-def write(
-  path: pathlib.Path,
-  config: schema.Config,
-  sets: Sequence[inspection.QuestionSet],
-  tokenizer: chat.ChatTokenizer,
-) -> None:
-  """Writes a config that fits; the values of `config` that fit any data stay.
+def choose(config: schema.Config, sets: Sequence[inspection.QuestionSet]) -> Choices:
+  """Every value that depends on the data or the machine.
 
   Raises:
-    errors.UserError: the file exists, or there is no usable row.
+    errors.UserError: there is no usable row.
   """
-  choices = choose(config, sets, tokenizer)
-  text = as_yaml(config, choices, header(config, sets))
-  try:
-    with path.open("x", encoding="utf-8") as file:
-      file.write(text)
-  except FileExistsError:
-    check_absent(path)
-
-
-def choose(
-  config: schema.Config,
-  sets: Sequence[inspection.QuestionSet],
-  tokenizer: chat.ChatTokenizer,
-) -> Choices:
-  """Every value that depends on the data or the machine."""
   source = config.model.source
   decoder = hf_load.load_config(source)
   teacher = config.distill.source
   teacher_decoder = None if teacher is None else hf_load.load_config(teacher)
-  learned = next(s for s in reversed(sets) if s.name in ("questions", "refined"))
+  learned = inspection.learned(sets)
   refines = config.data.answers != "original" and learned.name == "questions"
   refine = config.refine if refines else None
   choices = budgets(sets, decoder.max_positions, refine)
@@ -109,10 +69,18 @@ def choose(
     why = "some rows cannot be used; they are listed in rejects.jsonl"
     choices["data.unusable"] = Choice("skip", why)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  batch, why = batch_size(config, decoder, mesh, rows)
+  batch, why = batch_size(
+    config.model, config.replay, config.rollout, decoder, mesh, rows
+  )
+  if batch is None:
+    batch = config.train.batch_size
   choices["train.batch_size"] = Choice(batch, why)
-  choices |= memory(config, choices, decoder, teacher_decoder, mesh, tokenizer)
-  return choices | steps(config, choices, decoder, rows, batch)
+  choices |= memory(config, choices, decoder, teacher_decoder, mesh)
+  lora = config.lora is not None or "lora" in choices
+  given = config_load.flat(config_load.non_defaults(config))
+  return choices | steps(
+    config.train, given, decoder, lora=lora, rows=rows, batch=batch
+  )
 
 
 # --- Budgets --------------------------------------------------------------------------
@@ -158,7 +126,7 @@ def budgets(
       why += f"; {spare} more for rewritten answers"
     choices[f"data.max_{part}_tokens"] = Choice(limit, why)
   over = sum(
-    any(n > m for n, m in zip(batching.lengths(row), limits.values()))
+    not batching.fits(row, (prompt, answer, teacher))
     for found in sets
     for row in found.rows.values()
   )
@@ -190,35 +158,41 @@ def _wide(length: int) -> int:
 
 def usable_rows(found: inspection.QuestionSet, choices: Choices) -> int:
   """The number of rows within the chosen budgets."""
-  limits = [
+  prompt, answer, teacher = (
     choices[f"data.max_{part}_tokens"].value for part in ("prompt", "answer", "teacher")
-  ]
-  return sum(
-    all(n <= m for n, m in zip(batching.lengths(row), limits))
-    for row in found.rows.values()
   )
+  limits = (prompt, answer, teacher)
+  return sum(batching.fits(row, limits) for row in found.rows.values())
 
 
 # --- Batch and memory -----------------------------------------------------------------
 
 
 def batch_size(
-  config: schema.Config, decoder: transformer.DecoderConfig, mesh: Mesh, rows: int
-) -> tuple[int, str]:
-  """The largest batch, up to the paper's 16, that gives a pass enough steps."""
+  model: schema.Model,
+  replay: schema.Replay | None,
+  rollout: schema.Rollout,
+  decoder: transformer.DecoderConfig,
+  mesh: Mesh,
+  rows: int,
+) -> tuple[int | None, str]:
+  """The largest batch, up to the paper's 16, that gives a pass enough steps.
+
+  None if none of the sizes suits the mesh and the share of replayed rows.
+  """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   fitting = []
   for size in sorted({16, 8, 4, 2, 1, parts}, reverse=True):
     try:
-      layout = run_plan.batch_layout(size, config.replay, config.rollout, distils=True)
+      layout = run_plan.batch_layout(size, replay, rollout, distils=True)
       run_plan.check(
-        config.model, decoder, mesh, top_k=None, rows=layout.rows, micro_batches=1
+        model, decoder, mesh, top_k=None, rows=layout.rows, micro_batches=1
       )
     except errors.UserError:
       continue
     fitting.append(size)
   if not fitting:
-    return config.train.batch_size, "as given: a share of replayed rows depends on it"
+    return None, "as given: a share of replayed rows depends on it"
   enough = [size for size in fitting if rows // size >= STEPS_PER_EPOCH]
   size = max(enough) if enough else min(fitting)
   return size, f"{rows:,} rows give {rows // size:,} steps a pass"
@@ -241,22 +215,22 @@ def memory(
   decoder: transformer.DecoderConfig,
   teacher_decoder: transformer.DecoderConfig | None,
   mesh: Mesh,
-  tokenizer: chat.ChatTokenizer,
 ) -> Choices:
   """What a step needs to fit into memory: the first rung of `ladder` that does."""
   room = device_bytes(mesh)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   batch = choices["train.batch_size"].value
   kept: dict[str, Any] = {}
-  why = ""
+  why, fault = "", None
   for keys in ladder(batch, parts, lora=config.lora is not None):
     interrupts.check()
     values = {key: choice.value for key, choice in choices.items()} | keys
     try:
-      trial = config_load.from_tree(merged(config, values))
-    except errors.UserError:  # as LoRA with a method that needs all parameters
+      trial = config_load.from_tree(commented_config.merged(config, values))
+      plan = run_plan.make_budget_plan(trial, decoder, teacher_decoder, mesh)
+    except errors.UserError as error:  # as LoRA where a method needs all parameters
+      fault = error
       continue
-    plan = plan_of(trial, decoder, teacher_decoder, mesh, tokenizer)
     kept = keys
     if room is None:
       why = "the memory of these devices is not known; see `python -m raft_jax.plan`"
@@ -266,6 +240,8 @@ def memory(
     if fits:
       break
     why += ". IT DOES NOT FIT: lower the budgets or take another machine"
+  if not kept and fault is not None:
+    raise fault
   choices = {key: Choice(value, why) for key, value in kept.items()}
   if "lora" in choices:
     choices["lora"] = Choice({}, "all parameters do not fit; " + why)
@@ -299,45 +275,23 @@ def device_bytes(mesh: Mesh) -> float | None:
   return None if math.isnan(sum(limits)) else float(sum(limits))
 
 
-def plan_of(
-  config: schema.Config,
-  decoder: transformer.DecoderConfig,
-  teacher_decoder: transformer.DecoderConfig | None,
-  mesh: Mesh,
-  tokenizer: chat.ChatTokenizer,
-) -> run_plan.RunPlan:
-  """The plan of a run whose rows are as long as the budgets allow."""
-  distils = run_plan.uses_distillation(config.distill, config.balance)
-  layout = run_plan.batch_layout(
-    config.train.batch_size, config.replay, config.rollout, distils=distils
-  )
-  prompt, answer, teacher = map(_wide, inspection.budgets(config.data))
-  return run_plan.make_plan(
-    config,
-    decoder,
-    teacher_decoder,
-    mesh,
-    batch_rows=layout.rows,
-    widest=(prompt, answer, teacher),
-    total_steps=1,
-    eos_ids=tokenizer.eos_ids,
-    pad_id=tokenizer.pad_id,
-  )
-
-
 # --- Steps and learning rate ----------------------------------------------------------
 
 
 def steps(
-  config: schema.Config,
-  choices: Choices,
+  train: schema.Train,
+  given: Container[str],
   decoder: transformer.DecoderConfig,
+  *,
+  lora: bool,
   rows: int,
   batch: int,
 ) -> Choices:
-  """Passes, learning rate, checkpoints. The first two stay if the config has them."""
-  given = config_load.flat(config_load.non_defaults(config))
-  train = config.train
+  """Passes, learning rate, checkpoints.
+
+  Args:
+    given: keys that the config sets; passes and learning rate then stay.
+  """
   per_epoch = max(rows // batch, 1)
   epochs = train.epochs
   if "train.epochs" not in given and rows > 20_000:
@@ -347,7 +301,6 @@ def steps(
   why = f"{per_epoch:,} steps a pass, {total:,} in all, {warm_up} of them warm-up"
   found = {"train.epochs": Choice(epochs, why)}
   if "train.learning_rate" not in given:
-    lora = config.lora is not None or "lora" in choices
     found["train.learning_rate"] = learning_rate(decoder, lora=lora)
   every = min(100, max(1, total // 4))
   why = "after an interruption, at most so many steps are computed again"
@@ -356,7 +309,7 @@ def steps(
 
 def learning_rate(decoder: transformer.DecoderConfig, *, lora: bool) -> Choice:
   """A rate to start from, for a model of this size."""
-  count = parameters(decoder)
+  count = sum(leaf.size for leaf in jax.tree.leaves(transformer.shapes(decoder)))
   rate = PUBLISHED_RATE * max(1.0, math.sqrt(PUBLISHED_SIZE / count))
   rate = min(rate, 1e-4) * (LORA_RATES if lora else 1)
   rate = float(f"{min(rate, 1e-3):.0e}")
@@ -366,90 +319,3 @@ def learning_rate(decoder: transformer.DecoderConfig, *, lora: bool) -> Choice:
     f"a start for {count / 1e6:,.0f} million parameters{low} (5e-6 is published for "
     "models of billions; smaller ones take more); try half and double of it",
   )
-
-
-def parameters(decoder: transformer.DecoderConfig) -> int:
-  """The number of the model's parameters."""
-  leaves: list[Any] = []
-
-  def visit(tree: Any) -> None:
-    if isinstance(tree, Mapping):
-      for branch in tree.values():
-        visit(branch)
-    else:
-      leaves.append(tree)
-
-  visit(transformer.shapes(decoder))
-  return sum(leaf.size for leaf in leaves)
-
-
-# --- The file -------------------------------------------------------------------------
-
-
-def header(config: schema.Config, sets: Sequence[inspection.QuestionSet]) -> list[str]:
-  """The first lines of the file."""
-  rows = ", ".join(f"{found.used:,} rows of {found.name}" for found in sets)
-  lines = [
-    f"Written by `inspect` for {rows}.",
-    "Every comment says why; change what you know better.",
-  ]
-  if config.data.test is None:
-    lines.append("`evaluate` needs data.test: a file of questions that are held out.")
-  return lines
-
-
-def merged(config: schema.Config, values: Mapping[str, Any]) -> dict[str, Any]:
-  """The keys that the config sets, with other values, in the order of the schema."""
-  draft = strict_yaml.Draft()
-  draft.tree = config_load.non_defaults(config)
-  for key, value in values.items():
-    *parents, last = key.split(".")
-    node = draft.tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return _ordered(draft.tree, config.model_dump(mode="json"))
-
-
-def _ordered(tree: dict[str, Any], like: Any) -> dict[str, Any]:
-  names = list(like) if isinstance(like, dict) else []
-  ordered = sorted(tree, key=lambda k: names.index(k) if k in names else len(names))
-  return {
-    name: _ordered(tree[name], like.get(name) if isinstance(like, dict) else None)
-    if isinstance(tree[name], dict)
-    else tree[name]
-    for name in ordered
-  }
-
-
-def as_yaml(
-  config: schema.Config, choices: Choices, header_lines: Sequence[str]
-) -> str:
-  """The file: the config's keys and the chosen ones, each of them below a comment."""
-  values = {key: choice.value for key, choice in choices.items()}
-  tree = merged(config, values)
-  config_load.from_tree(tree)  # it must load
-  text = strict_yaml.dump(tree)
-  draft = strict_yaml.Draft()
-  draft.read(text, "", str)
-  given = config_load.flat(config_load.non_defaults(config))
-  comments: dict[int, str] = {}
-  said = ""
-  for key, choice in choices.items():
-    why = "" if choice.why == said else choice.why
-    said = choice.why
-    if key in given and given[key] != choice.value:
-      why = f"{why or 'as above'} (was {given[key]})"
-    comments[int(draft.places[key])] = why
-  lines = [part for line in header_lines for part in _comment(line)] + [""]
-  for number, line in enumerate(text.splitlines(), start=1):
-    indent = " " * (len(line) - len(line.lstrip()))
-    if comments.get(number):
-      lines += _comment(comments[number], indent)
-    lines.append(line)
-  return "\n".join(lines) + "\n"
-
-
-def _comment(text: str, indent: str = "") -> list[str]:
-  mark = f"{indent}# "
-  return textwrap.wrap(text, 88, initial_indent=mark, subsequent_indent=mark)

@@ -156,6 +156,48 @@ def make_plan(
   )
 
 
+def make_budget_plan(
+  config: schema.Config,
+  decoder: transformer.DecoderConfig,
+  teacher_decoder: transformer.DecoderConfig | None,
+  mesh: Mesh,
+) -> RunPlan:
+  """The plan of a run whose rows are as long as the budgets of `data` allow.
+
+  Raises:
+    errors.UserError: as `check`.
+  """
+  distils = uses_distillation(config.distill, config.balance)
+  layout = batch_layout(
+    config.train.batch_size, config.replay, config.rollout, distils=distils
+  )
+  check(
+    config.model,
+    decoder,
+    mesh,
+    top_k=config.distill.top_k if distils else None,
+    rows=layout.rows,
+    micro_batches=config.train.micro_batches,
+  )
+  limits = config.data
+  return make_plan(
+    config,
+    decoder,
+    teacher_decoder,
+    mesh,
+    batch_rows=layout.rows,
+    widest=(
+      batching.padded_width(limits.max_prompt_tokens),
+      batching.padded_width(limits.max_answer_tokens),
+      batching.padded_width(limits.max_teacher_tokens),
+    ),
+    total_steps=1,
+    # Any ids will do: they change no cost.
+    eos_ids=(0,),
+    pad_id=0,
+  )
+
+
 def make_rollouts(
   rollout: schema.Rollout, distill: schema.Distill, seed: int, pad_id: int
 ) -> programs_lib.Rollouts:
