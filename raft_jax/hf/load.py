@@ -221,11 +221,10 @@ def _matched(
   if tied in stored:
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
   if in_gguf:
-    for piece in pieces:
-      if piece.paths[0] in family.interleaved:
-        is_query = piece.paths[0].endswith("/q")
-        heads = config.n_heads if is_query else config.n_kv_heads
-        stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads)
+    heads = decoder_config.interleaved_heads(family, config)
+    for name, path in ((piece.name, piece.paths[0]) for piece in pieces):
+      if path in heads:
+        stored[name] = gguf_file.uninterleaved(stored[name], heads[path])
   return stored, pieces, leaves
 
 
