@@ -14,7 +14,7 @@ import rich.console
 from raft_jax import errors
 from raft_jax.config import cli, schema
 from raft_jax.curation import refined_folder
-from raft_jax.data import batching, inspection, inspection_tables, training_set
+from raft_jax.data import inspection, inspection_tables, token_rows, training_set
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.planning import fitting
@@ -159,13 +159,11 @@ def outlook(
 
 
 def beyond_positions(
-  config: schema.Config, rows: list[batching.Row], *, distils: bool
+  config: schema.Config, rows: list[token_rows.Row], *, distils: bool
 ) -> str | None:
   """Why the model cannot read the longest row within the budgets, or None."""
-  limits = inspection.budgets(config.data)
-  rows = [
-    row for row in rows if all(n <= m for n, m in zip(batching.lengths(row), limits))
-  ]
+  limits = token_rows.budgets(config.data)
+  rows = [row for row in rows if token_rows.fits(row, limits)]
   if not rows:
     return None
   longest = run_inputs.longest_row(
@@ -177,7 +175,7 @@ def beyond_positions(
   source = config.model.source
   try:
     decoder = hf_load.load_config(source, weights=False)
-    batching.check_positions(longest, source, decoder)
+    token_rows.check_positions(longest, source, decoder)
   except errors.UserError as error:
     return str(error)
   return None

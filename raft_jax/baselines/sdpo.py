@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raft_jax.data import batching, rouge
+from raft_jax.data import batching, rouge, token_rows
 from raft_jax.distillation import sequences
 from raft_jax.generation import thinking
 from raft_jax.hf import chat, teacher_prompts
@@ -78,7 +78,7 @@ def build_teacher_context(
   trajectory: sequences.Trajectory,
   *,
   tokenizer: chat.ChatTokenizer,
-  questions_by_row: Mapping[int, batching.Conversation],
+  questions_by_row: Mapping[int, token_rows.Conversation],
   siblings: Siblings,
 ) -> TeacherContext:
   """Gives the teacher of each rollout a successful sibling to read.

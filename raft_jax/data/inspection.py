@@ -12,7 +12,7 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.config import data_layout, schema
 from raft_jax.curation import near_duplicates
-from raft_jax.data import batching, training_set
+from raft_jax.data import token_rows, training_set
 from raft_jax.hf import chat
 from raft_jax.storage import question_files, records
 from raft_jax.storage import rejects as rejects_lib
@@ -44,7 +44,7 @@ class QuestionSet(NamedTuple):
   address: str
   formats: Mapping[str, str]
   examples: list[training_set.Example]
-  rows: dict[int, batching.Row]
+  rows: dict[int, token_rows.Row]
   rejects: list[rejects_lib.Reject]
   used: int
   stop: str | None
@@ -112,35 +112,26 @@ def measure(
   context: str,
 ) -> QuestionSet:
   """Tokenises examples and applies the budgets, as a run does."""
-  limits = budgets(data)
+  limits = token_rows.budgets(data)
   places = [example.place for example in examples]
-  tokenised = batching.tokenise(
+  tokenised = token_rows.tokenise(
     [(example.messages, example.answer) for example in examples],
     tokenizer,
     context,
     limits,
     places,
   )
-  stop = _fault(
-    lambda: batching.choose_rows(
-      tokenised, limits, too_long=data.too_long, unusable=data.unusable, places=places
-    )
-  )
+  stop = _fault(lambda: token_rows.choose(tokenised, data, places))
   return QuestionSet(
     name=name,
     address=address,
     formats={},
     examples=examples,
     rows={row.row_id: row for row in (*tokenised.rows, *tokenised.over)},
-    rejects=batching.unused_rows(tokenised, limits, places),
+    rejects=token_rows.unused(tokenised, limits, places),
     used=len(tokenised.rows),
     stop=stop,
   )
-
-
-def budgets(data: schema.Data) -> batching.Widths:
-  """The most tokens of a prompt, an answer and a teacher's context."""
-  return data.max_prompt_tokens, data.max_answer_tokens, data.max_teacher_tokens
 
 
 def _fault(check: Callable[[], Any]) -> str | None:
@@ -177,8 +168,8 @@ def reasons(rejects: Sequence[rejects_lib.Reject], places: int = 3) -> list[Reas
 
 def lengths(found: QuestionSet) -> dict[str, np.ndarray]:
   """Tokens of the prompt, the answer and the teacher's context of every row."""
-  table = np.array([batching.lengths(row) for row in found.rows.values()], int)
-  return dict(zip(("prompt", "answer", "teacher"), table.reshape(-1, 3).T))
+  table = np.array([token_rows.lengths(row) for row in found.rows.values()], int)
+  return dict(zip(token_rows.PARTS, table.reshape(-1, 3).T))
 
 
 def percentiles(tokens: np.ndarray) -> list[int]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from raft_jax import errors
 from raft_jax.config import load as config_load
 from raft_jax.config import schema, strict_yaml
-from raft_jax.data import batching, inspection
+from raft_jax.data import batching, inspection, token_rows
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
@@ -158,7 +158,7 @@ def budgets(
       why += f"; {spare} more for rewritten answers"
     choices[f"data.max_{part}_tokens"] = Choice(limit, why)
   over = sum(
-    any(n > m for n, m in zip(batching.lengths(row), limits.values()))
+    not token_rows.fits(row, limits.values())
     for found in sets
     for row in found.rows.values()
   )
@@ -193,10 +193,7 @@ def usable_rows(found: inspection.QuestionSet, choices: Choices) -> int:
   limits = [
     choices[f"data.max_{part}_tokens"].value for part in ("prompt", "answer", "teacher")
   ]
-  return sum(
-    all(n <= m for n, m in zip(batching.lengths(row), limits))
-    for row in found.rows.values()
-  )
+  return sum(token_rows.fits(row, limits) for row in found.rows.values())
 
 
 # --- Batch and memory -----------------------------------------------------------------
@@ -311,7 +308,7 @@ def plan_of(
   layout = run_plan.batch_layout(
     config.train.batch_size, config.replay, config.rollout, distils=distils
   )
-  prompt, answer, teacher = map(_wide, inspection.budgets(config.data))
+  prompt, answer, teacher = map(_wide, token_rows.budgets(config.data))
   return run_plan.make_plan(
     config,
     decoder,
