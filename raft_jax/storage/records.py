@@ -115,6 +115,11 @@ def user_turn(content: str) -> tuple[Message, ...]:
   return (Message("user", content),)
 
 
+def as_reply(answer: str | Message) -> Message:
+  """An answer as the assistant's turn."""
+  return answer if isinstance(answer, Message) else Message("assistant", answer)
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
   """One training or test example.

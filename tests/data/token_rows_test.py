@@ -6,7 +6,7 @@ import pytest
 from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.data import token_rows
-from raft_jax.hf import chat, teacher_prompts
+from raft_jax.hf import answer_turns, chat, teacher_prompts
 from raft_jax.storage import question_files, rejects
 
 
@@ -36,7 +36,7 @@ def test_rows_hold_the_tokenizers_ids_in_order(questions, tokenizer):
   assert [row.row_id for row in rows] == list(range(len(questions)))
   row, question = rows[7], questions[7]
   assert row.prompt == tuple(chat.prompt_ids(tokenizer, question.messages))
-  assert row.answer == tuple(chat.answer_ids(tokenizer, question.answer))
+  assert row.answer == tuple(answer_turns.answer_ids(tokenizer, question.answer))
   form = teacher_prompts.teacher_ids(
     tokenizer, question.messages, question.answer, "chat"
   )

@@ -13,7 +13,7 @@ import transformers
 from raft_jax import errors
 from raft_jax.data import token_rows
 from raft_jax.evaluation import scoring
-from raft_jax.hf import chat, model_source
+from raft_jax.hf import answer_turns, chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files
@@ -40,7 +40,7 @@ def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_pa
   rows = [
     token_rows.Row(
       tuple(chat.prompt_ids(chat_tokenizer, q.messages)),
-      tuple(chat.answer_ids(chat_tokenizer, q.answer)),
+      tuple(answer_turns.answer_ids(chat_tokenizer, q.answer)),
       (),
       i,
     )
