@@ -69,6 +69,12 @@ class TestSets(NamedTuple):
   validation: QuestionSet | None
   general: General
 
+  @property
+  def rejects(self) -> list[rejects_lib.Reject]:
+    """The rows of the domain's questions that were left out."""
+    sets = (self.test, self.validation)
+    return [reject for found in sets if found is not None for reject in found.rejects]
+
 
 def read(
   data: schema.Data,
