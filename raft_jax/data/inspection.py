@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -266,22 +267,20 @@ class Example(NamedTuple):
 def example(
   sets: Sequence[QuestionSet], tokenizer: chat.ChatTokenizer, row_id: str | None
 ) -> Example | None:
-  """The row with this id, or else the first used one; None if there is none.
+  """The row with this id, or else the first; None if there is none.
 
   Raises:
-    errors.UserError: no row has the id, or the row is not used.
+    errors.UserError: no row has the id, or the row has no tokens.
   """
-  for found, (index, row) in itertools.chain.from_iterable(
-    zip(itertools.repeat(found), sorted(found.rows.items())) for found in sets
-  ):
-    place = found.examples[index].place
-    if row_id in (None, place.id):
-      decode = tokenizer.hf_tokenizer.decode
-      texts = (
-        str(decode(list(ids), clean_up_tokenization_spaces=False))
-        for ids in (row.prompt, row.answer, row.teacher)
-      )
-      return Example(place, *texts)
+  decode = functools.partial(
+    tokenizer.hf_tokenizer.decode, clean_up_tokenization_spaces=False
+  )
+  for found in sets:
+    for index, row in sorted(found.rows.items()):
+      place = found.examples[index].place
+      if row_id in (None, place.id):
+        parts = (row.prompt, row.answer, row.teacher)
+        return Example(place, *(str(decode(list(ids))) for ids in parts))
   if row_id is None:
     return None
   for reject in itertools.chain.from_iterable(found.rejects for found in sets):
