@@ -33,7 +33,6 @@ def main(config: schema.Config, *, once: str | None, model: str | None) -> None:
   how = chat_history.Sampling(
     settings.max_new_tokens, settings.temperature, settings.top_p, config.train.seed
   )
-  template = config.model.chat_template
   if model is None:
     run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
     trained_model.require(config.output, config.validation)
@@ -42,15 +41,18 @@ def main(config: schema.Config, *, once: str | None, model: str | None) -> None:
   )
   compute = transformer.Compute(dtype=config.model.dtype, unroll=unroll)
   with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-    if model is not None:
-      asked = stored_speaker(model, model, None, compute)
-    else:
-      decoder = hf_load.load_config(source)
-      tokenizer = hf_chat.load(source, template)
-      interrupts.check()
+    decoder = hf_load.load_config(source)
+    tokenizer = hf_chat.load(source, config.model.chat_template)
+    interrupts.check()
+    if model is None:
       params, step = trained_model.load(config, decoder)
       asked = speaker(f"trained, step {step}", params, decoder, tokenizer, compute)
-    speakers = [asked, stored_speaker("base", source, template, compute)]
+      del params  # before the base model's are loaded
+    else:
+      own, words = hf_load.load_config(model), hf_chat.load(model)
+      asked = speaker(model, hf_load.load_params(model, own), own, words, compute)
+    base_params = hf_load.load_params(source, decoder)
+    speakers = [asked, speaker("base", base_params, decoder, tokenizer, compute)]
   if once is None:
     chat_loop.talk(speakers, how)
   else:
@@ -74,16 +76,6 @@ def check_question(once: str | None) -> None:
     raise errors.UserError("--once: the question is empty; write --once QUESTION")
   elif any("\ud800" <= letter <= "\udfff" for letter in once):
     raise errors.UserError("--once: the question is not UTF-8; write it as UTF-8")
-
-
-def stored_speaker(
-  title: str, source: str, template: str | None, compute: transformer.Compute
-) -> chat_history.Speaker:
-  """A model as it is at its source, ready to be asked."""
-  decoder = hf_load.load_config(source)
-  tokenizer = hf_chat.load(source, template)
-  params = hf_load.load_params(source, decoder)
-  return speaker(title, params, decoder, tokenizer, compute)
 
 
 def speaker(
