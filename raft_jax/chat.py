@@ -14,23 +14,45 @@ from raft_jax.hf import chat as hf_chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sampling, streaming, transformer
 from raft_jax.runtime import distributed, interrupts
-from raft_jax.training import checkpoint, run_inputs, trained_model
+from raft_jax.training import run_inputs, trained_model
 
 
 def main(config: schema.Config, *, once: str | None, model: str | None) -> None:
   """Talks, or answers the one question `once`.
 
   Args:
-    model: replaces the newest checkpoint: an export, or any source of a model.
+    model: replaces the checkpoint that `evaluate` and `export` read: an export, or any
+      source of a model.
+
+  Raises:
+    UserError: there is no checkpoint, or the output folder holds another run.
   """
   distributed.refuse("chat")
   check_question(once)
-  settings = config.chat
+  settings, source = config.chat, config.model.source
   how = chat_history.Sampling(
     settings.max_new_tokens, settings.temperature, settings.top_p, config.train.seed
   )
+  if model is None:
+    run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
+    trained_model.require(config.output, config.validation)
+  unroll = sampling.unrolled(
+    config.rollout.unroll, config.model.unroll, jax.default_backend()
+  )
+  compute = transformer.Compute(dtype=config.model.dtype, unroll=unroll)
   with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
-    speakers = [trained_speaker(config, model), base_speaker(config)]
+    decoder = hf_load.load_config(source)
+    tokenizer = hf_chat.load(source, config.model.chat_template)
+    interrupts.check()
+    if model is None:
+      params, step = trained_model.load(config, decoder)
+      asked = speaker(f"trained, step {step}", params, decoder, tokenizer, compute)
+      del params  # before the base model's are loaded
+    else:
+      own, words = hf_load.load_config(model), hf_chat.load(model)
+      asked = speaker(model, hf_load.load_params(model, own), own, words, compute)
+    base_params = hf_load.load_params(source, decoder)
+    speakers = [asked, speaker("base", base_params, decoder, tokenizer, compute)]
   if once is None:
     chat_loop.talk(speakers, how)
   else:
@@ -56,49 +78,15 @@ def check_question(once: str | None) -> None:
     raise errors.UserError("--once: the question is not UTF-8; write it as UTF-8")
 
 
-def trained_speaker(config: schema.Config, model: str | None) -> chat_history.Speaker:
-  """The model of the checkpoint that `evaluate` and `export` read, or `model`.
-
-  Raises:
-    UserError: there is no checkpoint, or the output folder holds another run.
-  """
-  if model is not None:
-    decoder = hf_load.load_config(model)
-    tokenizer = hf_chat.load(model)
-    params = hf_load.load_params(model, decoder)
-    return speaker(config, model, params, decoder, tokenizer)
-  source, output = config.model.source, config.output
-  run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
-  checkpoint.require(output, trained_model.checkpoint_folder(output, config.validation))
-  decoder = hf_load.load_config(source)
-  tokenizer = hf_chat.load(source, config.model.chat_template)
-  interrupts.check()
-  params, step = trained_model.load(config, decoder)
-  return speaker(config, f"trained, step {step}", params, decoder, tokenizer)
-
-
-def base_speaker(config: schema.Config) -> chat_history.Speaker:
-  """The model before training."""
-  source = config.model.source
-  decoder = hf_load.load_config(source)
-  tokenizer = hf_chat.load(source, config.model.chat_template)
-  params = hf_load.load_params(source, decoder)
-  return speaker(config, "base", params, decoder, tokenizer)
-
-
 def speaker(
-  config: schema.Config,
   title: str,
   params: transformer.Params,
   decoder: transformer.DecoderConfig,
   tokenizer: hf_chat.ChatTokenizer,
+  compute: transformer.Compute,
 ) -> chat_history.Speaker:
   """A model that is ready to be asked."""
   interrupts.check()
-  unroll = sampling.unrolled(
-    config.rollout.unroll, config.model.unroll, jax.default_backend()
-  )
-  compute = transformer.Compute(dtype=config.model.dtype, unroll=unroll)
   network = streaming.network(params, decoder, compute)
   return chat_history.Speaker(title, network, tokenizer)
 

@@ -37,7 +37,7 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import sampling
 from raft_jax.runtime import distributed, interrupts
 from raft_jax.storage import journal, rejects
-from raft_jax.training import checkpoint, metrics_log, trackers, trained_model
+from raft_jax.training import metrics_log, trackers, trained_model
 
 
 def main(config: schema.Config) -> None:
@@ -55,10 +55,7 @@ def main(config: schema.Config) -> None:
     roles.judge("vote", judge, config.model, judged_accuracy.REPLY_SCHEMA)
     for judge in settings.judges
   ]
-  # Before the encoder is loaded.
-  checkpoint.require(
-    config.output, trained_model.checkpoint_folder(config.output, config.validation)
-  )
+  trained_model.require(config.output, config.validation)  # before the encoder loads
   trained_server, base_server = connect(settings.servers)
   embed = sentence_encoder.load(config.refine.encoder)
   interrupts.check()
@@ -69,18 +66,14 @@ def main(config: schema.Config) -> None:
   run_lock.lock_config(config, "evaluate", ())
   folder = pathlib.Path(config.output) / "evaluation"
   folder.mkdir(exist_ok=True)
-  rejected = [*sets.test.rejects, *(sets.validation.rejects if sets.validation else ())]
-  rejects.write(folder / "rejects.jsonl", rejected)
+  rejects.write(folder / "rejects.jsonl", sets.rejects)
   base_params = hf_load.load_params(source, decoder)
   how = run_settings(config.model, config.rollout, settings.batch_size)
-  trained, base = (
-    scoring.eval_model(
-      model_params, decoder, tokenizer, how, title=title, server=server
-    )
-    for model_params, title, server in (
-      (params, f"step {step}", trained_server),
-      (base_params, "base model", base_server),
-    )
+  trained = scoring.eval_model(
+    params, decoder, tokenizer, how, title=f"step {step}", server=trained_server
+  )
+  base = scoring.eval_model(
+    base_params, decoder, tokenizer, how, title="base model", server=base_server
   )
   path = settings.journal or folder / "journal.jsonl"
   with journal.open_journal(pathlib.Path(path)) as log:

@@ -82,13 +82,9 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
         config, plan, inputs, start.reference, validation_set, checkpoints, start.step
       )
     )
+    validate = None if validation is None else validation.run
     done = loop.train(
-      plan,
-      inputs,
-      start,
-      checkpoints=checkpoints,
-      log=log,
-      validate=None if validation is None else validation.run,
+      plan, inputs, start, checkpoints=checkpoints, log=log, validate=validate
     )
   if is_primary:
     print_end(output, start.step, done, total, time.perf_counter() - began)

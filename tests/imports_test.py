@@ -79,6 +79,7 @@ LIGHT = {
   "storage.arrow_rows",
   "storage.delimited",
   "storage.hub_datasets",
+  "storage.hub_errors",
   "storage.journal",
   "storage.question_files",
   "storage.records",

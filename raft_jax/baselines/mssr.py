@@ -39,7 +39,7 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.config import schema
-from raft_jax.data import batching
+from raft_jax.data import batching, token_rows
 
 Array = np.ndarray
 
@@ -181,7 +181,7 @@ class Plan(NamedTuple):
     widths: padded widths of the run's batches.
   """
 
-  rows: Sequence[batching.Row]
+  rows: Sequence[token_rows.Row]
   size: int
   settings: schema.Adaptive
   seed: int
@@ -191,7 +191,7 @@ class Plan(NamedTuple):
 
 def make_plan(
   replay: schema.Replay | None,
-  rows: Sequence[batching.Row],
+  rows: Sequence[token_rows.Row],
   *,
   batch_size: int,
   seed: int,

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raft_jax.data import batching, rouge
+from raft_jax.data import batching, rouge, token_rows
 from raft_jax.distillation import sequences
 from raft_jax.generation import thinking
 from raft_jax.hf import chat, teacher_prompts
 from raft_jax.models import sharding
 from raft_jax.runtime import distributed
+from raft_jax.storage import records
 
 
 class Siblings(NamedTuple):
@@ -78,7 +79,7 @@ def build_teacher_context(
   trajectory: sequences.Trajectory,
   *,
   tokenizer: chat.ChatTokenizer,
-  questions_by_row: Mapping[int, batching.Conversation],
+  questions_by_row: Mapping[int, token_rows.Conversation],
   siblings: Siblings,
 ) -> TeacherContext:
   """Gives the teacher of each rollout a successful sibling to read.
@@ -100,7 +101,7 @@ def build_teacher_context(
     for row, length in zip(tokens_BR, length_B)
   ]
   questions = [questions_by_row[int(row_id) // siblings.group] for row_id in row_id_B]
-  answers = [chat.as_reply(answer).content for _, answer in questions]
+  answers = [records.as_reply(answer).content for _, answer in questions]
   reward_B = np.array([*map(rouge.rouge_l, answers, texts)])
   success_B = (reward_B >= siblings.success) & np.array([bool(text) for text in texts])
   contexts = [

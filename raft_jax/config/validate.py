@@ -10,10 +10,9 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from raft_jax.config import schema, validate_endpoints
+from raft_jax.config import schema, validate_endpoints, validate_training
 from raft_jax.storage import row_formats, sources
 
 Problems = validate_endpoints.Problems
@@ -56,17 +55,17 @@ def conflicts(config: schema.Config) -> Problems:
       f"got {config.train.micro_batches}",
     )
   yield from _attention(config.model, config.rollout)
-  yield from _balance(config.train, config.distill, config.balance)
-  yield from _distillation(config.distill, config.rollout)
+  yield from validate_training.balance(config.train, config.distill, config.balance)
+  yield from validate_training.distillation(config.distill, config.rollout)
   if config.replay is not None:
-    yield from _replay(config.replay, config.synthesise)
+    yield from validate_training.replay(config.replay, config.synthesise)
     if config.replay.adaptive is not None:
-      yield from _adaptive_replay(
+      yield from validate_training.adaptive_replay(
         config.replay.adaptive, config.train, config.rollout, config.distill
       )
   yield from _validation(config.validation, config.data)
-  yield from _updates(config.anchor, config.recadam, config.freeze)
-  yield from _adapter(
+  yield from validate_training.updates(config.anchor, config.recadam, config.freeze)
+  yield from validate_training.adapter(
     config.lora,
     config.export,
     edits={"prune": config.prune, "interpolate": config.interpolate},
@@ -78,7 +77,7 @@ def conflicts(config: schema.Config) -> Problems:
     },
   )
   yield from _export(config.export, config.sweep)
-  yield from _unused(config.distill, config.balance, config.rollout)
+  yield from validate_training.unused(config.distill, config.balance, config.rollout)
   yield from _refine(config.refine)
   yield from _evaluate(config.evaluate)
   if config.extract is not None:
@@ -188,106 +187,6 @@ def _synthesise(synthesise: schema.Synthesise) -> Problems:
     )
 
 
-def _balance(
-  train: schema.Train, distill: schema.Distill, balance: schema.Balance
-) -> Problems:
-  """Losses and their weights."""
-  if balance.mode == "gradient_norm" and not train.gradient_stats_every:
-    yield "train.gradient_stats_every", "must be above 0 for balance.mode=gradient_norm"
-  if balance.mode == "gradient_norm" and not balance.weight:
-    yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
-  if train.cross_entropy:
-    return
-  if distill.teacher == "none":
-    yield (
-      "train.cross_entropy",
-      "with false and distill.teacher=none no loss is left; change one of the two",
-    )
-  elif balance.weight == 0 and (balance.mode == "fixed" or balance.start == 0):
-    yield (
-      "train.cross_entropy",
-      "with false and with a weight of 0 no loss is left; set it to true, or raise "
-      "balance.weight",
-    )
-  if balance.mode in ("ema", "gradient_norm"):
-    yield (
-      "balance.mode",
-      f"{balance.mode} weighs distillation against the cross-entropy, which "
-      "train.cross_entropy=false leaves out; set fixed or schedule",
-    )
-
-
-def _distillation(distill: schema.Distill, rollout: schema.Rollout) -> Problems:
-  """Teachers and rollouts."""
-  if distill.teacher == "live" and distill.teacher_context == "none":
-    yield (
-      "distill.teacher_context",
-      "with none the live teacher reads what the student reads, so its loss is 0; set "
-      "another",
-    )
-  grouped = rollout.group > 1
-  if distill.teacher_context == "sibling" and not grouped:
-    yield "rollout.group", "distill.teacher_context=sibling needs 2 or more; raise it"
-  if grouped and rollout.temperature == 0:
-    yield (
-      "rollout.temperature",
-      "with 0 all rollouts of a question are equal, and rollout.group draws several; "
-      "change one of the two",
-    )
-  if distill.trajectory != "rollout":
-    for key, used in (
-      ("distill.teacher_context", distill.teacher_context == "sibling"),
-      ("distill.support", distill.support == "student"),
-      ("distill.max_importance", distill.max_importance is not None),
-      ("rollout.group", grouped),
-    ):
-      if used:
-        yield key, "needs rollouts at every step; set distill.trajectory=rollout"
-        break
-  if distill.max_importance is not None and distill.temperature != 1:
-    yield (
-      "distill.max_importance",
-      "compares probabilities as sampled, and distill.temperature changes them; set "
-      "distill.temperature=1",
-    )
-  if distill.source is not None and distill.teacher != "base":
-    yield "distill.source", "is read with distill.teacher=base only; delete this line"
-
-
-def _replay(replay: schema.Replay, synthesise: schema.Synthesise | None) -> Problems:
-  if replay.questions is None and synthesise is None:
-    yield (
-      "replay.questions",
-      "is required: name a file of general questions, or add a `synthesise` section, "
-      "which makes one",
-    )
-
-
-def _adaptive_replay(
-  adaptive: schema.Adaptive,
-  train: schema.Train,
-  rollout: schema.Rollout,
-  distill: schema.Distill,
-) -> Problems:
-  if not train.cross_entropy:
-    yield (
-      "replay.adaptive",
-      "reads the cross-entropy of the replayed rows, which train.cross_entropy=false "
-      "leaves out; set replay.adaptive=null",
-    )
-  if rollout.group > 1 and distill.teacher != "none":
-    yield (
-      "replay.adaptive",
-      "counts each row of the batch as a question, and with rollout.group a question "
-      "has several; set one of the two back",
-    )
-  if adaptive.longest < adaptive.interval:
-    yield (
-      "replay.adaptive.longest",
-      f"must not be below replay.adaptive.interval={adaptive.interval}",
-    )
-
-
 def _validation(validation: schema.Validation | None, data: schema.Data) -> Problems:
   if validation is None:
     return
@@ -298,61 +197,6 @@ def _validation(validation: schema.Validation | None, data: schema.Data) -> Prob
       "validation.max_drift",
       "needs validation.drift.prompts; name them, or delete this line",
     )
-
-
-def _updates(
-  anchor: schema.Anchor | None,
-  recadam: schema.Recadam | None,
-  freeze: schema.Freeze | None,
-) -> Problems:
-  """Methods that change or restrict the updates."""
-  if anchor is not None:
-    if anchor.importance != "none" and anchor.questions is None:
-      yield "anchor.questions", "anchor.importance needs general questions; name a file"
-    if recadam is not None:
-      yield "anchor", "recadam has its own pull; delete one of the two sections"
-  if freeze is not None and (freeze.mode == "names") != bool(freeze.names):
-    yield (
-      "freeze.names",
-      "freeze.mode=names needs names, and other modes do not read them; change one",
-    )
-  if freeze is not None and freeze.layers is not None and freeze.mode != "bottom":
-    yield "freeze.layers", "is read with freeze.mode=bottom only; set that or delete it"
-
-
-def _adapter(
-  lora: schema.Lora | None,
-  export: schema.Export,
-  *,
-  edits: Mapping[str, schema.Section | None],
-  base_methods: Mapping[str, schema.Section | None],
-) -> Problems:
-  """LoRA beside other methods, and the export of an adapter.
-
-  Args:
-    edits: the sections that edit the model after training.
-    base_methods: the sections of methods that need the base model's parameters to be
-      trained.
-  """
-  if export.adapter:
-    for name, participle in (("prune", "pruned"), ("interpolate", "interpolated")):
-      if edits[name] is not None:
-        yield (
-          "export.adapter",
-          f"{participle} weights cannot be exported as an adapter; delete one of the "
-          "two",
-        )
-  if lora is not None:
-    for name, verb in (
-      ("anchor", "pulls to the base model's parameters"),
-      ("recadam", "pulls to the base model's parameters"),
-      ("freeze", "names the base model's parameters"),
-      ("soft_mask", "masks the base model's parameters"),
-    ):
-      if base_methods[name] is not None:
-        yield name, f"{verb}, and `lora` trains none of these; delete one of the two"
-  elif export.adapter:
-    yield "export.adapter", "needs a `lora` section; add it, or delete this line"
 
 
 _HUB_NAME = re.compile(
@@ -384,52 +228,4 @@ def _export(export: schema.Export, sweep: schema.Sweep) -> Problems:
       "export.push",
       "every run of the sweep would replace the one before in this repository; set it "
       "in the `set` of one run",
-    )
-
-
-def _unused(
-  distill: schema.Distill, balance: schema.Balance, rollout: schema.Rollout
-) -> Problems:
-  """Keys that were set and that this run would never read."""
-  # Without distillation these are allowed: a sweep's file sets them for other runs.
-  undistilled = distill.teacher == "none"
-  for section, key, is_read, condition in (
-    (distill, "beta", distill.direction == "jsd", "direction=jsd"),
-    (
-      distill,
-      "success",
-      distill.teacher_context == "sibling",
-      "teacher_context=sibling",
-    ),
-    (
-      distill,
-      "average_rate",
-      undistilled or distill.teacher == "average",
-      "teacher=average",
-    ),
-    (
-      distill,
-      "on_policy",
-      undistilled or distill.trajectory == "mixed",
-      "trajectory=mixed",
-    ),
-    (balance, "start", balance.mode == "schedule", "mode=schedule"),
-  ):
-    default = type(section).model_fields[key].default
-    if not is_read and getattr(section, key) != default:
-      name = type(section).__name__.lower()
-      yield (
-        f"{name}.{key}",
-        f"is read with {name}.{condition} only; set that or delete it",
-      )
-  if balance.mode == "ema" and balance.weight != schema.Balance().weight:
-    yield (
-      "balance.weight",
-      "is not read with balance.mode=ema; change that or delete it",
-    )
-  length = rollout.max_new_tokens
-  if distill.trajectory == "rollout" and distill.skip_first >= length:
-    yield (
-      "distill.skip_first",
-      f"leaves no token of rollout.max_new_tokens={length}; make it smaller",
     )

@@ -14,7 +14,7 @@ from raft_jax.config import run_lock, schema
 from raft_jax.curation import stage_run, synthesis
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, roles, sentence_encoder
-from raft_jax.hf import chat
+from raft_jax.hf import answer_turns, chat
 from raft_jax.runtime import interrupts
 from raft_jax.storage import journal, question_files, records, rejects, sealed_folder
 
@@ -82,7 +82,9 @@ def synthesise(config: schema.Config) -> Mapping[str, Any] | None:
         fits_prompt=lambda text: (
           len(chat.prompt_ids(tokenizer, records.user_turn(text))) <= max_prompt
         ),
-        fits_answer=lambda text: len(chat.answer_ids(tokenizer, text)) <= max_answer,
+        fits_answer=lambda text: (
+          len(answer_turns.answer_ids(tokenizer, text)) <= max_answer
+        ),
         settings=settings,
         calls=calls,
       )

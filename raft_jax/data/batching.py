@@ -7,17 +7,14 @@ number, on any number of hosts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import chat, teacher_prompts
-from raft_jax.models import transformer
-from raft_jax.runtime import interrupts
-from raft_jax.storage import records, rejects
+from raft_jax.data import token_rows
 
 Array = Any
 """An array of numpy, or of a device."""
@@ -25,22 +22,6 @@ Array = Any
 WIDTH_MULTIPLE = 16
 READ_THREADS = 2  # collating is cheap; more threads would only contend for the GIL
 PREFETCH = 8
-
-
-Conversation = tuple[Sequence[records.Message], str | records.Message]
-"""A conversation up to a user's turn, and its answer: a text, or a whole turn."""
-
-Widths = tuple[int, int, int]
-"""Tokens of a prompt, an answer and a teacher's context."""
-
-
-class Row(NamedTuple):
-  """Token ids of one example; `row_id` is its index among the examples."""
-
-  prompt: tuple[int, ...]
-  answer: tuple[int, ...]
-  teacher: tuple[int, ...]
-  row_id: int
 
 
 class Batch(NamedTuple):
@@ -58,190 +39,15 @@ class Batch(NamedTuple):
   row_id_B: Array
 
 
-def encode_rows(
-  examples: Sequence[Conversation],
-  *,
-  tokenizer: chat.ChatTokenizer,
-  teacher_context: str,
-  max_prompt_tokens: int,
-  max_answer_tokens: int,
-  max_teacher_tokens: int,
-  too_long: str,
-  unusable: str,
-  places: Sequence[rejects.Place],
-) -> tuple[list[Row], list[rejects.Reject]]:
-  """Tokenises examples; never truncates one.
-
-  Args:
-    teacher_context: "chat", "paper" or "none"; see `teacher_prompts.teacher_ids`.
-    max_prompt_tokens: budget of a prompt.
-    max_answer_tokens: budget of an answer with its end token.
-    max_teacher_tokens: budget of the teacher's context without the rollout.
-    too_long: what to do with a row over a budget: "error", or "skip" to set it aside.
-    unusable: the same for a row that the chat template refuses.
-    places: where the examples are.
-
-  Returns:
-    The rows, and those set aside.
-
-  Raises:
-    errors.UserError: names the first row that is refused, or no row is left.
-  """
-  limits = (max_prompt_tokens, max_answer_tokens, max_teacher_tokens)
-  tokenised = tokenise(examples, tokenizer, teacher_context, limits, places)
-  return choose_rows(
-    tokenised, limits, too_long=too_long, unusable=unusable, places=places
-  )
-
-
-class Tokenised(NamedTuple):
-  """Rows within the budgets, rows over one, and by row id those that the template
-  refuses."""
-
-  rows: list[Row]
-  over: list[Row]
-  refused: dict[int, rejects.Reject]
-
-
-def choose_rows(
-  tokenised: Tokenised,
-  limits: Widths,
-  *,
-  too_long: str,
-  unusable: str,
-  places: Sequence[rejects.Place],
-) -> tuple[list[Row], list[rejects.Reject]]:
-  """The rows to use, and those set aside; arguments and errors as for `encode_rows`."""
-  rows, over, refused = tokenised
-  if refused and unusable == "error":
-    raise errors.UserError(
-      f"{next(iter(refused.values()))} ({len(refused)} of {len(places)} rows are "
-      "refused), or set data.unusable=skip to set such rows aside"
-    )
-  if over and too_long == "error":
-    raise errors.UserError(_over_budget(over, limits, places, len(places)))
-  set_aside = unused_rows(tokenised, limits, places)
-  if not rows:
-    budgets = (
-      "data.max_prompt_tokens, data.max_answer_tokens or data.max_teacher_tokens"
-    )
-    raise errors.UserError(
-      f"data: no row is left of {len(places)} ({len(over)} over a budget); the first "
-      f"is {set_aside[0] if set_aside else 'missing'}"
-      f"{f'; raise {budgets}' if over else ''}"
-    )
-  return rows, set_aside
-
-
-def unused_rows(
-  tokenised: Tokenised, limits: Widths, places: Sequence[rejects.Place]
-) -> list[rejects.Reject]:
-  """The rows that are over a budget or refused by the template, in order."""
-  by_id = tokenised.refused | {
-    row.row_id: rejects.Reject(
-      places[row.row_id], "is too long: " + _exceeded(row, limits), "too_long"
-    )
-    for row in tokenised.over
-  }
-  return [by_id[row_id] for row_id in sorted(by_id)]
-
-
-def tokenise(
-  examples: Sequence[Conversation],
-  tokenizer: chat.ChatTokenizer,
-  teacher_context: str,
-  limits: Widths,
-  places: Sequence[rejects.Place],
-) -> Tokenised:
-  """Tokenises every example that the template does not refuse."""
-  if len(places) != len(examples):
-    raise ValueError(f"{len(examples)} examples but {len(places)} places")
-  rows: list[Row] = []
-  over: list[Row] = []
-  refused: dict[int, rejects.Reject] = {}
-  for row_id, (messages, answer) in enumerate(examples):
-    interrupts.check()
-    try:
-      ids = teacher_prompts.row_ids(tokenizer, messages, answer, teacher_context)
-    except errors.UserError as error:
-      refused[row_id] = rejects.Reject(places[row_id], str(error), "refused")
-      continue
-    prompt, learned, teacher = map(tuple, ids)
-    row = Row(prompt, learned, teacher, row_id)
-    (rows if fits(row, limits) else over).append(row)
-  return Tokenised(rows, over, refused)
-
-
-def lengths(row: Row) -> Widths:
-  """Tokens of a row's prompt, answer and teacher's context."""
-  return len(row.prompt), len(row.answer), len(row.teacher)
-
-
-def fits(row: Row, limits: Widths) -> bool:
-  """Whether a row is within the budgets."""
-  return all(n <= limit for n, limit in zip(lengths(row), limits))
-
-
-_PARTS = ("prompt", "answer", "teacher")
-
-
-def _exceeded(row: Row, limits: Sequence[int]) -> str:
-  return ", ".join(
-    f"{part} of {length} tokens > data.max_{part}_tokens={limit}"
-    for part, length, limit in zip(_PARTS, lengths(row), limits)
-    if length > limit
-  )
-
-
-def _over_budget(
-  over: Sequence[Row],
-  limits: Sequence[int],
-  places: Sequence[rejects.Place],
-  total: int,
-) -> str:
-  first = over[0]
-  needed = [max(column) for column in zip(*map(lengths, over))]
-  remedy = ", ".join(
-    f"data.max_{part}_tokens={length}"
-    for part, length, limit in zip(_PARTS, needed, limits)
-    if length > limit
-  )
-  return (
-    f"{places[first.row_id]} is too long: {_exceeded(first, limits)} ({len(over)} of "
-    f"{total} rows are over a budget); set {remedy} to fit all, or data.too_long=skip "
-    "to leave them out"
-  )
-
-
-def check_positions(
-  longest: Mapping[str, int], source: str, decoder: transformer.DecoderConfig
-) -> None:
-  """Checks that the longest rows fit into the positions of a model.
-
-  Args:
-    longest: tokens of the longest row, with its answer, by the config keys that set it.
-    source: the model's name.
-    decoder: the model's network.
-
-  Raises:
-    errors.UserError: a row is too long.
-  """
-  for keys, tokens in longest.items():
-    if tokens > decoder.max_positions:
-      raise errors.UserError(
-        f"{keys}: the longest row has {tokens} tokens with its answer, but {source} "
-        f"was made for {decoder.max_positions}; lower these keys (with "
-        "data.too_long=skip if questions then exceed data.max_*_tokens)"
-      )
-
-
-def widths(rows: Sequence[Row], buckets: int, *, batch_size: int = 16) -> list[Widths]:
+def widths(
+  rows: Sequence[token_rows.Row], buckets: int, *, batch_size: int = 16
+) -> list[token_rows.Widths]:
   """At most `buckets` padded widths (P, A, C), ascending; the last holds every row.
 
   A batch is as wide as its widest row. Bucket i of n is therefore wide enough for about
   i/n of random batches: it is the (i/n)^(1/batch_size) quantile of the rows' lengths.
   """
-  row_lengths = np.array([lengths(row) for row in rows])
+  row_lengths = np.array([token_rows.lengths(row) for row in rows])
   shares = np.arange(1, buckets + 1) / buckets
   quantiles = np.quantile(
     row_lengths, shares ** (1 / batch_size), axis=0, method="higher"
@@ -257,15 +63,15 @@ def padded_width(length: int) -> int:
 
 
 def dataset(
-  rows: Sequence[Row],
+  rows: Sequence[token_rows.Row],
   *,
   batch_size: int,
   seed: int,
   pad_id: int,
-  widths: Sequence[Widths],
+  widths: Sequence[token_rows.Widths],
   epochs: int | None = None,
   steps: int | None = None,
-  replayed: Sequence[Row] = (),
+  replayed: Sequence[token_rows.Row] = (),
   replays_per_batch: int = 0,
   copies: int = 1,
 ) -> grain.MapDataset[Batch]:
@@ -363,14 +169,14 @@ def count_replays(batch_size: int, share: float) -> int:
 
 def replace_last_rows(
   batch: Batch,
-  rows: Sequence[Row],
+  rows: Sequence[token_rows.Row],
   *,
   pad_id: int,
-  widths: Sequence[Widths],
+  widths: Sequence[token_rows.Widths],
 ) -> Batch:
   """The batch with `rows` in place of its last ones, padded to the width they need."""
   kept = [
-    Row(
+    token_rows.Row(
       tuple(batch.prompt_BP[i, : batch.prompt_length_B[i]].tolist()),
       tuple(batch.answer_BA[i, : batch.answer_length_B[i]].tolist()),
       tuple(batch.teacher_BC[i, : batch.teacher_length_B[i]].tolist()),
@@ -382,7 +188,11 @@ def replace_last_rows(
 
 
 def sequential_batches(
-  rows: Sequence[Row], batch_size: int, *, pad_id: int, width: Widths
+  rows: Sequence[token_rows.Row],
+  batch_size: int,
+  *,
+  pad_id: int,
+  width: token_rows.Widths,
 ) -> list[Batch]:
   """Every row once, in order and in batches of one shape.
 
@@ -396,9 +206,11 @@ def sequential_batches(
   return batches
 
 
-def _collate(rows: Sequence[Row], pad_id: int, widths: Sequence[Widths]) -> Batch:
+def _collate(
+  rows: Sequence[token_rows.Row], pad_id: int, widths: Sequence[token_rows.Widths]
+) -> Batch:
   """Pads to the smallest of the ascending widths that holds every row."""
-  needed = [max(column) for column in zip(*map(lengths, rows))]
+  needed = [max(column) for column in zip(*map(token_rows.lengths, rows))]
   for triple in widths:
     if all(need <= width for need, width in zip(needed, triple)):
       break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import re
@@ -13,7 +14,7 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.config import data_layout, schema
 from raft_jax.curation import near_duplicates, refined_folder
-from raft_jax.data import batching, training_set
+from raft_jax.data import token_rows, training_set
 from raft_jax.hf import chat
 from raft_jax.storage import question_files, records, sealed_folder
 from raft_jax.storage import rejects as rejects_lib
@@ -45,7 +46,7 @@ class QuestionSet(NamedTuple):
   address: str
   formats: Mapping[str, str]
   examples: list[training_set.Example]
-  rows: dict[int, batching.Row]
+  rows: dict[int, token_rows.Row]
   rejects: list[rejects_lib.Reject]
   used: int
   stop: str | None
@@ -113,27 +114,23 @@ def measure(
   context: str,
 ) -> QuestionSet:
   """Tokenises examples and applies the budgets, as a run does."""
-  limits = budgets(data)
+  limits = token_rows.budgets(data)
   places = [example.place for example in examples]
-  tokenised = batching.tokenise(
+  tokenised = token_rows.tokenise(
     [(example.messages, example.answer) for example in examples],
     tokenizer,
     context,
     limits,
     places,
   )
-  stop = _fault(
-    lambda: batching.choose_rows(
-      tokenised, limits, too_long=data.too_long, unusable=data.unusable, places=places
-    )
-  )
+  stop = _fault(lambda: token_rows.choose(tokenised, data, places))
   return QuestionSet(
     name=name,
     address=address,
     formats={},
     examples=examples,
     rows={row.row_id: row for row in (*tokenised.rows, *tokenised.over)},
-    rejects=batching.unused_rows(tokenised, limits, places),
+    rejects=token_rows.unused(tokenised, limits, places),
     used=len(tokenised.rows),
     stop=stop,
   )
@@ -159,11 +156,6 @@ def read_refined(
     "refined", str(folder), examples, config.data, tokenizer, context=context
   )
   return found, []
-
-
-def budgets(data: schema.Data) -> batching.Widths:
-  """The most tokens of a prompt, an answer and a teacher's context."""
-  return data.max_prompt_tokens, data.max_answer_tokens, data.max_teacher_tokens
 
 
 def _fault(check: Callable[[], Any]) -> str | None:
@@ -205,8 +197,8 @@ def learned(sets: Sequence[QuestionSet]) -> QuestionSet:
 
 def lengths(found: QuestionSet) -> dict[str, np.ndarray]:
   """Tokens of the prompt, the answer and the teacher's context of every row."""
-  table = np.array([batching.lengths(row) for row in found.rows.values()], int)
-  return dict(zip(("prompt", "answer", "teacher"), table.reshape(-1, 3).T))
+  table = np.array([token_rows.lengths(row) for row in found.rows.values()], int)
+  return dict(zip(token_rows.PARTS, table.reshape(-1, 3).T))
 
 
 def percentiles(tokens: np.ndarray) -> list[int]:
@@ -309,22 +301,20 @@ class Example(NamedTuple):
 def example(
   sets: Sequence[QuestionSet], tokenizer: chat.ChatTokenizer, row_id: str | None
 ) -> Example | None:
-  """The row with this id, or else the first used one; None if there is none.
+  """The row with this id, or else the first; None if there is none.
 
   Raises:
-    errors.UserError: no row has the id, or the row is not used.
+    errors.UserError: no row has the id, or the row has no tokens.
   """
-  for found, (index, row) in itertools.chain.from_iterable(
-    zip(itertools.repeat(found), sorted(found.rows.items())) for found in sets
-  ):
-    place = found.examples[index].place
-    if row_id in (None, place.id):
-      decode = tokenizer.hf_tokenizer.decode
-      texts = (
-        str(decode(list(ids), clean_up_tokenization_spaces=False))
-        for ids in (row.prompt, row.answer, row.teacher)
-      )
-      return Example(place, *texts)
+  decode = functools.partial(
+    tokenizer.hf_tokenizer.decode, clean_up_tokenization_spaces=False
+  )
+  for found in sets:
+    for index, row in sorted(found.rows.items()):
+      place = found.examples[index].place
+      if row_id in (None, place.id):
+        parts = (row.prompt, row.answer, row.teacher)
+        return Example(place, *(str(decode(list(ids))) for ids in parts))
   if row_id is None:
     return None
   for reject in itertools.chain.from_iterable(found.rejects for found in sets):

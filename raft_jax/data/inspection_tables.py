@@ -11,7 +11,7 @@ import rich.table
 import rich.text
 
 from raft_jax.config import schema
-from raft_jax.data import inspection
+from raft_jax.data import inspection, token_rows
 from raft_jax.storage import rejects as rejects_lib
 
 REASONS = 8
@@ -66,7 +66,7 @@ def lengths(
     table.add_column(name, justify="right")
   table.add_column("budget", justify="right")
   table.add_column("rows beyond", justify="right")
-  limits = dict(zip(("prompt", "answer", "teacher"), inspection.budgets(data)))
+  limits = dict(zip(token_rows.PARTS, token_rows.budgets(data)))
   for found in sets:
     if not found.rows:
       continue

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from raft_jax import errors
 from raft_jax.config import data_layout, run_lock, schema
 from raft_jax.curation import refined_folder, refinement, synthesis_run
-from raft_jax.data import batching
+from raft_jax.data import token_rows
 from raft_jax.hf import chat
 from raft_jax.storage import question_files, records, sealed_folder, shards
 from raft_jax.storage import rejects as rejects_lib
@@ -39,12 +39,12 @@ class TrainingSet(NamedTuple):
     questions_by_row: conversation and answer of each row and replayed row, by row id.
   """
 
-  rows: list[batching.Row]
-  replayed: list[batching.Row]
-  general: list[batching.Row]
+  rows: list[token_rows.Row]
+  replayed: list[token_rows.Row]
+  general: list[token_rows.Row]
   rejects: list[rejects_lib.Reject]
   digest: str
-  questions_by_row: Mapping[int, batching.Conversation]
+  questions_by_row: Mapping[int, token_rows.Conversation]
 
 
 def rewritten(record: records.Refined) -> str:
@@ -90,8 +90,8 @@ def load(
   rows, refused = _encode(examples, tokenizer, context, data)
   set_aside += refused
   questions_by_row = {i: (e.messages, e.answer) for i, e in enumerate(examples)}
-  replayed: list[batching.Row] = []
-  general: list[batching.Row] = []
+  replayed: list[token_rows.Row] = []
+  general: list[token_rows.Row] = []
   if replay is not None and replay.share:
     first = max(row.row_id for row in rows) + 1
     path = replay.questions or synthesis_run.questions(config)
@@ -246,15 +246,11 @@ def _encode(
   tokenizer: chat.ChatTokenizer,
   teacher_context: str,
   data: schema.Data,
-) -> tuple[list[batching.Row], list[rejects_lib.Reject]]:
-  return batching.encode_rows(
+) -> tuple[list[token_rows.Row], list[rejects_lib.Reject]]:
+  return token_rows.encode(
     [(example.messages, example.answer) for example in examples],
+    data,
     tokenizer=tokenizer,
     teacher_context=teacher_context,
-    max_prompt_tokens=data.max_prompt_tokens,
-    max_answer_tokens=data.max_answer_tokens,
-    max_teacher_tokens=data.max_teacher_tokens,
-    too_long=data.too_long,
-    unusable=data.unusable,
     places=[example.place for example in examples],
   )

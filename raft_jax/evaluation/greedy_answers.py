@@ -10,7 +10,7 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.evaluation import scoring
 from raft_jax.generation import engines, thinking
-from raft_jax.hf import chat
+from raft_jax.hf import answer_turns
 from raft_jax.models import sampling
 from raft_jax.storage import journal, records
 
@@ -159,7 +159,7 @@ def _generate_on_server(
       )
     tokens = reply.completion_tokens
     if tokens is None:  # the server serves this model, so its tokens are this model's
-      tokens = len(chat.answer_ids(model.tokenizer, reply.text))
+      tokens = len(answer_turns.answer_ids(model.tokenizer, reply.text))
     return {
       "text": "" if thinking.left_in(reply.text) else reply.text,
       "tokens": tokens,

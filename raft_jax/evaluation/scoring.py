@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from raft_jax import errors, vocab_head
-from raft_jax.data import batching
+from raft_jax.data import token_rows
 from raft_jax.generation import engines
 from raft_jax.hf import chat
 from raft_jax.models import transformer
@@ -264,7 +264,7 @@ def precision(model: EvalModel) -> dict[str, Any]:
 
 
 def losses(
-  model: EvalModel, rows: Sequence[batching.Row], log: journal.Journal, *, name: str
+  model: EvalModel, rows: Sequence[token_rows.Row], log: journal.Journal, *, name: str
 ) -> list[float]:
   """`answer_losses` of every row."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import errors
 from raft_jax.config import data_layout, schema
-from raft_jax.data import batching
+from raft_jax.data import token_rows
 from raft_jax.evaluation import benchmarks, scoring
 from raft_jax.hf import chat
 from raft_jax.models import transformer
@@ -23,7 +23,7 @@ class QuestionSet(NamedTuple):
   """Questions of the domain with their tokens, and the rows that were left out."""
 
   questions: list[records.Question]
-  rows: list[batching.Row]
+  rows: list[token_rows.Row]
   rejects: Sequence[rejects_lib.Reject] = ()
 
 
@@ -69,6 +69,12 @@ class TestSets(NamedTuple):
   validation: QuestionSet | None
   general: General
 
+  @property
+  def rejects(self) -> list[rejects_lib.Reject]:
+    """The rows of the domain's questions that were left out."""
+    sets = (self.test, self.validation)
+    return [reject for found in sets if found is not None for reject in found.rejects]
+
 
 def read(
   data: schema.Data,
@@ -89,7 +95,7 @@ def read(
   test = read_test(data, tokenizer, settings.limit)
   validation = read_validation(data, tokenizer, settings.limit)
   general = read_general(settings, tokenizer)
-  batching.check_positions(lengths(settings, test, general), source, decoder)
+  token_rows.check_positions(lengths(settings, test, general), source, decoder)
   score_tasks = read_tasks(settings.tasks, decoder)
   return TestSets(test, validation, general._replace(score_tasks=score_tasks))
 
@@ -131,15 +137,11 @@ def _read_questions(
   questions, calls = question_files.text_answers(file)
   if not questions:
     raise errors.UserError(f"{calls[0]}; the file has no other answers, so give others")
-  rows, too_long = batching.encode_rows(
+  rows, too_long = token_rows.encode(
     [(question.messages, question.reply) for question in questions],
+    data,
     tokenizer=tokenizer,
     teacher_context="none",
-    max_prompt_tokens=data.max_prompt_tokens,
-    max_answer_tokens=data.max_answer_tokens,
-    max_teacher_tokens=data.max_teacher_tokens,
-    too_long=data.too_long,
-    unusable=data.unusable,
     places=[file.places[question.id] for question in questions],
   )
   rejects = [*file.rejects, *calls, *too_long]

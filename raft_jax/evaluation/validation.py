@@ -18,7 +18,7 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.config import schema
-from raft_jax.data import batching
+from raft_jax.data import token_rows
 from raft_jax.distillation import step as step_lib
 from raft_jax.evaluation import drift as drift_lib
 from raft_jax.evaluation import (
@@ -43,7 +43,7 @@ class ValidationSet(NamedTuple):
     drift: token ids of general prompts.
   """
 
-  rows: list[batching.Row]
+  rows: list[token_rows.Row]
   drift: list[list[int]] | None
   ifeval: test_sets.Ifeval | None
 
@@ -86,7 +86,7 @@ def read(
   lengths |= test_sets.general_lengths(
     settings, section="validation", ifeval=ifeval, drift=drift
   )
-  batching.check_positions(lengths, source, decoder)
+  token_rows.check_positions(lengths, source, decoder)
   return ValidationSet(rows, drift, ifeval)
 
 

@@ -86,6 +86,11 @@ def of(
   return Conversation(turns, _edited(tools, hide), mark, arguments)
 
 
+def hidden(mark: str) -> re.Pattern[str]:
+  """Finds hidden control tokens in a rendered text; the group is a token's number."""
+  return re.compile(rf"{re.escape(mark)}(\d+);")
+
+
 def _around_thinking(hide: Edit) -> Edit:
   def edit(content: str) -> str:
     part = messages_lib.THOUGHT.match(content)

@@ -268,3 +268,13 @@ def _layer_ropes(
     indices = tuple(int(slides(fields, layer)) for layer in layers)
     return {"ropes": (main, local), "layer_ropes": indices}
   return {"ropes": () if main == rotary.Rope(config.rope_theta) else (main,)}
+
+
+def interleaved_heads(
+  family: families.Family, config: transformer.DecoderConfig
+) -> dict[str, int]:
+  """Heads of the parameters whose rows a GGUF file interleaves, by their paths."""
+  return {
+    path: config.n_heads if path.endswith("/q") else config.n_kv_heads
+    for path in family.interleaved
+  }

@@ -233,7 +233,8 @@ class Vocabulary(NamedTuple):
     merges: pairs of tokens, each with a space between the two, in order of rank.
     added: tokens that are cut out of a text before it is tokenised; True for a control
       token.
-    special_ids: ids by role: "bos", "eos", "unknown", "padding".
+    special_ids: ids by role: "bos", "eos", "unknown", "padding"; "eot" in what is
+      written.
     add_bos: whether texts start with BOS; None if the file does not say.
     chat_template: a dict by name if there are several; "default" is the unnamed one.
   """

@@ -21,7 +21,6 @@ import raft_jax
 from raft_jax import errors
 from raft_jax.hf import (
   decoder_config,
-  families,
   gguf_file,
   gguf_vocabulary,
   model_source,
@@ -55,12 +54,17 @@ MARK = "raft_jax.version"
 
 
 class Model(NamedTuple):
-  """What a file says beside its tensors."""
+  """What a file says beside its tensors.
+
+  Attributes:
+    interleaved: heads of the tensors whose rows a file interleaves, by the patterns of
+      their names in Hugging Face's files.
+  """
 
   architecture: gguf.MODEL_ARCH
   decoder: transformer.DecoderConfig
   vocabulary: gguf_file.Vocabulary
-  interleaved: frozenset[str]
+  interleaved: dict[str, int]
 
 
 class Tensor(NamedTuple):
@@ -136,12 +140,9 @@ def describe(source: str, template: str | None = None) -> Model:
     tokenizer, decoder.vocab_size, ends, f"model {source}"
   )
   family = decoder_config.find_family(fields, source)
-  return Model(ARCHITECTURES[kind], decoder, data, _interleaved(family))
-
-
-def _interleaved(family: families.Family) -> frozenset[str]:
-  """Hugging Face names of the tensors whose rows a file interleaves."""
-  return frozenset(family.names[path].hf for path in family.interleaved)
+  heads = decoder_config.interleaved_heads(family, decoder)
+  interleaved = {family.names[path].hf: number for path, number in heads.items()}
+  return Model(ARCHITECTURES[kind], decoder, data, interleaved)
 
 
 def write(folder: pathlib.Path, path: pathlib.Path, kind: str, *, name: str) -> Written:
@@ -223,10 +224,7 @@ def _reader(stored: tensor_layout.Stored, heads: int) -> Callable[[], np.ndarray
 def _heads(hf_name: str, model: Model) -> int:
   """Heads of a tensor whose rows are interleaved in the file; else 0."""
   pattern = ".".join("{}" if part.isdigit() else part for part in hf_name.split("."))
-  if pattern not in model.interleaved:
-    return 0
-  queries = ".q_proj." in hf_name
-  return model.decoder.n_heads if queries else model.decoder.n_kv_heads
+  return model.interleaved.get(pattern, 0)
 
 
 def _kind(shape: tuple[int, ...], matrices: Type) -> Type:

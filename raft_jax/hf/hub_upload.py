@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from raft_jax import errors
 from raft_jax.hf import save
+from raft_jax.storage import hub_errors
 
 if TYPE_CHECKING:
   import huggingface_hub
@@ -78,11 +78,11 @@ def _check_account(repo: str, account: dict[str, Any]) -> None:
 def _info(
   api: huggingface_hub.HfApi, repo: str
 ) -> huggingface_hub.hf_api.ModelInfo | None:
-  from huggingface_hub import errors as hub_errors
+  from huggingface_hub import errors as raised
 
   try:
     return api.model_info(repo)
-  except hub_errors.RepositoryNotFoundError:
+  except raised.RepositoryNotFoundError:
     return None
 
 
@@ -149,17 +149,17 @@ def push(folder: pathlib.Path, repo: str, *, public: bool, message: str) -> str:
 @contextlib.contextmanager
 def _explained(repo: str) -> Iterator[None]:
   """Turns what the hub's library raises into one line about the repository."""
-  from huggingface_hub import errors as hub_errors
+  from huggingface_hub import errors as raised
 
   try:
     yield
   except errors.UserError:
     raise
-  except (hub_errors.HTTPError, OSError, ValueError, RuntimeError) as error:
+  except (raised.HTTPError, OSError, ValueError, RuntimeError) as error:
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, hub_errors.HTTPError):
+    while cause is not None and not isinstance(cause, raised.HTTPError):
       cause = cause.__cause__
-    if isinstance(cause, hub_errors.HfHubHTTPError):
+    if isinstance(cause, raised.HfHubHTTPError):
       raise _refusal(repo, cause) from error
     if cause is None and isinstance(error, ValueError):
       raise errors.UserError(f"export.push={repo}: {_line(error)}") from error
@@ -175,7 +175,7 @@ def _refusal(repo: str, error: Any) -> errors.UserError:
   said = f" ({error.server_message})" if error.server_message else ""
   said = said.splitlines()[0][:300] if said else ""
   place = f"export.push={repo}: the hub answers {status}{said}"
-  if status in (409, 429) or status >= 500:
+  if status == 409 or hub_errors.is_temporary(status):
     return errors.TryAgainError(f"{place}; run the same command again")
   if status == 401:
     return errors.UserError(
@@ -191,6 +191,5 @@ def _refusal(repo: str, error: Any) -> errors.UserError:
 
 
 def _line(error: BaseException) -> str:
-  """The first line, without the parts of addresses that may hold signatures."""
-  text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-  return re.sub(r"\?\S*", "", text)[:300]
+  """The kind of an error, and its first line."""
+  return f"{type(error).__name__}: {hub_errors.line(error)}"

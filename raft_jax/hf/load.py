@@ -221,11 +221,10 @@ def _matched(
   if tied in stored:
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
   if in_gguf:
+    heads = decoder_config.interleaved_heads(family, config)
     for piece in pieces:
-      if piece.paths[0] in family.interleaved:
-        is_query = piece.paths[0].endswith("/q")
-        heads = config.n_heads if is_query else config.n_kv_heads
-        stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads)
+      if (leaf := piece.paths[0]) in heads:
+        stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads[leaf])
   return stored, pieces, leaves
 
 

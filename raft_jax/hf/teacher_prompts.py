@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raft_jax import errors
-from raft_jax.hf import chat
+from raft_jax.hf import answer_turns, chat
 from raft_jax.storage import records
 
 FORMS = ("paper", "chat", "example", "sibling", "none")
@@ -35,20 +35,22 @@ def row_ids(
   answer: str | records.Message,
   form: str,
 ) -> tuple[list[int], list[int], list[int]]:
-  """Ids of a row's prompt and answer (`chat.turn_ids`) and of its teacher's context.
+  """Ids of a row's prompt and answer (`answer_turns.ids`) and of its teacher's context.
 
   Raises:
-    UserError: as `chat.turn_ids`, for the student's prompt or the teacher's context; or
-      the template writes the answer differently after the two.
+    UserError: as `answer_turns.ids`, for the student's prompt or the teacher's context;
+      or the template writes the answer differently after the two.
   """
-  turn = chat.render_turn(tokenizer, messages, answer)
-  prompt, learned = chat.learned_ids(tokenizer, turn)
+  turn = answer_turns.render(tokenizer, messages, answer)
+  prompt, learned = answer_turns.learned_ids(tokenizer, turn)
   if form == "none":
     return prompt, learned, prompt
   shown = shown_answer(tokenizer, turn, answer)
   if form == "paper":  # raw text without the template
     return prompt, learned, teacher_ids(tokenizer, messages, shown, form)
-  taught = chat.render_turn(tokenizer, teacher_messages(messages, shown, form), answer)
+  taught = answer_turns.render(
+    tokenizer, teacher_messages(messages, shown, form), answer
+  )
   student_answer = chat.spelled_out(tokenizer, turn.answer, turn.mark)
   teacher_answer = chat.spelled_out(tokenizer, taught.answer, taught.mark)
   if teacher_answer != student_answer:
@@ -61,13 +63,13 @@ def row_ids(
 
 
 def shown_answer(
-  tokenizer: chat.ChatTokenizer, turn: chat.Turn, answer: str | records.Message
+  tokenizer: chat.ChatTokenizer, turn: answer_turns.Turn, answer: str | records.Message
 ) -> str:
   """The text of an answer that the teacher reads.
 
   Tool calls and reasoning that are learned are shown as the template writes them.
   """
-  reply = chat.as_reply(answer)
+  reply = records.as_reply(answer)
   if not reply.tool_calls and not (tokenizer.thinking and reply.reasoning_content):
     return reply.content
   text = chat.spelled_out(tokenizer, turn.answer, turn.mark)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from raft_jax import errors
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
-from raft_jax.data import batching, inspection
+from raft_jax.data import batching, inspection, token_rows
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.planning import commented_config
@@ -126,7 +126,7 @@ def budgets(
       why += f"; {spare} more for rewritten answers"
     choices[f"data.max_{part}_tokens"] = Choice(limit, why)
   over = sum(
-    not batching.fits(row, (prompt, answer, teacher))
+    not token_rows.fits(row, limits.values())
     for found in sets
     for row in found.rows.values()
   )
@@ -158,11 +158,8 @@ def _wide(length: int) -> int:
 
 def usable_rows(found: inspection.QuestionSet, choices: Choices) -> int:
   """The number of rows within the chosen budgets."""
-  prompt, answer, teacher = (
-    choices[f"data.max_{part}_tokens"].value for part in ("prompt", "answer", "teacher")
-  )
-  limits = (prompt, answer, teacher)
-  return sum(batching.fits(row, limits) for row in found.rows.values())
+  limits = [choices[f"data.max_{part}_tokens"].value for part in token_rows.PARTS]
+  return sum(token_rows.fits(row, limits) for row in found.rows.values())
 
 
 # --- Batch and memory -----------------------------------------------------------------

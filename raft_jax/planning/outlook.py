@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from raft_jax import errors
 from raft_jax.config import schema
-from raft_jax.data import batching, inspection, inspection_tables
+from raft_jax.data import inspection, inspection_tables, token_rows
 from raft_jax.hf import load as hf_load
 from raft_jax.training import run_inputs
 
@@ -65,7 +65,7 @@ def describe(
 
 def beyond_positions(
   source: str,
-  rows: Sequence[batching.Row],
+  rows: Sequence[token_rows.Row],
   data: schema.Data,
   distill: schema.Distill | None,
   new_tokens: int,
@@ -76,8 +76,8 @@ def beyond_positions(
     source: of the model.
     distill: None if there is no teacher.
   """
-  limits = inspection.budgets(data)
-  rows = [row for row in rows if batching.fits(row, limits)]
+  limits = token_rows.budgets(data)
+  rows = [row for row in rows if token_rows.fits(row, limits)]
   if not rows:
     return None
   longest = run_inputs.longest_row(
@@ -85,7 +85,7 @@ def beyond_positions(
   )
   try:
     decoder = hf_load.load_config(source, weights=False)
-    batching.check_positions(longest, source, decoder)
+    token_rows.check_positions(longest, source, decoder)
   except errors.UserError as error:
     return str(error)
   return None

@@ -38,7 +38,7 @@ def parquet_rows(
     file = parquet.ParquetFile(path)
     columns = usable_columns(str(path), file.schema_arrow.names, fields)
     batches = file.iter_batches(columns=columns)
-    yield from batch_rows(file.schema_arrow.names, batches)
+    yield from enumerate(batch_rows(file.schema_arrow.names, batches), start=1)
   except pyarrow.ArrowException as e:
     reason = str(e).splitlines()[0]
     raise errors.UserError(
@@ -61,21 +61,17 @@ def usable_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> li
   return columns
 
 
-def batch_rows(
-  names: Sequence[str], batches: Iterable[Any], start: int = 1
-) -> Iterator[tuple[int, row_files.Row]]:
-  """Number and row of each row of Arrow record batches.
+def batch_rows(names: Sequence[str], batches: Iterable[Any]) -> Iterator[row_files.Row]:
+  """The rows of Arrow record batches.
 
   Args:
     names: all columns. Those that no batch holds are not read; their names serve as
       suggestions where a field is missing.
-    start: number of the first row.
   """
   for batch in batches:
     others = {name: True for name in names if name not in batch.schema.names}
     for i in range(batch.num_rows):
-      yield start + i, functools.partial(_cells, batch, i, others)
-    start += batch.num_rows
+      yield functools.partial(_cells, batch, i, others)
 
 
 def _cells(batch: Any, i: int, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +113,12 @@ def _decoded(value: Any, arrow_type: Any) -> Any:
 def saved_rows(
   folder: pathlib.Path, fields: Sequence[str]
 ) -> Iterator[tuple[int, row_files.Row]]:
-  """The rows of a dataset that `save_to_disk` wrote: Arrow streams, in their order."""
+  """Number and row of each row of a dataset that `save_to_disk` wrote."""
+  return enumerate(_saved_rows(folder, fields), start=1)
+
+
+def _saved_rows(folder: pathlib.Path, fields: Sequence[str]) -> Iterator[row_files.Row]:
+  """The rows of the Arrow streams that state.json names, in its order."""
   import pyarrow
 
   try:
@@ -127,16 +128,14 @@ def saved_rows(
     raise errors.UserError(
       f"{folder}: its state.json is damaged ({e}); save the dataset again"
     ) from e
-  start = 1
   for name in names:
     path = folder / name
     try:
       with pyarrow.memory_map(str(path)) as source:
         stream = pyarrow.ipc.open_stream(source)
         columns = usable_columns(str(folder), stream.schema.names, fields)
-        for batch in stream:
-          yield from batch_rows(stream.schema.names, [batch.select(columns)], start)
-          start += batch.num_rows
+        batches = (batch.select(columns) for batch in stream)
+        yield from batch_rows(stream.schema.names, batches)
     except (OSError, pyarrow.ArrowException) as e:
       reason = str(e).splitlines()[0]
       raise errors.UserError(

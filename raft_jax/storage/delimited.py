@@ -59,12 +59,9 @@ def _decode(raw: bytes) -> str:
 
 def _fault(fields: list[str]) -> str | None:
   for field in fields:
-    if field.isascii():
-      if "\0" in field:
-        return "holds a NUL character; take it out"
-    elif any("\udc80" <= c <= "\udcff" for c in field):
+    if not field.isascii() and any("\udc80" <= c <= "\udcff" for c in field):
       return "is not UTF-8; save the file as UTF-8"
-    elif "\0" in field:
+    if "\0" in field:
       return "holds a NUL character; take it out"
   return None
 

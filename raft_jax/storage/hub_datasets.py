@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.storage import arrow_rows, row_files
+from raft_jax.storage import arrow_rows, hub_errors, row_files
 
 PREFIX = "hub://"
 GRAMMAR = "hub://ORG/NAME[:CONFIG][/SPLIT][@REVISION]"
@@ -73,10 +73,7 @@ def rows(text: str, fields: Sequence[str]) -> Iterator[tuple[int, row_files.Row]
     for part in table.select_columns(columns).iter(1000)
     for batch in part.to_batches()
   )
-  start = 1
-  for batch in batches:
-    yield from arrow_rows.batch_rows(names, [batch], start)
-    start += batch.num_rows
+  return enumerate(arrow_rows.batch_rows(names, batches), start=1)
 
 
 @functools.cache
@@ -161,31 +158,31 @@ def _config(text: str, address: Address, commit: str) -> str | None:
 @contextlib.contextmanager
 def _clear_errors(text: str) -> Iterator[None]:
   """Turns the libraries' errors into one line that says what to do."""
-  from huggingface_hub import errors as hub_errors
+  from huggingface_hub import errors as raised
 
   try:
     yield
   except errors.UserError:
     raise
-  except hub_errors.GatedRepoError as e:
+  except raised.GatedRepoError as e:
     raise errors.UserError(f"{text}: the dataset is gated; {LOGIN}") from e
-  except hub_errors.RevisionNotFoundError as e:
+  except raised.RevisionNotFoundError as e:
     raise errors.UserError(
       f"{text}: the dataset has no such revision; name a branch, a tag or a commit"
     ) from e
-  except hub_errors.RepositoryNotFoundError as e:
+  except raised.RepositoryNotFoundError as e:
     raise errors.UserError(
       f"{text}: no such dataset, or it is private; check the name, or log in by "
       "`hf auth login` or HF_TOKEN"
     ) from e
-  except hub_errors.OfflineModeIsEnabled as e:
+  except raised.OfflineModeIsEnabled as e:
     raise errors.UserError(
       f"{text}: HF_HUB_OFFLINE is set, and a dataset's commit is looked up online; "
       "unset it, or save the dataset by `save_to_disk` and name its folder"
     ) from e
-  except hub_errors.HfHubHTTPError as e:
+  except raised.HfHubHTTPError as e:
     status = getattr(e.response, "status_code", 0)
-    kind = errors.TryAgainError if status == 429 or status >= 500 else errors.UserError
+    kind = errors.TryAgainError if hub_errors.is_temporary(status) else errors.UserError
     raise kind(f"{text}: the hub refused ({_reason(e)}); try again later") from e
   except Exception as e:
     if _is_of_the_network(e):
@@ -214,5 +211,5 @@ def _datasets_error() -> type[Exception]:
 
 def _reason(error: BaseException) -> str:
   """The first line of an error, and of the error behind it."""
-  lines = [str(e).strip().partition("\n")[0] for e in (error, error.__cause__) if e]
+  lines = [hub_errors.line(e) for e in (error, error.__cause__) if e]
   return ": ".join(line.rstrip(".") for line in lines if line) or repr(error)

@@ -43,6 +43,10 @@ def text(field: str, value: Any) -> str:
   # A text of spaces, control and zero-width characters alone counts as empty.
   if all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in value):
     raise row_files.Fault(f"`{field}` is empty")
+  return _encodable(field, value)
+
+
+def _encodable(field: str, value: str) -> str:
   try:
     value.encode()
   except UnicodeEncodeError as e:
@@ -101,23 +105,6 @@ def conversation(
       f"`{field}` does not end with a user turn; the reply is `answer`"
     )
   return messages
-
-
-def answer(value: Any, reasoning: Any = None) -> records.Message:
-  """The turn of an answer that is a text, apart from what was thought before it.
-
-  Args:
-    value: of the row's `answer`. A leading `<think>...</think>` is the reasoning.
-    reasoning: of the row's `reasoning_content`; None for none.
-
-  Raises:
-    row_files.Fault: it is no text, or its thinking has no end or is given twice.
-  """
-  content = text("answer", value)
-  turn = records.Message("assistant", content)
-  if reasoning not in (None, ""):
-    turn = turn._replace(reasoning_content=text("reasoning_content", reasoning))
-  return learned("answer", turn)
 
 
 def learned(field: str, turn: records.Message) -> records.Message:
@@ -279,11 +266,6 @@ def _json_text(field: str, value: Any) -> str:
   """JSON text that keeps the order of keys, which templates write out."""
   try:
     written = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    written.encode()
-  except UnicodeEncodeError as reason:
-    raise row_files.Fault(
-      f"`{field}` holds half of a surrogate pair, which no text has"
-    ) from reason
   except (TypeError, ValueError) as reason:
     raise row_files.Fault(f"`{field}` is not JSON: {reason}") from reason
-  return written
+  return _encodable(field, written)

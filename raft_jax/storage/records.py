@@ -72,13 +72,17 @@ def message(fields: Mapping[str, Any]) -> Message:
   return Message(**given)
 
 
+def _extras(turn: Message) -> dict[str, Any]:
+  """The fields of a turn besides role and content, without the empty ones."""
+  return {k: v for k, v in turn._asdict().items() if k not in PLAIN}
+
+
 def keyed(messages: Sequence[Message]) -> list[Any]:
   """The form in which a conversation enters digests and the keys of journals."""
-  forms = []
-  for turn in messages:
-    extras = {k: v for k, v in turn._asdict().items() if k not in PLAIN}
-    forms.append([turn.role, turn.content, *([extras] if extras else [])])
-  return forms
+  return [
+    [turn.role, turn.content, *([extras] if (extras := _extras(turn)) else [])]
+    for turn in messages
+  ]
 
 
 def api_turn(turn: Message, arguments: Callable[[str], Any] = str) -> dict[str, Any]:
@@ -111,6 +115,11 @@ def user_turn(content: str) -> tuple[Message, ...]:
   return (Message("user", content),)
 
 
+def as_reply(answer: str | Message) -> Message:
+  """An answer as the assistant's turn."""
+  return answer if isinstance(answer, Message) else Message("assistant", answer)
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
   """One training or test example.
@@ -135,7 +144,7 @@ class Question:
 
   def extras(self) -> dict[str, Any]:
     """Fields of the answer besides its text, without the empty ones."""
-    return {k: v for k, v in self.reply._asdict().items() if k not in PLAIN}
+    return _extras(self.reply)
 
 
 @dataclasses.dataclass(frozen=True)

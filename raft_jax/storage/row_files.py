@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -24,7 +25,7 @@ TEXT_KINDS = (".jsonl", ".json", ".csv", ".tsv")
 KINDS = (*TEXT_KINDS, ".parquet")
 COMPRESSED = (".gz", ".zst")
 USABLE = "rows are read from .jsonl, .json, .csv, .tsv and .parquet; .gz and .zst too"
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _OTHER_FORMATS = {
   b"\x1f\x8b": "compressed (gzip); name it .gz, as in q.jsonl.gz",
   b"BZh": "compressed (bzip2); uncompress it",
@@ -62,6 +63,12 @@ def kind(path: pathlib.Path) -> Kind | None:
   return Kind(suffix, compression) if suffix in KINDS else None
 
 
+def suffix_of(path: str | os.PathLike[str]) -> str:
+  """The suffix of a file's rows, without that of a compression; "" for other names."""
+  found = kind(pathlib.Path(path))
+  return found.suffix if found else ""
+
+
 def rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
   """Each row of a text file with its line, or its number from 1 in a JSON file.
 
@@ -79,7 +86,7 @@ def rows(path: pathlib.Path) -> Iterator[tuple[int, Row]]:
       elif suffix == ".json":
         yield from _json_rows(path, b"".join(raw for _, raw in lines))
       else:
-        yield from _delimited_rows(path, lines, _DELIMITERS[suffix])
+        yield from _delimited_rows(path, lines, DELIMITERS[suffix])
   except (OSError, EOFError, zlib.error) as e:
     if compression and getattr(e, "errno", None) is None:
       raise errors.UserError(
@@ -354,8 +361,7 @@ def values(row: Row) -> Mapping[str, Any]:
 
 def unit(path: str) -> str:
   """The unit of a row's number in a file: rows or lines."""
-  suffix = (kind(pathlib.Path(path)) or Kind("", "")).suffix
-  return "line" if suffix in (".jsonl", ".csv", ".tsv") else "row"
+  return "line" if suffix_of(path) in (".jsonl", *DELIMITERS) else "row"
 
 
 def excerpt(row: Row) -> str:

@@ -83,7 +83,7 @@ def _question(values: Values) -> Turns:
 
 
 def _messages(values: Values) -> Turns:
-  turns = _parsed(values, "messages")
+  turns = _parsed("messages", _value(values, "messages"))
   return _ended(messages_lib.with_tools(turns, values.get("tools")), "messages")
 
 
@@ -100,25 +100,21 @@ def _prompt_completion(values: Values) -> Turns:
 
 
 def _side(values: Values, field: str, role: str) -> Turns:
-  if field not in values:
-    raise row_files.Fault(f"has no `{field}`")
-  value = values[field]
+  value = _value(values, field)
   if isinstance(value, list):
-    return _parsed(values, field)
+    return _parsed(field, value)
   return (records.Message(role, messages_lib.text(field, value)),)
 
 
 def _alpaca(values: Values) -> Turns:
-  for field in ("instruction", "output"):
-    if field not in values:
-      raise row_files.Fault(f"has no `{field}`")
-  question = messages_lib.text("instruction", values["instruction"])
+  instruction, output = _value(values, "instruction"), _value(values, "output")
+  question = messages_lib.text("instruction", instruction)
   given = _optional(values, "input")
   return (
     *_system(values),
     *_history(values.get("history") or []),
     records.Message("user", f"{question}\n{given}" if given else question),
-    records.Message("assistant", messages_lib.text("output", values["output"])),
+    records.Message("assistant", messages_lib.text("output", output)),
   )
 
 
@@ -136,12 +132,10 @@ def _history(value: Any) -> list[records.Message]:
 
 
 def _sharegpt(values: Values) -> Turns:
-  if "conversations" not in values:
-    raise row_files.Fault("has no `conversations`")
-  value = values["conversations"]
+  value = _value(values, "conversations")
   if isinstance(value, list):
     value = [_spoken(f"conversations[{i}]", item) for i, item in enumerate(value)]
-  turns = _parsed({**values, "conversations": value}, "conversations")
+  turns = _parsed("conversations", value)
   system = _system(values)
   if system and turns[0].role == "system":
     raise row_files.Fault(
@@ -230,8 +224,14 @@ def _is_answered(row: Values) -> bool:
 # --- Parts of formats -----------------------------------------------------------------
 
 
-def _parsed(values: Values, field: str) -> Turns:
-  return messages_lib.parse(_as_text(values[field], field), field)
+def _value(values: Values, field: str) -> Any:
+  if field not in values:
+    raise row_files.Fault(f"has no `{field}`")
+  return values[field]
+
+
+def _parsed(field: str, value: Any) -> Turns:
+  return messages_lib.parse(_as_text(value, field), field)
 
 
 def _as_text(value: Any, field: str) -> Any:

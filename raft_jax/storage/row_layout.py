@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.storage import row_formats
+from raft_jax.storage import row_files, row_formats
 
 
 class Layout(NamedTuple):
@@ -84,7 +84,7 @@ def detect(file: str, head: Iterable[row_formats.Values], layout: Layout) -> str
       f"{file}: data.columns maps {key} to {column!r}, and there is no such "
       f"column; there are {', '.join(map(repr, names))}"
     )
-  if chosen is None and rows and file.lower().endswith(_DELIMITED):
+  if chosen is None and rows and row_files.suffix_of(file) in row_files.DELIMITERS:
     header = dict.fromkeys(names, "")
     if not row_formats.fitting_formats(fields(header, layout.columns)):
       raise errors.UserError(
@@ -93,9 +93,6 @@ def detect(file: str, head: Iterable[row_formats.Values], layout: Layout) -> str
         "or map the columns by data.columns"
       )
   return chosen or "question"
-
-
-_DELIMITED = tuple(f"{s}{c}" for s in (".csv", ".tsv") for c in ("", ".gz", ".zst"))
 
 
 def _described(name: str) -> str:

@@ -174,7 +174,7 @@ def part_rows(part: Part, fields: Sequence[str]) -> Iterator[tuple[int, row_file
   path = pathlib.Path(part.name)
   if part.kind == "saved":
     return arrow_rows.saved_rows(path, fields)
-  if (row_files.kind(path) or ("",))[0] == ".parquet":
+  if row_files.suffix_of(path) == ".parquet":
     return arrow_rows.parquet_rows(path, fields)
   return row_files.rows(path)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from raft_jax import errors
 from raft_jax.config import schema
-from raft_jax.data import batching
+from raft_jax.data import batching, token_rows
 from raft_jax.training import optim
 
 
 def anchor_batches(
   settings: schema.Anchor | None,
-  rows: Sequence[batching.Row],
+  rows: Sequence[token_rows.Row],
   seed: int,
   pad_id: int,
 ) -> Any:
@@ -33,7 +33,7 @@ def anchor_batches(
 
 def soft_mask_batches(
   settings: schema.SoftMask | None,
-  rows: Sequence[batching.Row],
+  rows: Sequence[token_rows.Row],
   seed: int,
   pad_id: int,
 ) -> Any:
@@ -57,7 +57,7 @@ def _too_few(section: str, size: int, count: int, source: str) -> errors.UserErr
 
 
 def one_pass(
-  rows: Sequence[batching.Row], batch_size: int, *, seed: int, pad_id: int
+  rows: Sequence[token_rows.Row], batch_size: int, *, seed: int, pad_id: int
 ) -> Any:
   """Batches of one pass over rows, all of one padded width."""
   return batching.dataset(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from raft_jax import errors
 from raft_jax.baselines import mssr
 from raft_jax.config import run_lock, schema
-from raft_jax.data import batching, training_set
+from raft_jax.data import batching, token_rows, training_set
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
@@ -86,7 +86,7 @@ class RunInputs(NamedTuple):
   anchor_batches: Any
   soft_mask_batches: Any
   replay: mssr.Plan | None
-  questions_by_row: Mapping[int, batching.Conversation]
+  questions_by_row: Mapping[int, token_rows.Conversation]
   identity: dict[str, Any]
 
 
@@ -127,9 +127,9 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     new_tokens=config.rollout.max_new_tokens,
     context=config.data.max_teacher_tokens,
   )
-  batching.check_positions(longest, config.model.source, decoder)
+  token_rows.check_positions(longest, config.model.source, decoder)
   if teacher_decoder is not None:
-    batching.check_positions(longest, str(config.distill.source), teacher_decoder)
+    token_rows.check_positions(longest, str(config.distill.source), teacher_decoder)
   widths = batching.widths(rows, config.data.buckets, batch_size=train.batch_size)
   dataset = make_dataset(train, examples, layout, widths, tokenizer.pad_id)
   plan = run_plan.make_plan(
@@ -163,7 +163,7 @@ def make_inputs(
   tokenizer: chat.ChatTokenizer,
   examples: training_set.TrainingSet,
   dataset: Any,
-  widths: Sequence[batching.Widths],
+  widths: Sequence[token_rows.Widths],
 ) -> RunInputs:
   """What was read for a run, with the batches that probe the base model.
 
@@ -213,7 +213,7 @@ def make_dataset(
   train: schema.Train,
   examples: training_set.TrainingSet,
   layout: run_plan.BatchLayout,
-  widths: Sequence[batching.Widths],
+  widths: Sequence[token_rows.Widths],
   pad_id: int,
 ) -> Any:
   """All batches of a run; element n is the batch of step n."""
@@ -308,7 +308,7 @@ def read_teacher(
 
 
 def longest_row(
-  rows: Sequence[batching.Row],
+  rows: Sequence[token_rows.Row],
   distill: schema.Distill | None,
   *,
   new_tokens: int,

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from raft_jax import errors
 from raft_jax.baselines import mssr, sdpo
 from raft_jax.config import schema
-from raft_jax.data import batching
+from raft_jax.data import batching, token_rows
 from raft_jax.distillation import objective, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
@@ -64,7 +64,7 @@ class RunPlan(NamedTuple):
   state_shardings: step.TrainState
   programs: programs_lib.Programs
   batch_rows: int
-  widest: batching.Widths
+  widest: token_rows.Widths
   siblings: sdpo.Siblings | None
   leak_phrases: tuple[str, ...]
   frozen_teacher: bool
@@ -101,7 +101,7 @@ def make_plan(
   mesh: Mesh,
   *,
   batch_rows: int,
-  widest: batching.Widths,
+  widest: token_rows.Widths,
   total_steps: int,
   eos_ids: tuple[int, ...],
   pad_id: int,
@@ -179,18 +179,14 @@ def make_budget_plan(
     rows=layout.rows,
     micro_batches=config.train.micro_batches,
   )
-  limits = config.data
+  prompt, answer, teacher = map(batching.padded_width, token_rows.budgets(config.data))
   return make_plan(
     config,
     decoder,
     teacher_decoder,
     mesh,
     batch_rows=layout.rows,
-    widest=(
-      batching.padded_width(limits.max_prompt_tokens),
-      batching.padded_width(limits.max_answer_tokens),
-      batching.padded_width(limits.max_teacher_tokens),
-    ),
+    widest=(prompt, answer, teacher),
     total_steps=1,
     # Any ids will do: they change no cost.
     eos_ids=(0,),

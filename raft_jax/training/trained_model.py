@@ -44,6 +44,11 @@ def checkpoint_folder(output: str, validation: schema.Validation | None) -> str:
   return checkpoint.BEST if has_best else checkpoint.FOLDER
 
 
+def require(output: str, validation: schema.Validation | None) -> None:
+  """Raises UserError if there is no checkpoint to read."""
+  checkpoint.require(output, checkpoint_folder(output, validation))
+
+
 def _wants_best(validation: schema.Validation | None) -> bool:
   return validation is not None and validation.keep == "best"
 

@@ -9,7 +9,7 @@ import scipy.stats
 from raft_jax import errors
 from raft_jax.baselines import mssr
 from raft_jax.config import schema
-from raft_jax.data import batching
+from raft_jax.data import batching, token_rows
 
 RULES = {
   **{"growth": 1.0, "decay": 0.5, "tolerance": 0.1},
@@ -145,7 +145,7 @@ def test_strength_stays_finite():
 
 def rows(count, first_id, length):
   return [
-    batching.Row((first_id + i,) * length, (i + 1,) * 2, (), first_id + i)
+    token_rows.Row((first_id + i,) * length, (i + 1,) * 2, (), first_id + i)
     for i in range(count)
   ]
 

@@ -10,7 +10,7 @@ import pytest
 from raft_jax.baselines import sdpo
 from raft_jax.data import batching
 from raft_jax.distillation import objective, sequences
-from raft_jax.hf import chat, teacher_prompts
+from raft_jax.hf import answer_turns, chat, teacher_prompts
 from raft_jax.models import sampling
 from raft_jax.storage import records
 from tests.helpers import tiny_decoder, tiny_step
@@ -34,7 +34,7 @@ def codec(smollm):
 
 def teacher_context(codec, answers, max_tokens, success=0.5):
   """Contexts for two questions with the reference answer "a b c d"."""
-  ids = [chat.answer_ids(codec, answer) for answer in answers]
+  ids = [answer_turns.answer_ids(codec, answer) for answer in answers]
   tokens = np.full((len(ids), 24), codec.pad_id, np.int32)
   for row, answer in zip(tokens, ids):
     row[: len(answer)] = answer
@@ -57,7 +57,7 @@ def test_contexts_show_a_successful_sibling_or_leave_the_loss(codec):
   # F1 of three of four words: 2 * 1 * 0.75 / 1.75 = 0.86. Of the second question's
   # rollouts only the one that succeeded has no teacher.
   assert found.trajectory.length_B.tolist() == [
-    len(chat.answer_ids(codec, a)) if taught else 0
+    len(answer_turns.answer_ids(codec, a)) if taught else 0
     for a, taught in zip(answers, [1, 1, 1, 1, 0, 1])
   ]
   shown = ["alpha beta gamma", right, right, right, None, right]

@@ -1,4 +1,4 @@
-"""Token rows and batches, on the real tokenizer and the real questions."""
+"""Batches of token rows, on the real tokenizer and the real questions."""
 
 import collections
 import itertools
@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 
 from raft_jax import errors
-from raft_jax.data import batching
-from raft_jax.hf import chat, teacher_prompts
+from raft_jax.config import schema
+from raft_jax.data import batching, token_rows
+from raft_jax.hf import chat
 from raft_jax.storage import question_files, rejects
-
-POLICIES = {"too_long": "error", "unusable": "error"}
-BUDGETS = {
-  "max_prompt_tokens": 256,
-  "max_answer_tokens": 256,
-  "max_teacher_tokens": 768,
-}
 
 
 @pytest.fixture(scope="module")
@@ -24,24 +18,10 @@ def tokenizer(smollm):
   return chat.load(smollm)
 
 
-@pytest.fixture(scope="module")
-def questions(law):
-  return question_files.read_questions(law / "train.jsonl", limit=120)
-
-
-def encode(questions, tokenizer, **options):
-  return batching.encode_rows(
-    [(q.messages, q.answer) for q in questions],
-    tokenizer=tokenizer,
-    places=[rejects.Place(q.id, "q.jsonl", i) for i, q in enumerate(questions, 1)],
-    **({"teacher_context": "chat"} | POLICIES | BUDGETS | options),
-  )
-
-
-def made_rows(lengths) -> list[batching.Row]:
+def made_rows(lengths) -> list[token_rows.Row]:
   """Rows whose tokens tell which row and which part they are of."""
   return [
-    batching.Row(
+    token_rows.Row(
       prompt=tuple(1000 * i + j for j in range(1, p + 1)),
       answer=tuple(1000 * i + 300 + j for j in range(1, a + 1)),
       teacher=tuple(1000 * i + 600 + j for j in range(1, c + 1)),
@@ -52,7 +32,7 @@ def made_rows(lengths) -> list[batching.Row]:
 
 
 @pytest.fixture
-def rows() -> list[batching.Row]:
+def rows() -> list[token_rows.Row]:
   rng = np.random.default_rng(0)
   return made_rows(rng.integers([5, 3, 20], [60, 40, 200], (50, 3)).tolist())
 
@@ -64,62 +44,6 @@ def batches(rows, **options):
 
 def equal(a: batching.Batch, b: batching.Batch) -> bool:
   return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-# Token rows
-
-
-def test_rows_hold_the_tokenizers_ids_in_order(questions, tokenizer):
-  rows, skipped = encode(questions, tokenizer)
-  assert skipped == []
-  assert [row.row_id for row in rows] == list(range(len(questions)))
-  row, question = rows[7], questions[7]
-  assert row.prompt == tuple(chat.prompt_ids(tokenizer, question.messages))
-  assert row.answer == tuple(chat.answer_ids(tokenizer, question.answer))
-  form = teacher_prompts.teacher_ids(
-    tokenizer, question.messages, question.answer, "chat"
-  )
-  assert row.teacher == tuple(form)
-  assert row.answer[-1] in tokenizer.eos_ids
-  assert chat.decode(tokenizer, row.answer) == question.answer
-  assert (
-    encode(questions[7:8], tokenizer, teacher_context="none")[0][0].teacher
-    != row.teacher
-  )
-
-
-def test_too_long_is_an_error_that_names_row_lengths_and_keys(questions, tokenizer):
-  rows, _ = encode(questions, tokenizer)
-  answers = [len(row.answer) for row in rows]
-  limit = int(np.median(answers))
-  first = next(i for i, n in enumerate(answers) if n > limit)
-  over = sum(n > limit for n in answers)
-  with pytest.raises(errors.UserError) as caught:
-    encode(questions, tokenizer, max_answer_tokens=limit)
-  assert str(caught.value) == (
-    f"q.jsonl:{first + 1}: row {questions[first].id!r} is too long: answer of "
-    f"{answers[first]} tokens > "
-    f"data.max_answer_tokens={limit} ({over} of {len(rows)} rows are over a budget); "
-    f"set data.max_answer_tokens={max(answers)} to fit all, or data.too_long=skip to "
-    "leave them out"
-  )
-  with pytest.raises(errors.UserError, match=r"data\.max_prompt_tokens=3"):
-    encode(questions, tokenizer, max_prompt_tokens=3)
-  with pytest.raises(errors.UserError, match=r"data\.max_teacher_tokens=3"):
-    encode(questions, tokenizer, max_teacher_tokens=3)
-
-
-def test_a_budget_is_inclusive_and_skipping_keeps_row_ids(questions, tokenizer):
-  whole, _ = encode(questions, tokenizer)
-  longest = max(len(row.prompt) for row in whole)
-  assert encode(questions, tokenizer, max_prompt_tokens=longest) == (whole, [])
-  options = {"max_prompt_tokens": longest - 1, "too_long": "skip"}
-  kept, skipped = encode(questions, tokenizer, **options)
-  assert kept == [row for row in whole if len(row.prompt) < longest]
-  gone = [questions[row.row_id].id for row in whole if len(row.prompt) == longest]
-  assert [reject.place.id for reject in skipped] == gone != []
-  with pytest.raises(errors.UserError, match="no row is left of 120"):
-    encode(questions, tokenizer, max_prompt_tokens=1, too_long="skip")
 
 
 # Widths
@@ -263,7 +187,7 @@ def test_fewer_rows_than_a_batch(rows):
 
 
 @pytest.fixture
-def general() -> list[batching.Row]:
+def general() -> list[token_rows.Row]:
   return [r._replace(row_id=100 + r.row_id) for r in made_rows([(4, 4, 4)] * 11)]
 
 
@@ -325,7 +249,13 @@ def test_a_share_that_is_no_number_of_rows_is_refused_with_the_nearest():
 
 def test_law_questions_end_to_end(law, tokenizer):
   questions = question_files.read_questions(law / "train.jsonl")
-  rows, _ = encode(questions, tokenizer)
+  rows, _ = token_rows.encode(
+    [(q.messages, q.answer) for q in questions],
+    schema.Data(questions="q.jsonl"),
+    tokenizer=tokenizer,
+    teacher_context="chat",
+    places=[rejects.Place(q.id) for q in questions],
+  )
   every = batches(rows, batch_size=16, pad_id=tokenizer.pad_id)
   shapes = {(b.prompt_BP.shape, b.answer_BA.shape, b.teacher_BC.shape) for b in every}
   assert len(every) == 3 * (705 // 16)

@@ -13,7 +13,7 @@ from raft_jax.curation import documents, extraction_run, qa_pairs
 from raft_jax.data import training_set
 from raft_jax.evaluation import test_sets
 from raft_jax.generation import engines
-from raft_jax.hf import chat
+from raft_jax.hf import answer_turns, chat
 from raft_jax.storage import records, row_formats, shards
 from tests.helpers import refine_driver
 
@@ -210,7 +210,7 @@ def test_refinement_refines_every_example(
     records.from_json(raw).question
     for raw in shards.read_shards(tmp_path / "out/refined")
   ]
-  pairs = [chat.turn_ids(tokenizer, q.messages, q.reply) for q in refined]
+  pairs = [answer_turns.ids(tokenizer, q.messages, q.reply) for q in refined]
   assert [tuple(map(tuple, pair)) for pair in pairs] == expected
   # Training takes the records: the same prompts, with the chosen answers.
   rows = training_set.load(config, tokenizer, distil=False).rows

@@ -107,9 +107,8 @@ def transformers_ids(smollm: str, question: str, answer: str) -> list[int]:
 
 
 def test_a_refined_answer_has_the_originals_reasoning_only_with_its_words():
-  question = question_files.question(
-    "a", "", records.user_turn("2 + 2?"), messages.answer("4.", "Two.")
-  )
+  reply = records.Message("assistant", "4.", "Two.")
+  question = question_files.question("a", "", records.user_turn("2 + 2?"), reply)
   for text, reasoning in (("4.", "Two."), ("It is 4.", "")):
     turn = training_set.as_turn(question, text)
     assert (turn.content, turn.reasoning_content) == (text, reasoning)

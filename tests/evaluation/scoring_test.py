@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from raft_jax import errors
-from raft_jax.data import batching
+from raft_jax.data import token_rows
 from raft_jax.evaluation import scoring
-from raft_jax.hf import chat, model_source
+from raft_jax.hf import answer_turns, chat, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files
@@ -25,22 +25,22 @@ TINY = dataclasses.replace(
 SETTINGS = scoring.Settings(batch_size=3, dtype="float32", unroll=1)
 
 
-def _rows(count: int, seed: int = 0) -> list[batching.Row]:
+def _rows(count: int, seed: int = 0) -> list[token_rows.Row]:
   rng = np.random.default_rng(seed)
 
   def ids(low: int, high: int) -> tuple[int, ...]:
     return tuple(map(int, rng.integers(1, TINY.vocab_size, rng.integers(low, high))))
 
-  return [batching.Row(ids(3, 30), ids(1, 40), (), i) for i in range(count)]
+  return [token_rows.Row(ids(3, 30), ids(1, 40), (), i) for i in range(count)]
 
 
 def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_path):
   chat_tokenizer = chat.load(smollm)
   questions = question_files.read_questions(law / "test.jsonl", limit=8)
   rows = [
-    batching.Row(
+    token_rows.Row(
       tuple(chat.prompt_ids(chat_tokenizer, q.messages)),
-      tuple(chat.answer_ids(chat_tokenizer, q.answer)),
+      tuple(answer_turns.answer_ids(chat_tokenizer, q.answer)),
       (),
       i,
     )

@@ -19,6 +19,7 @@ from raft_jax import errors
 from raft_jax.evaluation import lm_eval_model
 from raft_jax.generation import engines
 from raft_jax.hf import (
+  answer_turns,
   chat,
   chat_template,
   gguf_file,
@@ -123,7 +124,7 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
   template, messages = TEMPLATES[name], CONVERSATIONS[situation]
   if (name, situation) in REFUSED:
     with pytest.raises(errors.UserError, match=REFUSED[name, situation]):
-      chat.turn_ids(made(tokenizer, template, tmp_path), messages, ANSWERS[0])
+      answer_turns.ids(made(tokenizer, template, tmp_path), messages, ANSWERS[0])
     return
   chat_tokenizer = made(tokenizer, template, tmp_path)
   prompt_text = theirs(tokenizer, template, messages, prompt=True)
@@ -134,7 +135,7 @@ def test_learned_ids_are_the_templates(name, situation, tokenizer, still, tmp_pa
     start = full.rindex(answer.strip())
     cut = full.find(end, start)
     turn = full[: cut + len(end)] if cut >= 0 else full[: start + len(answer.strip())]
-    prompt, learned = chat.turn_ids(chat_tokenizer, messages, answer)
+    prompt, learned = answer_turns.ids(chat_tokenizer, messages, answer)
     assert learned[-1] == chat_tokenizer.eos_ids[0]
     assert prompt == chat.prompt_ids(chat_tokenizer, messages)
     if cut < 0:  # the template writes no end
@@ -321,8 +322,8 @@ def test_what_the_teacher_reads_is_followed_as_the_prompt_is(tokenizer, tmp_path
       chat_tokenizer, messages, "It is 12.", form
     )
     shown = teacher_prompts.teacher_messages(messages, "It is 12.", form)
-    assert (prompt, learned) == chat.turn_ids(chat_tokenizer, messages, "It is 12.")
-    assert (teacher, learned) == chat.turn_ids(chat_tokenizer, shown, "It is 12.")
+    assert (prompt, learned) == answer_turns.ids(chat_tokenizer, messages, "It is 12.")
+    assert (teacher, learned) == answer_turns.ids(chat_tokenizer, shown, "It is 12.")
     assert teacher == teacher_prompts.teacher_ids(
       chat_tokenizer, messages, "It is 12.", form
     )
@@ -344,13 +345,13 @@ def test_a_template_that_drops_a_part_of_the_answer(tokenizer, answer, tmp_path)
     "split('[/THINK]')", "replace('</think>', '[/THINK]').split('[/THINK]')"
   )
   chat_tokenizer = whole(made(tokenizer, drops, tmp_path))
-  _, learned = chat.turn_ids(chat_tokenizer, QUESTION, answer)
+  _, learned = answer_turns.ids(chat_tokenizer, QUESTION, answer)
   assert tokenizer.decode(learned) == answer + "<|im_end|>"
   marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "[/THINK]"])
   assert not set(learned) & set(marks)
   bare = dataclasses.replace(chat_tokenizer, controls=("<|im_start|>", "<|im_end|>"))
   with pytest.raises(errors.UserError, match="leaves out a part of the answer"):
-    chat.turn_ids(bare, QUESTION, answer)
+    answer_turns.ids(bare, QUESTION, answer)
 
 
 # --- Markers that are no special tokens -----------------------------------------------
@@ -414,7 +415,7 @@ def test_markers_of_a_gguf_file_are_text(monkeypatch, smollm):
   assert chat_tokenizer.hf_tokenizer("<think>").input_ids == [49152]
   before = chat.encode(dataclasses.replace(chat_tokenizer, plain=None), "<|im_end|>")
   assert chat.encode(chat_tokenizer, "<|im_end|>") == before
-  assert max(chat.turn_ids(chat_tokenizer, QUESTION, "<think>2</think>")[1]) < 49152
+  assert max(answer_turns.ids(chat_tokenizer, QUESTION, "<think>2</think>")[1]) < 49152
 
 
 # --- The date, for all that renders ---------------------------------------------------

@@ -15,7 +15,7 @@ import transformers
 from hypothesis import strategies
 
 from raft_jax import errors
-from raft_jax.hf import chat, model_source, teacher_prompts
+from raft_jax.hf import answer_turns, chat, model_source, teacher_prompts
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.storage.records import Message
 
@@ -168,7 +168,7 @@ def test_prompt_and_answer_are_the_template(chat_tokenizer, content):
   want = chat_tokenizer.hf_tokenizer.apply_chat_template(
     [m._asdict() for m in whole], return_dict=False
   )
-  ours = chat.prompt_ids(chat_tokenizer, messages) + chat.answer_ids(
+  ours = chat.prompt_ids(chat_tokenizer, messages) + answer_turns.answer_ids(
     chat_tokenizer, content
   )
   newline = chat.encode(chat_tokenizer, "\n")
@@ -254,7 +254,7 @@ def test_content_never_becomes_control_tokens(chat_tokenizer, content):
   assert chat_tokenizer.hf_tokenizer.decode(ids) == rendered
   assert controls(chat.encode(chat_tokenizer, content)) == []
   assert chat.decode(chat_tokenizer, chat.encode(chat_tokenizer, content)) == content
-  assert controls(chat.answer_ids(chat_tokenizer, content)) == [IM_END]
+  assert controls(answer_turns.answer_ids(chat_tokenizer, content)) == [IM_END]
   for form in ("chat", "paper", "example", "none"):
     clean = teacher_prompts.teacher_ids(chat_tokenizer, conversation("x"), "x", form)
     dirty = teacher_prompts.teacher_ids(

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from raft_jax import errors
-from raft_jax.hf import chat, teacher_prompts
+from raft_jax.hf import answer_turns, chat, teacher_prompts
 from raft_jax.storage import messages
 from raft_jax.storage.records import Message
 from tests.helpers import chat_templates
@@ -175,13 +175,13 @@ def test_a_call_is_learned_as_the_template_writes_it(name, tokenizer, still, tmp
     answer = messages.parse([ASKED, called])[1]
     if NOT_LEARNED.match(name):
       with pytest.raises(errors.UserError, match="no end token after a tool call"):
-        chat.turn_ids(chat_tokenizer, given, answer)
+        answer_turns.ids(chat_tokenizer, given, answer)
       continue
     if content and PARTS.match(name):
       with pytest.raises(errors.UserError, match="leaves out a part of the answer"):
-        chat.turn_ids(chat_tokenizer, given, answer)
+        answer_turns.ids(chat_tokenizer, given, answer)
       continue
-    prompt, learned = chat.turn_ids(chat_tokenizer, given, answer)
+    prompt, learned = answer_turns.ids(chat_tokenizer, given, answer)
     template = own_template(chat_tokenizer)
     whole = theirs(tokenizer, template, [*LATER, called], TOOLS, prompt=False)
     end = tokenizer.decode([learned[-1]])
@@ -256,9 +256,9 @@ def test_kept_reasoning_is_learned(name, form, tokenizer, still, tmp_path):
   knows = OWN_TAGS.match(name) and name not in IGNORES
   if name in DROPS or (form == "field" and not knows):
     with pytest.raises(errors.UserError, match="leaves out the answer's reasoning"):
-      chat.turn_ids(chat_tokenizer, asked, answer)
+      answer_turns.ids(chat_tokenizer, asked, answer)
     return
-  prompt, learned = chat.turn_ids(chat_tokenizer, asked, answer)
+  prompt, learned = answer_turns.ids(chat_tokenizer, asked, answer)
   options = {"prompt": False, "on": True}
   whole = theirs(tokenizer, template, [ASKS, THINKS["field"]], **options)
   if THOUGHT not in whole:
@@ -282,21 +282,21 @@ def test_kept_reasoning_is_learned(name, form, tokenizer, still, tmp_path):
 def test_dropped_reasoning_leaves_no_trace(tokenizer, still, tmp_path):
   for name in ("trl/qwen3", "trl/glm4moe", "trl/deepseek_r1_distill", "chatml"):
     chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
-    plain = chat.turn_ids(chat_tokenizer, messages.parse([ASKS]), "4.")
+    plain = answer_turns.ids(chat_tokenizer, messages.parse([ASKS]), "4.")
     for form in THINKS.values():
       answer = messages.learned("answer", messages.parse([form])[0])
-      assert chat.turn_ids(chat_tokenizer, messages.parse([ASKS]), answer) == plain
+      assert answer_turns.ids(chat_tokenizer, messages.parse([ASKS]), answer) == plain
 
 
 def test_an_answer_without_reasoning_among_kept_ones(tokenizer, still, tmp_path):
   """Templates with a switch write an empty part; one that always opens is refused."""
   asked = messages.parse([ASKS])
   qwen = keeping(tokenizer, TEMPLATES["trl/qwen3"], tmp_path)
-  _, learned = chat.turn_ids(qwen, asked, "4.")
+  _, learned = answer_turns.ids(qwen, asked, "4.")
   assert tokenizer.decode(learned) == "<think>\n\n</think>\n\n4.<|im_end|>"
   opens = keeping(tokenizer, TEMPLATES["trl/nemotron_3_nano"], tmp_path)
   with pytest.raises(errors.UserError, match="the answer has no reasoning"):
-    chat.turn_ids(opens, asked, "4.")
+    answer_turns.ids(opens, asked, "4.")
 
 
 def test_thinking_decides_the_digest(tokenizer, tmp_path):
@@ -362,7 +362,9 @@ def test_the_marked_tokens_are_learned(name, tokenizer, still, tmp_path):
   chat_tokenizer = made(tokenizer, TEMPLATES[name], tmp_path)
   earlier = [ASKS, {"role": "assistant", "content": "4."}, ASKED]
   answer = {"role": "assistant", "content": "It is, today."}
-  _, learned = chat.turn_ids(chat_tokenizer, messages.parse(earlier), answer["content"])
+  _, learned = answer_turns.ids(
+    chat_tokenizer, messages.parse(earlier), answer["content"]
+  )
   marked = masked(tokenizer, own_template(chat_tokenizer), [*earlier, answer])
   before = ids_of(tokenizer, BEFORE.get(name, ""))
   after = ids_of(tokenizer, AFTER.get(name, ""))
@@ -388,7 +390,7 @@ def marks(assistant: str, header: str = HEADER) -> str:
 
 def marked_ids(hf_tokenizer, template, folder) -> tuple[str, str]:
   chat_tokenizer = made(hf_tokenizer, template, folder)
-  prompt, learned = chat.turn_ids(chat_tokenizer, messages.parse([ASKS]), "4.")
+  prompt, learned = answer_turns.ids(chat_tokenizer, messages.parse([ASKS]), "4.")
   return hf_tokenizer.decode(prompt), hf_tokenizer.decode(learned)
 
 
@@ -482,7 +484,7 @@ def test_the_teacher_reads_a_call_as_the_template_writes_it(form, tokenizer, tmp
   prompt, learned, teacher = teacher_prompts.row_ids(
     chat_tokenizer, given, answer, form
   )
-  assert (prompt, learned) == chat.turn_ids(chat_tokenizer, given, answer)
+  assert (prompt, learned) == answer_turns.ids(chat_tokenizer, given, answer)
   call = '<tool_call>\n{"name": "get_weather", "arguments": {"zone": "Q7", "city": '
   read = tokenizer.decode(teacher)
   assert read.count(call) == (2 if form != "paper" else 1)

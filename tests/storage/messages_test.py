@@ -7,7 +7,13 @@ import pytest
 from pyarrow import parquet
 
 from raft_jax import errors
-from raft_jax.storage import messages, question_files, records, row_files
+from raft_jax.storage import (
+  messages,
+  question_files,
+  records,
+  row_files,
+  row_formats,
+)
 
 USER = {"role": "user", "content": "Why?"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -171,12 +177,19 @@ def test_bad_tools(name):
   assert says in str(caught.value)
 
 
+def learned(text, reasoning=None) -> records.Message:
+  """The turn that is learned of a row with this answer."""
+  row = {"question": "?", "answer": text, "reasoning_content": reasoning}
+  turns = row_formats.conversation(row, "question")
+  return row_formats.examples(turns, "last", "question")[0].answer
+
+
 def test_thinking_is_apart_from_the_answer():
-  turn = messages.answer("<think>\nhm\n</think>\n\n4")
+  turn = learned("<think>\nhm\n</think>\n\n4")
   assert (turn.content, turn.reasoning_content) == ("4", "<think>\nhm\n</think>\n\n")
-  assert messages.answer("4", "hm").reasoning_content == "hm"
+  assert learned("4", "hm").reasoning_content == "hm"
   for text in ("use <think> here", "a </think> b", "x <think>y</think>"):
-    assert messages.answer(text) == records.Message("assistant", text)
+    assert learned(text) == records.Message("assistant", text)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +207,7 @@ def test_thinking_is_apart_from_the_answer():
 )
 def test_bad_thinking(text, reasoning, says):
   with pytest.raises(row_files.Fault) as caught:
-    messages.answer(text, reasoning)
+    learned(text, reasoning)
   assert says in str(caught.value)
 
 

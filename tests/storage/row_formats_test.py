@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from raft_jax import errors
-from raft_jax.storage import question_files, records, row_layout
+from raft_jax.storage import question_files, records, row_formats, row_layout
 
 Message = records.Message
 ALPACA = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
@@ -312,6 +312,14 @@ def test_a_row_of_another_format_is_set_aside_by_its_line(
   path = write(tmp_path, first, {"id": "x", **second})
   assert refused(path).startswith(f"{path}:2: row 'x': {says}")
   assert len(question_files.read(path, unusable="skip").questions) == 1
+
+
+@pytest.mark.parametrize("name", row_formats.FORMATS)
+def test_a_row_without_the_fields_of_its_file_is_set_aside(tmp_path, name):
+  row = next(row for form, row, _ in ROWS.values() if form == name)
+  read = question_files.read(write(tmp_path, row, {"text": "x"}), unusable="skip")
+  assert len(read.questions) == 1
+  assert [r.reason.partition("`")[0] for r in read.rejects] == ["has no "]
 
 
 def test_each_file_of_a_folder_has_its_own_format(tmp_path):
