@@ -116,16 +116,15 @@ class Feed:
   def call(self, function: Callable[..., None], *arguments: Any) -> None:
     """Calls a function of the tracker, now or later."""
     if self._thread is None:
-      self._try(function, arguments)
+      self._try(function, *arguments)
     else:
       self._calls.put((function, arguments))
 
   def end(self, status: str) -> None:
     """Closes the tracker after all calls; an error is kept in `error`."""
+    self.call(self.tracker.close, status)
     if self._thread is None:
-      self._try(self.tracker.close, (status,), always=True)
       return
-    self._calls.put((self.tracker.close, (status,)))
     self._calls.put(None)
     self._thread.join(CLOSE_SECONDS)
     if self._thread.is_alive() and self.error is None:
@@ -141,10 +140,10 @@ class Feed:
 
   def _work(self) -> None:
     for function, arguments in iter(self._calls.get, None):
-      self._try(function, arguments, always=function is self.tracker.close)
+      self._try(function, *arguments)
 
-  def _try(self, function: Any, arguments: Any, *, always: bool = False) -> None:
-    if self.error is not None and not always:
+  def _try(self, function: Callable[..., None], *arguments: Any) -> None:
+    if self.error is not None and function is not self.tracker.close:
       return
     try:
       function(*arguments)
