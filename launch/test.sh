@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs lint, type checks and tests. Arguments go to pytest.
 # `launch/test.sh -m slow` runs the tests that take minutes. It also installs the
-# compilers for GPUs and TPUs that are absent, and the libraries of all trackers.
+# compilers for GPUs and TPUs that are absent, the libraries of all trackers, and Go.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=test
 # Tests of one file share compiled programs, so each file stays in one of two processes.
 # Slow tests need the machine for themselves.
 processes=(-n 2 --dist loadfile)
-[[ " $* " == *slow* ]] && extras=test,plan,trackers processes=()
+[[ " $* " == *slow* ]] && extras=test,plan,trackers,modelfiles processes=()
 launch/install.sh "$extras"
 # Fast tests mostly compile small programs; slow tests run large ones.
 [[ " $* " == *slow* ]] || export JAX_DISABLE_MOST_OPTIMIZATIONS=1

@@ -96,7 +96,7 @@ def main(config: schema.Config) -> None:
   tracked = trackers.describe(
     config.train, folder.parent, config_load.values(config, trackers.SETTINGS)
   )
-  with metrics_log.tracked(trackers.names(config.train), tracked) as opened:
+  with metrics_log.tracked(config.train.trackers, tracked) as opened:
     opened.summarise(step, comparison.flat(result))
   show(result)
 

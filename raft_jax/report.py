@@ -30,14 +30,14 @@ def main(config: schema.Config) -> None:
       " `python -m raft_jax.train` with this config first"
     )
   print(f"report: {run_page.write(output)}")
-  tracked = trackers.names(config.train)
+  tracked = config.train.trackers
   if tracked:
     run = trackers.describe(
       config.train, output, config_load.values(config, trackers.SETTINGS)
     )
     pictures = run_plots.pictures(run_folder.read(output))
     with metrics_log.tracked(tracked, run) as opened:
-      opened.attach(metrics_log.last_step(output / "metrics.jsonl"), pictures)
+      opened.attach(pictures)
 
 
 if __name__ == "__main__":

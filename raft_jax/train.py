@@ -75,7 +75,7 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       config.train, output, config_load.values(config, trackers.SETTINGS)
     )
     log = stack.enter_context(
-      metrics_log.run_log(start.step, total, trackers.names(config.train), tracked)
+      metrics_log.run_log(start.step, total, config.train.trackers, tracked)
     )
     validation = stack.enter_context(
       validation_lib.during_training(

@@ -22,7 +22,7 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.reporting import model_card
 from raft_jax.storage import records, shards
-from tests.helpers import model_hub, tiny_run
+from tests.helpers import least_card, model_hub, tiny_run
 
 TOKEN = "hf_SECRETSECRETSECRET"
 
@@ -175,17 +175,7 @@ def test_card_tells_the_data_and_the_scores_of_this_checkpoint(run, tiny):
 
 
 def test_base_model_is_named_only_by_a_hub_name(monkeypatch):
-  monkeypatch.setattr(model_card, "read_license", lambda source: None)
-  card = model_card.render(
-    "org/model-1.7B",
-    method="raft",
-    adapter=False,
-    step=3,
-    data="",
-    hyperparameters={},
-    scores={},
-    edits={},
-  )
+  card = least_card.least("org/model-1.7B", monkeypatch)
   front = yaml.safe_load(card.split("---\n")[1])
   assert front["base_model"] == "org/model-1.7B"
   assert "license" not in front

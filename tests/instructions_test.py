@@ -30,7 +30,7 @@ from raft_jax.generation import vllm_engine
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.planning import machines
-from raft_jax.training import trackers
+from raft_jax.training import tracker_libraries
 from tests.helpers import instructions, tiny_llama
 
 ROOT = instructions.ROOT
@@ -299,7 +299,8 @@ def test_what_installs_an_extra_is_written_in_one_place(faults_of):
       is_call = isinstance(node, ast.Call)
       if is_call and ast.unparse(node.func) == "errors.install":
         named |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
-  named |= set(trackers.MODULES)  # `errors.install(name)` of `train.trackers`
+  # `errors.install(name)` of `train.trackers`
+  named |= set(tracker_libraries.LIBRARIES)
   assert named >= {"eval", "plan", "refine"}
   for extra in named:
     command = instructions.SPAN.search(errors.install(extra))[1]

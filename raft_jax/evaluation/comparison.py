@@ -178,21 +178,18 @@ def sample_answers(
 
 def flat(result: Mapping[str, Any]) -> dict[str, float]:
   """The means of a result by names such as `evaluation/trained/rouge_l`."""
+  paired = result["paired"].items()
   tables = {
-    "base": result["scores"]["base"],
-    "trained": result["scores"]["trained"],
+    **result["scores"],
     "retention": result["retention"],
-    "drift": {"mean": result["drift"]} if result["drift"] else {},
+    "difference": {name: {"value": pair["difference"]} for name, pair in paired},
+    "drift": {"mean": result["drift"]},
   }
-  values = {
+  return {
     f"evaluation/{table}/{name}": float(score["value"])
     for table, scores in tables.items()
     for name, score in scores.items()
-    if score  # the retention of a score that is 0 before training is empty
-  }
-  return values | {
-    f"evaluation/difference/{name}": float(paired["difference"])
-    for name, paired in result["paired"].items()
+    if score  # empty: a drift not measured, the retention of 0 before training
   }
 
 

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,16 +46,15 @@ class Log:
     """
     self._path = output / "metrics.jsonl"
     self._started = time.monotonic()
-    logged_until = last_step(self._path)
+    logged = read_rows(self._path)
     keep_until(self._path, resume_step)
     self._file = self._path.open("a", encoding="utf-8")
     self.trackers = trackers.open_all(
       tracked,
       (run or tracker_libraries.Run(output))._replace(
-        step=resume_step, repeats=logged_until > resume_step
+        step=resume_step, logged_until=last_step(logged)
       ),
-      read_rows(self._path) if tracked else (),
-      logged_until=logged_until,
+      [row for row in logged if row["step"] <= resume_step],
     )
 
   def write(self, step: int, values: dict[str, float], split: str = "train") -> None:
@@ -108,9 +107,9 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return [row for _, row in rows_until(path, sys.maxsize)]
 
 
-def last_step(path: pathlib.Path) -> int:
-  """The last step of a log; 0 if it has none."""
-  return max((row["step"] for row in read_rows(path)), default=0)
+def last_step(rows: Sequence[Mapping[str, Any]]) -> int:
+  """The last step of a log's rows; 0 if there are none."""
+  return max((row["step"] for row in rows), default=0)
 
 
 @contextlib.contextmanager
@@ -119,8 +118,8 @@ def tracked(
 ) -> Iterator[trackers.Trackers]:
   """The trackers of a run that was trained, for its scores and pictures."""
   rows = read_rows(run.output / "metrics.jsonl") if names else []
-  step = max((row["step"] for row in rows), default=0)
-  opened = trackers.open_all(names, run._replace(step=step), rows, logged_until=step)
+  step = last_step(rows)
+  opened = trackers.open_all(names, run._replace(step=step, logged_until=step), rows)
   try:
     yield opened
   finally:

@@ -33,7 +33,7 @@ class Run(NamedTuple):
     offline: use no server.
     settings: keys of the config and their values.
     step: the run goes on after this step.
-    repeats: whether later steps were logged before, and are logged again.
+    logged_until: the last step that was ever logged; steps up to it are logged again.
   """
 
   output: pathlib.Path
@@ -42,7 +42,7 @@ class Run(NamedTuple):
   offline: bool = False
   settings: Mapping[str, Any] = {}
   step: int = 0
-  repeats: bool = False
+  logged_until: int = 0
 
 
 Row = tuple[int, Mapping[str, float]]
@@ -159,7 +159,7 @@ def tensorboard(run: Run, run_id: str | None) -> Tracker:
   """A new event file in the run's folder."""
   del run_id
   board = Board(run.output / "tensorboard")
-  if run.repeats:
+  if run.logged_until > run.step:
     board.forget_after(run.step)
   return Tracker(
     run_id="",
@@ -287,16 +287,7 @@ def start_mlflow(client: Any, run: Run) -> str:
   from mlflow import entities
 
   name = run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
-  experiment = client.get_experiment_by_name(name)
-  if experiment is None:
-    try:
-      experiment_id = client.create_experiment(name)
-    except Exception:  # another task of the sweep may have been faster
-      experiment = client.get_experiment_by_name(name)
-      if experiment is None:
-        raise
-  if experiment is not None:
-    experiment_id = experiment.experiment_id
+  experiment_id = mlflow_experiment(client, name)
   tags = {"group": run.group} if run.group else {}
   created = client.create_run(experiment_id, run_name=run.output.name, tags=tags)
   params = [entities.Param(key, str(value)) for key, value in run.settings.items()]
@@ -304,6 +295,19 @@ def start_mlflow(client: Any, run: Run) -> str:
     batch = params[start : start + 100]
     client.log_batch(created.info.run_id, params=batch, synchronous=True)
   return str(created.info.run_id)
+
+
+def mlflow_experiment(client: Any, name: str) -> str:
+  """The id of an experiment, which is created if there is none."""
+  found = client.get_experiment_by_name(name)
+  if found is None:
+    try:
+      return str(client.create_experiment(name))
+    except Exception:  # another task of the sweep may have been faster
+      found = client.get_experiment_by_name(name)
+      if found is None:
+        raise
+  return str(found.experiment_id)
 
 
 # --- Trackio --------------------------------------------------------------------------
@@ -347,12 +351,24 @@ def trackio(run: Run, run_id: str | None) -> Tracker:
   )
 
 
-OPENERS: dict[str, Callable[[Run, str | None], Tracker]] = {
-  "tensorboard": tensorboard,
-  "wandb": wandb,
-  "mlflow": mlflow,
-  "trackio": trackio,
-}
-"""Name in the config -> what starts a run there, or continues that of an id.
+class Library(NamedTuple):
+  """A library that the config can name.
 
-An opener raises if the run of the id is gone."""
+  Attributes:
+    title: its name in messages.
+    module: what Python imports.
+    open: starts a run, or continues that of an id; raises if that one is gone.
+  """
+
+  title: str
+  module: str
+  open: Callable[[Run, str | None], Tracker]
+
+
+LIBRARIES = {
+  "tensorboard": Library("TensorBoard", "tensorboardX", tensorboard),
+  "wandb": Library("Weights & Biases", "wandb", wandb),
+  "mlflow": Library("MLflow", "mlflow", mlflow),
+  "trackio": Library("Trackio", "trackio", trackio),
+}
+"""The libraries by their names in the config, which are those of their extras."""

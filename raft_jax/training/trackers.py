@@ -8,6 +8,7 @@ error ends it with one warning.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import importlib.util
@@ -33,19 +34,6 @@ FILE = "trackers.json"
 OPEN_SECONDS = CLOSE_SECONDS = 120.0
 """The longest that a start or an end waits for a tracker."""
 
-MODULES = {
-  "tensorboard": "tensorboardX",
-  "wandb": "wandb",
-  "mlflow": "mlflow",
-  "trackio": "trackio",
-}
-TITLES = {
-  "tensorboard": "TensorBoard",
-  "wandb": "Weights & Biases",
-  "mlflow": "MLflow",
-  "trackio": "Trackio",
-}
-
 SETTINGS = (
   "model.source",
   "model.dtype",
@@ -63,11 +51,6 @@ SETTINGS = (
   *("lora", "rollout", "distill", "balance"),
 )
 """The keys of the config that a tracker shows; none may hold a secret."""
-
-
-def names(train: schema.Train) -> tuple[str, ...]:
-  """The trackers of a run, each once."""
-  return tuple(dict.fromkeys(train.trackers))
 
 
 def describe(
@@ -98,7 +81,7 @@ def require(listed: Iterable[str]) -> None:
     errors.UserError: one is missing.
   """
   for name in listed:
-    if importlib.util.find_spec(MODULES[name]) is None:
+    if importlib.util.find_spec(tracker_libraries.LIBRARIES[name].module) is None:
       raise errors.UserError(
         f"train.trackers: {name} is not installed; run {errors.install(name)}, or "
         "leave it out"
@@ -115,6 +98,7 @@ class Feed:
     self.last_step = last_step  # the last that was handed over
     self.sent = last_step  # the last that the library has taken
     self.error: Exception | None = None
+    self._rows: collections.deque[tracker_libraries.Row] = collections.deque()
     self._calls: queue.SimpleQueue[tuple[Callable[..., None], Any] | None]
     self._calls = queue.SimpleQueue()
     self._thread: threading.Thread | None = None
@@ -126,45 +110,40 @@ class Feed:
     """Adds the values of a step, unless the tracker has this step."""
     if step > self.last_step:
       self.last_step = step
-      self.call(self._log, (step, values))
+      self._rows.append((step, values))
+      self.call(self._log)
 
   def call(self, function: Callable[..., None], *arguments: Any) -> None:
     """Calls a function of the tracker, now or later."""
     if self._thread is None:
-      self._try(function, arguments)
+      self._try(function, *arguments)
     else:
       self._calls.put((function, arguments))
 
   def end(self, status: str) -> None:
     """Closes the tracker after all calls; an error is kept in `error`."""
+    self.call(self.tracker.close, status)
     if self._thread is None:
-      self._try(self.tracker.close, (status,), always=True)
       return
-    self._calls.put((self.tracker.close, (status,)))
     self._calls.put(None)
     self._thread.join(CLOSE_SECONDS)
     if self._thread.is_alive() and self.error is None:
       self.error = TimeoutError(f"it took nothing for {CLOSE_SECONDS:.0f} s")
 
-  def _log(self, *rows: tracker_libraries.Row) -> None:
-    self.tracker.log(rows)
-    self.sent = rows[-1][0]
+  def _log(self) -> None:
+    """Sends the row of this call, or with it all that wait."""
+    count = len(self._rows) if self.tracker.batches else 1
+    rows = [self._rows.popleft() for _ in range(count)]
+    if rows:  # otherwise an earlier call has sent them
+      self.tracker.log(rows)
+      self.sent = rows[-1][0]
 
   def _work(self) -> None:
-    call = self._calls.get()
-    while call is not None:
-      function, arguments = call
-      following: list[Any] = []
-      joins = function == self._log and self.tracker.batches
-      while joins and not following and not self._calls.empty():
-        following.append(self._calls.get())
-        if following[0] is not None and following[0][0] == self._log:
-          arguments += following.pop()[1]
-      self._try(function, arguments, always=function is self.tracker.close)
-      call = following[0] if following else self._calls.get()
+    for function, arguments in iter(self._calls.get, None):
+      self._try(function, *arguments)
 
-  def _try(self, function: Any, arguments: Any, *, always: bool = False) -> None:
-    if self.error is not None and not always:
+  def _try(self, function: Callable[..., None], *arguments: Any) -> None:
+    if self.error is not None and function is not self.tracker.close:
       return
     try:
       function(*arguments)
@@ -191,12 +170,12 @@ class Trackers:
       if is_news(feed, "scores", json.dumps([step, scores], sort_keys=True).encode()):
         feed.call(feed.tracker.summarise, step, scores)
 
-  def attach(self, step: int, pictures: Mapping[str, bytes]) -> None:
+  def attach(self, pictures: Mapping[str, bytes]) -> None:
     """Attaches PNG files; one that the tracker has already is left out."""
     for feed in self.feeds:
       for name, png in pictures.items():
         if is_news(feed, name, png):
-          feed.call(feed.tracker.attach, step, name, png)
+          feed.call(feed.tracker.attach, self._run.step, name, png)
 
   def close(self, status: str = "finished") -> None:
     """Waits for what was handed over; `status`: finished, stopped or failed."""
@@ -210,7 +189,8 @@ class Trackers:
   def _drop_failed(self) -> None:
     failed = [feed for feed in self.feeds if feed.error is not None]
     for feed in failed:
-      warn(f"{TITLES[feed.name]} is off from now on: {feed.error}")
+      title = tracker_libraries.LIBRARIES[feed.name].title
+      warn(f"{title} is off from now on: {feed.error}")
       self.feeds.remove(feed)
     if failed:
       save(self._run, failed, is_open=False)
@@ -229,28 +209,23 @@ def is_news(feed: Feed, name: str, content: bytes) -> bool:
 def open_all(
   listed: Sequence[str],
   run: tracker_libraries.Run,
-  rows: Sequence[Mapping[str, Any]] = (),
-  *,
-  logged_until: int = 0,
+  rows: Iterable[Mapping[str, Any]] = (),
 ) -> Trackers:
   """Opens the trackers of a run, and sends them the rows that they lack.
 
   Args:
     rows: of `metrics.jsonl`, up to the step at which the run goes on.
-    logged_until: the last step that `metrics.jsonl` had before it was cut there.
   """
   states = read_states(run.output)
   feeds = []
-  for name in listed:
-    state = states.get(name, {})
-    feed = open_one(name, run, state, logged_until)
+  for name in dict.fromkeys(listed):
+    feed = open_one(name, run, states.get(name, {}))
     if feed is not None:
       feeds.append(feed)
   trackers = Trackers(run, feeds)
   save(run, feeds, is_open=True)
   for feed in feeds:
-    missing = [row for row in rows if row["step"] > feed.last_step]
-    for row in missing:
+    for row in rows:
       values = {
         f"{row.get('split', 'train')}/{name}": value
         for name, value in row["values"].items()
@@ -261,13 +236,13 @@ def open_all(
 
 
 def open_one(
-  name: str, run: tracker_libraries.Run, state: dict[str, Any], logged_until: int
+  name: str, run: tracker_libraries.Run, state: dict[str, Any]
 ) -> Feed | None:
   """Continues the tracker's run, or starts one; None, with a warning, if that fails."""
   run_id, why = state.get("run"), None
   if run_id and was_copied(run.output, state):
     run_id, why = None, f"the folder is a copy of {state['output']}"
-  opener = tracker_libraries.OPENERS[name]
+  title, _, opener = tracker_libraries.LIBRARIES[name]
   try:
     try:
       tracker = within(OPEN_SECONDS, lambda: opener(run, run_id))
@@ -278,10 +253,10 @@ def open_one(
       tracker = within(OPEN_SECONDS, lambda: opener(run, None))
   except Exception as error:
     hint = f"; run {errors.install(name)}" if isinstance(error, ImportError) else ""
-    warn(f"no {TITLES[name]} ({error}){hint}")
+    warn(f"no {title} ({error}){hint}")
     return None
   if why is not None:
-    warn(f"{TITLES[name]}: a new run, because the earlier one cannot go on ({why})")
+    warn(f"{title}: a new run, because the earlier one cannot go on ({why})")
   last_step = tracker.last_step
   if run_id is None:
     state = {}
@@ -289,7 +264,7 @@ def open_one(
   elif last_step is None:
     last_step = state.get("last_step", 0)
     if state.get("open"):  # its process ended without a word
-      last_step = max(last_step, logged_until)
+      last_step = max(last_step, run.logged_until)
   return Feed(name, tracker, last_step, state)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+from tests.helpers import loopback
 
 MODEL = "served"
 
@@ -90,12 +91,5 @@ def serving(
     def log_message(self, *args: Any) -> None:
       pass
 
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
-    yield Server(f"http://127.0.0.1:{server.server_port}/v1", requests, keys)
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
+  with loopback.serving(Handler) as address:
+    yield Server(f"{address}/v1", requests, keys)

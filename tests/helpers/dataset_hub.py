@@ -9,10 +9,11 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tests.helpers import loopback
 
 Commit = dict[str, bytes]
 
@@ -128,12 +129,5 @@ def serving() -> Iterator[Hub]:
     def log_message(self, *_: object) -> None:
       pass
 
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  hub.url = f"http://127.0.0.1:{server.server_port}"
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
+  with loopback.serving(Handler) as hub.url:
     yield hub
-  finally:
-    server.shutdown()
-    server.server_close()

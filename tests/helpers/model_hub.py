@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import yaml
+
+from tests.helpers import loopback
 
 LARGE = 100_000
 """Files from this size on, and all safetensors, go through LFS."""
@@ -94,16 +95,8 @@ def serving() -> Iterator[Hub]:
   class Handler(_Handler):
     state = hub
 
-  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-  hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
+  with loopback.serving(Handler) as hub.url:
     yield hub
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

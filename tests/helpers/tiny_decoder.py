@@ -35,6 +35,12 @@ def random_params(config=CONFIG):
   return params
 
 
+def sharp_params():
+  """So sharp that greedy decoding has no near ties."""
+  params = random_params()
+  return {**params, "final_norm": params["final_norm"] * 8}
+
+
 def logits(params, config, tokens, valid, **options):
   hidden, _ = transformer.forward(
     params,

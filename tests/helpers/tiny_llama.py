@@ -24,6 +24,15 @@ TINY = {
   "bos_token_id": 1,
   "eos_token_id": 2,
 }
+LLAMA_3_SCALING = {
+  "rope_type": "llama3",
+  "rope_theta": 5e5,
+  "factor": 32.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 8192,
+}
+"""Of `rope_parameters`, as Llama 3.2 has it."""
 
 
 def save(

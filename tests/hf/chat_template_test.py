@@ -89,16 +89,6 @@ REFUSED = {
 """What cannot be learned, and the words that say why."""
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm):
-  return chat_templates.load_tokenizer(smollm)
-
-
-@pytest.fixture
-def still(monkeypatch):
-  chat_templates.stop_clock(monkeypatch)
-
-
 def whole(chat_tokenizer: chat.ChatTokenizer) -> chat.ChatTokenizer:
   return chat.of(chat_tokenizer.hf_tokenizer, chat_tokenizer.eos_ids)
 

@@ -191,14 +191,7 @@ def test_storage_formats_are_transformers_bit_for_bit(tmp_path, kind, monkeypatc
 
 def test_llama3_scaling_is_read_from_its_divisors(tmp_path):
   """Transformers computes them, and reads our export's four numbers back."""
-  scaling = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-  }
+  scaling = dict(tiny_llama.LLAMA_3_SCALING)
   theirs = transformers.LlamaConfig(
     head_dim=64, max_position_embeddings=131072, rope_parameters=scaling
   )
@@ -213,7 +206,7 @@ def test_llama3_scaling_is_read_from_its_divisors(tmp_path):
   fields = hf_load.fields(model_source.resolve(source))
   (tmp_path / "config.json").write_text(json.dumps(fields))
   again = transformers.AutoConfig.from_pretrained(tmp_path)
-  assert again.rope_parameters == scaling
+  assert again.rope_parameters == tiny_llama.LLAMA_3_SCALING
   assert "rope_freqs" not in str(
     hf_load.load_params(source, hf_load.load_config(source)).keys()
   )

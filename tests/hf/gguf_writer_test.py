@@ -141,19 +141,11 @@ def test_our_reader_reads_what_is_written(tmp_path, tokenizer_files, family):
 
 
 def test_llama_3_scaling_is_read_back(tmp_path, tokenizer_files):
-  scaling = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-  }
   folder = save(
     tmp_path / "model",
     tokenizer_files,
     head_dim=64,
-    rope_parameters=scaling,
+    rope_parameters=dict(tiny_llama.LLAMA_3_SCALING),
     max_position_embeddings=131072,
   )
   gguf_writer.write(folder, tmp_path / "m.gguf", "f16", name="tiny")

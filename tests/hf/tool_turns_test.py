@@ -25,16 +25,6 @@ TEMPLATES = {
 made = chat_templates.made
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm):
-  return chat_templates.load_tokenizer(smollm)
-
-
-@pytest.fixture
-def still(monkeypatch):
-  chat_templates.stop_clock(monkeypatch)
-
-
 TOOLS = [
   {
     "type": "function",

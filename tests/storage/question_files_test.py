@@ -1,5 +1,6 @@
 """Files of questions are read strictly, and each bad row is named."""
 
+import functools
 import json
 import pathlib
 
@@ -7,8 +8,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from raft_jax import errors
 from raft_jax.storage import question_files, records
+from tests.helpers import refusals
+
+refused = functools.partial(refusals.refusal, question_files.read_questions)
 
 GOOD = b'{"id": "a", "question": "What is a writ?", "answer": "An order."}'
 
@@ -17,14 +20,6 @@ def write(folder: pathlib.Path, *lines: bytes, name: str = "q.jsonl") -> pathlib
   path = folder / name
   path.write_bytes(b"\n".join(lines))
   return path
-
-
-def refused(path: pathlib.Path, **options) -> str:
-  with pytest.raises(errors.UserError) as caught:
-    question_files.read_questions(path, **options)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 def test_reads_both_forms_in_order(tmp_path):

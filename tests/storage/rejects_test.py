@@ -17,7 +17,9 @@ from raft_jax.evaluation import test_sets
 from raft_jax.generation import engines
 from raft_jax.hf import chat
 from raft_jax.storage import question_files
-from tests.helpers import refine_driver, tiny_run
+from tests.helpers import refine_driver, refusals, tiny_run
+
+refused = refusals.refusal
 
 STRICT = (
   "{%- for m in messages %}"
@@ -75,13 +77,6 @@ def make_config(tmp_path, source, *, questions, data=None, **sections):
       **sections,
     }
   )
-
-
-def refused(work) -> str:
-  with pytest.raises(errors.UserError) as caught:
-    work()
-  assert "\n" not in str(caught.value)
-  return str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".parquet", ".Parquet"])

@@ -1,18 +1,20 @@
 """Every kind of file gives the same questions, and each broken one says what to do."""
 
 import csv
+import functools
 import gzip
 import io
 import json
-import pathlib
 import random
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from raft_jax import errors
 from raft_jax.storage import delimited, question_files, row_files, row_layout
+from tests.helpers import refusals
+
+refused = functools.partial(refusals.refusal, question_files.read)
 
 ROWS = [
   {"id": "1", "question": "Why?", "answer": "So."},
@@ -289,14 +291,6 @@ BROKEN = {
   "other suffix": ("q.txt.gz", b"", "unknown file type '.gz'"),
   "arrow": ("q.jsonl", b"ARROW1\0\0", "is an Arrow file; write it as Parquet"),
 }
-
-
-def refused(path: pathlib.Path, **options) -> str:
-  with pytest.raises(errors.UserError) as caught:
-    question_files.read(path, **options)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -1,5 +1,6 @@
 """The formats of rows: what each means, how it is found, and what is refused."""
 
+import functools
 import gzip
 import json
 import pathlib
@@ -8,8 +9,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from raft_jax import errors
 from raft_jax.storage import question_files, records, row_formats, row_layout
+from tests.helpers import refusals
+
+refused = functools.partial(refusals.refusal, question_files.read)
 
 Message = records.Message
 ALPACA = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
@@ -132,14 +135,6 @@ def write(folder: pathlib.Path, *rows: object, name: str = "q.jsonl") -> pathlib
   path = folder / name
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path
-
-
-def refused(path: pathlib.Path, **options) -> str:
-  with pytest.raises(errors.UserError) as caught:
-    question_files.read(path, **options)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize("name", ROWS)

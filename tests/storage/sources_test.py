@@ -13,7 +13,7 @@ from raft_jax import errors
 from raft_jax.config import run_lock
 from raft_jax.storage import question_files, sources
 from raft_jax.training import checkpoint
-from tests.helpers import dataset_hub, least_config
+from tests.helpers import dataset_hub, least_config, refusals
 
 
 def lines(*names: str) -> str:
@@ -22,10 +22,7 @@ def lines(*names: str) -> str:
 
 
 def refused(address: object, **options) -> str:
-  with pytest.raises(errors.UserError) as caught:
-    question_files.read(address, **options)
-  message = str(caught.value)
-  assert "\n" not in message
+  message = refusals.refusal(question_files.read, address, **options)
   assert message == (sources.problem(str(address)) or message)
   return message
 

@@ -16,7 +16,7 @@ from tests.helpers import short_run, tiny_run
 
 pytestmark = pytest.mark.slow  # the libraries are not among those of the fast tests
 
-LIBRARIES = ("tensorboard", "wandb", "mlflow", "trackio")
+LIBRARIES = tuple(tracker_libraries.LIBRARIES)
 
 
 # --- Readers: name of a curve -> its (step, value) ------------------------------------
@@ -95,8 +95,14 @@ def read_trackio(output, state):
 READERS = {name: globals()[f"read_{name}"] for name in LIBRARIES}
 
 
+@pytest.fixture(scope="module")
+def installed():
+  """Fails where a library is missing; without it a run would only warn."""
+  trackers.require(LIBRARIES)
+
+
 @pytest.fixture
-def stores(tmp_path, monkeypatch):
+def stores(tmp_path, monkeypatch, installed):
   """Folders of the libraries' own, for this process and those that it starts."""
   monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
   monkeypatch.setenv("WANDB_MODE", "offline")
@@ -151,7 +157,7 @@ def test_scores_pictures_and_group_reach_the_run(stores, name):
   for _ in range(2):
     with metrics_log.tracked([name], run) as opened:
       opened.summarise(2, {"evaluation/trained/rouge_l": 0.25})
-      opened.attach(2, {"losses-1": picture.getvalue()})
+      opened.attach({"losses-1": picture.getvalue()})
   state = json.loads((output / trackers.FILE).read_text())[name]
   assert [step for step, _ in read(name, output)["train/loss"]] == [1, 2]
   check = {
@@ -251,7 +257,7 @@ log.close()
   assert done.stdout == ""
   assert done.stderr.count("Warning: ") == 1, done.stderr
   # Trackio writes this warning itself: it never raises.
-  assert trackers.TITLES[name].lower() in done.stderr.lower()
+  assert tracker_libraries.LIBRARIES[name].title.lower() in done.stderr.lower()
 
 
 def test_a_killed_run_of_training_is_one_curve_everywhere(stores, law, smollm):
@@ -276,7 +282,3 @@ def test_a_killed_run_of_training_is_one_curve_everywhere(stores, law, smollm):
     assert [step for step, _ in curve] == [*expected], name
     found = [value for _, value in curve]
     np.testing.assert_allclose(found, [*expected.values()], rtol=1e-6)
-
-
-def test_all_libraries_are_installed():
-  trackers.require(LIBRARIES)
