@@ -44,6 +44,8 @@ class Family(NamedTuple):
     slides: config and layer -> whether the layer has a sliding window; None: never.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
+    wrapped: whether it is the text tower of a model with other parts, as `wrappers`
+      makes it; then `architecture` and `names` are the whole model's.
   """
 
   architecture: str
@@ -56,6 +58,7 @@ class Family(NamedTuple):
   slides: Callable[[Fields, int], bool] | None = None
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
+  wrapped: bool = False
 
   @property
   def in_gguf(self) -> bool:
