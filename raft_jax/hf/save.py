@@ -101,7 +101,8 @@ def save(
   pieces = tensor_layout.pieces(leaves, tensor_layout.file_names(family, in_gguf=False))
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
   with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
-    _write_weights(temporary, leaves, plan, kind)
+    constants = tensor_layout.constants(family, config.n_layers)
+    _write_weights(temporary, leaves, plan, kind, constants)
     _write_config(temporary, fields, config, dtype)
     ends = hf_tokenizer.eos_ids(source, tokenizer)
     _write_generation_config(temporary, path, tokenizer, ends, config.vocab_size)
@@ -205,6 +206,7 @@ def _write_weights(
   leaves: Mapping[str, Any],
   plan: list[Shard],
   dtype: np.dtype,
+  constants: Mapping[str, float],
 ) -> None:
   weight_map: dict[str, str] = {}
   for number, shard in enumerate(plan, 1):
@@ -212,10 +214,12 @@ def _write_weights(
     if len(plan) > 1:
       file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
     tensors = dict(_host_tensors(leaves, shard, dtype))
+    if number == len(plan):
+      tensors |= {name: np.array(value, dtype) for name, value in constants.items()}
     _write_tensors(folder / file, tensors)
     weight_map |= dict.fromkeys(tensors, file)
   if len(plan) > 1:
-    total = sum(map(_size, plan)) * dtype.itemsize
+    total = (sum(map(_size, plan)) + len(constants)) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
 
