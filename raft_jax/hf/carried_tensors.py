@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from raft_jax.hf import load as hf_load
@@ -32,20 +32,19 @@ class Carried(NamedTuple):
   shape: tuple[int, ...]
 
 
-def find(folder: pathlib.Path) -> list[Carried]:
-  """The tensors outside the text tower, in order of files and names.
+def outside(folder: pathlib.Path) -> set[str]:
+  """Names of the tensors outside the text tower; errors as for `hf_load`."""
+  return {n for n in hf_load.stored_tensors(folder) if not wrappers.is_inside(n)}
 
-  Raises:
-    UserError: there are no weights, or their files are damaged; see `hf_load`.
-  """
-  names = hf_load.stored_tensors(folder)  # checks headers and index
-  foreign = {name for name in names if not wrappers.is_inside(name)}
-  files = sorted(hf_load.weight_shards(folder))
+
+def find(folder: pathlib.Path, names: Set[str]) -> list[Carried]:
+  """The tensors of these names, in order of files and names."""
+  files = sorted(hf_load.weight_shards(folder)) if names else []
   return [
     tensor
     for file in files
     for tensor in _listed(folder / file)
-    if tensor.name in foreign
+    if tensor.name in names
   ]
 
 
@@ -74,7 +73,7 @@ def describe(source: str, parameters: int) -> str | None:
     return None
   others = "all others"
   if any(path.glob("*.safetensors")):
-    floats = [t for t in find(path) if t.dtype.startswith(("F", "BF"))]
+    floats = [t for t in find(path, outside(path)) if t.dtype.startswith(("F", "BF"))]
     others = f"{sum(math.prod(t.shape) for t in floats):,} others"
   return (
     f"text tower of {wrapper.architecture}: {parameters:,} parameters; {others} are "

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, tensor_layout
+from raft_jax.hf import families, rope_scaling, tensor_layout
 
 
 def _reader(path: pathlib.Path) -> gguf.GGUFReader:
@@ -158,7 +158,7 @@ def _llama3_scaling(
     "original_max_position_embeddings": 8192,
   }
   exponents = np.arange(len(divisors)) / len(divisors)
-  expected = families.llama3_divisors(theta**exponents, **numbers)
+  expected = rope_scaling.llama3_divisors(theta**exponents, **numbers)
   if not np.allclose(divisors, expected, rtol=1e-4):
     raise errors.UserError(
       f"{path}: rope_freqs.weight is not the rope scaling 'llama3' with the numbers of "

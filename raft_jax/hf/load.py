@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -239,7 +239,9 @@ def _matched(
   if tied in stored and names["embed"] not in stored:
     # A file holds only one of two tensors that share memory; this may be the head.
     stored[names["embed"]] = stored.pop(tied)
-  _check_fit(path, stored, pieces, family, tied, head=names["head"])
+  constants = tensor_layout.constants(family, config.n_layers)
+  _check_fit(path, stored, pieces, family, {tied, *constants}, head=names["head"])
+  _check_constants(path, stored, constants)
   if tied in stored:
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
   if in_gguf:
@@ -286,10 +288,15 @@ def _check_fit(
   stored: Mapping[str, tensor_layout.Stored],
   pieces: list[tensor_layout.Piece],
   family: families.Family,
-  tied: str | None,
+  known: Set[str | None],
   *,
   head: str,
 ) -> None:
+  """Raises UserError unless the file holds the parameters and no other tensors.
+
+  Args:
+    known: further names that it may hold.
+  """
   expected = {piece.name: piece.shape for piece in pieces}
 
   def some(names: list[str]) -> str:
@@ -303,7 +310,7 @@ def _check_fit(
       name
       for name, tensor in stored.items()
       if name not in expected
-      and name != tied
+      and name not in known
       and not family.ignored.fullmatch(name)
       and not weight_files.is_buffer(name, tensor)
     ),
@@ -352,6 +359,20 @@ def _misfit(
     "the weights and the config do not belong together or the architecture is not "
     "supported"
   )
+
+
+def _check_constants(
+  path: pathlib.Path,
+  stored: Mapping[str, tensor_layout.Stored],
+  constants: Mapping[str, float],
+) -> None:
+  for name in constants.keys() & stored.keys():
+    value = np.asarray(stored[name].read(()), np.float32)
+    if not np.allclose(value, constants[name], rtol=2**-8):  # rounded to bfloat16
+      raise errors.UserError(
+        f"{path}: {name} is {value}, and the decoder computes with {constants[name]} "
+        "only; use another model"
+      )
 
 
 def _check_tied(

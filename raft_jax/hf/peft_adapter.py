@@ -17,21 +17,25 @@ def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
   """Kernels of the parameter tree for the names of Hugging Face modules.
 
   Every family knows `q_proj` to `down_proj`. A family that fuses some of them (Phi's
-  `qkv_proj`) also knows the fused name, which stands for all of its parts.
+  `qkv_proj`) also knows the fused name, which stands for all of its parts. Of a family
+  without gates, `gate_proj` is passed over, since it is one of the default names.
 
   Raises:
-    errors.UserError: the model has no module of a name.
+    errors.UserError: the model has no module of a name, or none of all names.
   """
-  kernels_by_name = {f"{kernel}_proj": {kernel} for kernel in lora.KERNELS}
-  for module, kernels in _modules(family).items():
+  modules = _modules(family)
+  own = {kernel for kernels in modules.values() for kernel in kernels}
+  kernels_by_name = {f"{kernel}_proj": {kernel} & own for kernel in lora.KERNELS}
+  for module, kernels in modules.items():
     kernels_by_name[_last_part(module)] = set(kernels)
   unknown = [name for name in names if name not in kernels_by_name]
-  if unknown:
+  targeted = set().union(*(kernels_by_name.get(name, ()) for name in names))
+  if unknown or not targeted:
+    known = (name for name, kernels in kernels_by_name.items() if kernels)
     raise errors.UserError(
-      f"lora.targets: no projection {unknown[0]!r} in this model; it has "
-      f"{', '.join(kernels_by_name)}"
+      f"lora.targets: no projection {[*unknown, *names][0]!r} in this model; it has "
+      f"{', '.join(known)}"
     )
-  targeted = set().union(*(kernels_by_name[name] for name in names))
   return tuple(kernel for kernel in lora.KERNELS if kernel in targeted)
 
 

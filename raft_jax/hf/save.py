@@ -110,10 +110,12 @@ def save(
   tokenizer = hf_tokenizer.load(source, template, thinking=thinking)
   family, kind = decoder_config.find_family(fields, source), hf_load.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
-  names, carried = tensor_layout.file_names(family, in_gguf=False), []
+  names = tensor_layout.file_names(family, in_gguf=False)
+  foreign = set(tensor_layout.constants(family, config.n_layers))
   if family.wrapped:
     names = wrappers.file_names(names, hf_load.stored_tensors(path))
-    carried = carried_tensors.find(path)
+    foreign = carried_tensors.outside(path)
+  carried = carried_tensors.find(path, foreign)
   plan = Plan(
     _shards(
       tensor_layout.pieces(leaves, names),

@@ -30,6 +30,7 @@ Params = dict[str, Any]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 ACTIVATION_AXES = ("batch", "tokens", "width")
 """Logical axes of the activations between layers."""
@@ -60,9 +61,17 @@ class DecoderConfig:
     norm_offset: added to the scale of every norm.
     norm_rounds_last: whether a norm multiplies by its scale before it rounds to the
       dtype of the activations, not after.
-    activation: a key of `ACTIVATIONS`.
+    activation: a key of `ACTIVATIONS`, or "xielu", which has two learned numbers in
+      each layer.
+    gated_mlp: whether the feed-forward network multiplies the activation of one
+      projection by another one, and does not apply it to the only one.
     embed_scale: factor of the input embeddings.
+    residual_scale: factor of the outputs of attention and feed-forward before they are
+      added.
+    hidden_scale: factor of the last hidden states, and thus of the logits.
     query_scale: factor of the attention scores; None: head_dim ** -0.5.
+    query_growth: beta and length of `rotary.query_factor`, or None.
+    rope_interleaved: whether neighbouring dimensions of a head rotate together.
     attention_softcap: c in c * tanh(scores / c), or None.
     logit_softcap: c in c * tanh(logits / c), or None; applied by the caller.
   """
@@ -88,8 +97,13 @@ class DecoderConfig:
   norm_offset: float = 0.0
   norm_rounds_last: bool = False
   activation: str = "silu"
+  gated_mlp: bool = True
   embed_scale: float = 1.0
+  residual_scale: float = 1.0
+  hidden_scale: float = 1.0
   query_scale: float | None = None
+  query_growth: tuple[float, int] | None = None
+  rope_interleaved: bool = False
   attention_softcap: float | None = None
   logit_softcap: float | None = None
 
@@ -109,6 +123,13 @@ def _rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
   )
 
 
+def _times(x: Array, factor: float) -> Array:
+  """A multiple of activations; the factor is not rounded to their dtype."""
+  if factor == 1.0:
+    return x
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class LayerInputs(NamedTuple):
   """What a layer reads beside its input and its parameters.
 
@@ -119,6 +140,7 @@ class LayerInputs(NamedTuple):
     layer: index of this layer in the cache.
     column: first column of the cache that this pass writes.
     attention: implementation of attention.
+    query_factor: factor [B, T, 1, 1] of the queries, or None.
   """
 
   rotation: rotary.Rotation
@@ -127,6 +149,7 @@ class LayerInputs(NamedTuple):
   layer: Array | int
   column: Array | int
   attention: layer_functions.Implementation
+  query_factor: Array | None = None
 
 
 class Block(nnx.Module):
@@ -145,7 +168,11 @@ class Block(nnx.Module):
     self.config = config
     self.q, self.k, self.v = kernel(heads, d), kernel(kv, d), kernel(kv, d)
     self.o = kernel(d, heads)
-    self.gate, self.up, self.down = kernel(f, d), kernel(f, d), kernel(d, f)
+    if config.gated_mlp:
+      self.gate = kernel(f, d)
+    self.up, self.down = kernel(f, d), kernel(d, f)
+    if config.activation == "xielu":
+      self.xielu_p, self.xielu_n = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.zeros(1))
     if config.pre_norms:
       self.attn_norm, self.mlp_norm = norm(d), norm(d)
     if config.post_norms:
@@ -163,13 +190,24 @@ class Block(nnx.Module):
   ) -> tuple[Array, kv_cache.Cache | None]:
     """The layer's output and the updated cache."""
     attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, inputs)
-    x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
-    normed = self.norm(x_BTD, "mlp_norm")
-    gate = layer_functions.project(normed, self.gate, lora.get("gate"))
-    up = layer_functions.project(normed, self.up, lora.get("up"))
-    gated = ACTIVATIONS[self.config.activation](gate) * up
-    down = layer_functions.project(gated, self.down, lora.get("down"))
-    return x_BTD + self.norm(down, "mlp_post_norm"), cache
+    scale = self.config.residual_scale
+    x_BTD = x_BTD + _times(self.norm(attended, "attn_post_norm"), scale)
+    down = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora)
+    return x_BTD + _times(self.norm(down, "mlp_post_norm"), scale), cache
+
+  def feed_forward(self, x_BTD: Array, lora: Params) -> Array:
+    if self.config.gated_mlp:
+      gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
+      up = layer_functions.project(x_BTD, self.up, lora.get("up"))
+      units = self.activate(gate) * up
+    else:
+      units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
+    return layer_functions.project(units, self.down, lora.get("down"))
+
+  def activate(self, x: Array) -> Array:
+    if self.config.activation == "xielu":
+      return layer_functions.xielu(x, self.xielu_p[...], self.xielu_n[...])
+    return ACTIVATIONS[self.config.activation](x)
 
   def norm(self, x: Array, name: str) -> Array:
     """Applies the norm of that name, if the layer has it, to parts of its width."""
@@ -196,8 +234,12 @@ class Block(nnx.Module):
     q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
     k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
     v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
-    q_BTHh = rotary.rotate(q_BTHh, *inputs.rotation)
-    k_BTNh = rotary.rotate(k_BTNh, *inputs.rotation)
+    q_BTHh, k_BTNh = (
+      rotary.rotate(x, *inputs.rotation, interleaved=c.rope_interleaved)
+      for x in (q_BTHh, k_BTNh)
+    )
+    if inputs.query_factor is not None:
+      q_BTHh = q_BTHh * inputs.query_factor.astype(q_BTHh.dtype)
     cache = inputs.cache
     if cache is not None:
       cache = kv_cache.write_layer(
@@ -329,6 +371,9 @@ def forward(
   rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
   distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  query_factor = None
+  if config.query_growth:
+    query_factor = rotary.query_factor(positions_BT, *config.query_growth)
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
@@ -337,7 +382,9 @@ def forward(
       rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
     if "window" in data:
       layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
-    inputs = LayerInputs(rotation, layer_mask_BTS, kv, index, column, compute.attention)
+    inputs = LayerInputs(
+      rotation, layer_mask_BTS, kv, index, column, compute.attention, query_factor
+    )
     x_BTD, kv = _apply_block(config, layer_params, lora, x_BTD, inputs)
     return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), None
 
@@ -346,7 +393,8 @@ def forward(
   x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
-  return _rms_norm(x_BTD, params["final_norm"], config), cache
+  normed_BTD = _rms_norm(x_BTD, params["final_norm"], config)
+  return _times(normed_BTD, config.hidden_scale), cache
 
 
 def _embed(

@@ -40,6 +40,8 @@ QWEN = {"hidden_act": "silu", "vocab_size": 151936, "rope_theta": 1e6}
 QWEN_BIG = {**QWEN, "vocab_size": 152064}
 OLMO = {"vocab_size": 100352, "rope_theta": 5e5, "rms_norm_eps": 1e-6}
 TIED = {"tie_word_embeddings": True}
+OLMO_YARN = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836}
+OLMO_YARN |= {"original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}
 
 
 class Preset(NamedTuple):
@@ -173,6 +175,102 @@ PRESETS = {
     1e9,
     HUB + "allenai/OLMo-2-0325-32B",
     shape(5120, 27648, 64, 40, 8) | OLMO,
+  ),
+  "allenai/Olmo-3-7B-Instruct": Preset(
+    "olmo3",
+    7_298_011_136,
+    1,
+    HUB + "allenai/Olmo-3-7B-Instruct (safetensors metadata)",
+    shape(4096, 11008, 32, 32, 32, vocab_size=100278, rope_theta=5e5)
+    | {"rope_scaling": OLMO_YARN, "max_position_embeddings": 65536},
+  ),
+  "allenai/Olmo-3-32B-Think": Preset(
+    "olmo3",
+    32e9,
+    1e9,
+    HUB + "allenai/Olmo-3-32B-Think",
+    shape(5120, 27648, 64, 40, 8, vocab_size=100278, rope_theta=5e5)
+    | {"rope_scaling": OLMO_YARN, "max_position_embeddings": 65536},
+  ),
+  "mistralai/Ministral-3-8B-Instruct-2512": Preset(
+    "ministral3",
+    8.4e9,  # the language model, beside 0.4B of the vision encoder
+    1e8,
+    HUB + "mistralai/Ministral-3-8B-Instruct-2512",
+    shape(4096, 14336, 34, 32, 8, vocab_size=131072),
+  ),
+  "ibm-granite/granite-3.3-2b-instruct": Preset(
+    "granite",
+    2.5e9,
+    1e8,
+    HUB + "ibm-granite/granite-3.3-2b-instruct",
+    shape(2048, 8192, 40, 32, 8, vocab_size=49159, rope_theta=1e7, **TIED)
+    | {"embedding_multiplier": 12.0, "logits_scaling": 8.0}
+    | {"residual_multiplier": 0.22, "attention_multiplier": 0.015625},
+  ),
+  "ibm-granite/granite-3.3-8b-instruct": Preset(
+    "granite",
+    8_170_864_640,
+    1,
+    HUB + "ibm-granite/granite-3.3-8b-instruct (safetensors metadata)",
+    shape(4096, 12800, 40, 32, 8, vocab_size=49159, rope_theta=1e7, **TIED)
+    | {"embedding_multiplier": 12.0, "logits_scaling": 16.0}
+    | {"residual_multiplier": 0.22, "attention_multiplier": 0.0078125},
+  ),
+  "ByteDance-Seed/Seed-OSS-36B-Instruct": Preset(
+    "seed_oss",
+    36_151_104_512,
+    1,
+    HUB + "ByteDance-Seed/Seed-OSS-36B-Instruct (safetensors metadata)",
+    shape(5120, 27648, 64, 80, 8, vocab_size=155136, rope_theta=1e7),
+  ),
+  "LGAI-EXAONE/EXAONE-4.0-1.2B": Preset(
+    "exaone4",
+    1.07e9,
+    1e7,
+    HUB + "LGAI-EXAONE/EXAONE-4.0-1.2B#model-configuration",
+    shape(2048, 4096, 30, 32, 8, vocab_size=102400, rope_theta=1e6, **TIED)
+    | {"sliding_window": None, "layer_types": ["full_attention"] * 30}
+    | {"max_position_embeddings": 65536},
+    embedding=102400,
+  ),
+  "LGAI-EXAONE/EXAONE-4.0-32B": Preset(
+    "exaone4",
+    30.95e9,
+    1e7,
+    HUB + "LGAI-EXAONE/EXAONE-4.0-32B#model-configuration",
+    shape(5120, 27392, 64, 40, 8, vocab_size=102400, rope_theta=1e6)
+    | {"sliding_window": 4096, "max_position_embeddings": 131072},
+    embedding=2 * 102400,  # and the head
+  ),
+  "swiss-ai/Apertus-8B-Instruct-2509": Preset(
+    "apertus",
+    8e9,
+    1e9,
+    HUB + "swiss-ai/Apertus-8B-Instruct-2509",
+    shape(4096, 21504, 32, 32, 8, vocab_size=131072),
+  ),
+  "arcee-ai/AFM-4.5B": Preset(
+    "arcee",
+    4.5e9,
+    2e8,
+    HUB + "arcee-ai/AFM-4.5B",
+    shape(2560, 18432, 36, 20, 4, vocab_size=128004, head_dim=128),
+  ),
+  "THUDM/glm-4-9b-chat-hf": Preset(
+    "glm",
+    9_399_951_360,
+    1,
+    HUB + "THUDM/glm-4-9b-chat-hf (safetensors metadata)",
+    shape(4096, 13696, 40, 32, 2, vocab_size=151552),
+  ),
+  "THUDM/GLM-4-9B-0414": Preset(
+    "glm4",
+    9_400_279_040,
+    1,
+    HUB + "THUDM/GLM-4-9B-0414 (safetensors metadata)",
+    shape(4096, 13696, 40, 32, 2, vocab_size=151552)
+    | {"partial_rotary_factor": 0.5, "max_position_embeddings": 32768},
   ),
   "google/gemma-2-2b": Preset(
     "gemma2",

@@ -236,6 +236,8 @@ def make_network(family: str):
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
   elif family == "qwen2":
     made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON))
+  elif family == "apertus":
+    made = transformers.ApertusForCausalLM(transformers.ApertusConfig(**COMMON))
   else:
     made = transformers.Phi3ForCausalLM(transformers.Phi3Config(**COMMON))
   return made.eval()
@@ -247,6 +249,7 @@ def make_network(family: str):
     ("llama", schema.Lora().targets),
     ("qwen2", ("v_proj", "o_proj")),
     ("phi3", schema.Lora().targets),
+    ("apertus", schema.Lora().targets),
     ("phi3", ("q_proj", "v_proj", "up_proj")),
   ],
 )
