@@ -22,7 +22,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HYPERPARAMETERS: Any = {
   "train": True,
   **dict.fromkeys(
-    ("lora", "recadam", "freeze", "soft_mask", "prune", "interpolate"), True
+    ("lora", "recadam", "freeze", "soft_mask", "token_weights", "prune", "interpolate"),
+    True,
   ),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
   "replay": {"share", "adaptive"},

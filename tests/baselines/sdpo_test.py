@@ -124,7 +124,7 @@ def test_one_steps_loss_in_float64():
   @jax.jit
   def loss(params, teacher):
     support = objective.score_teacher(teacher, *context, trajectory, settings=settings)
-    weights = objective.token_weights(batch, trajectory, settings)
+    weights = objective.mean_weights(batch, trajectory, settings)
     parts = (batch, trajectory, support, weights)
     return objective.loss_terms(params, *parts, settings=settings)[0]["kd"]
 

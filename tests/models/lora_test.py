@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_merged_kernels_by_the_chain_rule():
   split = split_of()
   adapters = random_adapters(split.shapes)
   frozen = split.freeze(base)
-  weights = objective.token_weights(batch, trajectory, SETTINGS)
+  weights = objective.mean_weights(batch, trajectory, SETTINGS)
 
   def total(params):
     terms, _ = objective.loss_terms(
