@@ -77,7 +77,7 @@ def test_greedy_equals_transformers(engine, smollm, law):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )
-  tokenizer = chat.load(smollm).tokenizer
+  tokenizer = chat.load(smollm).hf_tokenizer
   rows = [json.loads(line) for line in (law / "test.jsonl").open()][:2]
   for row in rows:
     messages = (records.Message("user", row["question"]),)
