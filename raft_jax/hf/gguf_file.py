@@ -130,7 +130,12 @@ def _rope_fields(
   theta = meta("freq_base")
   theta = fields["rope_theta"] = 10000.0 if theta is None else theta
   kind = meta("scaling.type") or "none"
-  scaling: families.Fields = {"rope_type": "default" if kind == "none" else kind}
+  if kind not in ("none", "default"):
+    raise errors.UserError(
+      f"{path}: rope scaling {kind!r} is not read from GGUF; use the model's Hugging "
+      "Face folder"
+    )
+  scaling: families.Fields = {"rope_type": "default"}
   if "rope_freqs.weight" in _tensor_names(reader):
     scaling = _llama3_scaling(reader, path, theta)
     return {

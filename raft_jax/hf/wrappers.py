@@ -107,15 +107,16 @@ class Naming(NamedTuple):
   head: str
 
 
-MODULES = Naming("model.language_model.", "lm_head.")
+_TOWER = "language_model."
+MODULES = Naming(f"model.{_TOWER}", "lm_head.")
 """Names of the modules in transformers 5, and in the files of newer models."""
 _NAMINGS = (
   MODULES,
   # In the files of models that were published with transformers 4; transformers 5 saves
   # them so, too.
-  Naming("language_model.model.", "language_model.lm_head."),
+  Naming(f"{_TOWER}model.", f"{_TOWER}lm_head."),
 )
-_INSIDE = ("model.language_model.", "language_model.", "lm_head.")
+_INSIDE = (MODULES.body, _TOWER, "lm_head.")
 
 
 def wrap(family: families.Family, wrapper: Wrapper) -> families.Family:

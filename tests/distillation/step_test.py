@@ -48,6 +48,7 @@ def assert_trees_identical(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_packed_losses_equal_each_sequence_on_its_own():
   """Both losses from separate, unpadded forwards and `losses` on whole logits."""
   params, *whole = tiny_step.setting()

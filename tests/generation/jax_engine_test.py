@@ -35,6 +35,7 @@ def replies(engine, requests):
   return engine.generate(requests)
 
 
+@pytest.mark.slow
 def test_order_batch_mates_and_filling_do_not_matter(engine, requests, replies):
   assert len({jax_engine.padded_width(r.prompt_tokens) for r in replies}) == 2
   assert engine.generate(requests[::-1]) == replies[::-1]

@@ -296,6 +296,7 @@ def test_wise_ft_is_between_the_base_model_and_sft(make, base, sft):
   assert distance(params, base) == pytest.approx(distance(sft[0], base) / 4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_mssr_whose_first_event_comes_after_the_end_is_sft(make, law, sft):
   """To the bit, with questions to replay that need no wider batches."""
   domain = f"replay.questions={law / 'train.jsonl'}"
