@@ -43,11 +43,13 @@ def test_order_batch_mates_and_filling_do_not_matter(engine, requests, replies):
   assert engine.generate([requests[5], requests[0]]) == [replies[5], replies[0]]
 
 
+@pytest.mark.slow
 def test_the_seed_matters(engine, requests, replies):
   again = engine.generate([r._replace(seed=r.seed - 100) for r in requests[:4]])
   assert [r.text for r in again] != [r.text for r in replies[:4]]
 
 
+@pytest.mark.slow
 def test_counts_and_finish_reasons(engine, requests, replies, smollm):
   chat_tokenizer = chat.load(smollm)
   for request, reply in zip(requests, replies, strict=True):
@@ -57,6 +59,7 @@ def test_counts_and_finish_reasons(engine, requests, replies, smollm):
     assert len(chat.encode(chat_tokenizer, reply.text)) <= reply.completion_tokens
 
 
+@pytest.mark.slow
 def test_a_reply_that_ends_is_a_stop_without_control_tokens(engine, smollm):
   ask = (records.Message("user", "Say hello."),)
   (reply,) = engine.generate([engines.Request(ask, 40, 0.0, 1.0, 0)])

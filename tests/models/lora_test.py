@@ -316,6 +316,7 @@ def adapters_of(settings):
   return checkpoint.restore_params(settings.output, split.shapes, identity)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(trained, tmp_path):
   output = tmp_path / "resumed"
   shutil.copytree(trained.output, output)
