@@ -1,8 +1,7 @@
 """RAFT: domain fine-tuning of language models without losing general abilities.
 
 Importing this package imports no other module of it: `raft_jax.losses`,
-`raft_jax.vocab_head`, `raft_jax.balance` and `raft_jax.token_weights` need only jax,
-optax and numpy.
+`raft_jax.vocab_head` and `raft_jax.balance` need only jax, optax and numpy.
 """
 
 import signal

@@ -19,7 +19,7 @@ TABLE = (PACKAGE / "README.md").read_text(encoding="utf-8")
 WINGS = re.findall(r"^\| \[(\w+)\]\(\w+/README\.md\)", TABLE, re.MULTILINE)
 
 # For other people's stacks: these import the standard library and the libraries below.
-ALONE = {"losses", "vocab_head", "balance", "token_weights"}
+ALONE = {"losses", "vocab_head", "balance"}
 ALONE_LIBRARIES = {"jax", "optax", "numpy"}
 BOTTOM = {*ALONE, "errors"}
 

@@ -443,7 +443,8 @@ def test_top_logits_are_found_in_shards_of_the_vocabulary():
   """Rows over 2 devices and the vocabulary over 2, against the same on one device."""
   code = """
 import jax, jax.numpy as jnp, numpy as np
-from raft_jax import token_weights, vocab_head
+from raft_jax import vocab_head
+from raft_jax.distillation import token_weights
 mesh = jax.make_mesh((2, 2), ("data", "tensor"),
   axis_types=(jax.sharding.AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)

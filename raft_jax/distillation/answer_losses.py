@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from raft_jax import token_weights, vocab_head
+from raft_jax import vocab_head
 from raft_jax.data import batching
-from raft_jax.distillation import sequences
+from raft_jax.distillation import sequences, token_weights
 from raft_jax.models import sharding
 
 
@@ -20,7 +20,7 @@ class TokenRule(NamedTuple):
   """How a step weighs the answers' tokens by what the model thinks of them now.
 
   Attributes:
-    name: "eaft", "dft" or "talr"; see `raft_jax.token_weights` for the other values.
+    name: "eaft", "dft" or "talr"; see `token_weights` for the other values.
     top_k: logits that `eaft` reads.
     temperature: of `talr`; None: the median of the batch's rows.
   """

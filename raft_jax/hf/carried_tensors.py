@@ -32,11 +32,6 @@ class Carried(NamedTuple):
   shape: tuple[int, ...]
 
 
-def outside(folder: pathlib.Path) -> set[str]:
-  """Names of the tensors outside the text tower; errors as for `hf_load`."""
-  return {n for n in hf_load.stored_tensors(folder) if not wrappers.is_inside(n)}
-
-
 def find(folder: pathlib.Path, names: Set[str]) -> list[Carried]:
   """The tensors of these names, in order of files and names."""
   files = sorted(hf_load.weight_shards(folder)) if names else []
@@ -73,7 +68,11 @@ def describe(source: str, parameters: int) -> str | None:
     return None
   others = "all others"
   if any(path.glob("*.safetensors")):
-    floats = [t for t in find(path, outside(path)) if t.dtype.startswith(("F", "BF"))]
+    floats = [
+      t
+      for t in find(path, wrappers.outside(hf_load.stored_tensors(path)))
+      if t.dtype.startswith(("F", "BF"))
+    ]
     others = f"{sum(math.prod(t.shape) for t in floats):,} others"
   return (
     f"text tower of {wrapper.architecture}: {parameters:,} parameters; {others} are "

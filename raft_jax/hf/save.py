@@ -113,8 +113,8 @@ def save(
   names = tensor_layout.file_names(family, in_gguf=False)
   foreign = set(tensor_layout.constants(family, config.n_layers))
   if family.wrapped:
-    names = wrappers.file_names(names, hf_load.stored_tensors(path))
-    foreign = carried_tensors.outside(path)
+    stored = hf_load.stored_tensors(path)
+    names, foreign = wrappers.file_names(names, stored), wrappers.outside(stored)
   carried = carried_tensors.find(path, foreign)
   plan = Plan(
     _shards(

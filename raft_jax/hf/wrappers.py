@@ -154,3 +154,8 @@ def file_names(names: Mapping[str, str], stored: Iterable[str]) -> dict[str, str
 def is_inside(name: str) -> bool:
   """Whether a tensor belongs to the text tower, under any naming."""
   return name.startswith(_INSIDE)
+
+
+def outside(stored: Iterable[str]) -> set[str]:
+  """The names of tensors that do not belong to the text tower."""
+  return {name for name in stored if not is_inside(name)}

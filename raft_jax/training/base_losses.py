@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raft_jax import errors, token_weights
+from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.data import batching, token_rows
-from raft_jax.distillation import objective
+from raft_jax.distillation import objective, token_weights
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
 from raft_jax.storage import sealed_folder

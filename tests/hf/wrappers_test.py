@@ -198,7 +198,7 @@ def test_copying_holds_a_chunk_at_a_time(tmp_path, monkeypatch):
   monkeypatch.setattr(carried_tensors, "CHUNK", 1 << 16)
   tensors = {"model.vision": torch.randn(1 << 20), "lm_head.weight": torch.ones(2, 2)}
   safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
-  (carried,) = carried_tensors.find(tmp_path, carried_tensors.outside(tmp_path))
+  (carried,) = carried_tensors.find(tmp_path, wrappers.outside(tensors))
   tracemalloc.start()
   carried_tensors.copy(tmp_path / "out.safetensors", [carried], {"format": "pt"})
   peak = tracemalloc.get_traced_memory()[1]

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 
 from raft_jax import losses
-from raft_jax.config import load as config_load
 from raft_jax.data import batching
 from raft_jax.distillation import answer_losses, objective, sequences
-from raft_jax.training import run_plan
-from tests.helpers import tiny_decoder
+from tests.helpers import method_settings
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -31,19 +29,8 @@ LENGTHS = np.array([9, 1, 7], np.int32)
 
 @pytest.fixture(name="resolve")
 def _resolve(tmp_path):
-  """The config of a method and some keys beside it, and its step's settings."""
-
   def resolve(name, *overrides):
-    path = tmp_path / "c.yaml"
-    (tmp_path / "q.jsonl").touch()
-    path.write_text(
-      f"model: {{source: a/b}}\ndata: {{questions: {tmp_path}/q.jsonl}}\n"
-      f"output: {tmp_path}/x\n"
-    )
-    words = [f"method={name}", "train.loss_mean=token", *overrides]
-    loaded = config_load.load(path, words)
-    settings = run_plan.make_settings(loaded, tiny_decoder.CONFIG, None, (0,), "cpu")
-    return loaded, settings
+    return method_settings.resolve(tmp_path, name, "train.loss_mean=token", *overrides)
 
   return resolve
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raft_jax import losses, token_weights
+from raft_jax import losses
+from raft_jax.distillation import token_weights
 
 B, T, V = 4, 7, 60
 LENGTHS = np.array([7, 1, 4, 6])
