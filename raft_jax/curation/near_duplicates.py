@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import datasketch
 import numpy as np
 
 from raft_jax.runtime import interrupts
+
+if TYPE_CHECKING:
+  import datasketch
 
 GRAM = 5
 PERMUTATIONS = 128
@@ -40,6 +42,8 @@ def find(texts: Sequence[str], threshold: float) -> list[Match | None]:
   sets of 5-grams is at least `threshold` (0..1). Texts are compared with kept texts
   only, and no two kept texts repeat each other.
   """
+  import datasketch  # imports scipy, which takes seconds
+
   index = datasketch.MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
   matches: list[Match | None] = []
   for i, text in enumerate(texts):
@@ -79,6 +83,8 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _sketch(shingles: np.ndarray) -> datasketch.MinHash:
+  import datasketch
+
   sketch = datasketch.MinHash(num_perm=PERMUTATIONS, hashfunc=lambda hashed: hashed)
   short = (shingles & np.uint64(2**32 - 1)).tolist()
   for start in range(0, len(short), _BATCH):

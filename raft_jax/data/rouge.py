@@ -1,12 +1,18 @@
 """ROUGE-L: the similarity of an answer to a reference by their common words."""
 
-import functools
+from __future__ import annotations
 
-from rouge_score import rouge_scorer
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from rouge_score import rouge_scorer
 
 
 @functools.lru_cache(maxsize=1)
 def _scorer() -> rouge_scorer.RougeScorer:
+  from rouge_score import rouge_scorer  # imports nltk, which takes seconds
+
   return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 

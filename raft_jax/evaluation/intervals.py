@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 10_000
 
@@ -71,6 +70,8 @@ def interval(scores: ItemScores) -> Interval:
   if count == 0:
     raise ValueError("an interval needs at least one item")
   if scores.share:
+    from scipy import stats  # takes a second to import
+
     test = stats.binomtest(int(scores.values_N.sum()), count)
     wilson = test.proportion_ci(method="wilson")
     return Interval(float(wilson.low), float(wilson.high))
@@ -82,6 +83,8 @@ def ratio_interval(base: ItemScores, trained: ItemScores) -> Interval | None:
 
   None if the base model's mean is 0 in some resample.
   """
+
+  from scipy import stats
 
   def ratio(base, trained, weights, axis):
     return 100.0 * (trained * weights).sum(axis) / (base * weights).sum(axis)
@@ -101,6 +104,8 @@ def mcnemar(base_N: np.ndarray, trained_N: np.ndarray) -> float:
   Args:
     base_N, trained_N: 0 or 1 for each item.
   """
+  from scipy import stats
+
   gained = int(((base_N == 0) & (trained_N == 1)).sum())
   lost = int(((base_N == 1) & (trained_N == 0)).sum())
   return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
@@ -123,6 +128,8 @@ def _weights(scores: ItemScores) -> np.ndarray:
 
 
 def _bootstrap(statistic: Any, *samples: np.ndarray) -> Interval:
+  from scipy import stats
+
   count = len(samples[0])
   if count == 1:
     only = float(statistic(*samples, axis=-1))

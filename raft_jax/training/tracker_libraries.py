@@ -193,6 +193,7 @@ def wandb(run: Run, run_id: str | None) -> Tracker:
   )
   if mode is None and not library.login(prompt=False):
     mode = "offline"
+  written = last_offline_step(run.output, run_id) if run_id else None
   live = library.init(
     project=run.project or os.environ.get("WANDB_PROJECT") or PROJECT,
     name=run.output.name,
@@ -212,12 +213,50 @@ def wandb(run: Run, run_id: str | None) -> Tracker:
 
   return Tracker(
     run_id=live.id,
-    last_step=None if live.offline else live.starting_step - 1,
+    last_step=written if live.offline else live.starting_step - 1,
     log=one_by_one(lambda step, values: live.log(finite(values), step=step)),
     summarise=lambda step, scores: live.summary.update(finite(scores)),
     attach=attach,
     close=lambda status: live.finish(exit_code=0 if status == "finished" else 1),
   )
+
+
+def last_offline_step(output: pathlib.Path, run_id: str) -> int:
+  """The last step in the files of an offline run; 0 if there is none.
+
+  A killed process may have handed over more rows than wandb had written. The files are
+  LevelDB's logs (blocks of 32 KiB; each part of a record after its checksum, length and
+  kind) of protocol buffers, after a header of 7 bytes.
+  """
+  from wandb.proto import wandb_internal_pb2
+
+  last = 0
+  for path in output.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
+    raw, place, record = path.read_bytes(), 7, b""
+    while place + 7 <= len(raw):
+      if 32768 - place % 32768 < 7:  # the rest of a block, too short for a part
+        place += 32768 - place % 32768
+        continue
+      length, kind = (
+        int.from_bytes(raw[place + 4 : place + 6], "little"),
+        raw[place + 6],
+      )
+      record += raw[place + 7 : place + 7 + length]
+      place += 7 + length
+      if place <= len(raw) and kind in (1, 4):  # a whole record, or its last part
+        history = wandb_internal_pb2.Record.FromString(record).history
+        record = b""
+        last = max(
+          [
+            last,
+            *(
+              int(i.value_json)
+              for i in history.item
+              if "_step" in (i.key, *i.nested_key)
+            ),
+          ]
+        )
+  return last
 
 
 # --- MLflow ---------------------------------------------------------------------------

