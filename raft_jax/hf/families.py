@@ -46,6 +46,9 @@ class Family(NamedTuple):
     slides: config and layer -> whether the layer has a sliding window; None: never.
     rotates: config and layer -> whether the layer has rotary positions; None: always.
     constants: tensors that hold the same number in every model -> that number.
+    gguf: the architecture in its GGUF files, if that is not its `model_type`.
+    gguf_fields: metadata of a GGUF file (key -> value or None) and the fields that all
+      families share -> further fields, or others.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
   """
@@ -60,6 +63,8 @@ class Family(NamedTuple):
   slides: Callable[[Fields, int], bool] | None = None
   rotates: Callable[[Fields, int], bool] | None = None
   constants: Mapping[str, float] = {}
+  gguf: str | None = None
+  gguf_fields: Callable[[Callable[[str], Any], Fields], Fields] = lambda meta, f: {}
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
 
@@ -87,14 +92,20 @@ _POST_NORMS = {
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _GGUF = {
   "attn_norm": "attn_norm",
-  "q": "attn_q",
-  "k": "attn_k",
-  "v": "attn_v",
+  "attn_post_norm": "post_attention_norm",
+  **{name: f"attn_{name}" for name in ("q", "k", "v", "q_norm", "k_norm")},
+  **{f"{name}_bias": f"attn_{name}" for name in "qkv"},
   "o": "attn_output",
   "mlp_norm": "ffn_norm",
+  "mlp_post_norm": "post_ffw_norm",
   "gate": "ffn_gate",
   "up": "ffn_up",
   "down": "ffn_down",
+}
+_FUSED_GGUF = {
+  **_GGUF,
+  **dict.fromkeys(("q", "k", "v"), "attn_qkv"),
+  **dict.fromkeys(("gate", "up"), "ffn_up"),
 }
 
 
@@ -105,7 +116,7 @@ def _names(
   table = dict(_OUTER)
   for path, module in (item for part in layer for item in part.items()):
     kind = "bias" if path.endswith("_bias") else "weight"
-    theirs = f"blk.{{}}.{in_gguf[path]}.weight" if in_gguf else ""
+    theirs = f"blk.{{}}.{in_gguf[path]}.{kind}" if in_gguf else ""
     table[f"layers/{path}"] = Name(f"model.layers.{{}}.{module}.{kind}", theirs)
   return table
 
@@ -225,6 +236,24 @@ def _gemma(fields: Fields) -> dict[str, Any]:
   }
 
 
+def _even_width(fields: Fields) -> int | None:
+  width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+  return width // heads if width and heads else None
+
+
+def _gemma_gguf(meta: Callable[[str], Any], fields: Fields) -> Fields:
+  # llama.cpp knows the two models of 27B, whose scores are scaled in another way, by
+  # their number of layers.
+  is_27b = fields["num_hidden_layers"] in (46, 62)
+  return {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": meta("attention.sliding_window"),
+    "query_pre_attn_scalar": _even_width(fields) if is_27b else fields["head_dim"],
+    "attn_logit_softcapping": meta("attn_logit_softcapping"),
+    "final_logit_softcapping": meta("final_logit_softcapping"),
+  }
+
+
 FAMILIES = {
   "llama": Family(
     architecture="LlamaForCausalLM",
@@ -242,6 +271,7 @@ FAMILIES = {
       _ATTENTION,
       _QKV_BIASES,
       _MLP,
+      in_gguf=_GGUF,
     ),
     defaults=_QWEN,
     only={name: _NO_BIAS[name] for name in ("hidden_act", "partial_rotary_factor")},
@@ -250,7 +280,7 @@ FAMILIES = {
   ),
   "qwen3": Family(
     architecture="Qwen3ForCausalLM",
-    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
     defaults={**_QWEN, "head_dim": 128},
     only=_NO_BIAS,
     extra=lambda fields: {"qk_norm": "head"},
@@ -291,7 +321,7 @@ FAMILIES = {
   ),
   "granite": Family(
     architecture="GraniteForCausalLM",
-    names=_LLAMA_LIKE,
+    names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={
       **_COMMON,
       "max_position_embeddings": 2048,
@@ -307,6 +337,13 @@ FAMILIES = {
       "query_scale": float(fields["attention_multiplier"]),
       "hidden_scale": 1.0 / fields["logits_scaling"],
     },
+    gguf_fields=lambda meta, fields: {
+      "embedding_multiplier": meta("embedding_scale"),
+      "residual_multiplier": meta("residual_scale"),
+      "attention_multiplier": meta("attention.scale"),
+      "logits_scaling": meta("logit_scale"),
+    },
+    interleaved=frozenset({"layers/q", "layers/k"}),  # as Llama's
   ),
   "seed_oss": Family(
     architecture="SeedOssForCausalLM",
@@ -432,10 +469,15 @@ FAMILIES = {
       _QK_NORMS,
       _POST_NORMS,
       _MLP,
+      in_gguf=_GGUF,
     ),
     defaults=_OLMO,
-    only=_NO_BIAS,
+    only={**_NO_BIAS, "sliding_window": (None,)},
     extra=_olmo,
+    # llama.cpp gives files of OLMo 3 the same name.
+    gguf_fields=lambda meta, fields: {
+      "sliding_window": meta("attention.sliding_window")
+    },
   ),
   "olmo3": Family(
     architecture="Olmo3ForCausalLM",
@@ -460,6 +502,7 @@ FAMILIES = {
         "o": "self_attn.o_proj",
       },
       _FUSED_MLP,
+      in_gguf=_FUSED_GGUF,
     ),
     defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     only={
@@ -470,10 +513,16 @@ FAMILIES = {
     },
     ropes=("default", "longrope"),
     slides=lambda fields, layer: True,
+    gguf_fields=lambda meta, fields: {
+      "head_dim": _even_width(fields),  # the file has the rotated part of it
+      "sliding_window": meta("attention.sliding_window") or None,
+      "original_max_position_embeddings": meta("rope.scaling.original_context_length"),
+    },
+    ignored=re.compile(r"rope_factors_(long|short)\.weight"),  # the config's
   ),
   "gemma2": Family(
     architecture="Gemma2ForCausalLM",
-    names=_names(_GEMMA_NORMS, _ATTENTION, _MLP),
+    names=_names(_GEMMA_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={
       **_GEMMA,
       "max_position_embeddings": 8192,
@@ -482,11 +531,17 @@ FAMILIES = {
     },
     only=_GEMMA_ONLY,
     extra=_gemma,
+    gguf_fields=_gemma_gguf,
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
   ),
   "gemma3_text": Family(
     architecture="Gemma3ForCausalLM",
-    names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
+    gguf="gemma3",
+    gguf_fields=lambda meta, fields: {
+      **_gemma_gguf(meta, fields),
+      "rope_local_base_freq": meta("rope.freq_base_swa") or 10000.0,
+    },
     defaults={
       **_GEMMA,
       "rope_theta": 1000000.0,
