@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, rope_scaling
+from raft_jax.hf import families, rope_scaling, wrappers
 
 if TYPE_CHECKING:
   from raft_jax.models import rotary, transformer
@@ -24,7 +24,8 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
 
   A repository's own code (`auto_map`) is ignored if its class has the name of the
   family's class: Phi-3 and Phi-4 were published with the code of a class that is in
-  transformers now.
+  transformers now. Of a model with a text tower, it is the tower's family, under the
+  names of the whole model.
 
   Args:
     fields: the model's config.
@@ -33,18 +34,29 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
+  text, wrapper = wrappers.text_fields(fields), wrappers.find(fields)
   for name in ("quantization_config", "quantization"):  # MLX writes the second
-    if fields.get(name):
+    if fields.get(name) or text.get(name):
       raise errors.UserError(
         f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
         "checkpoint"
       )
-  family = families.FAMILIES.get(str(fields.get("model_type", "")))
+  family = families.FAMILIES.get(str(text.get("model_type", "")))
+  if wrapper is not None:
+    if family is None:
+      raise errors.UserError(
+        f"{place}: a text_config of model_type {text['model_type']!r} is not "
+        f"supported; supported: {', '.join(families.FAMILIES)}"
+      )
+    family = wrappers.wrap(family, wrapper)
   architectures = fields.get("architectures") or []
   if not isinstance(architectures, list):
     architectures = [architectures]
   if family is None or (architectures and family.architecture not in architectures):
-    known = ", ".join(f.architecture for f in families.FAMILIES.values())
+    known = ", ".join(
+      [row.architecture for row in families.FAMILIES.values()]
+      + [row.architecture for row in wrappers.WRAPPERS.values()]
+    )
     raise errors.UserError(
       f"{place}: architecture {', '.join(map(str, architectures)) or 'unknown'} "
       f"(model_type {fields.get('model_type')!r}) is not supported; supported: {known}"
@@ -56,7 +68,7 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
       f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
       "is never done; use a model of a supported family"
     )
-  for section in (_common_names(fields, family), _rope_fields(fields, family)):
+  for section in (_common_names(text, family), _rope_fields(text, family)):
     for field, values in family.only.items():
       if field in section and section[field] not in values:
         raise errors.UserError(
@@ -81,7 +93,7 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
   from raft_jax.models import transformer  # imports jax
 
   family = find_family(fields, place)
-  fields = _common_names(fields, family)
+  fields = _common_names(wrappers.text_fields(fields), family)
   rope = _rope_fields(fields, family)
   fields = {**family.defaults, **rope, **fields}
   fields["rope_theta"] = rope.get("rope_theta") or fields["rope_theta"]

@@ -34,6 +34,7 @@ class Family(NamedTuple):
   """One `model_type`: the names and layout of its files, and its config fields.
 
   Attributes:
+    models: what people call them, for the READMEs.
     architecture: the class name in config.json.
     names: our path in the tree -> names in files.
     defaults: config fields that a config.json may leave out, as in transformers' class.
@@ -51,8 +52,11 @@ class Family(NamedTuple):
       families share -> further fields, or others.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
+    wrapped: whether it is the text tower of a model with other parts, as `wrappers`
+      makes it; then `architecture` and `names` are the whole model's.
   """
 
+  models: str
   architecture: str
   names: Mapping[str, Name]
   defaults: Mapping[str, Any]
@@ -67,6 +71,7 @@ class Family(NamedTuple):
   gguf_fields: Callable[[Callable[[str], Any], Fields], Fields] = lambda meta, f: {}
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
+  wrapped: bool = False
 
   @property
   def in_gguf(self) -> bool:
@@ -256,6 +261,7 @@ def _gemma_gguf(meta: Callable[[str], Any], fields: Fields) -> Fields:
 
 FAMILIES = {
   "llama": Family(
+    models="Llama 1 to 3, SmolLM2",
     architecture="LlamaForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={**_COMMON, "max_position_embeddings": 2048},
@@ -265,6 +271,7 @@ FAMILIES = {
     ignored=re.compile(r"rope_freqs\.weight"),  # the config's
   ),
   "qwen2": Family(
+    models="Qwen2 and Qwen2.5",
     architecture="Qwen2ForCausalLM",
     names=_names(
       _PRE_NORMS,
@@ -279,6 +286,7 @@ FAMILIES = {
     slides=_qwen_slides,
   ),
   "qwen3": Family(
+    models="Qwen3",
     architecture="Qwen3ForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
     defaults={**_QWEN, "head_dim": 128},
@@ -287,6 +295,7 @@ FAMILIES = {
     slides=_qwen_slides,
   ),
   "mistral": Family(
+    models="Mistral",
     architecture="MistralForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -298,6 +307,7 @@ FAMILIES = {
     slides=lambda fields, layer: True,
   ),
   "ministral3": Family(
+    models="Ministral 3",
     architecture="Ministral3ForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -320,6 +330,7 @@ FAMILIES = {
     slides=lambda fields, layer: True,
   ),
   "granite": Family(
+    models="Granite (dense)",
     architecture="GraniteForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={
@@ -346,6 +357,7 @@ FAMILIES = {
     interleaved=frozenset({"layers/q", "layers/k"}),  # as Llama's
   ),
   "seed_oss": Family(
+    models="Seed-OSS",
     architecture="SeedOssForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _MLP),
     defaults={
@@ -363,6 +375,7 @@ FAMILIES = {
     extra=lambda fields: {"qkv_bias": bool(fields["attention_bias"])},
   ),
   "exaone4": Family(
+    models="EXAONE 4",
     architecture="Exaone4ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
     defaults={
@@ -379,6 +392,7 @@ FAMILIES = {
     rotates=lambda f, i: not f["sliding_window"] or _exaone_slides(f, i),
   ),
   "apertus": Family(
+    models="Apertus",
     architecture="ApertusForCausalLM",
     names=_names(
       {"attn_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
@@ -415,6 +429,7 @@ FAMILIES = {
     },
   ),
   "arcee": Family(
+    models="Arcee",
     architecture="ArceeForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _PLAIN_MLP),
     defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
@@ -422,6 +437,7 @@ FAMILIES = {
     extra=lambda fields: {"activation": "relu2", "gated_mlp": False},
   ),
   "glm": Family(
+    models="GLM-4",
     architecture="GlmForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _FUSED_MLP),
     defaults=_GLM,
@@ -429,6 +445,7 @@ FAMILIES = {
     extra=_glm,
   ),
   "glm4": Family(
+    models="GLM-4-0414",
     architecture="Glm4ForCausalLM",
     names=_names(
       {
@@ -446,6 +463,7 @@ FAMILIES = {
     extra=lambda fields: {**_glm(fields), "post_norms": True},
   ),
   "smollm3": Family(
+    models="SmolLM3",
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -463,6 +481,7 @@ FAMILIES = {
     rotates=has_rope,
   ),
   "olmo2": Family(
+    models="OLMo 2",
     architecture="Olmo2ForCausalLM",
     names=_names(
       _ATTENTION,
@@ -480,6 +499,7 @@ FAMILIES = {
     },
   ),
   "olmo3": Family(
+    models="OLMo 3",
     architecture="Olmo3ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
     defaults={
@@ -494,6 +514,7 @@ FAMILIES = {
     slides=_by_layer_type(lambda fields, layer: (layer + 1) % 4 != 0),
   ),
   "phi3": Family(
+    models="Phi-3 and Phi-4-mini",
     architecture="Phi3ForCausalLM",
     names=_names(
       _PRE_NORMS,
@@ -521,6 +542,7 @@ FAMILIES = {
     ignored=re.compile(r"rope_factors_(long|short)\.weight"),  # the config's
   ),
   "gemma2": Family(
+    models="Gemma 2",
     architecture="Gemma2ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={
@@ -535,6 +557,7 @@ FAMILIES = {
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
   ),
   "gemma3_text": Family(
+    models="Gemma 3 (text)",
     architecture="Gemma3ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
     gguf="gemma3",

@@ -133,10 +133,10 @@ def _scaling(
     return {"rope_type": "longrope", "long_factor": long, "short_factor": short}
   if kind == "linear":
     return {"rope_type": kind, "factor": meta("rope.scaling.factor")}
-  if kind != "none":
+  if kind not in ("none", "default"):
     raise errors.UserError(
-      f"{path}: rope scaling {kind!r} of a GGUF file is not read; use the safetensors "
-      "folder"
+      f"{path}: rope scaling {kind!r} is not read from GGUF; use the model's Hugging "
+      "Face folder"
     )
   return {"rope_type": "default"}
 

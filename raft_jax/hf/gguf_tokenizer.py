@@ -75,10 +75,12 @@ def load(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
       f"supported (SentencePiece, or byte-level BPE with {', '.join(SPLITTERS)}); use "
       "the safetensors folder"
     )
-  for token, special in data.added.items():
-    token = spelled[data.tokens.index(token)] if data.kind == "llama" else token
-    added = tokenizers.AddedToken(token, normalized=False, special=special)
-    backend.add_special_tokens([added]) if special else backend.add_tokens([added])
+  added = [
+    tokenizers.AddedToken(written, normalized=False, special=data.added[token])
+    for token, written in zip(data.tokens, spelled, strict=True)
+    if token in data.added
+  ]
+  backend.add_tokens(added)
   names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
   named = {
     f"{names[role]}_token": data.tokens[index]

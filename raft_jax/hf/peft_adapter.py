@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,13 +66,19 @@ def config(
   # Adapters of kernels that are fused into one module are stacked, and so are their
   # ranks; alpha grows with the rank, so that alpha / rank stays the same.
   stacked = {name: len(parts) for name, parts in adapted.items() if len(parts) > 1}
+  target_modules: str | list[str] = list(adapted)
+  if family.wrapped:  # an image encoder has modules of the same names
+    modules = [m for m, parts in _modules(family).items() if {*parts} & {*kernels}]
+    target_modules = "|".join(
+      re.escape(module).replace(r"\{\}", r"\d+") for module in modules
+    )
   json_alpha = int(alpha) if float(alpha).is_integer() else alpha
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "r": rank,
     "lora_alpha": json_alpha,
-    "target_modules": list(adapted),
+    "target_modules": target_modules,
     "rank_pattern": {name: rank * count for name, count in stacked.items()},
     "alpha_pattern": {name: json_alpha * count for name, count in stacked.items()},
     "lora_dropout": 0.0,

@@ -287,6 +287,11 @@ def shapes(config: DecoderConfig) -> Params:
   return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
+def parameter_count(config: DecoderConfig) -> int:
+  """Number of parameters of a network."""
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes(config)))
+
+
 def output_embedding(params: Params) -> Array:
   """The [V, D] matrix whose rows score the vocabulary."""
   return params["head"] if "head" in params else params["embed"]

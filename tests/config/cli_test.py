@@ -13,7 +13,7 @@ import pytest
 from raft_jax.config import cli
 from raft_jax.config import load as config_load
 from raft_jax.runtime import environment
-from tests.helpers import least_config
+from tests.helpers import driver_lines, least_config
 
 STAGE = """
 import sys, time
@@ -410,13 +410,15 @@ def test_output_on_a_full_disk_says_so(tmp_path, argument):
 def report(folder: pathlib.Path, *options: str, **shell: str):
   """A command of its own, which imports little and refuses a folder without a run."""
   path = least_file(folder)
-  return subprocess.run(
+  done = subprocess.run(
     [sys.executable, *options, "-m", "raft_jax.report", "--config", str(path)],
     capture_output=True,
     text=True,
     check=False,
     env={**os.environ, **shell},
   )
+  done.stderr = driver_lines.without(done.stderr)
+  return done
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ class Preset(NamedTuple):
   """A published model.
 
   Attributes:
-    stated: parameters, as the source gives them.
+    stated: parameters, as the source gives them; of a model with a text tower, those
+      of the whole model.
     unit: of the stated figure, in which sources round or cut.
     source: of the figure. The fields are those of config.json in the model's own
       repository on the hub, left out where they are the class's defaults.
@@ -306,6 +307,73 @@ PRESETS = {
 }
 
 
+GEMMA3_VISION = {
+  "model_type": "siglip_vision_model",
+  "hidden_size": 1152,
+  "image_size": 896,
+  "intermediate_size": 4304,
+  "num_attention_heads": 16,
+  "num_hidden_layers": 27,
+  "patch_size": 14,
+  "vision_use_head": False,
+}
+
+
+def gemma3(stated: int, name: str, **text) -> Preset:
+  """Gemma 3 from 4B on: a text tower beside an image encoder."""
+  text = {
+    "model_type": "gemma3_text",
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+    **text,
+  }
+  fields = {"text_config": text, "vision_config": GEMMA3_VISION}
+  return Preset("gemma3", stated, 1, f"{HUB}{name} (safetensors metadata)", fields)
+
+
+PRESETS |= {
+  # Its text_config leaves out the heads and the vocabulary.
+  "google/gemma-3-4b-it": gemma3(
+    4_300_079_472,
+    "google/gemma-3-4b-it",
+    hidden_size=2560,
+    intermediate_size=10240,
+    num_hidden_layers=34,
+  ),
+  "google/gemma-3-27b-it": gemma3(
+    27_432_406_640,
+    "google/gemma-3-27b-it",
+    **shape(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
+  ),
+  "mistralai/Mistral-Small-3.1-24B-Instruct-2503": Preset(
+    "mistral3",
+    24_011_361_280,
+    1,
+    HUB + "mistralai/Mistral-Small-3.1-24B-Instruct-2503 (safetensors metadata)",
+    {
+      "tie_word_embeddings": False,
+      "text_config": {
+        "model_type": "mistral",
+        **shape(5120, 32768, 40, 32, 8, head_dim=128, vocab_size=131072),
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e9,
+        "sliding_window": None,
+      },
+      "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "image_size": 1540,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+      },
+    },
+  ),
+}
+
+
 def read(name: str) -> transformer.DecoderConfig:
   preset = PRESETS[name]
   fields = {**preset.fields, "model_type": preset.model_type}
@@ -316,14 +384,23 @@ def read(name: str) -> transformer.DecoderConfig:
 def test_parameter_count(name):
   preset = PRESETS[name]
   count = sum(leaf.size for leaf in jax.tree.leaves(transformer.shapes(read(name))))
-  print(f"{name}: {count:,}")
-  left = count - preset.embedding * preset.fields["hidden_size"]
-  assert -preset.unit / 2 <= left - preset.stated < preset.unit
+  config = transformers.AutoConfig.for_model(preset.model_type, **preset.fields)
+  loader = transformers.AutoModelForCausalLM
+  if "text_config" in preset.fields:
+    loader = transformers.AutoModelForImageTextToText
   with torch.device("meta"):
-    reference = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(preset.model_type, **preset.fields)
-    )
-  assert count == sum(parameter.numel() for parameter in reference.parameters())
+    reference = loader.from_config(config)
+  beside = sum(
+    parameter.numel()
+    for name, parameter in reference.named_parameters()
+    if "vision_tower" in name or "multi_modal_projector" in name
+  )
+  print(f"{name}: {count:,} and {beside:,} beside them")
+  assert count + beside == sum(p.numel() for p in reference.parameters())
+  left = count + beside
+  if preset.embedding:
+    left -= preset.embedding * preset.fields["hidden_size"]
+  assert -preset.unit / 2 <= left - preset.stated < preset.unit
 
 
 def test_paper_backbones_keep_their_peculiarities():

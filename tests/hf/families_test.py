@@ -71,20 +71,21 @@ YARN = {
   "beta_fast": 2.0,
   "beta_slow": 0.2,
 }
+# Periods of 6 ... 7e5 positions, of which 32 were trained: kept, blended, slowed.
+LLAMA_3 = {
+  "rope_type": "llama3",
+  "rope_theta": 5e5,
+  "factor": 8.0,
+  "low_freq_factor": 1.0,
+  "high_freq_factor": 4.0,
+  "original_max_position_embeddings": 32,
+}
 MSCALES = {"mscale": 1.0, "mscale_all_dim": 0.5}
 CASES = {
   "llama": Case(
-    # Periods of 6 ... 7e5 positions, of which 32 were trained: kept, blended, slowed.
     {
       "head_dim": 16,
-      "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-      },
+      "rope_parameters": LLAMA_3,
     },
     ("ropes",),
   ),
@@ -190,14 +191,7 @@ CASES = {
   ),
   "apertus": Case(
     {
-      "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 5e5,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-      },
+      "rope_parameters": LLAMA_3,
     },
     ("ropes",),
   ),

@@ -164,6 +164,7 @@ def write(
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add[type(value)](f"{name}.{key}", value)
   writer.add_token_list([f"<{i}>" for i in range(config.vocab_size)])
+  writer.add_pad_token_id(TINY["pad_token_id"])
   for length in ("long", "short"):
     factors = config.rope_parameters.get(f"{length}_factor")
     if factors:

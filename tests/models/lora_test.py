@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_merged_kernels_by_the_chain_rule():
   split = split_of()
   adapters = random_adapters(split.shapes)
   frozen = split.freeze(base)
-  weights = objective.token_weights(batch, trajectory, SETTINGS)
+  weights = objective.mean_weights(batch, trajectory, SETTINGS)
 
   def total(params):
     terms, _ = objective.loss_terms(
@@ -316,6 +316,7 @@ def adapters_of(settings):
   return checkpoint.restore_params(settings.output, split.shapes, identity)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(trained, tmp_path):
   output = tmp_path / "resumed"
   shutil.copytree(trained.output, output)
