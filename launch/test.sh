@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs into .venv and runs lint, type checks and tests. Arguments go to pytest.
 # `launch/test.sh -m slow` runs the tests that take minutes. It also installs the
-# compilers for GPUs and TPUs that are absent, the libraries of all trackers, and Go.
+# compilers for GPUs and TPUs that are absent, the libraries of all trackers, Go and
+# Gemma 3 270M.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=test

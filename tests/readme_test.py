@@ -7,6 +7,7 @@ import ast
 import pathlib
 import re
 import subprocess
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ import pytest
 from raft_jax import errors
 from raft_jax.config import cli, methods
 from raft_jax.config import load as config_load
+from raft_jax.hf import families, wrappers
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "raft_jax"
@@ -99,7 +101,30 @@ def method_table() -> str:
   return "\n".join(lines) + "\n"
 
 
+def model_table() -> str:
+  """A row for each family and for each kind of model with a text tower."""
+  lines = [
+    "| models | `architectures` in config.json | GGUF |",
+    "| --- | --- | --- |",
+  ]
+  for family in families.FAMILIES.values():
+    gguf = "yes" if family.in_gguf else ""
+    lines.append(f"| {family.models} | `{family.architecture}` | {gguf} |")
+  for wrapper in wrappers.WRAPPERS.values():
+    lines.append(f"| {wrapper.models}: the text tower | `{wrapper.architecture}` | |")
+  return "\n".join(lines) + "\n"
+
+
+def model_sentence() -> str:
+  """All models, in one sentence."""
+  names = (family.models for family in families.FAMILIES.values())
+  text = f"Text models: {', '.join(names)}. Text towers: "
+  text += ", ".join(wrapper.models for wrapper in wrappers.WRAPPERS.values())
+  return textwrap.fill(f"{text}.", 88) + "\n"
+
+
 GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
+  README: {"models": model_sentence},
   ROOT / "configs/README.md": {
     "methods": method_table,
     "config reference": cli.reference,
@@ -111,7 +136,8 @@ GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
   },
   **{
     PACKAGE / wing / "README.md": {
-      "modules": lambda wing=wing: module_table(PACKAGE / wing)
+      "modules": lambda wing=wing: module_table(PACKAGE / wing),
+      **({"models": model_table} if wing == "hf" else {}),
     }
     for wing in WINGS
   },

@@ -34,6 +34,7 @@ class Family(NamedTuple):
   """One `model_type`: the names and layout of its files, and its config fields.
 
   Attributes:
+    models: what people call them, for the READMEs.
     architecture: the class name in config.json.
     names: our path in the tree -> names in files.
     defaults: config fields that a config.json may leave out, as in transformers' class.
@@ -46,12 +47,16 @@ class Family(NamedTuple):
     slides: config and layer -> whether the layer has a sliding window; None: never.
     rotates: config and layer -> whether the layer has rotary positions; None: always.
     constants: tensors that hold the same number in every model -> that number.
+    gguf: the architecture in its GGUF files, if that is not its `model_type`.
+    gguf_fields: metadata of a GGUF file (key -> value or None) and the fields that all
+      families share -> further fields, or others.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
     wrapped: whether it is the text tower of a model with other parts, as `wrappers`
       makes it; then `architecture` and `names` are the whole model's.
   """
 
+  models: str
   architecture: str
   names: Mapping[str, Name]
   defaults: Mapping[str, Any]
@@ -62,6 +67,8 @@ class Family(NamedTuple):
   slides: Callable[[Fields, int], bool] | None = None
   rotates: Callable[[Fields, int], bool] | None = None
   constants: Mapping[str, float] = {}
+  gguf: str | None = None
+  gguf_fields: Callable[[Callable[[str], Any], Fields], Fields] = lambda meta, f: {}
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
   wrapped: bool = False
@@ -90,14 +97,20 @@ _POST_NORMS = {
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _GGUF = {
   "attn_norm": "attn_norm",
-  "q": "attn_q",
-  "k": "attn_k",
-  "v": "attn_v",
+  "attn_post_norm": "post_attention_norm",
+  **{name: f"attn_{name}" for name in ("q", "k", "v", "q_norm", "k_norm")},
+  **{f"{name}_bias": f"attn_{name}" for name in "qkv"},
   "o": "attn_output",
   "mlp_norm": "ffn_norm",
+  "mlp_post_norm": "post_ffw_norm",
   "gate": "ffn_gate",
   "up": "ffn_up",
   "down": "ffn_down",
+}
+_FUSED_GGUF = {
+  **_GGUF,
+  **dict.fromkeys(("q", "k", "v"), "attn_qkv"),
+  **dict.fromkeys(("gate", "up"), "ffn_up"),
 }
 
 
@@ -108,7 +121,7 @@ def _names(
   table = dict(_OUTER)
   for path, module in (item for part in layer for item in part.items()):
     kind = "bias" if path.endswith("_bias") else "weight"
-    theirs = f"blk.{{}}.{in_gguf[path]}.weight" if in_gguf else ""
+    theirs = f"blk.{{}}.{in_gguf[path]}.{kind}" if in_gguf else ""
     table[f"layers/{path}"] = Name(f"model.layers.{{}}.{module}.{kind}", theirs)
   return table
 
@@ -228,8 +241,27 @@ def _gemma(fields: Fields) -> dict[str, Any]:
   }
 
 
+def _even_width(fields: Fields) -> int | None:
+  width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+  return width // heads if width and heads else None
+
+
+def _gemma_gguf(meta: Callable[[str], Any], fields: Fields) -> Fields:
+  # llama.cpp knows the two models of 27B, whose scores are scaled in another way, by
+  # their number of layers.
+  is_27b = fields["num_hidden_layers"] in (46, 62)
+  return {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": meta("attention.sliding_window"),
+    "query_pre_attn_scalar": _even_width(fields) if is_27b else fields["head_dim"],
+    "attn_logit_softcapping": meta("attn_logit_softcapping"),
+    "final_logit_softcapping": meta("final_logit_softcapping"),
+  }
+
+
 FAMILIES = {
   "llama": Family(
+    models="Llama 1 to 3, SmolLM2",
     architecture="LlamaForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={**_COMMON, "max_position_embeddings": 2048},
@@ -239,12 +271,14 @@ FAMILIES = {
     ignored=re.compile(r"rope_freqs\.weight"),  # the config's
   ),
   "qwen2": Family(
+    models="Qwen2 and Qwen2.5",
     architecture="Qwen2ForCausalLM",
     names=_names(
       _PRE_NORMS,
       _ATTENTION,
       _QKV_BIASES,
       _MLP,
+      in_gguf=_GGUF,
     ),
     defaults=_QWEN,
     only={name: _NO_BIAS[name] for name in ("hidden_act", "partial_rotary_factor")},
@@ -252,14 +286,16 @@ FAMILIES = {
     slides=_qwen_slides,
   ),
   "qwen3": Family(
+    models="Qwen3",
     architecture="Qwen3ForCausalLM",
-    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
     defaults={**_QWEN, "head_dim": 128},
     only=_NO_BIAS,
     extra=lambda fields: {"qk_norm": "head"},
     slides=_qwen_slides,
   ),
   "mistral": Family(
+    models="Mistral",
     architecture="MistralForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -271,6 +307,7 @@ FAMILIES = {
     slides=lambda fields, layer: True,
   ),
   "ministral3": Family(
+    models="Ministral 3",
     architecture="Ministral3ForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -293,8 +330,9 @@ FAMILIES = {
     slides=lambda fields, layer: True,
   ),
   "granite": Family(
+    models="Granite (dense)",
     architecture="GraniteForCausalLM",
-    names=_LLAMA_LIKE,
+    names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={
       **_COMMON,
       "max_position_embeddings": 2048,
@@ -310,8 +348,16 @@ FAMILIES = {
       "query_scale": float(fields["attention_multiplier"]),
       "hidden_scale": 1.0 / fields["logits_scaling"],
     },
+    gguf_fields=lambda meta, fields: {
+      "embedding_multiplier": meta("embedding_scale"),
+      "residual_multiplier": meta("residual_scale"),
+      "attention_multiplier": meta("attention.scale"),
+      "logits_scaling": meta("logit_scale"),
+    },
+    interleaved=frozenset({"layers/q", "layers/k"}),  # as Llama's
   ),
   "seed_oss": Family(
+    models="Seed-OSS",
     architecture="SeedOssForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _MLP),
     defaults={
@@ -329,6 +375,7 @@ FAMILIES = {
     extra=lambda fields: {"qkv_bias": bool(fields["attention_bias"])},
   ),
   "exaone4": Family(
+    models="EXAONE 4",
     architecture="Exaone4ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
     defaults={
@@ -345,6 +392,7 @@ FAMILIES = {
     rotates=lambda f, i: not f["sliding_window"] or _exaone_slides(f, i),
   ),
   "apertus": Family(
+    models="Apertus",
     architecture="ApertusForCausalLM",
     names=_names(
       {"attn_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
@@ -381,6 +429,7 @@ FAMILIES = {
     },
   ),
   "arcee": Family(
+    models="Arcee",
     architecture="ArceeForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _PLAIN_MLP),
     defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
@@ -388,6 +437,7 @@ FAMILIES = {
     extra=lambda fields: {"activation": "relu2", "gated_mlp": False},
   ),
   "glm": Family(
+    models="GLM-4",
     architecture="GlmForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _FUSED_MLP),
     defaults=_GLM,
@@ -395,6 +445,7 @@ FAMILIES = {
     extra=_glm,
   ),
   "glm4": Family(
+    models="GLM-4-0414",
     architecture="Glm4ForCausalLM",
     names=_names(
       {
@@ -412,6 +463,7 @@ FAMILIES = {
     extra=lambda fields: {**_glm(fields), "post_norms": True},
   ),
   "smollm3": Family(
+    models="SmolLM3",
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -429,18 +481,25 @@ FAMILIES = {
     rotates=has_rope,
   ),
   "olmo2": Family(
+    models="OLMo 2",
     architecture="Olmo2ForCausalLM",
     names=_names(
       _ATTENTION,
       _QK_NORMS,
       _POST_NORMS,
       _MLP,
+      in_gguf=_GGUF,
     ),
     defaults=_OLMO,
-    only=_NO_BIAS,
+    only={**_NO_BIAS, "sliding_window": (None,)},
     extra=_olmo,
+    # llama.cpp gives files of OLMo 3 the same name.
+    gguf_fields=lambda meta, fields: {
+      "sliding_window": meta("attention.sliding_window")
+    },
   ),
   "olmo3": Family(
+    models="OLMo 3",
     architecture="Olmo3ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
     defaults={
@@ -455,6 +514,7 @@ FAMILIES = {
     slides=_by_layer_type(lambda fields, layer: (layer + 1) % 4 != 0),
   ),
   "phi3": Family(
+    models="Phi-3 and Phi-4-mini",
     architecture="Phi3ForCausalLM",
     names=_names(
       _PRE_NORMS,
@@ -463,6 +523,7 @@ FAMILIES = {
         "o": "self_attn.o_proj",
       },
       _FUSED_MLP,
+      in_gguf=_FUSED_GGUF,
     ),
     defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     only={
@@ -473,10 +534,17 @@ FAMILIES = {
     },
     ropes=("default", "longrope"),
     slides=lambda fields, layer: True,
+    gguf_fields=lambda meta, fields: {
+      "head_dim": _even_width(fields),  # the file has the rotated part of it
+      "sliding_window": meta("attention.sliding_window") or None,
+      "original_max_position_embeddings": meta("rope.scaling.original_context_length"),
+    },
+    ignored=re.compile(r"rope_factors_(long|short)\.weight"),  # the config's
   ),
   "gemma2": Family(
+    models="Gemma 2",
     architecture="Gemma2ForCausalLM",
-    names=_names(_GEMMA_NORMS, _ATTENTION, _MLP),
+    names=_names(_GEMMA_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={
       **_GEMMA,
       "max_position_embeddings": 8192,
@@ -485,11 +553,18 @@ FAMILIES = {
     },
     only=_GEMMA_ONLY,
     extra=_gemma,
+    gguf_fields=_gemma_gguf,
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
   ),
   "gemma3_text": Family(
+    models="Gemma 3 (text)",
     architecture="Gemma3ForCausalLM",
-    names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP),
+    names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
+    gguf="gemma3",
+    gguf_fields=lambda meta, fields: {
+      **_gemma_gguf(meta, fields),
+      "rope_local_base_freq": meta("rope.freq_base_swa") or 10000.0,
+    },
     defaults={
       **_GEMMA,
       "rope_theta": 1000000.0,

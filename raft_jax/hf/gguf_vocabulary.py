@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from raft_jax import errors
-from raft_jax.hf import gguf_file
-from raft_jax.hf import tokenizer as hf_tokenizer
+from raft_jax.hf import gguf_file, gguf_tokenizer
 
 if TYPE_CHECKING:
   import transformers
@@ -83,15 +82,15 @@ def _filler(index: int) -> str:
 def _pre_tokenizer(backend: Mapping[str, Any], place: str) -> str:
   """The name of the pre-tokenizer, which must be exactly one that we know."""
   how = _cutting(backend)
-  for name, splitter in hf_tokenizer.SPLITTERS.items():
-    known = hf_tokenizer.byte_level_bpe({}, [], splitter)
+  for name, splitter in gguf_tokenizer.SPLITTERS.items():
+    known = gguf_tokenizer.byte_level_bpe({}, [], splitter)
     if _cutting(json.loads(known.to_str())) == how:
       return name
   steps = [step.get("type") for step in how["pre_tokenizer"]]
   raise errors.UserError(
     f"{place}: a tokenizer of type {how['model']['type']} that cuts text by "
     f"{', '.join(map(str, steps)) or 'nothing'} is none of the pre-tokenizers that can "
-    f"be written to GGUF (byte-level BPE with {', '.join(hf_tokenizer.SPLITTERS)}); "
+    f"be written to GGUF (byte-level BPE with {', '.join(gguf_tokenizer.SPLITTERS)}); "
     f"{INSTEAD}"
   )
 

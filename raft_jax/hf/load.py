@@ -21,6 +21,7 @@ from raft_jax import errors
 from raft_jax.hf import (
   decoder_config,
   families,
+  gguf_config,
   gguf_file,
   model_source,
   tensor_layout,
@@ -89,7 +90,7 @@ def _config_place(path: pathlib.Path) -> str:
 def fields(path: pathlib.Path) -> families.Fields:
   """The unchecked config of the model at a path from `model_source.resolve`."""
   if path.is_file():
-    return gguf_file.config_fields(path)
+    return gguf_config.config_fields(path)
   if not (path / "config.json").is_file():
     inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() == ".gguf")
     which = f" ({', '.join(inside)} in it)" if inside else ""
@@ -249,6 +250,8 @@ def _matched(
     for piece in pieces:
       if (leaf := piece.paths[0]) in heads:
         stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads[leaf])
+      if leaf.endswith("norm") and config.norm_offset:  # the file holds the sum
+        stored[piece.name] = gguf_file.shifted(stored[piece.name], config.norm_offset)
   return stored, pieces, leaves
 
 

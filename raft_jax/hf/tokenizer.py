@@ -4,47 +4,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from raft_jax import errors
-from raft_jax.hf import chat_template, gguf_file, model_source, wrappers
+from raft_jax.hf import chat_template, gguf_tokenizer, model_source, wrappers
 from raft_jax.hf import load as hf_load
 
 if TYPE_CHECKING:
   import transformers
-
-
-class Splitter(NamedTuple):
-  """How byte-level BPE cuts text before merging.
-
-  Attributes:
-    digits: whether every digit is a piece of its own.
-    regex: the pattern of the pieces; None for the GPT-2 pattern of `tokenizers`'
-      ByteLevel.
-    nfc: whether the text is normalised to NFC first.
-    ignore_merges: whether a piece that is in the vocabulary is one token without any
-      merges.
-  """
-
-  digits: bool = False
-  regex: str | None = None
-  nfc: bool = False
-  ignore_merges: bool = False
-
-
-_WORDS = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# `tokenizer.ggml.pre` -> how the tokenizer.json of the original models cuts. SmolLM2's
-# has Digits(individual) and then ByteLevel, as in llama.cpp
-# (LLAMA_VOCAB_PRE_TYPE_SMOLLM).
-SPLITTERS = {
-  "gpt-2": Splitter(),
-  "smollm": Splitter(digits=True),
-  "llama-bpe": Splitter(regex=_WORDS % "{1,3}", ignore_merges=True),
-  "qwen2": Splitter(regex=_WORDS % "", nfc=True),
-}
 
 
 def load(
@@ -52,9 +19,9 @@ def load(
 ) -> transformers.PreTrainedTokenizerFast:
   """The tokenizer that belongs to a model, from the same source.
 
-  It is read from a folder's tokenizer.json, or built from GGUF metadata (byte-level
-  BPE). Its chat template is the chosen one, and leaves no thinking part open in a
-  prompt unless thinking is on.
+  It is read from a folder's tokenizer.json, or built from GGUF metadata. Its chat
+  template is the chosen one, and leaves no thinking part open in a prompt unless
+  thinking is on.
 
   Args:
     template: which chat template, as in `model.chat_template`.
@@ -65,7 +32,7 @@ def load(
       another model; or it has no such chat template.
   """
   path = model_source.resolve(source)
-  tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
+  tokenizer = gguf_tokenizer.load(path) if path.is_file() else _from_folder(path)
   chosen = chat_template.choose(tokenizer.chat_template, template, source)
   tokenizer.chat_template = chosen
   if chosen and not thinking:
@@ -81,7 +48,7 @@ def changed_template(
   With those files alone, transformers would then use another template.
   """
   path = model_source.resolve(source)
-  tokenizer = _from_gguf(path) if path.is_file() else _from_folder(path)
+  tokenizer = gguf_tokenizer.load(path) if path.is_file() else _from_folder(path)
   default = tokenizer.chat_template
   if isinstance(default, dict):
     default = default.get("default")
@@ -151,68 +118,6 @@ def _vocab_size(path: pathlib.Path) -> int | None:
   fields = wrappers.text_fields(hf_load.fields(path))
   size = fields.get("vocab_size")
   return size if isinstance(size, int) else None  # `load_config` reports the fault
-
-
-def _from_gguf(path: pathlib.Path) -> transformers.PreTrainedTokenizerFast:
-  import tokenizers
-  import transformers
-
-  data = gguf_file.vocabulary(path)
-  if data.kind != "gpt2" or data.pre not in SPLITTERS:
-    raise errors.UserError(
-      f"{path}: tokenizer {data.kind!r} with pre-tokenizer {data.pre!r} is not "
-      f"supported (byte-level BPE with {', '.join(SPLITTERS)}); use the safetensors "
-      "folder"
-    )
-  ids = {token: index for index, token in enumerate(data.tokens)}
-  if len(ids) != len(data.tokens):
-    raise errors.UserError(f"{path}: a token occurs twice; fetch the file again")
-  backend = byte_level_bpe(ids, data.merges, SPLITTERS[data.pre])
-  for token, special in data.added.items():
-    added = tokenizers.AddedToken(token, normalized=False, special=special)
-    backend.add_special_tokens([added]) if special else backend.add_tokens([added])
-  names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-  named = {
-    f"{names[role]}_token": data.tokens[index]
-    for role, index in data.special_ids.items()
-  }
-  # llama.cpp adds BOS to a llama-bpe text unless the file says otherwise.
-  add_bos = data.pre == "llama-bpe" if data.add_bos is None else data.add_bos
-  if "bos_token" in named and add_bos:
-    bos = named["bos_token"]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-      single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
-    )
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
-    chat_template=data.chat_template,
-    model_max_length=gguf_file.config_fields(path).get("max_position_embeddings"),
-    clean_up_tokenization_spaces=False,
-    **named,
-  )
-
-
-def byte_level_bpe(ids: dict[str, int], merges: list[str], splitter: Splitter) -> Any:
-  """A `tokenizers.Tokenizer` from the ids of tokens and the merges in order of rank."""
-  import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-  pairs = [(left, right) for left, _, right in (m.partition(" ") for m in merges)]
-  bpe = models.BPE(ids, pairs, ignore_merges=splitter.ignore_merges)
-  backend = tokenizers.Tokenizer(bpe)
-  steps: list[Any] = []
-  if splitter.digits:
-    steps.append(pre_tokenizers.Digits(individual_digits=True))
-  if splitter.regex is not None:
-    pattern = tokenizers.Regex(splitter.regex)
-    steps.append(pre_tokenizers.Split(pattern, behavior="isolated"))
-  gpt2 = splitter.regex is None
-  steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2))
-  backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-  if splitter.nfc:
-    backend.normalizer = normalizers.NFC()
-  backend.decoder = decoders.ByteLevel()
-  return backend
 
 
 def eos_ids(

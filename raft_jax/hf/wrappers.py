@@ -17,11 +17,13 @@ class Wrapper(NamedTuple):
   """One `model_type` with a text tower.
 
   Attributes:
+    models: what people call them, for the READMEs.
     architecture: the class name in config.json.
     tower: `model_type` of the text tower, if `text_config` does not give it.
     defaults: fields that `text_config` may leave out, beside those of its family.
   """
 
+  models: str
   architecture: str
   tower: str
   defaults: Mapping[str, Any] = {}
@@ -29,7 +31,8 @@ class Wrapper(NamedTuple):
 
 WRAPPERS = {
   "gemma3": Wrapper(
-    "Gemma3ForConditionalGeneration",
+    models="Gemma 3 from 4B on",
+    architecture="Gemma3ForConditionalGeneration",
     tower="gemma3_text",
     # The published 4B leaves these out (transformers' Gemma3TextConfig has them).
     defaults={
@@ -38,7 +41,11 @@ WRAPPERS = {
       "num_key_value_heads": 4,
     },
   ),
-  "mistral3": Wrapper("Mistral3ForConditionalGeneration", tower="mistral"),
+  "mistral3": Wrapper(
+    models="Mistral Small 3.1 and later, Ministral 3 with images",
+    architecture="Mistral3ForConditionalGeneration",
+    tower="mistral",
+  ),
 }
 
 

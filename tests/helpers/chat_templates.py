@@ -15,7 +15,13 @@ import pytest
 import transformers
 from transformers.utils import chat_template_utils
 
-from raft_jax.hf import chat, chat_template, gguf_file, model_source
+from raft_jax.hf import (
+  chat,
+  chat_template,
+  gguf_file,
+  gguf_tokenizer,
+  model_source,
+)
 from raft_jax.hf import tokenizer as hf_tokenizer
 
 TURNS = "{% for m in messages %}"
@@ -131,8 +137,8 @@ def load_tokenizer(smollm: str) -> transformers.PreTrainedTokenizerFast:
   """SmolLM2's, with each marker of the templates as one token."""
   vocabulary = gguf_file.vocabulary(model_source.resolve(smollm))
   ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-  backend = hf_tokenizer.byte_level_bpe(
-    ids, vocabulary.merges, hf_tokenizer.SPLITTERS["qwen2"]
+  backend = gguf_tokenizer.byte_level_bpe(
+    ids, vocabulary.merges, gguf_tokenizer.SPLITTERS["qwen2"]
   )
   loaded = transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend,

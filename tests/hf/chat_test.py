@@ -15,8 +15,13 @@ import transformers
 from hypothesis import strategies
 
 from raft_jax import errors
-from raft_jax.hf import answer_turns, chat, model_source, teacher_prompts
-from raft_jax.hf import tokenizer as hf_tokenizer
+from raft_jax.hf import (
+  answer_turns,
+  chat,
+  gguf_tokenizer,
+  model_source,
+  teacher_prompts,
+)
 from raft_jax.storage.records import Message
 
 IM_START, IM_END, ENDOFTEXT = 1, 2, 0  # of SmolLM2
@@ -139,7 +144,7 @@ def test_ids_around_digits_are_the_original(
 )
 def test_splitters(pre, pieces):
   """Digits: as one, alone, by three, alone (the models' own tokenizer.json)."""
-  backend = hf_tokenizer.byte_level_bpe({"a": 0}, [], hf_tokenizer.SPLITTERS[pre])
+  backend = gguf_tokenizer.byte_level_bpe({"a": 0}, [], gguf_tokenizer.SPLITTERS[pre])
   cut = backend.pre_tokenizer.pre_tokenize_str("Don't pay 1234.  X")
   assert [piece for piece, _ in cut] == pieces
 

@@ -19,7 +19,7 @@ import transformers
 from tokenizers import processors
 
 from raft_jax import errors
-from raft_jax.hf import gguf_file, gguf_vocabulary, gguf_writer
+from raft_jax.hf import gguf_file, gguf_tokenizer, gguf_vocabulary, gguf_writer
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import tokenizer as hf_tokenizer
 from tests.helpers import tiny_llama
@@ -166,13 +166,13 @@ def cut_as(folder: pathlib.Path, pre: str) -> None:
   merges = [
     m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]
   ]
-  splitter = hf_tokenizer.SPLITTERS[pre]
-  made = hf_tokenizer.byte_level_bpe(content["model"]["vocab"], merges, splitter)
+  splitter = gguf_tokenizer.SPLITTERS[pre]
+  made = gguf_tokenizer.byte_level_bpe(content["model"]["vocab"], merges, splitter)
   new = json.loads(made.to_str())
   path.write_text(json.dumps({**new, "added_tokens": content["added_tokens"]}))
 
 
-@pytest.mark.parametrize("pre", hf_tokenizer.SPLITTERS)
+@pytest.mark.parametrize("pre", gguf_tokenizer.SPLITTERS)
 def test_token_ids_and_template(tmp_path, tokenizer_files, pre):
   folder = save(tmp_path / "model", tokenizer_files)
   cut_as(folder, pre)
