@@ -65,8 +65,9 @@ def half(shapes: Any, seed: int) -> Any:
 
   Trained are 2 of the 4 attention projections of each layer; 2 of its 3 feed-forward
   projections in a random half of the layers, and 1 in the others; half of the norms;
-  and always the embedding and the head. The bias of a projection goes with it. Hui et
-  al., *HFT: Half Fine-Tuning for Large Language Models*, arXiv 2404.18466.
+  and always the embedding and the head. The bias of a projection goes with it. Of
+  experts, a projection of all of them counts as one, and their router stays frozen. Hui
+  et al., *HFT: Half Fine-Tuning for Large Language Models*, arXiv 2404.18466.
 
   Args:
     shapes: the parameter tree, or its shapes.

@@ -10,7 +10,7 @@ size, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import Array
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
 from raft_jax.distillation import sequences
-from raft_jax.models import param_sharding, sharding, transformer
+from raft_jax.models import experts, param_sharding, sharding, transformer
 
 
 class Settings(NamedTuple):
@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
     teacher_decoder: the teacher's network; None if it is the student's.
     row_losses: whether a step also returns the cross-entropy of each row.
+    router_loss: weight of the load-balancing loss of a mixture of experts.
   """
 
   decoder: transformer.DecoderConfig
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
   scale_by_t2: bool
   skip_first: int
   mask_eos: bool
+  router_loss: float = 0.0
 
   @property
   def mass_temperature(self) -> float:
@@ -171,7 +173,7 @@ def loss_terms(
   weights: Weights,
   *,
   settings: Settings,
-) -> tuple[dict[str, Array], dict[str, Array]]:
+) -> tuple[dict[str, Array], dict[str, Any]]:
   """Both losses of a (micro-)batch, as its share of the whole batch's means.
 
   Args:
@@ -187,7 +189,7 @@ def loss_terms(
   """
   if not settings.cross_entropy:
     batch = batch._replace(answer_BA=batch.answer_BA[:, :0])
-  answer_BAD, rollout_BRD = sequences.student_hidden(
+  answer_BAD, rollout_BRD, load = sequences.student_pass(
     params, settings.decoder, batch, trajectory, settings.compute
   )
   embedding_VD = param_sharding.gathered_head(params, settings.compute.dtype)
@@ -198,10 +200,16 @@ def loss_terms(
       answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
     )
     terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
-  row_aux = {}
+  row_aux: dict[str, Any] = {}
   if settings.row_losses:
     row_nll_B = mean_by_row(nll_BA, batch.answer_length_B)
     row_aux[ROW_LOSSES] = jax.lax.stop_gradient(row_nll_B)
+  if load is not None:
+    row_aux[EXPERT_LOAD] = jax.lax.stop_gradient(load)
+    if settings.router_loss:
+      # Its gradient without its value, which would change the balance of both losses.
+      router = settings.router_loss * experts.balance_loss(load)
+      terms["sft"] += router - jax.lax.stop_gradient(router)
   if support is None:
     return terms, row_aux
   terms["kd"], aux = distillation_loss(
@@ -212,6 +220,8 @@ def loss_terms(
 
 ROW_LOSSES = "row_loss_B"
 """Key of the rows' cross-entropies among the auxiliary values."""
+EXPERT_LOAD = "expert_load"
+"""Key of the `experts.Load` of all layers among the auxiliary values."""
 
 
 def mean_by_row(nll_BA: Array, length_B: Array) -> Array:

@@ -33,13 +33,16 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
+  family = families.FAMILIES.get(str(fields.get("model_type", "")))
+  coding = fields.get("quantization_config")
+  mxfp4 = isinstance(coding, dict) and coding.get("quant_method") == "mxfp4"
+  mxfp4 = mxfp4 and family is not None and family.mxfp4
   for name in ("quantization_config", "quantization"):  # MLX writes the second
-    if fields.get(name):
+    if fields.get(name) and not mxfp4:
       raise errors.UserError(
         f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
         "checkpoint"
       )
-  family = families.FAMILIES.get(str(fields.get("model_type", "")))
   architectures = fields.get("architectures") or []
   if not isinstance(architectures, list):
     architectures = [architectures]
@@ -73,7 +76,9 @@ def _common_names(fields: families.Fields, family: families.Family) -> families.
     for name, own_name in family.renamed.items()
     if own_name in fields
   }
-  return {**fields, **renamed}
+  # A field of the usual name means something else here.
+  others = {name: value for name, value in fields.items() if name not in family.renamed}
+  return {**others, **renamed}
 
 
 def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderConfig:
@@ -104,6 +109,7 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
     rope_theta=number("rope_theta", float),
     max_positions=number("max_position_embeddings", int),
     tie_embeddings=bool(fields["tie_word_embeddings"]),
+    **_expert_counts(fields, family, place),
     **family.extra(fields),
   )
   if config.n_heads % config.n_kv_heads or config.head_dim % 2:
@@ -133,6 +139,23 @@ def _number(
       f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
     )
   return kind(value)
+
+
+def _expert_counts(
+  fields: families.Fields, family: families.Family, place: str
+) -> dict[str, int]:
+  if not family.has_experts:
+    return {}
+  # The same model may be saved with either name (transformers' attribute_map).
+  name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+  count = _number(fields, place, name, int)
+  per_token = _number(fields, place, "num_experts_per_tok", int)
+  if per_token > count:
+    raise errors.UserError(
+      f"{place}: num_experts_per_tok is {per_token}, of {count} experts; fetch the "
+      "file again"
+    )
+  return {"n_experts": count, "experts_per_token": per_token}
 
 
 def _check_lists(fields: families.Fields, layers: int, place: str) -> None:

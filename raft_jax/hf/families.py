@@ -17,15 +17,37 @@ Fields = dict[str, Any]
 """Hugging Face config fields, as in config.json."""
 
 
+class Form(NamedTuple):
+  """How files store the stack of a layer's experts, beside the order of the axes here.
+
+  Attributes:
+    transposed: kernels are [E, in, out].
+    alternating: outputs of fused parameters alternate; otherwise they follow each
+      other.
+  """
+
+  transposed: bool = False
+  alternating: bool = False
+
+
 class Name(NamedTuple):
   """Names of a parameter in files; `{}` stands for the layer's number.
 
+  A second `{}` stands for the expert's number: each expert has a tensor of its own.
+
   Parameters of the same name are fused: their rows follow each other in one tensor, in
-  the order of the table. An empty `gguf`: not read from GGUF files.
+  the order of the table. An empty `gguf`: not read from GGUF files. With a `form`, one
+  tensor holds a parameter of all experts of a layer.
   """
 
   hf: str
   gguf: str
+  form: Form | None = None
+
+  @property
+  def of_experts(self) -> bool:
+    """Whether each layer has one parameter of this name for each expert."""
+    return self.form is not None or self.hf.count("{}") > 1
 
 
 class Family(NamedTuple):
@@ -44,6 +66,8 @@ class Family(NamedTuple):
     slides: config and layer -> whether the layer has a sliding window; None: never.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
+    mxfp4: whether kernels of experts may be stored as MXFP4, which is read and not
+      written.
   """
 
   architecture: str
@@ -56,6 +80,12 @@ class Family(NamedTuple):
   slides: Callable[[Fields, int], bool] | None = None
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
+  mxfp4: bool = False
+
+  @property
+  def has_experts(self) -> bool:
+    """Whether its feed-forward is a mixture of experts."""
+    return "layers/router" in self.names
 
   @property
   def in_gguf(self) -> bool:
@@ -72,6 +102,10 @@ _PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layern
 _ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 _MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_EXPERTS = {
+  "router": "mlp.gate",
+  **{name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+}
 _GGUF = {
   "attn_norm": "attn_norm",
   "q": "attn_q",
@@ -126,6 +160,17 @@ _QWEN = {
   "max_window_layers": 28,
 }
 
+
+def _normalized(fields: Fields) -> dict[str, Any]:
+  return {"experts_normalized": bool(fields["norm_topk_prob"])}
+
+
+# transformers' GptOssConfig, for a config.json that names no rotary embedding.
+_GPT_OSS_ROPE = {
+  **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0},
+  **{"truncate": False, "original_max_position_embeddings": 4096},
+}
+
 _GEMMA_NORMS = {
   "attn_norm": "input_layernorm",
   "attn_post_norm": "post_attention_layernorm",
@@ -160,6 +205,26 @@ def _gemma(fields: Fields) -> dict[str, Any]:
     "attention_softcap": fields["attn_logit_softcapping"],
     "logit_softcap": fields["final_logit_softcapping"],
   }
+
+
+def _gpt_oss_names() -> dict[str, Name]:
+  table = _names(
+    _PRE_NORMS,
+    _ATTENTION,
+    {f"{name}_bias": f"self_attn.{name}_proj" for name in "qkvo"},
+    {"router": "mlp.router", "router_bias": "mlp.router"},
+  )
+  prefix = "model.layers.{}."
+  table["layers/sinks"] = Name(f"{prefix}self_attn.sinks", "")
+  experts = f"{prefix}mlp.experts."
+  for name in ("gate", "up"):
+    table[f"layers/{name}"] = Name(f"{experts}gate_up_proj", "", Form(True, True))
+    table[f"layers/{name}_bias"] = Name(
+      f"{experts}gate_up_proj_bias", "", Form(False, True)
+    )
+  table["layers/down"] = Name(f"{experts}down_proj", "", Form(True, False))
+  table["layers/down_bias"] = Name(f"{experts}down_proj_bias", "", Form())
+  return table
 
 
 FAMILIES = {
@@ -260,6 +325,85 @@ FAMILIES = {
     },
     ropes=("default", "longrope"),
     slides=lambda fields, layer: True,
+  ),
+  "qwen3_moe": Family(
+    architecture="Qwen3MoeForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _EXPERTS),
+    defaults={
+      **_QWEN,
+      **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
+      "intermediate_size": 768,
+    },
+    only={
+      **_NO_BIAS,
+      "decoder_sparse_step": (1,),  # otherwise some layers are dense
+      "mlp_only_layers": ([], None),
+    },
+    # The field `intermediate_size` is the width of dense layers, of which it has none.
+    renamed={"intermediate_size": "moe_intermediate_size"},
+    extra=lambda fields: {"qk_norm": "head", **_normalized(fields)},
+    slides=_qwen_slides,
+  ),
+  "olmoe": Family(
+    architecture="OlmoeForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _EXPERTS),
+    defaults={
+      **_COMMON,
+      **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 4096,
+    },
+    only={**_NO_BIAS, "clip_qkv": (None,)},
+    extra=lambda fields: {"qk_norm": "projection", **_normalized(fields)},
+  ),
+  "mixtral": Family(
+    architecture="MixtralForCausalLM",
+    names=_names(
+      _PRE_NORMS,
+      _ATTENTION,
+      {
+        "router": "block_sparse_moe.gate",
+        "gate": "block_sparse_moe.experts.{}.w1",
+        "up": "block_sparse_moe.experts.{}.w3",
+        "down": "block_sparse_moe.experts.{}.w2",
+      },
+    ),
+    defaults={
+      **_COMMON,
+      **{"num_experts": 8, "num_experts_per_tok": 2},
+      "rms_norm_eps": 1e-5,
+      "rope_theta": 1000000.0,
+      "max_position_embeddings": 131072,
+      "sliding_window": None,
+    },
+    only={**_NO_BIAS, "router_jitter_noise": (0, None)},
+    extra=lambda fields: {"experts_normalized": True},
+    slides=lambda fields, layer: True,
+  ),
+  "gpt_oss": Family(
+    architecture="GptOssForCausalLM",
+    names=_gpt_oss_names(),
+    defaults={
+      **_COMMON,
+      **{"num_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0},
+      **{"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64},
+      **{"max_position_embeddings": 131072, "sliding_window": 128},
+      **_GPT_OSS_ROPE,
+    },
+    only={
+      "hidden_act": ("silu",),
+      "attention_bias": (True, None),
+      "swiglu_alpha": (1.702, None),
+      "partial_rotary_factor": (1, None),
+    },
+    extra=lambda fields: {
+      **{"qkv_bias": True, "o_bias": True, "attention_sinks": True},
+      **{"expert_biases": True, "experts_normalized": True},
+      "norm_rounds_last": True,
+      "gate_limit": float(fields["swiglu_limit"]),
+    },
+    slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
+    mxfp4=True,
   ),
   "gemma2": Family(
     architecture="Gemma2ForCausalLM",

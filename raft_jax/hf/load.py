@@ -23,6 +23,7 @@ from raft_jax.hf import (
   families,
   gguf_file,
   model_source,
+  mxfp4,
   tensor_layout,
   weight_files,
 )
@@ -144,11 +145,12 @@ def load_params(
     import jax
 
     interrupts.check()
-    tensor = tensor_layout.part(stored[piece.name], piece, name)
+    tensor = tensor_layout.part(tensor_layout.whole(stored, piece), piece, name)
 
     def block(index: tensor_layout.Index | None) -> np.ndarray:
       index = index or (slice(None),) * len(shape)
-      return _read_block(tensor, index, DTYPES[dtype], f"{path}: {piece.name}")
+      shown = piece.name.replace("{}", "*")  # of all experts
+      return _read_block(tensor, index, DTYPES[dtype], f"{path}: {shown}")
 
     if place is None:
       return jax.device_put(block(None))
@@ -212,7 +214,9 @@ def _matched(
   stored = gguf_file.tensors(path) if in_gguf else stored_tensors(path)
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
-  pieces = tensor_layout.pieces(leaves, names)
+  pieces = tensor_layout.pieces(leaves, names, tensor_layout.forms(family))
+  if family.mxfp4:
+    stored = mxfp4.decoded(stored)
   tied = names["head"] if config.tie_embeddings else None
   if tied in stored and names["embed"] not in stored:
     # A file holds only one of two tensors that share memory; this may be the head.
@@ -266,7 +270,7 @@ def _check_fit(
   family: families.Family,
   tied: str | None,
 ) -> None:
-  expected = {piece.name: piece.shape for piece in pieces}
+  expected = dict(tensor for piece in pieces for tensor in piece.tensors())
 
   def some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -283,6 +287,7 @@ def _check_fit(
       and not family.ignored.fullmatch(name)
       and not weight_files.is_buffer(name, tensor)
     ),
+    has_experts=family.has_experts,
   )
   wrong, coded = [], []
   for name in (name for name in expected if name in stored):

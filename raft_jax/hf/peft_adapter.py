@@ -19,9 +19,21 @@ def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
   `qkv_proj`) also knows the fused name, which stands for all of its parts.
 
   Raises:
-    errors.UserError: the model has no module of a name.
+    errors.UserError: the model has no module of a name, or it is one of experts.
   """
+  of_experts = [
+    f"{kernel}_proj"
+    for kernel in lora.KERNELS
+    if family.names[f"layers/{kernel}"].of_experts
+  ]
+  if named := [name for name in names if name in of_experts]:
+    raise errors.UserError(
+      f"lora.targets: {', '.join(named)} of this model are kernels of experts, for "
+      "which there are no low-rank updates; name q_proj, k_proj, v_proj and o_proj, or "
+      "train without `lora`"
+    )
   kernels_by_name = {f"{kernel}_proj": {kernel} for kernel in lora.KERNELS}
+  kernels_by_name = {n: k for n, k in kernels_by_name.items() if n not in of_experts}
   for module, kernels in _modules(family).items():
     kernels_by_name[_last_part(module)] = set(kernels)
   unknown = [name for name in names if name not in kernels_by_name]
@@ -39,7 +51,7 @@ def _modules(family: families.Family) -> dict[str, tuple[str, ...]]:
   modules: dict[str, tuple[str, ...]] = {}
   for path, name in family.names.items():
     kernel = path.removeprefix("layers/")
-    if kernel in lora.KERNELS:
+    if kernel in lora.KERNELS and not name.of_experts:
       module = name.hf.removesuffix(".weight")
       modules[module] = (*modules.get(module, ()), kernel)
   return modules

@@ -98,7 +98,8 @@ def save(
   tokenizer = hf_tokenizer.load(source, template, thinking=thinking)
   family, kind = decoder_config.find_family(fields, source), hf_load.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
-  pieces = tensor_layout.pieces(leaves, tensor_layout.file_names(family, in_gguf=False))
+  names = tensor_layout.file_names(family, in_gguf=False)
+  pieces = tensor_layout.pieces(leaves, names, tensor_layout.forms(family))
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
   with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
     _write_weights(temporary, leaves, plan, kind)
@@ -250,9 +251,11 @@ def _host_tensors(
       _check_finite(path, leaf)
     for piece in pieces:
       parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in arrays]
-      tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
-      # safetensors writes the buffer as it is in memory and ignores strides.
-      yield piece.name, np.ascontiguousarray(tensor, dtype)
+      tensor = tensor_layout.joined(parts, piece)
+      tensors = tensor if piece.of_experts else (tensor,)
+      for (name, _), one in zip(piece.tensors(), tensors, strict=True):
+        # safetensors writes the buffer as it is in memory and ignores strides.
+        yield name, np.ascontiguousarray(one, dtype)
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -265,8 +268,8 @@ def _write_config(
   config: transformer.DecoderConfig,
   dtype: str,
 ) -> None:
-  # auto_map names files of code, which are not exported.
-  dropped = ("_name_or_path", "auto_map")
+  # auto_map names files of code, which are not exported; weights are not quantised.
+  dropped = ("_name_or_path", "auto_map", "quantization_config")
   fields = {name: value for name, value in fields.items() if name not in dropped}
   fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
   fields["tie_word_embeddings"] = config.tie_embeddings

@@ -234,6 +234,11 @@ class Kind(NamedTuple):
   remedy: str
 
 
+_EXPERTS = Kind(
+  "a mixture of experts",
+  re.compile(r".*\.(experts|block_sparse_moe|router|shared_expert)\..*"),
+  "use a dense model",
+)
 QUANTISED = "quantised weights cannot be trained; use the unquantised checkpoint"
 _KINDS = (
   Kind(
@@ -263,23 +268,27 @@ _KINDS = (
     ),
     "use a model of text alone",
   ),
-  Kind(
-    "a mixture of experts",
-    re.compile(r".*\.(experts|block_sparse_moe|router|shared_expert)\..*"),
-    "use a dense model",
-  ),
+  _EXPERTS,
 )
 _UNKNOWN = "unexpected tensors"
 
 
 def unexpected(
-  stored: Mapping[str, tensor_layout.Stored], names: Iterable[str]
+  stored: Mapping[str, tensor_layout.Stored],
+  names: Iterable[str],
+  *,
+  has_experts: bool = False,
 ) -> tuple[dict[str, list[str]], str | None]:
-  """The tensors that a model does not have, by kind, and a remedy for the first."""
+  """The tensors that a model does not have, by kind, and a remedy for the first.
+
+  Args:
+    has_experts: whether the model has other tensors of experts.
+  """
+  kinds = [kind for kind in _KINDS if not (has_experts and kind is _EXPERTS)]
   by_kind: dict[str, list[str]] = {}
   remedy = None
   for name in names:
-    kind = next((kind for kind in _KINDS if kind.names.fullmatch(name)), None)
+    kind = next((kind for kind in kinds if kind.names.fullmatch(name)), None)
     shown = name if kind else f"{name} ({stored[name].dtype})"
     by_kind.setdefault(kind.description if kind else _UNKNOWN, []).append(shown)
     remedy = remedy or (kind.remedy if kind else None)

@@ -24,13 +24,17 @@ ATTENTION = {
 }
 """Matrix products of the size queries x keys in jax's primitives for cuDNN."""
 
+GROUPED = re.compile(r"grouped_(product|outer)_over_(\d+)")
+"""Programs of `models.experts`, and among how many devices the experts are divided."""
+
 
 def flops(jaxpr: Any) -> float:
   """Multiplications and additions of all matrix products in a jaxpr, on all devices.
 
   A product of [m, k] and [k, n] counts as 2·m·k·n, and a `cond` as its dearest branch.
   cuDNN's attention has two products forward; backward it recomputes the scores and adds
-  four products for the gradients.
+  four products for the gradients. Experts multiply only the rows that chose them, and
+  the devices among which they are divided have equally many of these.
 
   Args:
     jaxpr: such as `jax.jit(f).trace(x).jaxpr.jaxpr`.
@@ -48,6 +52,10 @@ def flops(jaxpr: Any) -> float:
         variable.aval.shape for variable in equation.invars[:2]
       )
       total += 2.0 * ATTENTION[name] * rows * heads * queries * keys * width
+    elif grouped := GROUPED.fullmatch(str(params.get("name", ""))):
+      total += _grouped(equation, int(grouped[2]))
+    elif name == "shard_map":
+      total += params["mesh"].size * flops(params["jaxpr"])
     elif name == "cond":
       total += max(flops(branch.jaxpr) for branch in params["branches"])
     elif name == "while":
@@ -56,6 +64,14 @@ def flops(jaxpr: Any) -> float:
       rounds = params["length"] if name == "scan" else 1
       total += rounds * sum(flops(inner) for inner in _inner(params))
   return total
+
+
+def _grouped(equation: Any, parts: int) -> float:
+  """FLOPs of a product of sorted rows with their groups' kernels."""
+  rows, *kernel = (variable.aval.shape for variable in equation.invars[:2])
+  # Of the kernels' gradient both operands are rows.
+  inner, outer = kernel[0][-2:] if len(kernel[0]) == 3 else (rows[1], kernel[0][1])
+  return 2.0 * rows[0] * inner * outer / parts
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Any]:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from raft_jax.hf import decoder_config
-from raft_jax.models import transformer
+from raft_jax.models import experts, transformer
 
 HUB = "https://huggingface.co/"
 QWEN25_CARD = "https://qwenlm.github.io/blog/qwen2.5-llm/#model-card"
@@ -51,6 +51,7 @@ class Preset(NamedTuple):
     source: of the figure. The fields are those of config.json in the model's own
       repository on the hub, left out where they are the class's defaults.
     embedding: rows of the embedding that the figure leaves out.
+    active: stated parameters that are active for a token, in a mixture of experts.
   """
 
   model_type: str
@@ -59,6 +60,7 @@ class Preset(NamedTuple):
   source: str
   fields: dict[str, Any]
   embedding: int = 0
+  active: float | None = None
 
 
 def shape(width, inner, layers, heads, kv_heads, **fields) -> dict:
@@ -173,6 +175,34 @@ PRESETS = {
     HUB + "allenai/OLMo-2-0325-32B",
     shape(5120, 27648, 64, 40, 8) | OLMO,
   ),
+  "Qwen/Qwen3-30B-A3B": Preset(
+    "qwen3_moe",
+    30.5e9,
+    1e8,
+    HUB + "Qwen/Qwen3-30B-A3B#model-overview",
+    shape(2048, 6144, 48, 32, 4, head_dim=128)
+    | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+    | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    | QWEN,
+    active=3.3e9,
+  ),
+  "allenai/OLMoE-1B-7B-0924": Preset(
+    "olmoe",
+    6.9e9,
+    1e8,
+    "OLMoE, arXiv 2409.02060, table 1",
+    shape(2048, 1024, 16, 16, 16, num_experts=64, num_experts_per_tok=8),
+    active=1.3e9,
+  ),
+  "mistralai/Mixtral-8x7B-v0.1": Preset(
+    "mixtral",
+    46_702_792_704,
+    1,
+    HUB + "mistralai/Mixtral-8x7B-v0.1 (safetensors metadata)",
+    shape(4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2)
+    | {"vocab_size": 32000},
+    active=12.9e9,  # arXiv 2401.04088 says 13B; 46.7B and 12.9B are the announcement's
+  ),
   "google/gemma-2-2b": Preset(
     "gemma2",
     2_024_517_888,
@@ -226,6 +256,10 @@ def test_parameter_count(name):
       transformers.AutoConfig.for_model(preset.model_type, **preset.fields)
     )
   assert count == sum(parameter.numel() for parameter in reference.parameters())
+  if preset.active is not None:
+    active = experts.active_parameters(read(name), count)
+    print(f"active {active:,}")
+    assert abs(active - preset.active) < 0.06e9
 
 
 def test_paper_backbones_keep_their_peculiarities():
