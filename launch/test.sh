@@ -11,7 +11,11 @@ processes=(-n 2 --dist loadfile)
 [[ " $* " == *slow* ]] && extras=test,plan,trackers,modelfiles processes=()
 launch/install.sh "$extras"
 # Fast tests mostly compile small programs; slow tests run large ones.
-[[ " $* " == *slow* ]] || export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+if [[ " $* " != *slow* ]]; then
+  export JAX_DISABLE_MOST_OPTIMIZATIONS=1
+  # Without fusion emitters, XLA compiles a training step in a quarter of the time.
+  export XLA_FLAGS="--xla_cpu_use_fusion_emitters=false ${XLA_FLAGS:-}"
+fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false JAX_PLATFORMS=cpu
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -11,19 +11,23 @@ import numpy as np
 import pytest
 
 from raft_jax import losses, vocab_head
+from tests.helpers import simulated_devices
 
 WIDTH, VOCABULARY, K = 24, 203, 9  # a prime-ish vocabulary: no block divides it
 
 
 def on_devices(count: int, code: str) -> str:
   """What the code prints in a process of so many pretended devices."""
-  flag = f"--xla_force_host_platform_device_count={count}"
   done = subprocess.run(
     [sys.executable, "-c", code],
     capture_output=True,
     text=True,
     check=False,
-    env={**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+    env={
+      **os.environ,
+      "XLA_FLAGS": simulated_devices.flags(count),
+      "JAX_PLATFORMS": "cpu",
+    },
   )
   assert done.returncode == 0, done.stderr
   return done.stdout
@@ -367,6 +371,7 @@ def test_tokens_sharded_over_devices_stay_sharded():
   code = """
 import re, jax, jax.numpy as jnp
 from raft_jax import vocab_head
+from tests.helpers import simulated_devices
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 def array(shape, dtype, *spec):
   sharding = jax.NamedSharding(mesh, jax.P(*spec))
@@ -392,6 +397,7 @@ def test_inside_shard_map_gradient_and_tiles_are_those_of_each_devices_tokens():
   code = """
 import jax, jax.numpy as jnp, numpy as np
 from raft_jax import losses, vocab_head
+from tests.helpers import simulated_devices
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 rng = np.random.default_rng(0)
 hidden = jnp.asarray(rng.normal(size=(32, 8)), jnp.float32)
@@ -423,6 +429,7 @@ def test_the_top_k_of_sharded_logits_is_that_of_the_whole():
   code = """
 import jax, jax.numpy as jnp, numpy as np
 from raft_jax import vocab_head
+from tests.helpers import simulated_devices
 auto = (jax.sharding.AxisType.Auto,) * 3
 mesh = jax.make_mesh((2, 1, 4), ("data", "fsdp", "tensor"), axis_types=auto)
 partition = jax.P(("data", "fsdp"), "tensor")

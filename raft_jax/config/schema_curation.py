@@ -34,9 +34,10 @@ class Extract(Section):
   """Stage 0: question/answer pairs from documents, for `data.questions`. null: none."""
 
   documents: str
-  """A file or a folder: .txt, .md, and .jsonl or .parquet with {text, id?, domain?}."""
+  """A file or a folder: .txt, .md, or files of rows {text, id?, domain?}, as for
+  `data.questions`."""
   text_field: str = "text"
-  """The field of JSONL and Parquet rows that holds a document's text."""
+  """The field of rows that holds a document's text."""
   domain: str = ""
   """Domain of documents that do not name one."""
   chunk_tokens: Annotated[int, pydantic.Field(ge=16)] = 512

@@ -17,12 +17,11 @@ import semantic_text_splitter
 
 from raft_jax import errors
 from raft_jax.runtime import interrupts
-from raft_jax.storage import question_files, rejects
+from raft_jax.storage import question_files, rejects, row_files
 
 MARKDOWN = (".md", ".markdown")
 PLAIN = (".txt", ".text", *MARKDOWN)
-ROWS = (".jsonl", ".parquet")
-_KINDS = ", ".join((*PLAIN, *ROWS))
+_KINDS = ", ".join((*PLAIN, *row_files.KINDS))
 
 
 class Document(NamedTuple):
@@ -61,8 +60,8 @@ def read(
   Hidden files and folders are ignored.
 
   Args:
-    text_field: the field of JSONL and Parquet rows with the text. Rows may also have
-      `id` and `domain`. A row without an id gets one derived from its text.
+    text_field: the field with the text, in files of rows (`row_files`). Rows may also
+      have `id` and `domain`. A row without an id gets one derived from its text.
     domain: domain of documents that name none.
 
   Returns:
@@ -137,7 +136,7 @@ def unused(
 
 def _files(root: pathlib.Path) -> list[pathlib.Path]:
   if root.is_file():
-    if root.suffix.lower() not in (*PLAIN, *ROWS):
+    if root.suffix.lower() not in PLAIN and row_files.kind(root) is None:
       raise errors.UserError(
         f"extract.documents: {root}: unknown file type {root.suffix!r}; documents are "
         f"{_KINDS}"
@@ -161,7 +160,7 @@ def _read_file(
   """Yields places, each with its document or the reason why it is unusable."""
   suffix = path.suffix.lower()
   try:
-    if suffix in ROWS:
+    if row_files.kind(path) is not None:
       yield from _read_rows(path, name, text_field, domain)
     elif suffix not in PLAIN:
       yield name, ("file_type", f"{suffix or 'no suffix'} is none of {_KINDS}")

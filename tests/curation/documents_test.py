@@ -1,5 +1,6 @@
 """Documents: read strictly, and cut at sentence ends."""
 
+import gzip
 import json
 import re
 
@@ -85,6 +86,9 @@ def test_every_kind_of_document_is_read_in_order(tmp_path):
   (tmp_path / "sub").mkdir()
   table = pyarrow.table({"text": ["p"], "domain": ["trade"], "other": [1]})
   parquet.write_table(table, tmp_path / "sub/t.parquet")
+  (tmp_path / "sub/u.csv").write_text('id,text\n8,"a, b"\n')
+  with gzip.open(tmp_path / "sub/v.json.gz", "wt") as file:
+    json.dump([{"id": "nine", "text": "9"}], file)
   (tmp_path / ".git").mkdir()
   (tmp_path / ".git/config.txt").write_text("hidden")
   (tmp_path / "picture.png").write_bytes(b"\x89PNG")
@@ -96,6 +100,8 @@ def test_every_kind_of_document_is_read_in_order(tmp_path):
     documents.Document("7", "law", "seven"),
     documents.Document("edd3a863872a0423", "law", "é\n"),
     documents.Document("148de9c5a7a44d19", "trade", "p"),
+    documents.Document("8", "law", "a, b"),
+    documents.Document("nine", "law", "9"),
   ]
   assert [(row["document"], row["reason"]) for row in unusable] == [
     ("picture.png", "file_type")
@@ -119,6 +125,8 @@ def test_every_kind_of_document_is_read_in_order(tmp_path):
     ("x.jsonl", b'{"text": "\xff"}', "bad_row", "is not UTF-8"),
     ("x.jsonl", b"\xff\xfe{", "unreadable", "is UTF-16"),
     ("x.parquet", b"PAR1", "unreadable", "not a readable Parquet"),
+    ("x.csv", b"title\nx\n", "bad_row", "has no `text`; see extract.text_field"),
+    ("x.jsonl.gz", b"\x1f\x8b", "unreadable", "x.jsonl.gz"),
   ],
 )
 def test_what_is_no_document_is_listed_with_its_reason(

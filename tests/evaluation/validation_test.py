@@ -26,7 +26,7 @@ from raft_jax.training import (
   trained_model,
   tree_fingerprints,
 )
-from tests.helpers import short_run, tiny_run
+from tests.helpers import short_run, simulated_devices, tiny_run
 
 STEPS = 6
 
@@ -428,7 +428,7 @@ def test_validation_agrees_on_eight_devices(tmp_path, source, law, general):
     output = tmp_path / name
     overrides = ["train.batch_size=8", "validation.ifeval.items=null", *sizes]
     path, _ = make_config(output, source, law, general)
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = simulated_devices.flags(devices)
     subprocess.run(
       [sys.executable, "-m", "raft_jax.train", "--config", str(path), *overrides],
       check=True,

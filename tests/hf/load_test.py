@@ -20,7 +20,7 @@ from raft_jax import errors
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import model_source, tensor_layout
 from raft_jax.hf import save as hf_save
-from tests.helpers import tiny_llama
+from tests.helpers import simulated_devices, tiny_llama
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,7 +69,7 @@ def test_bfloat16(complete, tmp_path):
 
 def test_sharded_over_eight_devices(tmp_path):
   folder, out = tiny_llama.save(tmp_path / "m", tied=False), tmp_path / "params.npz"
-  flags = "--xla_force_host_platform_device_count=8"
+  flags = simulated_devices.flags(8)
   done = subprocess.run(
     [sys.executable, "-m", "tests.helpers.mesh_load", str(folder), str(out)],
     env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from raft_jax import errors
 from raft_jax.models import param_sharding, sharding, transformer
 from tests.benchmarks import step_collectives
-from tests.helpers import mesh_steps
+from tests.helpers import mesh_steps, simulated_devices
 
 MESHES = [name for name in mesh_steps.MESHES if name != mesh_steps.ONE]
 
@@ -134,7 +134,7 @@ def run_steps(path, *meshes):
     cwd=pathlib.Path(__file__).parents[2],
     env={
       **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": simulated_devices.flags(8),
       "JAX_PLATFORMS": "cpu",
       # Compiling is most of the time; what is partitioned does not change.
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

@@ -21,7 +21,7 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
 from raft_jax.training import checkpoint
-from tests.helpers import mesh_steps, tiny_llama
+from tests.helpers import mesh_steps, simulated_devices, tiny_llama
 
 ALONE = {"wanted": None, "coordinator": None, "processes": None, "index": None}
 SLURM = {"SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4"}
@@ -185,7 +185,7 @@ def start(*commands: list[str], devices: int):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PROCESS_ID": str(index),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": simulated_devices.flags(devices),
       },
     )
     for index, command in enumerate(commands)
@@ -371,7 +371,7 @@ def test_two_processes_stop_as_one_and_are_started_again_when_one_is_lost(
     env={
       **os.environ,
       **{"PYTHON": python, "PAUSE": "0", "JAX_PLATFORMS": "cpu"},
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+      "XLA_FLAGS": simulated_devices.flags(4),
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     },
   )
