@@ -21,7 +21,7 @@ from raft_jax.distillation import objective, sequences, step
 from raft_jax.models import experts, param_sharding, transformer
 from raft_jax.planning import hlo_cost
 from raft_jax.training import optim
-from tests.helpers import tiny_step
+from tests.helpers import simulated_devices, tiny_step
 
 ROWS, LENGTH, WIDTH, INNER, COUNT, PER_TOKEN = 3, 11, 12, 10, 5, 2
 
@@ -296,7 +296,7 @@ def test_a_mixture_is_the_same_on_any_mesh(tmp_path):
     cwd=pathlib.Path(__file__).parents[2],
     env={
       **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+      "XLA_FLAGS": simulated_devices.flags(8),
       "JAX_PLATFORMS": "cpu",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     },
