@@ -112,9 +112,19 @@ def whole(stored: Mapping[str, Stored], piece: Piece) -> Stored:
 
   def read(index: Index) -> np.ndarray:
     # Only the experts that are asked for: other hosts read theirs.
-    return np.stack([tensor.read(index[1:]) for tensor in tensors[index[0]]])
+    asked: list[Stored] = tensors[index[0]]
+    return np.stack([tensor.read(index[1:]) for tensor in asked])
 
   return Stored(piece.shape, read, tensors[0].dtype)
+
+
+def constants(family: families.Family, layers: int) -> dict[str, float]:
+  """The tensors of a model that hold the same number in every one, by name."""
+  return {
+    name.format(layer): number
+    for name, number in family.constants.items()
+    for layer in range(layers)
+  }
 
 
 def part(tensor: Stored, piece: Piece, path: str) -> Stored:

@@ -240,6 +240,14 @@ _EXPERTS = Kind(
   "use a dense model",
 )
 QUANTISED = "quantised weights cannot be trained; use the unquantised checkpoint"
+_MULTIMODAL = Kind(
+  "parts of a multimodal model",
+  re.compile(
+    r"(.*\.)?(vision\w*|visual|audio\w*|image_newline|\w*projector|language_model)"
+    r"(\..*)?"
+  ),
+  "use a model of text alone",
+)
 _KINDS = (
   Kind(
     "optimizer state",
@@ -260,14 +268,7 @@ _KINDS = (
     ),
     QUANTISED,
   ),
-  Kind(
-    "parts of a multimodal model",
-    re.compile(
-      r"(.*\.)?(vision\w*|visual|audio\w*|image_newline|\w*projector|language_model)"
-      r"(\..*)?"
-    ),
-    "use a model of text alone",
-  ),
+  _MULTIMODAL,
   _EXPERTS,
 )
 _UNKNOWN = "unexpected tensors"
@@ -278,13 +279,16 @@ def unexpected(
   names: Iterable[str],
   *,
   has_experts: bool = False,
+  wrapped: bool = False,
 ) -> tuple[dict[str, list[str]], str | None]:
   """The tensors that a model does not have, by kind, and a remedy for the first.
 
   Args:
     has_experts: whether the model has other tensors of experts.
+    wrapped: whether they are inside the text tower of a multimodal model.
   """
-  kinds = [kind for kind in _KINDS if not (has_experts and kind is _EXPERTS)]
+  own = {_EXPERTS: has_experts, _MULTIMODAL: wrapped}
+  kinds = [kind for kind in _KINDS if not own.get(kind)]
   by_kind: dict[str, list[str]] = {}
   remedy = None
   for name in names:

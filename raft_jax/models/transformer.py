@@ -30,6 +30,7 @@ Params = dict[str, Any]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 ACTIVATION_AXES = ("batch", "tokens", "width")
 """Logical axes of the activations between layers."""
@@ -60,9 +61,17 @@ class DecoderConfig:
     norm_offset: added to the scale of every norm.
     norm_rounds_last: whether a norm multiplies by its scale before it rounds to the
       dtype of the activations, not after.
-    activation: a key of `ACTIVATIONS`.
+    activation: a key of `ACTIVATIONS`, or "xielu", which has two learned numbers in
+      each layer.
+    gated_mlp: whether the feed-forward network multiplies the activation of one
+      projection by another one, and does not apply it to the only one.
     embed_scale: factor of the input embeddings.
+    residual_scale: factor of the outputs of attention and feed-forward before they are
+      added.
+    hidden_scale: factor of the last hidden states, and thus of the logits.
     query_scale: factor of the attention scores; None: head_dim ** -0.5.
+    query_growth: beta and length of `rotary.query_factor`, or None.
+    rope_interleaved: whether neighbouring dimensions of a head rotate together.
     attention_softcap: c in c * tanh(scores / c), or None.
     logit_softcap: c in c * tanh(logits / c), or None; applied by the caller.
     n_experts: number of experts in the feed-forward of each layer, of width `d_ff`; 0:
@@ -97,8 +106,13 @@ class DecoderConfig:
   norm_offset: float = 0.0
   norm_rounds_last: bool = False
   activation: str = "silu"
+  gated_mlp: bool = True
   embed_scale: float = 1.0
+  residual_scale: float = 1.0
+  hidden_scale: float = 1.0
   query_scale: float | None = None
+  query_growth: tuple[float, int] | None = None
+  rope_interleaved: bool = False
   attention_softcap: float | None = None
   logit_softcap: float | None = None
   n_experts: int = 0
@@ -125,6 +139,13 @@ def _rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
   )
 
 
+def _times(x: Array, factor: float) -> Array:
+  """A multiple of activations; the factor is not rounded to their dtype."""
+  if factor == 1.0:
+    return x
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class LayerInputs(NamedTuple):
   """What a layer reads beside its input and its parameters.
 
@@ -135,6 +156,7 @@ class LayerInputs(NamedTuple):
     layer: index of this layer in the cache.
     column: first column of the cache that this pass writes.
     attention: implementation of attention.
+    query_factor: factor [B, T, 1, 1] of the queries, or None.
     counted_BT: tokens that count in the load of the experts; None: it is not measured.
   """
 
@@ -144,6 +166,7 @@ class LayerInputs(NamedTuple):
   layer: Array | int
   column: Array | int
   attention: layer_functions.Implementation
+  query_factor: Array | None = None
   counted_BT: Array | None = None
 
 
@@ -174,7 +197,11 @@ class Block(nnx.Module):
     if config.n_experts:
       self.add_experts(rngs)
     else:
-      self.gate, self.up, self.down = kernel(f, d), kernel(f, d), kernel(d, f)
+      if config.gated_mlp:
+        self.gate = kernel(f, d)
+      self.up, self.down = kernel(f, d), kernel(d, f)
+    if config.activation == "xielu":
+      self.xielu_p, self.xielu_n = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.zeros(1))
     if config.pre_norms:
       self.attn_norm, self.mlp_norm = norm(d), norm(d)
     if config.post_norms:
@@ -202,9 +229,11 @@ class Block(nnx.Module):
   def __call__(self, x_BTD: Array, lora: Params, inputs: LayerInputs) -> LayerOutputs:
     """Attention, then the feed-forward, each added to its input."""
     attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, inputs)
-    x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
+    scale = self.config.residual_scale
+    x_BTD = x_BTD + _times(self.norm(attended, "attn_post_norm"), scale)
     fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
-    return LayerOutputs(x_BTD + self.norm(fed, "mlp_post_norm"), cache, load)
+    x_BTD = x_BTD + _times(self.norm(fed, "mlp_post_norm"), scale)
+    return LayerOutputs(x_BTD, cache, load)
 
   def feed_forward(
     self, x_BTD: Array, lora: Params, inputs: LayerInputs
@@ -219,16 +248,24 @@ class Block(nnx.Module):
         gating=self.gated,
         counted_BT=inputs.counted_BT,
       )
-    gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
-    up = layer_functions.project(x_BTD, self.up, lora.get("up"))
-    down = self.gated(gate, up)
-    return layer_functions.project(down, self.down, lora.get("down")), None
+    if self.config.gated_mlp:
+      gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
+      up = layer_functions.project(x_BTD, self.up, lora.get("up"))
+      units = self.gated(gate, up)
+    else:
+      units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
+    return layer_functions.project(units, self.down, lora.get("down")), None
 
   def gated(self, gate: Array, up: Array) -> Array:
     """What the feed-forward computes between its projections."""
     if self.config.gate_limit is not None:
       return layer_functions.clamped_gate(gate, up, self.config.gate_limit)
-    return ACTIVATIONS[self.config.activation](gate) * up
+    return self.activate(gate) * up
+
+  def activate(self, x: Array) -> Array:
+    if self.config.activation == "xielu":
+      return layer_functions.xielu(x, self.xielu_p[...], self.xielu_n[...])
+    return ACTIVATIONS[self.config.activation](x)
 
   def norm(self, x: Array, name: str) -> Array:
     """Applies the norm of that name, if the layer has it, to parts of its width."""
@@ -255,8 +292,12 @@ class Block(nnx.Module):
     q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
     k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
     v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
-    q_BTHh = rotary.rotate(q_BTHh, *inputs.rotation)
-    k_BTNh = rotary.rotate(k_BTNh, *inputs.rotation)
+    q_BTHh, k_BTNh = (
+      rotary.rotate(x, *inputs.rotation, interleaved=c.rope_interleaved)
+      for x in (q_BTHh, k_BTNh)
+    )
+    if inputs.query_factor is not None:
+      q_BTHh = q_BTHh * inputs.query_factor.astype(q_BTHh.dtype)
     cache = inputs.cache
     if cache is not None:
       cache = kv_cache.write_layer(
@@ -306,6 +347,11 @@ def init(key: Array, config: DecoderConfig) -> Params:
 def shapes(config: DecoderConfig) -> Params:
   """The parameter tree as `jax.ShapeDtypeStruct` leaves; allocates nothing."""
   return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+def parameter_count(config: DecoderConfig) -> int:
+  """Number of parameters of a network."""
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes(config)))
 
 
 def output_embedding(params: Params) -> Array:
@@ -422,6 +468,9 @@ def run(
   rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
   distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  query_factor = None
+  if config.query_growth:
+    query_factor = rotary.query_factor(positions_BT, *config.query_growth)
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
@@ -431,7 +480,14 @@ def run(
     if "window" in data:
       layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
     inputs = LayerInputs(
-      rotation, layer_mask_BTS, kv, index, column, compute.attention, counted_BT
+      rotation,
+      layer_mask_BTS,
+      kv,
+      index,
+      column,
+      compute.attention,
+      query_factor,
+      counted_BT,
     )
     x_BTD, kv, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
     return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), load
@@ -441,7 +497,8 @@ def run(
   (x_BTD, kv), load = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
-  return LayerOutputs(_rms_norm(x_BTD, params["final_norm"], config), cache, load)
+  normed_BTD = _rms_norm(x_BTD, params["final_norm"], config)
+  return LayerOutputs(_times(normed_BTD, config.hidden_scale), cache, load)
 
 
 def _embed(

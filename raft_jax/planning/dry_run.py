@@ -65,8 +65,7 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   cache = jax.eval_shape(
     lambda: kv_cache.init(plan.decoder, rows, length, plan.settings.compute.dtype)
   )
-  shapes = transformer.shapes(plan.decoder)
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  parameters = transformer.parameter_count(plan.decoder)
   return {
     "parameters": parameters,
     "active": experts.active_parameters(plan.decoder, parameters),

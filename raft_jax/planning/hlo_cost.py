@@ -53,7 +53,7 @@ def flops(jaxpr: Any) -> float:
       )
       total += 2.0 * ATTENTION[name] * rows * heads * queries * keys * width
     elif grouped := GROUPED.fullmatch(str(params.get("name", ""))):
-      total += _grouped(equation, int(grouped[2]))
+      total += _grouped(params["jaxpr"].jaxpr) / int(grouped[2])
     elif name == "shard_map":
       total += params["mesh"].size * flops(params["jaxpr"])
     elif name == "cond":
@@ -66,12 +66,21 @@ def flops(jaxpr: Any) -> float:
   return total
 
 
-def _grouped(equation: Any, parts: int) -> float:
-  """FLOPs of a product of sorted rows with their groups' kernels."""
-  rows, *kernel = (variable.aval.shape for variable in equation.invars[:2])
-  # Of the kernels' gradient both operands are rows.
-  inner, outer = kernel[0][-2:] if len(kernel[0]) == 3 else (rows[1], kernel[0][1])
-  return 2.0 * rows[0] * inner * outer / parts
+def _grouped(jaxpr: Any) -> float:
+  """FLOPs of the product of sorted rows with their groups' kernels, if it is in there.
+
+  Its branch for TPUs is `ragged_dot`. A program that jax divides for the backward pass
+  leaves the product in one part, and only constants in the other.
+  """
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "ragged_dot_general":
+      (rows, width), other = (variable.aval.shape for variable in equation.invars[:2])
+      # Of the kernels' gradient both operands are rows.
+      kernel = other[1:] if len(other) == 3 else (width, other[1])
+      return 2.0 * rows * math.prod(kernel)
+    total = max([total, *(_grouped(inner) for inner in _inner(equation.params))])
+  return total
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Any]:

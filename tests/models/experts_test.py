@@ -322,7 +322,7 @@ def packed():
   tokens = rng.integers(6, 97, (3, 5)).astype(np.int32)
   trajectory = sequences.Trajectory(tokens, np.array([5, 0, 3], np.int32))
   settings = tiny_step.SETTINGS._replace(decoder=DECODER)
-  weights = objective.token_weights(batch, trajectory, settings)
+  weights = objective.mean_weights(batch, trajectory, settings)
   return params, batch, trajectory, weights, settings
 
 
