@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, rope_scaling, wrappers
+from raft_jax.hf import families, family_row, rope_scaling, wrappers
 
 if TYPE_CHECKING:
   from raft_jax.models import rotary, transformer
 
 
-def find_family(fields: families.Fields, place: str) -> families.Family:
+def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
   """The family of a model; refuses features that the decoder does not compute.
 
   A repository's own code (`auto_map`) is ignored if its class has the name of the
@@ -79,13 +79,15 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
   return family
 
 
-def _is_read(coding: Any, family: families.Family | None) -> bool:
+def _is_read(coding: Any, family: family_row.Family | None) -> bool:
   """Whether a quantised checkpoint of the family can be read."""
   is_mxfp4 = isinstance(coding, dict) and coding.get("quant_method") == "mxfp4"
   return is_mxfp4 and family is not None and family.mxfp4
 
 
-def _common_names(fields: families.Fields, family: families.Family) -> families.Fields:
+def _common_names(
+  fields: family_row.Fields, family: family_row.Family
+) -> family_row.Fields:
   """The fields under the names that most families give them."""
   renamed = {
     name: fields[own_name]
@@ -97,7 +99,7 @@ def _common_names(fields: families.Fields, family: families.Family) -> families.
   return {**others, **renamed}
 
 
-def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderConfig:
+def decoder_config(fields: family_row.Fields, place: str) -> transformer.DecoderConfig:
   """The decoder's shape; arguments and errors as for `find_family`."""
   from raft_jax.models import transformer  # imports jax
 
@@ -147,7 +149,7 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
 
 
 def _number(
-  fields: families.Fields, place: str, name: str, kind: type, default: Any = None
+  fields: family_row.Fields, place: str, name: str, kind: type, default: Any = None
 ) -> Any:
   value = fields.get(name)
   value = default if value is None else value
@@ -160,7 +162,7 @@ def _number(
 
 
 def _expert_counts(
-  fields: families.Fields, family: families.Family, place: str
+  fields: family_row.Fields, family: family_row.Family, place: str
 ) -> dict[str, Any]:
   if not family.has_experts:
     return {}
@@ -176,7 +178,7 @@ def _expert_counts(
   return {"n_experts": count, "experts_per_token": per_token}
 
 
-def _check_lists(fields: families.Fields, layers: int, place: str) -> None:
+def _check_lists(fields: family_row.Fields, layers: int, place: str) -> None:
   for name in ("layer_types", "no_rope_layers"):
     items = fields.get(name)
     if items is not None and (not isinstance(items, list) or len(items) < layers):
@@ -187,7 +189,9 @@ def _check_lists(fields: families.Fields, layers: int, place: str) -> None:
 
 
 def _windows(
-  fields: families.Fields, family: families.Family, config: transformer.DecoderConfig
+  fields: family_row.Fields,
+  family: family_row.Family,
+  config: transformer.DecoderConfig,
 ) -> tuple[int, ...]:
   window, slides = fields.get("sliding_window"), family.slides
   if not window or slides is None or not fields.get("use_sliding_window", True):
@@ -203,7 +207,9 @@ def _windows(
 # --- Rotary embeddings ----------------------------------------------------------------
 
 
-def _rope_fields(fields: families.Fields, family: families.Family) -> families.Fields:
+def _rope_fields(
+  fields: family_row.Fields, family: family_row.Family
+) -> family_row.Fields:
   """The fields of the rotary embedding.
 
   transformers 5 writes `rope_parameters`, and transformers 4 `rope_scaling`. If a
@@ -221,8 +227,8 @@ def _rope_fields(fields: families.Fields, family: families.Family) -> families.F
 
 
 def _rope(
-  fields: families.Fields,
-  family: families.Family,
+  fields: family_row.Fields,
+  family: family_row.Family,
   config: transformer.DecoderConfig,
   place: str,
 ) -> rotary.Rope:
@@ -241,13 +247,13 @@ def _rope(
   return dataclasses.replace(rope, **scaling)
 
 
-def _rope_kind(fields: families.Fields) -> str:
+def _rope_kind(fields: family_row.Fields) -> str:
   kind = fields.get("rope_type") or fields.get("type") or "default"
   return "longrope" if kind == "su" else kind  # its name in the first Phi-3 files
 
 
 def _longest(
-  fields: families.Fields, config: transformer.DecoderConfig, place: str
+  fields: family_row.Fields, config: transformer.DecoderConfig, place: str
 ) -> int:
   """The longest sequence that the model was made for.
 
@@ -260,7 +266,7 @@ def _longest(
 
 
 def _scaling(
-  fields: families.Fields,
+  fields: family_row.Fields,
   kind: str,
   config: transformer.DecoderConfig,
   width: int,
@@ -313,7 +319,7 @@ def _scaling(
   return {"divisors": divisors, "scale": fields.get("attention_factor") or scale}
 
 
-def _local_theta(fields: families.Fields, place: str) -> float:
+def _local_theta(fields: family_row.Fields, place: str) -> float:
   """The base of the rotary embedding that only the layers with a window use."""
   local = (fields.get("rope_parameters") or {}).get("sliding_attention") or {}
   if local.get("rope_type", "default") != "default":
@@ -327,8 +333,8 @@ def _local_theta(fields: families.Fields, place: str) -> float:
 
 
 def _layer_ropes(
-  fields: families.Fields,
-  family: families.Family,
+  fields: family_row.Fields,
+  family: family_row.Family,
   config: transformer.DecoderConfig,
   place: str,
 ) -> dict[str, Any]:
@@ -351,7 +357,7 @@ def _layer_ropes(
 
 
 def interleaved_heads(
-  family: families.Family, config: transformer.DecoderConfig
+  family: family_row.Family, config: transformer.DecoderConfig
 ) -> dict[str, int]:
   """Heads of the parameters whose rows a GGUF file interleaves, by their paths."""
   return {

@@ -8,104 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-Fields = dict[str, Any]
-"""Hugging Face config fields, as in config.json."""
-
-
-ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-"""The kinds of rotary scaling that transformers' models share. `dynamic` changes
-nothing within the length that a model was made for, and longer rows are refused."""
-
-
-class Form(NamedTuple):
-  """How files store the stack of a layer's experts, beside the order of the axes here.
-
-  Attributes:
-    transposed: kernels are [E, in, out].
-    alternating: outputs of fused parameters alternate; otherwise they follow each
-      other.
-  """
-
-  transposed: bool = False
-  alternating: bool = False
-
-
-class Name(NamedTuple):
-  """Names of a parameter in files; `{}` stands for the layer's number.
-
-  A second `{}` stands for the expert's number: each expert has a tensor of its own.
-
-  Parameters of the same name are fused: their rows follow each other in one tensor, in
-  the order of the table. An empty `gguf`: not read from GGUF files. With a `form`, one
-  tensor holds a parameter of all experts of a layer.
-  """
-
-  hf: str
-  gguf: str
-  form: Form | None = None
-
-  @property
-  def of_experts(self) -> bool:
-    """Whether each layer has one parameter of this name for each expert."""
-    return self.form is not None or self.hf.count("{}") > 1
-
-
-class Family(NamedTuple):
-  """One `model_type`: the names and layout of its files, and its config fields.
-
-  Attributes:
-    architecture: the class name in config.json.
-    names: our path in the tree -> names in files.
-    defaults: config fields that a config.json may leave out, as in transformers' class.
-    only: config field -> supported values; other values are refused.
-    renamed: config field -> its name in this family's config.json, where that differs
-      from Llama's. `defaults`, `only` and `extra` use Llama's name.
-    extra: config -> fields of `DecoderConfig` in which it differs from Llama; not those
-      that `decoder_config` sets for every family.
-    ropes: kinds of rotary scaling that are read.
-    slides: config and layer -> whether the layer has a sliding window; None: never.
-    rotates: config and layer -> whether the layer has rotary positions; None: always.
-    constants: tensors that hold the same number in every model -> that number.
-    interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
-    ignored: tensors of GGUF files that hold no parameter.
-    mxfp4: whether kernels of experts may be stored as MXFP4, which is read and not
-      written.
-    wrapped: whether it is the text tower of a model with other parts, as `wrappers`
-      makes it; then `architecture` and `names` are the whole model's.
-  """
-
-  architecture: str
-  names: Mapping[str, Name]
-  defaults: Mapping[str, Any]
-  only: Mapping[str, tuple[Any, ...]]
-  renamed: Mapping[str, str] = {}
-  extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
-  ropes: tuple[str, ...] = ROPES
-  slides: Callable[[Fields, int], bool] | None = None
-  rotates: Callable[[Fields, int], bool] | None = None
-  constants: Mapping[str, float] = {}
-  interleaved: frozenset[str] = frozenset()
-  ignored: re.Pattern[str] = re.compile("(?!)")  # none
-  mxfp4: bool = False
-  wrapped: bool = False
-
-  @property
-  def has_experts(self) -> bool:
-    """Whether its feed-forward is a mixture of experts."""
-    return "layers/router" in self.names
-
-  @property
-  def in_gguf(self) -> bool:
-    """Whether its GGUF files are read."""
-    return all(name.gguf for name in self.names.values())
-
+from raft_jax.hf import family_row
 
 _OUTER = {
-  "embed": Name("model.embed_tokens.weight", "token_embd.weight"),
-  "final_norm": Name("model.norm.weight", "output_norm.weight"),
-  "head": Name("lm_head.weight", "output.weight"),
+  "embed": family_row.Name("model.embed_tokens.weight", "token_embd.weight"),
+  "final_norm": family_row.Name("model.norm.weight", "output_norm.weight"),
+  "head": family_row.Name("lm_head.weight", "output.weight"),
 }
 _PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
@@ -137,13 +47,15 @@ _GGUF = {
 
 def _names(
   *layer: Mapping[str, str], in_gguf: Mapping[str, str] | None = None
-) -> dict[str, Name]:
+) -> dict[str, family_row.Name]:
   """The name table; `layer` gives the module of every parameter of a layer."""
   table = dict(_OUTER)
   for path, module in (item for part in layer for item in part.items()):
     kind = "bias" if path.endswith("_bias") else "weight"
     theirs = f"blk.{{}}.{in_gguf[path]}.weight" if in_gguf else ""
-    table[f"layers/{path}"] = Name(f"model.layers.{{}}.{module}.{kind}", theirs)
+    table[f"layers/{path}"] = family_row.Name(
+      f"model.layers.{{}}.{module}.{kind}", theirs
+    )
   return table
 
 
@@ -157,17 +69,17 @@ _NO_BIAS = {
 _COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 
-def _by_layer_type(default: Callable[[Fields, int], bool]):
+def _by_layer_type(default: Callable[[family_row.Fields, int], bool]):
   """Whether `layer_types`, or what stands in for it, limits the layer by a window."""
 
-  def slides(fields: Fields, layer: int) -> bool:
+  def slides(fields: family_row.Fields, layer: int) -> bool:
     kinds = fields.get("layer_types")
     return kinds[layer] == "sliding_attention" if kinds else default(fields, layer)
 
   return slides
 
 
-def has_rope(fields: Fields, layer: int) -> bool:
+def has_rope(fields: family_row.Fields, layer: int) -> bool:
   """Whether a layer has rotary positions at all."""
   flags = fields.get("no_rope_layers")  # despite its name, 1 for layers with them
   if flags:
@@ -188,7 +100,7 @@ _QWEN = {
 _OLMO = {**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
 
 
-def _olmo(fields: Fields) -> dict[str, Any]:
+def _olmo(fields: family_row.Fields) -> dict[str, Any]:
   return {
     "qk_norm": "projection",
     "norm_rounds_last": True,
@@ -197,7 +109,7 @@ def _olmo(fields: Fields) -> dict[str, Any]:
   }
 
 
-def _exaone_period(fields: Fields) -> int:
+def _exaone_period(fields: family_row.Fields) -> int:
   pattern = fields["sliding_window_pattern"] or 1  # "LLLG" is another name of 4
   return len(pattern) if isinstance(pattern, str) else pattern
 
@@ -205,7 +117,7 @@ def _exaone_period(fields: Fields) -> int:
 _exaone_slides = _by_layer_type(lambda f, i: (i + 1) % _exaone_period(f) != 0)
 
 
-def _ministral(fields: Fields) -> dict[str, Any]:
+def _ministral(fields: family_row.Fields) -> dict[str, Any]:
   beta = fields.get("llama_4_scaling_beta")
   original = fields.get("original_max_position_embeddings")
   length = original or fields["max_position_embeddings"]
@@ -222,11 +134,11 @@ _GLM = {
 }
 
 
-def _glm(fields: Fields) -> dict[str, Any]:
+def _glm(fields: family_row.Fields) -> dict[str, Any]:
   return {"qkv_bias": bool(fields["attention_bias"]), "rope_interleaved": True}
 
 
-def _normalized(fields: Fields) -> dict[str, Any]:
+def _normalized(fields: family_row.Fields) -> dict[str, Any]:
   return {"experts_normalized": bool(fields["norm_topk_prob"])}
 
 
@@ -253,7 +165,7 @@ _GEMMA_ONLY = {
 }
 
 
-def _gemma(fields: Fields) -> dict[str, Any]:
+def _gemma(fields: family_row.Fields) -> dict[str, Any]:
   return {
     "post_norms": True,
     "norm_offset": 1.0,
@@ -266,7 +178,7 @@ def _gemma(fields: Fields) -> dict[str, Any]:
   }
 
 
-def _gpt_oss_names() -> dict[str, Name]:
+def _gpt_oss_names() -> dict[str, family_row.Name]:
   table = _names(
     _PRE_NORMS,
     _ATTENTION,
@@ -274,20 +186,26 @@ def _gpt_oss_names() -> dict[str, Name]:
     {"router": "mlp.router", "router_bias": "mlp.router"},
   )
   prefix = "model.layers.{}."
-  table["layers/sinks"] = Name(f"{prefix}self_attn.sinks", "")
+  table["layers/sinks"] = family_row.Name(f"{prefix}self_attn.sinks", "")
   experts = f"{prefix}mlp.experts."
   for name in ("gate", "up"):
-    table[f"layers/{name}"] = Name(f"{experts}gate_up_proj", "", Form(True, True))
-    table[f"layers/{name}_bias"] = Name(
-      f"{experts}gate_up_proj_bias", "", Form(False, True)
+    table[f"layers/{name}"] = family_row.Name(
+      f"{experts}gate_up_proj", "", family_row.Form(True, True)
     )
-  table["layers/down"] = Name(f"{experts}down_proj", "", Form(True, False))
-  table["layers/down_bias"] = Name(f"{experts}down_proj_bias", "", Form())
+    table[f"layers/{name}_bias"] = family_row.Name(
+      f"{experts}gate_up_proj_bias", "", family_row.Form(False, True)
+    )
+  table["layers/down"] = family_row.Name(
+    f"{experts}down_proj", "", family_row.Form(True, False)
+  )
+  table["layers/down_bias"] = family_row.Name(
+    f"{experts}down_proj_bias", "", family_row.Form()
+  )
   return table
 
 
 FAMILIES = {
-  "llama": Family(
+  "llama": family_row.Family(
     architecture="LlamaForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
     defaults={**_COMMON, "max_position_embeddings": 2048},
@@ -296,7 +214,7 @@ FAMILIES = {
     interleaved=frozenset({"layers/q", "layers/k"}),
     ignored=re.compile(r"rope_freqs\.weight"),  # the config's
   ),
-  "qwen2": Family(
+  "qwen2": family_row.Family(
     architecture="Qwen2ForCausalLM",
     names=_names(
       _PRE_NORMS,
@@ -309,7 +227,7 @@ FAMILIES = {
     extra=lambda fields: {"qkv_bias": True},
     slides=_qwen_slides,
   ),
-  "qwen3": Family(
+  "qwen3": family_row.Family(
     architecture="Qwen3ForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP),
     defaults={**_QWEN, "head_dim": 128},
@@ -317,7 +235,7 @@ FAMILIES = {
     extra=lambda fields: {"qk_norm": "head"},
     slides=_qwen_slides,
   ),
-  "mistral": Family(
+  "mistral": family_row.Family(
     architecture="MistralForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -328,7 +246,7 @@ FAMILIES = {
     only=_NO_BIAS,
     slides=lambda fields, layer: True,
   ),
-  "ministral3": Family(
+  "ministral3": family_row.Family(
     architecture="Ministral3ForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -350,7 +268,7 @@ FAMILIES = {
     extra=_ministral,
     slides=lambda fields, layer: True,
   ),
-  "granite": Family(
+  "granite": family_row.Family(
     architecture="GraniteForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -369,7 +287,7 @@ FAMILIES = {
       "hidden_scale": 1.0 / fields["logits_scaling"],
     },
   ),
-  "seed_oss": Family(
+  "seed_oss": family_row.Family(
     architecture="SeedOssForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _MLP),
     defaults={
@@ -386,7 +304,7 @@ FAMILIES = {
     },
     extra=lambda fields: {"qkv_bias": bool(fields["attention_bias"])},
   ),
-  "exaone4": Family(
+  "exaone4": family_row.Family(
     architecture="Exaone4ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
     defaults={
@@ -402,7 +320,7 @@ FAMILIES = {
     # Once some layers have windows, those without one have no positions.
     rotates=lambda f, i: not f["sliding_window"] or _exaone_slides(f, i),
   ),
-  "apertus": Family(
+  "apertus": family_row.Family(
     architecture="ApertusForCausalLM",
     names=_names(
       {"attn_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
@@ -411,7 +329,9 @@ FAMILIES = {
       _PLAIN_MLP,
     )
     | {
-      f"layers/xielu_{sign}": Name(f"model.layers.{{}}.mlp.act_fn.alpha_{sign}", "")
+      f"layers/xielu_{sign}": family_row.Name(
+        f"model.layers.{{}}.mlp.act_fn.alpha_{sign}", ""
+      )
       for sign in "pn"
     },
     defaults={
@@ -438,21 +358,21 @@ FAMILIES = {
       "model.layers.{}.mlp.act_fn.eps": -1e-6,
     },
   ),
-  "arcee": Family(
+  "arcee": family_row.Family(
     architecture="ArceeForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _PLAIN_MLP),
     defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     only={**_NO_BIAS, "hidden_act": ("relu2",)},
     extra=lambda fields: {"activation": "relu2", "gated_mlp": False},
   ),
-  "glm": Family(
+  "glm": family_row.Family(
     architecture="GlmForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _FUSED_MLP),
     defaults=_GLM,
     only={"hidden_act": ("silu",)},
     extra=_glm,
   ),
-  "glm4": Family(
+  "glm4": family_row.Family(
     architecture="Glm4ForCausalLM",
     names=_names(
       {
@@ -469,7 +389,7 @@ FAMILIES = {
     only={"hidden_act": ("silu",)},
     extra=lambda fields: {**_glm(fields), "post_norms": True},
   ),
-  "smollm3": Family(
+  "smollm3": family_row.Family(
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA_LIKE,
     defaults={
@@ -486,7 +406,7 @@ FAMILIES = {
     ),
     rotates=has_rope,
   ),
-  "olmo2": Family(
+  "olmo2": family_row.Family(
     architecture="Olmo2ForCausalLM",
     names=_names(
       _ATTENTION,
@@ -498,7 +418,7 @@ FAMILIES = {
     only=_NO_BIAS,
     extra=_olmo,
   ),
-  "olmo3": Family(
+  "olmo3": family_row.Family(
     architecture="Olmo3ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
     defaults={
@@ -512,7 +432,7 @@ FAMILIES = {
     extra=_olmo,
     slides=_by_layer_type(lambda fields, layer: (layer + 1) % 4 != 0),
   ),
-  "phi3": Family(
+  "phi3": family_row.Family(
     architecture="Phi3ForCausalLM",
     names=_names(
       _PRE_NORMS,
@@ -532,7 +452,7 @@ FAMILIES = {
     ropes=("default", "longrope"),
     slides=lambda fields, layer: True,
   ),
-  "qwen3_moe": Family(
+  "qwen3_moe": family_row.Family(
     architecture="Qwen3MoeForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _EXPERTS),
     defaults={
@@ -550,7 +470,7 @@ FAMILIES = {
     extra=lambda fields: {"qk_norm": "head", **_normalized(fields)},
     slides=_qwen_slides,
   ),
-  "olmoe": Family(
+  "olmoe": family_row.Family(
     architecture="OlmoeForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _EXPERTS),
     defaults={
@@ -562,7 +482,7 @@ FAMILIES = {
     only={**_NO_BIAS, "clip_qkv": (None,)},
     extra=lambda fields: {"qk_norm": "projection", **_normalized(fields)},
   ),
-  "mixtral": Family(
+  "mixtral": family_row.Family(
     architecture="MixtralForCausalLM",
     names=_names(
       _PRE_NORMS,
@@ -586,7 +506,7 @@ FAMILIES = {
     extra=lambda fields: {"experts_normalized": True},
     slides=lambda fields, layer: True,
   ),
-  "gpt_oss": Family(
+  "gpt_oss": family_row.Family(
     architecture="GptOssForCausalLM",
     names=_gpt_oss_names(),
     defaults={
@@ -615,7 +535,7 @@ FAMILIES = {
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
     mxfp4=True,
   ),
-  "gemma2": Family(
+  "gemma2": family_row.Family(
     architecture="Gemma2ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _MLP),
     defaults={
@@ -628,7 +548,7 @@ FAMILIES = {
     extra=_gemma,
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
   ),
-  "gemma3_text": Family(
+  "gemma3_text": family_row.Family(
     architecture="Gemma3ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP),
     defaults={

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, rope_scaling, tensor_layout
+from raft_jax.hf import families, family_row, rope_scaling, tensor_layout
 
 
 def _reader(path: pathlib.Path) -> gguf.GGUFReader:
@@ -46,7 +46,7 @@ def _value(reader: gguf.GGUFReader, key: str) -> Any:
   return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def config_fields(path: pathlib.Path) -> families.Fields:
+def config_fields(path: pathlib.Path) -> family_row.Fields:
   """The metadata as the config.json that the model would have.
 
   Raises:
@@ -112,7 +112,7 @@ def _tensor_names(reader: gguf.GGUFReader) -> set[str]:
 
 def _rope_fields(
   reader: gguf.GGUFReader, path: pathlib.Path, head_dim: Any
-) -> families.Fields:
+) -> family_row.Fields:
   """The fields of the rotary embedding.
 
   The base is in two of them: transformers 5 reads `rope_parameters`, and transformers 4
@@ -123,7 +123,7 @@ def _rope_fields(
   def meta(name: str) -> Any:
     return _value(reader, f"{architecture}.rope.{name}")
 
-  fields: families.Fields = {}
+  fields: family_row.Fields = {}
   rotated = meta("dimension_count") or head_dim
   if rotated != head_dim:
     fields["partial_rotary_factor"] = rotated / head_dim
@@ -135,7 +135,7 @@ def _rope_fields(
       f"{path}: rope scaling {kind!r} is not read from GGUF; use the model's Hugging "
       "Face folder"
     )
-  scaling: families.Fields = {"rope_type": "default"}
+  scaling: family_row.Fields = {"rope_type": "default"}
   if "rope_freqs.weight" in _tensor_names(reader):
     scaling = _llama3_scaling(reader, path, theta)
     return {
@@ -148,7 +148,7 @@ def _rope_fields(
 
 def _llama3_scaling(
   reader: gguf.GGUFReader, path: pathlib.Path, theta: float
-) -> families.Fields:
+) -> family_row.Fields:
   """The rope scaling whose divisors of the frequencies are in `rope_freqs.weight`.
 
   llama.cpp's converter computed the tensor from four numbers of the config. Three of

@@ -20,7 +20,7 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.hf import (
   decoder_config,
-  families,
+  family_row,
   gguf_file,
   model_source,
   mxfp4,
@@ -64,7 +64,7 @@ def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConf
   return decoder_config.decoder_config(content, _config_place(path))
 
 
-def _ties_by_file(path: pathlib.Path, content: families.Fields) -> bool:
+def _ties_by_file(path: pathlib.Path, content: family_row.Fields) -> bool:
   """Whether only the files tell if the head of a text tower is the embedding.
 
   The default in the config's class has changed between versions of transformers, which
@@ -77,7 +77,7 @@ def _ties_by_file(path: pathlib.Path, content: families.Fields) -> bool:
   )
 
 
-def family(source: str) -> families.Family:
+def family(source: str) -> family_row.Family:
   """The family of the source's model."""
   path = model_source.resolve(source, weights=False)
   return decoder_config.find_family(fields(path), _config_place(path))
@@ -87,7 +87,7 @@ def _config_place(path: pathlib.Path) -> str:
   return str(path / "config.json" if path.is_dir() else path)
 
 
-def fields(path: pathlib.Path) -> families.Fields:
+def fields(path: pathlib.Path) -> family_row.Fields:
   """The unchecked config of the model at a path from `model_source.resolve`."""
   if path.is_file():
     return gguf_file.config_fields(path)
@@ -291,7 +291,7 @@ def _check_fit(
   path: pathlib.Path,
   stored: Mapping[str, tensor_layout.Stored],
   pieces: list[tensor_layout.Piece],
-  family: families.Family,
+  family: family_row.Family,
   known: Set[str | None],
   *,
   head: str,

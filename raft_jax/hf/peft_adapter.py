@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families
+from raft_jax.hf import family_row
 from raft_jax.models import lora, transformer
 
 
-def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
+def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
   """Kernels of the parameter tree for the names of Hugging Face modules.
 
   Every family knows `q_proj` to `down_proj`. A family that fuses some of them (Phi's
@@ -51,7 +51,7 @@ def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
   return tuple(kernel for kernel in lora.KERNELS if kernel in targeted)
 
 
-def _modules(family: families.Family) -> dict[str, tuple[str, ...]]:
+def _modules(family: family_row.Family) -> dict[str, tuple[str, ...]]:
   """Module `model.layers.{}.self_attn.q_proj` -> its kernels, in order of its rows."""
   modules: dict[str, tuple[str, ...]] = {}
   for path, name in family.names.items():
@@ -67,7 +67,7 @@ def _last_part(module: str) -> str:
 
 
 def config(
-  family: families.Family, kernels: Sequence[str], *, rank: int, alpha: float
+  family: family_row.Family, kernels: Sequence[str], *, rank: int, alpha: float
 ) -> dict[str, Any]:
   """The content of `adapter_config.json`, without the base model's name."""
   adapted = {
@@ -101,7 +101,7 @@ def config(
 
 
 def tensors(
-  family: families.Family,
+  family: family_row.Family,
   decoder: transformer.DecoderConfig,
   adapters: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[str, np.ndarray]]:

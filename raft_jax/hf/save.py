@@ -22,7 +22,7 @@ from raft_jax import errors
 from raft_jax.hf import (
   carried_tensors,
   decoder_config,
-  families,
+  family_row,
   model_source,
   peft_adapter,
   tensor_layout,
@@ -307,7 +307,7 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 def _write_config(
   folder: pathlib.Path,
-  fields: families.Fields,
+  fields: family_row.Fields,
   config: transformer.DecoderConfig,
   dtype: str,
 ) -> None:

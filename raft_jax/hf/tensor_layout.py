@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax.hf import families
+from raft_jax.hf import family_row
 
 Index = tuple[Any, ...]
 """A slice for every axis; the first may be an array of row numbers."""
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
   layer: int | None
   rows: tuple[int, ...]
   shape: tuple[int, ...]
-  form: families.Form | None = None
+  form: family_row.Form | None = None
 
   @property
   def of_experts(self) -> bool:
@@ -60,14 +60,14 @@ class Piece(NamedTuple):
       yield self.name.format(expert), self.shape[1:]
 
 
-def file_names(family: families.Family, *, in_gguf: bool) -> dict[str, str]:
+def file_names(family: family_row.Family, *, in_gguf: bool) -> dict[str, str]:
   """Path in the tree -> name in GGUF files or in Hugging Face's."""
   return {
     path: name.gguf if in_gguf else name.hf for path, name in family.names.items()
   }
 
 
-def forms(family: families.Family) -> dict[str, families.Form]:
+def forms(family: family_row.Family) -> dict[str, family_row.Form]:
   """Path in the tree -> form of its tensor, if it holds all experts of a layer."""
   return {path: name.form for path, name in family.names.items() if name.form}
 
@@ -75,7 +75,7 @@ def forms(family: families.Family) -> dict[str, families.Form]:
 def pieces(
   leaves: Mapping[str, Any],
   names: Mapping[str, str],
-  forms: Mapping[str, families.Form] | None = None,
+  forms: Mapping[str, family_row.Form] | None = None,
 ) -> list[Piece]:
   """The tensors of a whole model, leaf by leaf and in order of layers.
 
@@ -112,13 +112,13 @@ def whole(stored: Mapping[str, Stored], piece: Piece) -> Stored:
 
   def read(index: Index) -> np.ndarray:
     # Only the experts that are asked for: other hosts read theirs.
-    asked: list[Stored] = tensors[index[0]]
-    return np.stack([tensor.read(index[1:]) for tensor in asked])
+    asked = range(*index[0].indices(len(tensors)))
+    return np.stack([tensors[expert].read(index[1:]) for expert in asked])
 
   return Stored(piece.shape, read, tensors[0].dtype)
 
 
-def constants(family: families.Family, layers: int) -> dict[str, float]:
+def constants(family: family_row.Family, layers: int) -> dict[str, float]:
   """The tensors of a model that hold the same number in every one, by name."""
   return {
     name.format(layer): number
@@ -144,7 +144,7 @@ def part(tensor: Stored, piece: Piece, path: str) -> Stored:
 
 
 def _experts_part(
-  tensor: Stored, piece: Piece, form: families.Form, path: str
+  tensor: Stored, piece: Piece, form: family_row.Form, path: str
 ) -> Stored:
   """One parameter of all experts, [E, out] or [E, out, in], in a tensor that fuses."""
   place, fused = piece.paths.index(path), len(piece.paths)

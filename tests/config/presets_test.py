@@ -77,6 +77,21 @@ def shape(width, inner, layers, heads, kv_heads, **fields) -> dict:
   }
 
 
+def gpt_oss(stated: float, active: float, *, layers: int, experts: int) -> Preset:
+  """Of the active parameters, the source leaves out the embedding."""
+  rope = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
+  rope |= {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+  return Preset(
+    "gpt_oss",
+    stated,
+    1e7,
+    "gpt-oss-120b & gpt-oss-20b model card, arXiv 2508.10925, table 1",
+    shape(2880, 2880, layers, 64, 8, head_dim=64, vocab_size=201088)
+    | {"num_local_experts": experts, "num_experts_per_tok": 4, "rope_scaling": rope},
+    active=active + 201088 * 2880,
+  )
+
+
 PRESETS = {
   "HuggingFaceTB/SmolLM3-3B": Preset(
     "smollm3",
@@ -194,7 +209,8 @@ PRESETS = {
     6.9e9,
     1e8,
     "OLMoE, arXiv 2409.02060, table 1",
-    shape(2048, 1024, 16, 16, 16, num_experts=64, num_experts_per_tok=8),
+    shape(2048, 1024, 16, 16, 16, num_experts=64, num_experts_per_tok=8)
+    | {"vocab_size": 50304},
     active=1.3e9,
   ),
   "mistralai/Mixtral-8x7B-v0.1": Preset(
@@ -206,6 +222,8 @@ PRESETS = {
     | {"vocab_size": 32000},
     active=12.9e9,  # arXiv 2401.04088 says 13B; 46.7B and 12.9B are the announcement's
   ),
+  "openai/gpt-oss-20b": gpt_oss(20.91e9, 3.61e9, layers=24, experts=32),
+  "openai/gpt-oss-120b": gpt_oss(116.83e9, 5.13e9, layers=36, experts=128),
   "allenai/Olmo-3-7B-Instruct": Preset(
     "olmo3",
     7_298_011_136,

@@ -147,12 +147,9 @@ CASES = {
     {
       **{"num_hidden_layers": 2, "intermediate_size": 20, "sliding_window": 6},
       **{"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.0},
-      **{
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-      },
+      **{"head_dim": 16, "rope_parameters": {**YARN, "truncate": False}},
     },
-    ("windows", "gate_limit"),
+    ("ropes", "windows", "gate_limit"),
   ),
   "gemma2": Case(
     {
