@@ -326,6 +326,18 @@ def packed():
   return params, batch, trajectory, weights, settings
 
 
+@functools.partial(jax.jit, compiler_options=FAST)
+def alone(params, ids_BT, valid_BT):
+  hidden_BTD, _ = transformer.forward(
+    params,
+    DECODER,
+    ids_BT,
+    transformer.positions(valid_BT),
+    transformer.causal_mask(valid_BT),
+  )
+  return hidden_BTD
+
+
 def test_packed_rows_equal_separate_passes_and_padding_is_not_counted():
   params, batch, trajectory, _, settings = packed()
   ours = jax.jit(sequences.student_pass, static_argnums=(1, 4))(
@@ -340,16 +352,10 @@ def test_packed_rows_equal_separate_passes_and_padding_is_not_counted():
       (trajectory.length_B[i], trajectory.tokens_BR[i], ours.rollout_BRD[i]),
     ):
       tokens += length
-      whole = jnp.array([prompt + row[:length].tolist()])
-      valid = jnp.ones(whole.shape, bool)
-      alone, _ = transformer.forward(
-        params,
-        DECODER,
-        whole,
-        transformer.positions(valid),
-        transformer.causal_mask(valid),
-      )
-      want = alone[0, len(prompt) - 1 : -1]
+      whole = prompt + row[:length].tolist()
+      ids, valid = np.zeros((2, 1, 32), np.int32)  # of one shape, compiled once
+      ids[0, : len(whole)], valid[0, : len(whole)] = whole, 1
+      want = alone(params, ids, valid > 0)[0, len(prompt) - 1 : len(whole) - 1]
       np.testing.assert_allclose(hidden[:length], want, rtol=2e-5, atol=2e-5)
   assert ours.load.tokens.tolist() == [tokens] * DECODER.n_layers
   chosen = ours.load.chosen_E.sum(axis=1)
