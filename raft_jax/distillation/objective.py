@@ -220,9 +220,8 @@ def loss_terms(
   if load is not None:
     answer_aux[EXPERT_LOAD] = load
     if settings.router_loss:
-      # Its gradient without its value, which would change the balance of both losses.
-      router = settings.router_loss * experts.balance_loss(load)
-      terms["sft"] += router - jax.lax.stop_gradient(router)
+      # Its value would change the balance of both losses.
+      terms["sft"] += _gradient_of(settings.router_loss * experts.balance_loss(load))
   answer_aux = jax.lax.stop_gradient(answer_aux)
   if support is None:
     return terms, answer_aux
@@ -230,6 +229,11 @@ def loss_terms(
     rollout_BRD, embedding_VD, trajectory, support, weights.kd_BR, settings=settings
   )
   return terms, aux | answer_aux
+
+
+def _gradient_of(x: Array) -> Array:
+  """0, with the gradient of x."""
+  return x - jax.lax.stop_gradient(x)
 
 
 ROW_LOSSES = "row_loss_B"
