@@ -258,7 +258,16 @@ class Made(NamedTuple):
   matters: tuple[str, ...]
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = {"olmoe", "mixtral"}
+"""Cases whose parts are those of others, under other names."""
+
+
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES
+  ],
+)
 def made(request, tokenizer_folder, tmp_path_factory) -> Made:
   case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
   fields = {**TINY, "model_type": request.param, **case.fields}
