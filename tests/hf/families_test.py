@@ -233,10 +233,13 @@ CASES = {
 
 
 # Whatever generates or differentiates is compiled for long: of the later families, fast
-# tests do so for the one whose queries depend on their positions.
+# tests do so for the one whose queries depend on their positions; and of mixtures of
+# experts not for those whose parts are others' under other names.
 FIRST = (*tuple(CASES)[: tuple(CASES).index("olmo3")], "ministral3")
 COSTLY = [
-  name if name in FIRST else pytest.param(name, marks=pytest.mark.slow)
+  name
+  if name in FIRST and name not in ("olmoe", "mixtral")
+  else pytest.param(name, marks=pytest.mark.slow)
   for name in CASES
 ]
 costly = pytest.mark.parametrize("made", COSTLY, indirect=True)
@@ -258,16 +261,7 @@ class Made(NamedTuple):
   matters: tuple[str, ...]
 
 
-SLOW = {"olmoe", "mixtral"}
-"""Cases whose parts are those of others, under other names."""
-
-
-@pytest.fixture(
-  scope="module",
-  params=[
-    pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES
-  ],
-)
+@pytest.fixture(scope="module", params=CASES)
 def made(request, tokenizer_folder, tmp_path_factory) -> Made:
   case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
   fields = {**TINY, "model_type": request.param, **case.fields}
