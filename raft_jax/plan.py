@@ -118,8 +118,11 @@ def header(
 ) -> str:
   """The model and the size of a step."""
   remat = ", remat" if model.remat else ""
+  active = ""
+  if costs["active"] != costs["parameters"]:
+    active = f"{costs['active']:,} active for a token, "
   return (
-    f"{model.source}: {costs['parameters']:,} parameters, {costs['trained']:,} "
+    f"{model.source}: {costs['parameters']:,} parameters, {active}{costs['trained']:,} "
     f"trained; activations {model.dtype}{remat}\n"
     f"{tokens.batch_size} rows a step of at most {tokens.prompt} (prompt) + "
     f"{tokens.answer} (answer) + {tokens.rollout} (rollout) tokens; the teacher reads "

@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 
-from raft_jax.models import transformer
+from raft_jax.models import experts, transformer
 
 
 def scores(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
@@ -63,8 +63,9 @@ def prune(
 ) -> transformer.Params:
   """A tuned model in which every tensor keeps ⌊keep · n⌋ of its changes.
 
-  The tensors are those of the checkpoint on the hub: one per layer, and tied embeddings
-  once. If a family fuses projections (Phi), each part is a tensor of its own.
+  The tensors are those of the checkpoint on the hub: one per layer, or per expert of a
+  layer, and tied embeddings once. If a family fuses projections (Phi), each part is a
+  tensor of its own.
 
   Args:
     base: the model before training, float32.
@@ -82,9 +83,12 @@ def prune(
     raise ValueError(f"keep={keep} must be in 0..1")
 
   def of_leaf(path, base_leaf, tuned_leaf):
-    before, after = np.asarray(base_leaf), np.asarray(tuned_leaf)
-    if path[0].key != "layers":
+    stacked = experts.stacked_axes(path[-1].key, base) if path[0].key == "layers" else 0
+    return of_stack(np.asarray(base_leaf), np.asarray(tuned_leaf), stacked)
+
+  def of_stack(before: np.ndarray, after: np.ndarray, axes: int) -> np.ndarray:
+    if not axes:
       return prune_tensor(before, after, keep)
-    return np.stack([prune_tensor(b, t, keep) for b, t in zip(before, after)])
+    return np.stack([of_stack(b, t, axes - 1) for b, t in zip(before, after)])
 
   return jax.tree_util.tree_map_with_path(of_leaf, base, tuned)

@@ -67,7 +67,9 @@ def half(shapes: Any, seed: int) -> Any:
   projections in a random half of the layers, and 1 in the others (1 of 2 in all layers
   without a gate); half of the norms; and always the embedding and the head. The bias of
   a projection goes with it, and the numbers of an activation with the projection before
-  it. Hui et al., *HFT: Half Fine-Tuning for Large Language Models*, arXiv 2404.18466.
+  it. Of experts, a projection of all of them counts as one. Their router and the sinks
+  of attention stay frozen. Hui et al., *HFT: Half Fine-Tuning for Large Language
+  Models*, arXiv 2404.18466.
 
   Args:
     shapes: the parameter tree, or its shapes.

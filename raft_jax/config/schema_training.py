@@ -33,6 +33,9 @@ class Train(Section):
   loss_mean: Literal["sequence", "token"] = "sequence"
   """`sequence`: the mean over sequences of each one's mean over tokens; `token`: the
   mean over all tokens."""
+  router_loss: Annotated[float, pydantic.Field(ge=0.0)] = 0.0
+  """Mixture of experts: weight of the loss that spreads tokens evenly over the experts
+  (arXiv 2101.03961), in the gradient only. 0: none, as fine-tuning rarely needs it."""
   seed: Seed = 0
   """Seed of the order of the questions and of the rollouts."""
   checkpoint_every: Positive = 100

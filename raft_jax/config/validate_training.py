@@ -20,6 +20,12 @@ def balance(
     yield "train.gradient_stats_every", "must be above 0 for balance.mode=gradient_norm"
   if balance.mode == "gradient_norm" and not balance.weight:
     yield "balance.weight", "must be above 0 for balance.mode=gradient_norm"
+  if train.router_loss and train.micro_batches > 1:
+    yield (
+      "train.router_loss",
+      "needs the load of the whole batch, which train.micro_batches divides; set one "
+      "of the two back",
+    )
   if train.cross_entropy:
     return
   if distill.teacher == "none":

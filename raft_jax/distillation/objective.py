@@ -10,7 +10,7 @@ size, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax import Array
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
 from raft_jax.distillation import answer_losses, sequences
-from raft_jax.models import param_sharding, sharding, transformer
+from raft_jax.models import experts, param_sharding, sharding, transformer
 
 
 class Settings(NamedTuple):
@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     teacher_decoder: the teacher's network; None if it is the student's.
     row_losses: whether a step also returns the cross-entropy of each row.
     token_rule: None if the answers' tokens count alike, or by weights of the batch.
+    router_loss: weight of the load-balancing loss of a mixture of experts.
   """
 
   decoder: transformer.DecoderConfig
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
   scale_by_t2: bool
   skip_first: int
   mask_eos: bool
+  router_loss: float = 0.0
 
   @property
   def mass_temperature(self) -> float:
@@ -174,7 +176,7 @@ def loss_terms(
   *,
   settings: Settings,
   median: Array | None = None,
-) -> tuple[dict[str, Array], dict[str, Array]]:
+) -> tuple[dict[str, Array], dict[str, Any]]:
   """Both losses of a (micro-)batch, as its share of the whole batch's means.
 
   Args:
@@ -192,12 +194,12 @@ def loss_terms(
   """
   if not settings.cross_entropy:
     batch = batch._replace(answer_BA=batch.answer_BA[:, :0])
-  answer_BAD, rollout_BRD = sequences.student_hidden(
+  answer_BAD, rollout_BRD, load = sequences.student_pass(
     params, settings.decoder, batch, trajectory, settings.compute
   )
   embedding_VD = param_sharding.gathered_head(params, settings.compute.dtype)
   terms = {"sft": jnp.float32(0), "kd": jnp.float32(0)}
-  answer_aux = {}
+  answer_aux: dict[str, Any] = {}
   if settings.cross_entropy:
     nll_BA, token_BA = answer_losses.with_weights(
       answer_BAD,
@@ -215,6 +217,11 @@ def loss_terms(
     terms["sft"] = losses.weighted_sum(nll_BA, weight_BA)
   if settings.row_losses:
     answer_aux[ROW_LOSSES] = answer_losses.mean_by_row(nll_BA, batch.answer_length_B)
+  if load is not None:
+    answer_aux[EXPERT_LOAD] = load
+    if settings.router_loss:
+      # Its value would change the balance of both losses.
+      terms["sft"] += _gradient_of(settings.router_loss * experts.balance_loss(load))
   answer_aux = jax.lax.stop_gradient(answer_aux)
   if support is None:
     return terms, answer_aux
@@ -224,8 +231,15 @@ def loss_terms(
   return terms, aux | answer_aux
 
 
+def _gradient_of(x: Array) -> Array:
+  """0, with the gradient of x."""
+  return x - jax.lax.stop_gradient(x)
+
+
 ROW_LOSSES = "row_loss_B"
 """Key of the rows' cross-entropies among the auxiliary values."""
+EXPERT_LOAD = "expert_load"
+"""Key of the `experts.Load` of all layers among the auxiliary values."""
 
 
 def row_losses(

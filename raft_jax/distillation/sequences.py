@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from raft_jax.data import batching
-from raft_jax.models import sampling, transformer
+from raft_jax.models import experts, sampling, transformer
 
 
 class Trajectory(NamedTuple):
@@ -59,6 +59,20 @@ def predictive_hidden(
   return jnp.concatenate([first_B1D, rest], axis=1)
 
 
+class StudentPass(NamedTuple):
+  """What the student's pass makes.
+
+  Attributes:
+    answer_BAD: hidden states that predict the answer.
+    rollout_BRD: hidden states that predict the trajectory.
+    load: of the experts of each layer, by all tokens; None in a dense model.
+  """
+
+  answer_BAD: Array
+  rollout_BRD: Array
+  load: experts.Load | None
+
+
 def student_hidden(
   params: transformer.Params,
   decoder: transformer.DecoderConfig,
@@ -67,6 +81,17 @@ def student_hidden(
   compute: transformer.Compute,
 ) -> tuple[Array, Array]:
   """Hidden states that predict the answer [B, A, D] and the trajectory [B, R, D]."""
+  return student_pass(params, decoder, batch, trajectory, compute)[:2]
+
+
+def student_pass(
+  params: transformer.Params,
+  decoder: transformer.DecoderConfig,
+  batch: batching.Batch,
+  trajectory: Trajectory,
+  compute: transformer.Compute,
+) -> StudentPass:
+  """Computes the hidden states of the packed rows."""
   prompt_width, answer_width = batch.prompt_BP.shape[1], batch.answer_BA.shape[1]
   steps = trajectory.tokens_BR.shape[1]
   tokens_BT = jnp.concatenate(
@@ -92,20 +117,21 @@ def student_hidden(
     total_repeat_length=tokens_BT.shape[1],
   )
   sees_TT = (segment_T == 0)[None, :] | (segment_T[:, None] == segment_T[None, :])
-  hidden_BTD, _ = transformer.forward(
+  hidden_BTD, _, load = transformer.run(
     params,
     decoder,
     tokens_BT,
     positions_BT,
     transformer.causal_mask(valid_BT) & sees_TT,
     compute=compute,
+    counted_BT=valid_BT if decoder.n_experts else None,
   )
   last_B = batch.prompt_length_B - 1
   answer_BAD = predictive_hidden(hidden_BTD, last_B, prompt_width, answer_width)
   rollout_BRD = predictive_hidden(
     hidden_BTD, last_B, prompt_width + answer_width, steps
   )
-  return answer_BAD, rollout_BRD
+  return StudentPass(answer_BAD, rollout_BRD, load)
 
 
 def teacher_hidden(

@@ -17,7 +17,7 @@ from jax import Array
 from raft_jax import balance
 from raft_jax.data import batching
 from raft_jax.distillation import answer_losses, objective, sequences
-from raft_jax.models import partition, sharding, transformer
+from raft_jax.models import experts, partition, sharding, transformer
 
 T = TypeVar("T")
 
@@ -66,11 +66,11 @@ class StepGradient(NamedTuple):
   valid: dict[str, Array]  # whether any token entered each loss
   norms: dict[str, Array] | None  # of each loss's own gradient, if both were taken
   cosine: Array | None  # of the angle between the two gradients
-  aux: dict[str, Array]
+  aux: dict[str, Any]
 
 
 LossFunction = Callable[
-  [transformer.Params, LossInputs], tuple[dict[str, Array], dict[str, Array]]
+  [transformer.Params, LossInputs], tuple[dict[str, Array], dict[str, Any]]
 ]
 """`objective.loss_terms` of the trained parameters."""
 
@@ -296,6 +296,8 @@ def step_metrics(
   if objective.ROW_LOSSES in aux:
     row_losses_B = aux.pop(objective.ROW_LOSSES)
     metrics[objective.ROW_LOSSES] = sharding.everywhere(row_losses_B)
+  if objective.EXPERT_LOAD in aux:
+    metrics |= experts.metrics(aux.pop(objective.EXPERT_LOAD))
   metrics |= {name: aux.pop(name) for name in OF_TOKEN_WEIGHTS if name in aux}
   if not aux:  # nothing was distilled
     return metrics

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, rope_scaling, wrappers
+from raft_jax.hf import families, family_row, rope_scaling, wrappers
 
 if TYPE_CHECKING:
   from raft_jax.models import rotary, transformer
 
 
-def find_family(fields: families.Fields, place: str) -> families.Family:
+def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
   """The family of a model; refuses features that the decoder does not compute.
 
   A repository's own code (`auto_map`) is ignored if its class has the name of the
@@ -35,13 +35,14 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
     UserError: the family or a feature of it is not supported; the message names it.
   """
   text, wrapper = wrappers.text_fields(fields), wrappers.find(fields)
+  family = families.FAMILIES.get(str(text.get("model_type", "")))
   for name in ("quantization_config", "quantization"):  # MLX writes the second
-    if fields.get(name) or text.get(name):
+    coding = fields.get(name) or text.get(name)
+    if coding and not _is_read(coding, family):
       raise errors.UserError(
         f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
         "checkpoint"
       )
-  family = families.FAMILIES.get(str(text.get("model_type", "")))
   if wrapper is not None:
     if family is None:
       raise errors.UserError(
@@ -78,17 +79,27 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
   return family
 
 
-def _common_names(fields: families.Fields, family: families.Family) -> families.Fields:
+def _is_read(coding: Any, family: family_row.Family | None) -> bool:
+  """Whether a quantised checkpoint of the family can be read."""
+  is_mxfp4 = isinstance(coding, dict) and coding.get("quant_method") == "mxfp4"
+  return is_mxfp4 and family is not None and family.mxfp4
+
+
+def _common_names(
+  fields: family_row.Fields, family: family_row.Family
+) -> family_row.Fields:
   """The fields under the names that most families give them."""
   renamed = {
     name: fields[own_name]
     for name, own_name in family.renamed.items()
     if own_name in fields
   }
-  return {**fields, **renamed}
+  # A field of the usual name means something else here.
+  others = {name: value for name, value in fields.items() if name not in family.renamed}
+  return {**others, **renamed}
 
 
-def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderConfig:
+def decoder_config(fields: family_row.Fields, place: str) -> transformer.DecoderConfig:
   """The decoder's shape; arguments and errors as for `find_family`."""
   from raft_jax.models import transformer  # imports jax
 
@@ -116,6 +127,7 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
     rope_theta=number("rope_theta", float),
     max_positions=number("max_position_embeddings", int),
     tie_embeddings=bool(fields["tie_word_embeddings"]),
+    **_expert_counts(fields, family, place),
     **family.extra(fields),
   )
   if config.n_heads % config.n_kv_heads or config.head_dim % 2:
@@ -137,7 +149,7 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
 
 
 def _number(
-  fields: families.Fields, place: str, name: str, kind: type, default: Any = None
+  fields: family_row.Fields, place: str, name: str, kind: type, default: Any = None
 ) -> Any:
   value = fields.get(name)
   value = default if value is None else value
@@ -149,7 +161,24 @@ def _number(
   return kind(value)
 
 
-def _check_lists(fields: families.Fields, layers: int, place: str) -> None:
+def _expert_counts(
+  fields: family_row.Fields, family: family_row.Family, place: str
+) -> dict[str, Any]:
+  if not family.has_experts:
+    return {}
+  # The same model may be saved with either name (transformers' attribute_map).
+  name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+  count = _number(fields, place, name, int)
+  per_token = _number(fields, place, "num_experts_per_tok", int)
+  if per_token > count:
+    raise errors.UserError(
+      f"{place}: num_experts_per_tok is {per_token}, of {count} experts; fetch the "
+      "file again"
+    )
+  return {"n_experts": count, "experts_per_token": per_token}
+
+
+def _check_lists(fields: family_row.Fields, layers: int, place: str) -> None:
   for name in ("layer_types", "no_rope_layers"):
     items = fields.get(name)
     if items is not None and (not isinstance(items, list) or len(items) < layers):
@@ -160,7 +189,9 @@ def _check_lists(fields: families.Fields, layers: int, place: str) -> None:
 
 
 def _windows(
-  fields: families.Fields, family: families.Family, config: transformer.DecoderConfig
+  fields: family_row.Fields,
+  family: family_row.Family,
+  config: transformer.DecoderConfig,
 ) -> tuple[int, ...]:
   window, slides = fields.get("sliding_window"), family.slides
   if not window or slides is None or not fields.get("use_sliding_window", True):
@@ -176,7 +207,9 @@ def _windows(
 # --- Rotary embeddings ----------------------------------------------------------------
 
 
-def _rope_fields(fields: families.Fields, family: families.Family) -> families.Fields:
+def _rope_fields(
+  fields: family_row.Fields, family: family_row.Family
+) -> family_row.Fields:
   """The fields of the rotary embedding.
 
   transformers 5 writes `rope_parameters`, and transformers 4 `rope_scaling`. If a
@@ -194,8 +227,8 @@ def _rope_fields(fields: families.Fields, family: families.Family) -> families.F
 
 
 def _rope(
-  fields: families.Fields,
-  family: families.Family,
+  fields: family_row.Fields,
+  family: family_row.Family,
   config: transformer.DecoderConfig,
   place: str,
 ) -> rotary.Rope:
@@ -214,13 +247,13 @@ def _rope(
   return dataclasses.replace(rope, **scaling)
 
 
-def _rope_kind(fields: families.Fields) -> str:
+def _rope_kind(fields: family_row.Fields) -> str:
   kind = fields.get("rope_type") or fields.get("type") or "default"
   return "longrope" if kind == "su" else kind  # its name in the first Phi-3 files
 
 
 def _longest(
-  fields: families.Fields, config: transformer.DecoderConfig, place: str
+  fields: family_row.Fields, config: transformer.DecoderConfig, place: str
 ) -> int:
   """The longest sequence that the model was made for.
 
@@ -233,7 +266,7 @@ def _longest(
 
 
 def _scaling(
-  fields: families.Fields,
+  fields: family_row.Fields,
   kind: str,
   config: transformer.DecoderConfig,
   width: int,
@@ -286,7 +319,7 @@ def _scaling(
   return {"divisors": divisors, "scale": fields.get("attention_factor") or scale}
 
 
-def _local_theta(fields: families.Fields, place: str) -> float:
+def _local_theta(fields: family_row.Fields, place: str) -> float:
   """The base of the rotary embedding that only the layers with a window use."""
   local = (fields.get("rope_parameters") or {}).get("sliding_attention") or {}
   if local.get("rope_type", "default") != "default":
@@ -300,8 +333,8 @@ def _local_theta(fields: families.Fields, place: str) -> float:
 
 
 def _layer_ropes(
-  fields: families.Fields,
-  family: families.Family,
+  fields: family_row.Fields,
+  family: family_row.Family,
   config: transformer.DecoderConfig,
   place: str,
 ) -> dict[str, Any]:
@@ -324,7 +357,7 @@ def _layer_ropes(
 
 
 def interleaved_heads(
-  family: families.Family, config: transformer.DecoderConfig
+  family: family_row.Family, config: transformer.DecoderConfig
 ) -> dict[str, int]:
   """Heads of the parameters whose rows a GGUF file interleaves, by their paths."""
   return {

@@ -8,81 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-Fields = dict[str, Any]
-"""Hugging Face config fields, as in config.json."""
-
-
-ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-"""The kinds of rotary scaling that transformers' models share. `dynamic` changes
-nothing within the length that a model was made for, and longer rows are refused."""
-
-
-class Name(NamedTuple):
-  """Names of a parameter in files; `{}` stands for the layer's number.
-
-  Parameters of the same name are fused: their rows follow each other in one tensor, in
-  the order of the table. An empty `gguf`: not read from GGUF files.
-  """
-
-  hf: str
-  gguf: str
-
-
-class Family(NamedTuple):
-  """One `model_type`: the names and layout of its files, and its config fields.
-
-  Attributes:
-    models: what people call them, for the READMEs.
-    architecture: the class name in config.json.
-    names: our path in the tree -> names in files.
-    defaults: config fields that a config.json may leave out, as in transformers' class.
-    only: config field -> supported values; other values are refused.
-    renamed: config field -> its name in this family's config.json, where that differs
-      from Llama's. `defaults`, `only` and `extra` use Llama's name.
-    extra: config -> fields of `DecoderConfig` in which it differs from Llama; not those
-      that `decoder_config` sets for every family.
-    ropes: kinds of rotary scaling that are read.
-    slides: config and layer -> whether the layer has a sliding window; None: never.
-    rotates: config and layer -> whether the layer has rotary positions; None: always.
-    constants: tensors that hold the same number in every model -> that number.
-    gguf: the architecture in its GGUF files, if that is not its `model_type`.
-    gguf_fields: metadata of a GGUF file (key -> value or None) and the fields that all
-      families share -> further fields, or others.
-    interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
-    ignored: tensors of GGUF files that hold no parameter.
-    wrapped: whether it is the text tower of a model with other parts, as `wrappers`
-      makes it; then `architecture` and `names` are the whole model's.
-  """
-
-  models: str
-  architecture: str
-  names: Mapping[str, Name]
-  defaults: Mapping[str, Any]
-  only: Mapping[str, tuple[Any, ...]]
-  renamed: Mapping[str, str] = {}
-  extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
-  ropes: tuple[str, ...] = ROPES
-  slides: Callable[[Fields, int], bool] | None = None
-  rotates: Callable[[Fields, int], bool] | None = None
-  constants: Mapping[str, float] = {}
-  gguf: str | None = None
-  gguf_fields: Callable[[Callable[[str], Any], Fields], Fields] = lambda meta, f: {}
-  interleaved: frozenset[str] = frozenset()
-  ignored: re.Pattern[str] = re.compile("(?!)")  # none
-  wrapped: bool = False
-
-  @property
-  def in_gguf(self) -> bool:
-    """Whether its GGUF files are read."""
-    return all(name.gguf for name in self.names.values())
-
+from raft_jax.hf import family_row
 
 _OUTER = {
-  "embed": Name("model.embed_tokens.weight", "token_embd.weight"),
-  "final_norm": Name("model.norm.weight", "output_norm.weight"),
-  "head": Name("lm_head.weight", "output.weight"),
+  "embed": family_row.Name("model.embed_tokens.weight", "token_embd.weight"),
+  "final_norm": family_row.Name("model.norm.weight", "output_norm.weight"),
+  "head": family_row.Name("lm_head.weight", "output.weight"),
 }
 _PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
@@ -95,6 +28,10 @@ _POST_NORMS = {
   "mlp_post_norm": "post_feedforward_layernorm",
 }
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_EXPERTS = {
+  "router": "mlp.gate",
+  **{name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+}
 _GGUF = {
   "attn_norm": "attn_norm",
   "attn_post_norm": "post_attention_norm",
@@ -116,13 +53,15 @@ _FUSED_GGUF = {
 
 def _names(
   *layer: Mapping[str, str], in_gguf: Mapping[str, str] | None = None
-) -> dict[str, Name]:
+) -> dict[str, family_row.Name]:
   """The name table; `layer` gives the module of every parameter of a layer."""
   table = dict(_OUTER)
   for path, module in (item for part in layer for item in part.items()):
     kind = "bias" if path.endswith("_bias") else "weight"
     theirs = f"blk.{{}}.{in_gguf[path]}.{kind}" if in_gguf else ""
-    table[f"layers/{path}"] = Name(f"model.layers.{{}}.{module}.{kind}", theirs)
+    table[f"layers/{path}"] = family_row.Name(
+      f"model.layers.{{}}.{module}.{kind}", theirs
+    )
   return table
 
 
@@ -136,17 +75,17 @@ _NO_BIAS = {
 _COMMON = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 
-def _by_layer_type(default: Callable[[Fields, int], bool]):
+def _by_layer_type(default: Callable[[family_row.Fields, int], bool]):
   """Whether `layer_types`, or what stands in for it, limits the layer by a window."""
 
-  def slides(fields: Fields, layer: int) -> bool:
+  def slides(fields: family_row.Fields, layer: int) -> bool:
     kinds = fields.get("layer_types")
     return kinds[layer] == "sliding_attention" if kinds else default(fields, layer)
 
   return slides
 
 
-def has_rope(fields: Fields, layer: int) -> bool:
+def has_rope(fields: family_row.Fields, layer: int) -> bool:
   """Whether a layer has rotary positions at all."""
   flags = fields.get("no_rope_layers")  # despite its name, 1 for layers with them
   if flags:
@@ -167,7 +106,7 @@ _QWEN = {
 _OLMO = {**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
 
 
-def _olmo(fields: Fields) -> dict[str, Any]:
+def _olmo(fields: family_row.Fields) -> dict[str, Any]:
   return {
     "qk_norm": "projection",
     "norm_rounds_last": True,
@@ -176,7 +115,7 @@ def _olmo(fields: Fields) -> dict[str, Any]:
   }
 
 
-def _exaone_period(fields: Fields) -> int:
+def _exaone_period(fields: family_row.Fields) -> int:
   pattern = fields["sliding_window_pattern"] or 1  # "LLLG" is another name of 4
   return len(pattern) if isinstance(pattern, str) else pattern
 
@@ -184,7 +123,7 @@ def _exaone_period(fields: Fields) -> int:
 _exaone_slides = _by_layer_type(lambda f, i: (i + 1) % _exaone_period(f) != 0)
 
 
-def _ministral(fields: Fields) -> dict[str, Any]:
+def _ministral(fields: family_row.Fields) -> dict[str, Any]:
   beta = fields.get("llama_4_scaling_beta")
   original = fields.get("original_max_position_embeddings")
   length = original or fields["max_position_embeddings"]
@@ -201,8 +140,12 @@ _GLM = {
 }
 
 
-def _glm(fields: Fields) -> dict[str, Any]:
+def _glm(fields: family_row.Fields) -> dict[str, Any]:
   return {"qkv_bias": bool(fields["attention_bias"]), "rope_interleaved": True}
+
+
+def _normalized(fields: family_row.Fields) -> dict[str, Any]:
+  return {"experts_normalized": bool(fields["norm_topk_prob"])}
 
 
 _GEMMA_NORMS = {
@@ -228,7 +171,7 @@ _GEMMA_ONLY = {
 }
 
 
-def _gemma(fields: Fields) -> dict[str, Any]:
+def _gemma(fields: family_row.Fields) -> dict[str, Any]:
   return {
     "post_norms": True,
     "norm_offset": 1.0,
@@ -241,12 +184,14 @@ def _gemma(fields: Fields) -> dict[str, Any]:
   }
 
 
-def _even_width(fields: Fields) -> int | None:
+def _even_width(fields: family_row.Fields) -> int | None:
   width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
   return width // heads if width and heads else None
 
 
-def _gemma_gguf(meta: Callable[[str], Any], fields: Fields) -> Fields:
+def _gemma_gguf(
+  meta: Callable[[str], Any], fields: family_row.Fields
+) -> family_row.Fields:
   # llama.cpp knows the two models of 27B, whose scores are scaled in another way, by
   # their number of layers.
   is_27b = fields["num_hidden_layers"] in (46, 62)
@@ -259,8 +204,34 @@ def _gemma_gguf(meta: Callable[[str], Any], fields: Fields) -> Fields:
   }
 
 
+def _gpt_oss_names() -> dict[str, family_row.Name]:
+  table = _names(
+    _PRE_NORMS,
+    _ATTENTION,
+    {f"{name}_bias": f"self_attn.{name}_proj" for name in "qkvo"},
+    {"router": "mlp.router", "router_bias": "mlp.router"},
+  )
+  prefix = "model.layers.{}."
+  table["layers/sinks"] = family_row.Name(f"{prefix}self_attn.sinks", "")
+  experts = f"{prefix}mlp.experts."
+  for name in ("gate", "up"):
+    table[f"layers/{name}"] = family_row.Name(
+      f"{experts}gate_up_proj", "", family_row.Form(True, True)
+    )
+    table[f"layers/{name}_bias"] = family_row.Name(
+      f"{experts}gate_up_proj_bias", "", family_row.Form(False, True)
+    )
+  table["layers/down"] = family_row.Name(
+    f"{experts}down_proj", "", family_row.Form(True, False)
+  )
+  table["layers/down_bias"] = family_row.Name(
+    f"{experts}down_proj_bias", "", family_row.Form()
+  )
+  return table
+
+
 FAMILIES = {
-  "llama": Family(
+  "llama": family_row.Family(
     models="Llama 1 to 3, SmolLM2",
     architecture="LlamaForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
@@ -270,7 +241,7 @@ FAMILIES = {
     interleaved=frozenset({"layers/q", "layers/k"}),
     ignored=re.compile(r"rope_freqs\.weight"),  # the config's
   ),
-  "qwen2": Family(
+  "qwen2": family_row.Family(
     models="Qwen2 and Qwen2.5",
     architecture="Qwen2ForCausalLM",
     names=_names(
@@ -285,7 +256,7 @@ FAMILIES = {
     extra=lambda fields: {"qkv_bias": True},
     slides=_qwen_slides,
   ),
-  "qwen3": Family(
+  "qwen3": family_row.Family(
     models="Qwen3",
     architecture="Qwen3ForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),
@@ -294,7 +265,7 @@ FAMILIES = {
     extra=lambda fields: {"qk_norm": "head"},
     slides=_qwen_slides,
   ),
-  "mistral": Family(
+  "mistral": family_row.Family(
     models="Mistral",
     architecture="MistralForCausalLM",
     names=_LLAMA_LIKE,
@@ -306,7 +277,7 @@ FAMILIES = {
     only=_NO_BIAS,
     slides=lambda fields, layer: True,
   ),
-  "ministral3": Family(
+  "ministral3": family_row.Family(
     models="Ministral 3",
     architecture="Ministral3ForCausalLM",
     names=_LLAMA_LIKE,
@@ -329,7 +300,7 @@ FAMILIES = {
     extra=_ministral,
     slides=lambda fields, layer: True,
   ),
-  "granite": Family(
+  "granite": family_row.Family(
     models="Granite (dense)",
     architecture="GraniteForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
@@ -356,7 +327,7 @@ FAMILIES = {
     },
     interleaved=frozenset({"layers/q", "layers/k"}),  # as Llama's
   ),
-  "seed_oss": Family(
+  "seed_oss": family_row.Family(
     models="Seed-OSS",
     architecture="SeedOssForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _MLP),
@@ -374,7 +345,7 @@ FAMILIES = {
     },
     extra=lambda fields: {"qkv_bias": bool(fields["attention_bias"])},
   ),
-  "exaone4": Family(
+  "exaone4": family_row.Family(
     models="EXAONE 4",
     architecture="Exaone4ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
@@ -391,7 +362,7 @@ FAMILIES = {
     # Once some layers have windows, those without one have no positions.
     rotates=lambda f, i: not f["sliding_window"] or _exaone_slides(f, i),
   ),
-  "apertus": Family(
+  "apertus": family_row.Family(
     models="Apertus",
     architecture="ApertusForCausalLM",
     names=_names(
@@ -401,7 +372,9 @@ FAMILIES = {
       _PLAIN_MLP,
     )
     | {
-      f"layers/xielu_{sign}": Name(f"model.layers.{{}}.mlp.act_fn.alpha_{sign}", "")
+      f"layers/xielu_{sign}": family_row.Name(
+        f"model.layers.{{}}.mlp.act_fn.alpha_{sign}", ""
+      )
       for sign in "pn"
     },
     defaults={
@@ -428,7 +401,7 @@ FAMILIES = {
       "model.layers.{}.mlp.act_fn.eps": -1e-6,
     },
   ),
-  "arcee": Family(
+  "arcee": family_row.Family(
     models="Arcee",
     architecture="ArceeForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _PLAIN_MLP),
@@ -436,7 +409,7 @@ FAMILIES = {
     only={**_NO_BIAS, "hidden_act": ("relu2",)},
     extra=lambda fields: {"activation": "relu2", "gated_mlp": False},
   ),
-  "glm": Family(
+  "glm": family_row.Family(
     models="GLM-4",
     architecture="GlmForCausalLM",
     names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _FUSED_MLP),
@@ -444,7 +417,7 @@ FAMILIES = {
     only={"hidden_act": ("silu",)},
     extra=_glm,
   ),
-  "glm4": Family(
+  "glm4": family_row.Family(
     models="GLM-4-0414",
     architecture="Glm4ForCausalLM",
     names=_names(
@@ -462,7 +435,7 @@ FAMILIES = {
     only={"hidden_act": ("silu",)},
     extra=lambda fields: {**_glm(fields), "post_norms": True},
   ),
-  "smollm3": Family(
+  "smollm3": family_row.Family(
     models="SmolLM3",
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA_LIKE,
@@ -480,7 +453,7 @@ FAMILIES = {
     ),
     rotates=has_rope,
   ),
-  "olmo2": Family(
+  "olmo2": family_row.Family(
     models="OLMo 2",
     architecture="Olmo2ForCausalLM",
     names=_names(
@@ -498,7 +471,7 @@ FAMILIES = {
       "sliding_window": meta("attention.sliding_window")
     },
   ),
-  "olmo3": Family(
+  "olmo3": family_row.Family(
     models="OLMo 3",
     architecture="Olmo3ForCausalLM",
     names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
@@ -513,7 +486,7 @@ FAMILIES = {
     extra=_olmo,
     slides=_by_layer_type(lambda fields, layer: (layer + 1) % 4 != 0),
   ),
-  "phi3": Family(
+  "phi3": family_row.Family(
     models="Phi-3 and Phi-4-mini",
     architecture="Phi3ForCausalLM",
     names=_names(
@@ -541,7 +514,94 @@ FAMILIES = {
     },
     ignored=re.compile(r"rope_factors_(long|short)\.weight"),  # the config's
   ),
-  "gemma2": Family(
+  "qwen3_moe": family_row.Family(
+    models="Qwen3-MoE",
+    architecture="Qwen3MoeForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _EXPERTS),
+    defaults={
+      **_QWEN,
+      **{"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": False},
+      "intermediate_size": 768,
+    },
+    only={
+      **_NO_BIAS,
+      "decoder_sparse_step": (1,),  # otherwise some layers are dense
+      "mlp_only_layers": ([], None),
+    },
+    # The field `intermediate_size` is the width of dense layers, of which it has none.
+    renamed={"intermediate_size": "moe_intermediate_size"},
+    extra=lambda fields: {"qk_norm": "head", **_normalized(fields)},
+    slides=_qwen_slides,
+  ),
+  "olmoe": family_row.Family(
+    models="OLMoE",
+    architecture="OlmoeForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _EXPERTS),
+    defaults={
+      **_COMMON,
+      **{"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 4096,
+    },
+    only={**_NO_BIAS, "clip_qkv": (None,)},
+    extra=lambda fields: {"qk_norm": "projection", **_normalized(fields)},
+  ),
+  "mixtral": family_row.Family(
+    models="Mixtral",
+    architecture="MixtralForCausalLM",
+    names=_names(
+      _PRE_NORMS,
+      _ATTENTION,
+      {
+        "router": "block_sparse_moe.gate",
+        "gate": "block_sparse_moe.experts.{}.w1",
+        "up": "block_sparse_moe.experts.{}.w3",
+        "down": "block_sparse_moe.experts.{}.w2",
+      },
+    ),
+    defaults={
+      **_COMMON,
+      **{"num_experts": 8, "num_experts_per_tok": 2},
+      "rms_norm_eps": 1e-5,
+      "rope_theta": 1000000.0,
+      "max_position_embeddings": 131072,
+      "sliding_window": None,
+    },
+    only={**_NO_BIAS, "router_jitter_noise": (0, None)},
+    extra=lambda fields: {"experts_normalized": True},
+    slides=lambda fields, layer: True,
+  ),
+  "gpt_oss": family_row.Family(
+    models="gpt-oss",
+    architecture="GptOssForCausalLM",
+    names=_gpt_oss_names(),
+    defaults={
+      **_COMMON,
+      **{"num_experts": 128, "num_experts_per_tok": 4, "swiglu_limit": 7.0},
+      **{"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64},
+      **{"max_position_embeddings": 131072, "sliding_window": 128},
+      "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0},
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        "original_max_position_embeddings": 4096,
+      },
+    },
+    only={
+      "hidden_act": ("silu",),
+      "attention_bias": (True, None),
+      "swiglu_alpha": (1.702, None),
+      "partial_rotary_factor": (1, None),
+    },
+    extra=lambda fields: {
+      **{"qkv_bias": True, "o_bias": True, "attention_sinks": True},
+      **{"expert_biases": True, "experts_normalized": True},
+      "norm_rounds_last": True,
+      "gate_limit": float(fields["swiglu_limit"]),
+    },
+    slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
+    mxfp4=True,
+  ),
+  "gemma2": family_row.Family(
     models="Gemma 2",
     architecture="Gemma2ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _MLP, in_gguf=_GGUF),
@@ -556,7 +616,7 @@ FAMILIES = {
     gguf_fields=_gemma_gguf,
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
   ),
-  "gemma3_text": Family(
+  "gemma3_text": family_row.Family(
     models="Gemma 3 (text)",
     architecture="Gemma3ForCausalLM",
     names=_names(_GEMMA_NORMS, _ATTENTION, _QK_NORMS, _MLP, in_gguf=_GGUF),

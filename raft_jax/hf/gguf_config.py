@@ -10,13 +10,13 @@ import gguf
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, gguf_file, rope_scaling
+from raft_jax.hf import families, family_row, gguf_file, rope_scaling
 
 Meta = Callable[[str], Any]
 """Key of the metadata, without the architecture -> its value or None."""
 
 
-def config_fields(path: pathlib.Path) -> families.Fields:
+def config_fields(path: pathlib.Path) -> family_row.Fields:
   """The metadata as the config.json that the model would have.
 
   Raises:
@@ -27,7 +27,7 @@ def config_fields(path: pathlib.Path) -> families.Fields:
   meta: Meta = lambda name: gguf_file.value(file, f"{architecture}.{name}")  # noqa: E731
   _check_whole_and_dense(file, path, meta)
   kind, family = _family(architecture)
-  fields: families.Fields = {
+  fields: family_row.Fields = {
     "architectures": [family.architecture if family else f"GGUF {architecture}"],
     "model_type": kind,
     "hidden_act": "silu",
@@ -64,7 +64,7 @@ def config_fields(path: pathlib.Path) -> families.Fields:
   return fields
 
 
-def _family(architecture: str) -> tuple[str, families.Family | None]:
+def _family(architecture: str) -> tuple[str, family_row.Family | None]:
   """`model_type` and family of an architecture; no family if it is not read."""
   for kind, family in families.FAMILIES.items():
     if family.in_gguf and (family.gguf or kind) == architecture:
@@ -99,14 +99,14 @@ def _values(file: gguf.GGUFReader, path: pathlib.Path, name: str) -> np.ndarray:
 
 
 def _rope_fields(
-  file: gguf.GGUFReader, path: pathlib.Path, meta: Meta, fields: families.Fields
-) -> families.Fields:
+  file: gguf.GGUFReader, path: pathlib.Path, meta: Meta, fields: family_row.Fields
+) -> family_row.Fields:
   """The fields of the rotary embedding.
 
   The base is in two of them: transformers 5 reads `rope_parameters`, and transformers 4
   and vLLM read `rope_theta`.
   """
-  result: families.Fields = {}
+  result: family_row.Fields = {}
   head_dim, rotated = fields.get("head_dim"), meta("rope.dimension_count")
   if head_dim and rotated and rotated != head_dim:
     result["partial_rotary_factor"] = rotated / head_dim
@@ -120,7 +120,7 @@ def _rope_fields(
 
 def _scaling(
   file: gguf.GGUFReader, path: pathlib.Path, meta: Meta, theta: float
-) -> families.Fields:
+) -> family_row.Fields:
   names = _tensor_names(file)
   kind = meta("rope.scaling.type") or "none"
   if "rope_freqs.weight" in names:
@@ -143,7 +143,7 @@ def _scaling(
 
 def _llama3_scaling(
   file: gguf.GGUFReader, path: pathlib.Path, theta: float
-) -> families.Fields:
+) -> family_row.Fields:
   """The rope scaling whose divisors of the frequencies are in `rope_freqs.weight`.
 
   llama.cpp's converter computed the tensor from four numbers of the config. Three of

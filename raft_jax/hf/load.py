@@ -20,10 +20,11 @@ import numpy as np
 from raft_jax import errors
 from raft_jax.hf import (
   decoder_config,
-  families,
+  family_row,
   gguf_config,
   gguf_file,
   model_source,
+  mxfp4,
   tensor_layout,
   weight_files,
   wrappers,
@@ -64,7 +65,7 @@ def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConf
   return decoder_config.decoder_config(content, _config_place(path))
 
 
-def _ties_by_file(path: pathlib.Path, content: families.Fields) -> bool:
+def _ties_by_file(path: pathlib.Path, content: family_row.Fields) -> bool:
   """Whether only the files tell if the head of a text tower is the embedding.
 
   The default in the config's class has changed between versions of transformers, which
@@ -77,7 +78,7 @@ def _ties_by_file(path: pathlib.Path, content: families.Fields) -> bool:
   )
 
 
-def family(source: str) -> families.Family:
+def family(source: str) -> family_row.Family:
   """The family of the source's model."""
   path = model_source.resolve(source, weights=False)
   return decoder_config.find_family(fields(path), _config_place(path))
@@ -87,7 +88,7 @@ def _config_place(path: pathlib.Path) -> str:
   return str(path / "config.json" if path.is_dir() else path)
 
 
-def fields(path: pathlib.Path) -> families.Fields:
+def fields(path: pathlib.Path) -> family_row.Fields:
   """The unchecked config of the model at a path from `model_source.resolve`."""
   if path.is_file():
     return gguf_config.config_fields(path)
@@ -164,11 +165,12 @@ def load_params(
     import jax
 
     interrupts.check()
-    tensor = tensor_layout.part(stored[piece.name], piece, name)
+    tensor = tensor_layout.part(tensor_layout.whole(stored, piece), piece, name)
 
     def block(index: tensor_layout.Index | None) -> np.ndarray:
       index = index or (slice(None),) * len(shape)
-      return _read_block(tensor, index, DTYPES[dtype], f"{path}: {piece.name}")
+      shown = piece.name.replace("{}", "*")  # of all experts
+      return _read_block(tensor, index, DTYPES[dtype], f"{path}: {shown}")
 
     if place is None:
       return jax.device_put(block(None))
@@ -235,7 +237,9 @@ def _matched(
     names = wrappers.file_names(names, stored)
     stored = {name: stored[name] for name in stored if wrappers.is_inside(name)}
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
-  pieces = tensor_layout.pieces(leaves, names)
+  pieces = tensor_layout.pieces(leaves, names, tensor_layout.forms(family))
+  if family.mxfp4:
+    stored = mxfp4.decoded(stored)
   tied = names["head"] if config.tie_embeddings else None
   if tied in stored and names["embed"] not in stored:
     # A file holds only one of two tensors that share memory; this may be the head.
@@ -290,7 +294,7 @@ def _check_fit(
   path: pathlib.Path,
   stored: Mapping[str, tensor_layout.Stored],
   pieces: list[tensor_layout.Piece],
-  family: families.Family,
+  family: family_row.Family,
   known: Set[str | None],
   *,
   head: str,
@@ -300,7 +304,7 @@ def _check_fit(
   Args:
     known: further names that it may hold.
   """
-  expected = {piece.name: piece.shape for piece in pieces}
+  expected = dict(tensor for piece in pieces for tensor in piece.tensors())
 
   def some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -317,6 +321,7 @@ def _check_fit(
       and not family.ignored.fullmatch(name)
       and not weight_files.is_buffer(name, tensor)
     ),
+    has_experts=family.has_experts,
     wrapped=family.wrapped,
   )
   wrong, coded = [], []

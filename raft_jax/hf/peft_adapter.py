@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families
+from raft_jax.hf import family_row
 from raft_jax.models import lora, transformer
 
 
-def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
+def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
   """Kernels of the parameter tree for the names of Hugging Face modules.
 
   Every family knows `q_proj` to `down_proj`. A family that fuses some of them (Phi's
@@ -21,8 +21,20 @@ def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
   without gates, `gate_proj` is passed over, since it is one of the default names.
 
   Raises:
-    errors.UserError: the model has no module of a name, or none of all names.
+    errors.UserError: the model has no module of a name, or none of all names, or it is
+      one of experts.
   """
+  of_experts = [
+    f"{kernel}_proj"
+    for kernel in lora.KERNELS
+    if (name := family.names.get(f"layers/{kernel}")) and name.of_experts
+  ]
+  if named := [name for name in names if name in of_experts]:
+    raise errors.UserError(
+      f"lora.targets: {', '.join(named)} of this model are kernels of experts, for "
+      "which there are no low-rank updates; name q_proj, k_proj, v_proj and o_proj, or "
+      "train without `lora`"
+    )
   modules = _modules(family)
   own = {kernel for kernels in modules.values() for kernel in kernels}
   kernels_by_name = {f"{kernel}_proj": {kernel} & own for kernel in lora.KERNELS}
@@ -39,12 +51,12 @@ def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
   return tuple(kernel for kernel in lora.KERNELS if kernel in targeted)
 
 
-def _modules(family: families.Family) -> dict[str, tuple[str, ...]]:
+def _modules(family: family_row.Family) -> dict[str, tuple[str, ...]]:
   """Module `model.layers.{}.self_attn.q_proj` -> its kernels, in order of its rows."""
   modules: dict[str, tuple[str, ...]] = {}
   for path, name in family.names.items():
     kernel = path.removeprefix("layers/")
-    if kernel in lora.KERNELS:
+    if kernel in lora.KERNELS and not name.of_experts:
       module = name.hf.removesuffix(".weight")
       modules[module] = (*modules.get(module, ()), kernel)
   return modules
@@ -55,7 +67,7 @@ def _last_part(module: str) -> str:
 
 
 def config(
-  family: families.Family, kernels: Sequence[str], *, rank: int, alpha: float
+  family: family_row.Family, kernels: Sequence[str], *, rank: int, alpha: float
 ) -> dict[str, Any]:
   """The content of `adapter_config.json`, without the base model's name."""
   adapted = {
@@ -89,7 +101,7 @@ def config(
 
 
 def tensors(
-  family: families.Family,
+  family: family_row.Family,
   decoder: transformer.DecoderConfig,
   adapters: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[str, np.ndarray]]:

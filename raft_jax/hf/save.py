@@ -22,7 +22,7 @@ from raft_jax import errors
 from raft_jax.hf import (
   carried_tensors,
   decoder_config,
-  families,
+  family_row,
   model_source,
   peft_adapter,
   tensor_layout,
@@ -118,7 +118,7 @@ def save(
   carried = carried_tensors.find(path, foreign)
   plan = Plan(
     _shards(
-      tensor_layout.pieces(leaves, names),
+      tensor_layout.pieces(leaves, names, tensor_layout.forms(family)),
       lambda piece: math.prod(piece.shape) * kind.itemsize,
       max_shard_bytes,
     ),
@@ -255,7 +255,8 @@ def _write_weights(folder: pathlib.Path, leaves: Mapping[str, Any], plan: Plan) 
     files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
   for file, pieces in zip(files, plan.trained, strict=False):
     _write_tensors(folder / file, dict(_host_tensors(leaves, pieces, plan.dtype)))
-    weight_map |= dict.fromkeys((piece.name for piece in pieces), file)
+    names = (name for piece in pieces for name, _ in piece.tensors())
+    weight_map |= dict.fromkeys(names, file)
   for file, tensors in zip(files[len(plan.trained) :], plan.carried, strict=True):
     carried_tensors.copy(folder / file, tensors, METADATA)
     weight_map |= dict.fromkeys((tensor.name for tensor in tensors), file)
@@ -293,9 +294,11 @@ def _host_tensors(
       _check_finite(path, leaf)
     for piece in group:
       parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in arrays]
-      tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
-      # safetensors writes the buffer as it is in memory and ignores strides.
-      yield piece.name, np.ascontiguousarray(tensor, dtype)
+      tensor = tensor_layout.joined(parts, piece)
+      tensors = tensor if piece.of_experts else (tensor,)
+      for (name, _), one in zip(piece.tensors(), tensors, strict=True):
+        # safetensors writes the buffer as it is in memory and ignores strides.
+        yield name, np.ascontiguousarray(one, dtype)
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -304,12 +307,12 @@ def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
 
 def _write_config(
   folder: pathlib.Path,
-  fields: families.Fields,
+  fields: family_row.Fields,
   config: transformer.DecoderConfig,
   dtype: str,
 ) -> None:
-  # auto_map names files of code, which are not exported.
-  dropped = ("_name_or_path", "auto_map")
+  # auto_map names files of code, which are not exported; weights are not quantised.
+  dropped = ("_name_or_path", "auto_map", "quantization_config")
   fields = {name: value for name, value in fields.items() if name not in dropped}
   fields["dtype" if "dtype" in fields else "torch_dtype"] = dtype
   fields["tie_word_embeddings"] = config.tie_embeddings

@@ -234,6 +234,11 @@ class Kind(NamedTuple):
   remedy: str
 
 
+_EXPERTS = Kind(
+  "a mixture of experts",
+  re.compile(r".*\.(experts|block_sparse_moe|router|shared_expert)\..*"),
+  "use a dense model",
+)
 QUANTISED = "quantised weights cannot be trained; use the unquantised checkpoint"
 _MULTIMODAL = Kind(
   "parts of a multimodal model",
@@ -264,11 +269,7 @@ _KINDS = (
     QUANTISED,
   ),
   _MULTIMODAL,
-  Kind(
-    "a mixture of experts",
-    re.compile(r".*\.(experts|block_sparse_moe|router|shared_expert)\..*"),
-    "use a dense model",
-  ),
+  _EXPERTS,
 )
 _UNKNOWN = "unexpected tensors"
 
@@ -277,14 +278,17 @@ def unexpected(
   stored: Mapping[str, tensor_layout.Stored],
   names: Iterable[str],
   *,
+  has_experts: bool = False,
   wrapped: bool = False,
 ) -> tuple[dict[str, list[str]], str | None]:
   """The tensors that a model does not have, by kind, and a remedy for the first.
 
   Args:
+    has_experts: whether the model has other tensors of experts.
     wrapped: whether they are inside the text tower of a multimodal model.
   """
-  kinds = [kind for kind in _KINDS if not wrapped or kind is not _MULTIMODAL]
+  own = {_EXPERTS: has_experts, _MULTIMODAL: wrapped}
+  kinds = [kind for kind in _KINDS if not own.get(kind)]
   by_kind: dict[str, list[str]] = {}
   remedy = None
   for name in names:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from raft_jax.hf import families
+from raft_jax.hf import family_row
 
 
 class Wrapper(NamedTuple):
@@ -52,14 +52,14 @@ WRAPPERS = {
 # --- Config ---------------------------------------------------------------------------
 
 
-def find(fields: families.Fields) -> Wrapper | None:
+def find(fields: family_row.Fields) -> Wrapper | None:
   """The wrapper that a config.json belongs to; None for a text model."""
   if not isinstance(fields.get("text_config"), Mapping):
     return None
   return WRAPPERS.get(str(fields.get("model_type", "")))
 
 
-def text_fields(fields: families.Fields) -> families.Fields:
+def text_fields(fields: family_row.Fields) -> family_row.Fields:
   """The config of the text tower; that of a text model is returned as it is.
 
   If the whole model's config says whether the head is the embedding, that counts, as in
@@ -79,8 +79,8 @@ def text_fields(fields: families.Fields) -> families.Fields:
 
 
 def exported_fields(
-  fields: families.Fields, family: families.Family, *, dtype: str, tied: bool
-) -> families.Fields:
+  fields: family_row.Fields, family: family_row.Family, *, dtype: str, tied: bool
+) -> family_row.Fields:
   """The config.json of an export, with what its `text_config` must say.
 
   vLLM reads the tower's type and tie there.
@@ -126,10 +126,10 @@ _NAMINGS = (
 _INSIDE = (MODULES.body, _TOWER, "lm_head.")
 
 
-def wrap(family: families.Family, wrapper: Wrapper) -> families.Family:
+def wrap(family: family_row.Family, wrapper: Wrapper) -> family_row.Family:
   """The text tower's family, under the names of the whole model's modules."""
   names = {
-    path: families.Name(_renamed(name.hf, _TEXT_MODEL, MODULES), "")
+    path: family_row.Name(_renamed(name.hf, _TEXT_MODEL, MODULES), "")
     for path, name in family.names.items()
   }
   return family._replace(architecture=wrapper.architecture, names=names, wrapped=True)

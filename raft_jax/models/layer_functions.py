@@ -16,6 +16,8 @@ from jax import Array
 
 Implementation = Literal["xla", "cudnn"]
 """Implementations of `jax.nn.dot_product_attention`."""
+GATE_SLOPE = 1.702
+"""`swiglu_alpha` of gpt-oss."""
 XIELU_BETA = 0.5
 """Slope of xIELU at 0."""
 XIELU_EPS = -1e-6
@@ -79,6 +81,18 @@ def project(
   return out_BTO + jnp.einsum("...r,or->...o", low_BTr, adapter["b"])
 
 
+def clamped_gate(gate: Array, up: Array, limit: float) -> Array:
+  """The gated activation of gpt-oss: both factors are clamped, and 1 is added to one.
+
+  .. math:: (\\tilde u + 1) \\, \\tilde g \\, \\sigma(1.702\\, \\tilde g)
+
+  with g at most `limit` and u within it (transformers/models/gpt_oss).
+  """
+  gate = jnp.minimum(gate, limit)
+  up = jnp.clip(up, -limit, limit)
+  return (up + 1) * (gate * jax.nn.sigmoid(gate * GATE_SLOPE))
+
+
 def attention(
   q_BTHh: Array,
   k_BSNh: Array,
@@ -87,6 +101,7 @@ def attention(
   *,
   scale: float | None = None,
   softcap: float | None = None,
+  sinks_H: Array | None = None,
   implementation: Implementation = "xla",
 ) -> Array:
   """Softmax attention; consecutive query heads share a key/value head.
@@ -95,9 +110,11 @@ def attention(
     mask_BTS: True where a query may attend to a key.
     scale: factor of the scores; None: h ** -0.5.
     softcap: c in c * tanh(scores / c), or None.
-    implementation: read without a softcap only; jax has none with it.
+    sinks_H: each head's score of one more key, whose value is 0; None: there is none.
+      transformers/models/gpt_oss/modeling_gpt_oss.py.
+    implementation: read without softcap and sinks only; jax has none with them.
   """
-  if softcap is None:
+  if softcap is None and sinks_H is None:
     return jax.nn.dot_product_attention(
       q_BTHh,
       k_BSNh,
@@ -112,10 +129,16 @@ def attention(
     "btngh,bsnh->bngts", q_BTNGh, k_BSNh, preferred_element_type=jnp.float32
   )
   scores_BNGTS *= width**-0.5 if scale is None else scale
-  scores_BNGTS = softcap * jnp.tanh(scores_BNGTS / softcap)
+  if softcap is not None:
+    scores_BNGTS = softcap * jnp.tanh(scores_BNGTS / softcap)
   # Finite, so that a padding row whose keys are all masked gets no NaN.
   lowest = jnp.finfo(jnp.float32).min
   scores_BNGTS = jnp.where(mask_BTS[:, None, None], scores_BNGTS, lowest)
+  if sinks_H is not None:
+    sinks_NG11 = sinks_H.astype(jnp.float32).reshape(*scores_BNGTS.shape[1:3], 1, 1)
+    sinks = jnp.broadcast_to(sinks_NG11, (*scores_BNGTS.shape[:-1], 1))
+    scores_BNGTS = jnp.concatenate([scores_BNGTS, sinks], axis=-1)
   share_BNGTS = jax.nn.softmax(scores_BNGTS, axis=-1).astype(v_BSNh.dtype)
+  share_BNGTS = share_BNGTS[..., : k_BSNh.shape[1]]
   out_BTNGh = jnp.einsum("bngts,bsnh->btngh", share_BNGTS, v_BSNh)
   return out_BTNGh.reshape(batch, length, heads, width)

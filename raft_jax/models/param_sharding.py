@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from raft_jax.models import sharding, transformer
+from raft_jax.models import experts, sharding, transformer
 
 
 def axes(config: transformer.DecoderConfig) -> transformer.Params:
@@ -22,6 +22,8 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   }
   if config.gated_mlp:
     layers["gate"] = up
+  if config.n_experts:
+    layers |= {name: experts.AXES[name] for name in experts.shapes(config)}
   if config.activation == "xielu":
     layers |= dict.fromkeys(("xielu_p", "xielu_n"), ("layers", "width"))
   if config.pre_norms:
@@ -30,6 +32,10 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
     layers |= {"attn_post_norm": wide, "mlp_post_norm": wide}
   if config.qkv_bias:
     layers |= {"q_bias": queries, "k_bias": keys, "v_bias": keys}
+  if config.o_bias:
+    layers["o_bias"] = wide
+  if config.attention_sinks:
+    layers["sinks"] = queries
   if config.qk_norm == "head":
     layers |= dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim"))
   if config.qk_norm == "projection":
@@ -59,7 +65,8 @@ def gathered(
 ) -> transformer.Params:
   """All parameters gathered over `fsdp` once, before a loop; kernels in `dtype`.
 
-  Vectors keep their dtype, because a norm adds its offset to the scale in float32.
+  Vectors keep their dtype, because a norm adds its offset to the scale in float32; so
+  do routers, which choose experts in float32.
 
   Args:
     apart: whether each layer has its own arrays: "layers" and the adapters are then
@@ -68,7 +75,8 @@ def gathered(
 
   def gather(leaf: Array, names: tuple[str, ...]) -> Array:
     is_kernel = len(names) - ("layers" in names) > 1
-    return sharding.gathered(leaf.astype(dtype) if is_kernel else leaf, *names)
+    rounds = is_kernel and "routes" not in names
+    return sharding.gathered(leaf.astype(dtype) if rounds else leaf, *names)
 
   base_axes = axes(config)
   base = {name: params[name] for name in base_axes}

@@ -28,6 +28,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "mlp": "tensor",
+  "experts": "tensor",
+  "expert_mlp": None,
+  "routes": None,
   "head_dim": None,
   "rank": None,
 }

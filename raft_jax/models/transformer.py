@@ -5,7 +5,7 @@ arrays with the layers stacked on axis 0, and `forward` is a pure function of it
 Kernels keep Hugging Face's [out, in] layout, so that loading and export copy bytes.
 
 Shapes: B rows, T tokens, S keys, D model width, H query heads, N key/value heads,
-h head width, F feed-forward width, L layers, V vocabulary.
+h head width, F feed-forward width, E experts, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from raft_jax.models import kv_cache, layer_functions, rotary, sharding
+from raft_jax.models import experts, kv_cache, layer_functions, rotary, sharding
 
 Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
@@ -74,6 +74,15 @@ class DecoderConfig:
     rope_interleaved: whether neighbouring dimensions of a head rotate together.
     attention_softcap: c in c * tanh(scores / c), or None.
     logit_softcap: c in c * tanh(logits / c), or None; applied by the caller.
+    n_experts: number of experts in the feed-forward of each layer, of width `d_ff`; 0:
+      a dense feed-forward.
+    experts_per_token: number of experts that the router chooses for a token.
+    experts_normalized: whether the weights of the chosen experts sum to 1.
+    expert_biases: whether the router and the projections of the experts have biases.
+    gate_limit: bound of both factors of the gated activation, which is then
+      `layer_functions.clamped_gate`; None: `activation` without a bound.
+    o_bias: whether the projection of the attended values has a bias.
+    attention_sinks: whether each head has a score of no key, to which attention goes.
   """
 
   vocab_size: int
@@ -106,6 +115,13 @@ class DecoderConfig:
   rope_interleaved: bool = False
   attention_softcap: float | None = None
   logit_softcap: float | None = None
+  n_experts: int = 0
+  experts_per_token: int = 0
+  experts_normalized: bool = False
+  expert_biases: bool = False
+  gate_limit: float | None = None
+  o_bias: bool = False
+  attention_sinks: bool = False
 
   @property
   def reads_key_positions(self) -> bool:
@@ -141,6 +157,7 @@ class LayerInputs(NamedTuple):
     column: first column of the cache that this pass writes.
     attention: implementation of attention.
     query_factor: factor [B, T, 1, 1] of the queries, or None.
+    counted_BT: tokens that count in the load of the experts; None: it is not measured.
   """
 
   rotation: rotary.Rotation
@@ -150,6 +167,15 @@ class LayerInputs(NamedTuple):
   column: Array | int
   attention: layer_functions.Implementation
   query_factor: Array | None = None
+  counted_BT: Array | None = None
+
+
+class LayerOutputs(NamedTuple):
+  """What a layer makes: the input of the next one, the cache, the experts' load."""
+
+  x_BTD: Array
+  cache: kv_cache.Cache | None
+  load: experts.Load | None
 
 
 class Block(nnx.Module):
@@ -168,9 +194,12 @@ class Block(nnx.Module):
     self.config = config
     self.q, self.k, self.v = kernel(heads, d), kernel(kv, d), kernel(kv, d)
     self.o = kernel(d, heads)
-    if config.gated_mlp:
-      self.gate = kernel(f, d)
-    self.up, self.down = kernel(f, d), kernel(d, f)
+    if config.n_experts:
+      self.add_experts(rngs)
+    else:
+      if config.gated_mlp:
+        self.gate = kernel(f, d)
+      self.up, self.down = kernel(f, d), kernel(d, f)
     if config.activation == "xielu":
       self.xielu_p, self.xielu_n = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.zeros(1))
     if config.pre_norms:
@@ -180,29 +209,58 @@ class Block(nnx.Module):
     if config.qkv_bias:
       self.q_bias = nnx.Param(jnp.zeros(heads))
       self.k_bias, self.v_bias = nnx.Param(jnp.zeros(kv)), nnx.Param(jnp.zeros(kv))
+    if config.o_bias:
+      self.o_bias = nnx.Param(jnp.zeros(d))
+    if config.attention_sinks:
+      self.sinks = nnx.Param(jnp.zeros(config.n_heads))
     if config.qk_norm == "head":
       self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
     if config.qk_norm == "projection":
       self.q_norm, self.k_norm = norm(heads), norm(kv)
 
-  def __call__(
-    self, x_BTD: Array, lora: Params, inputs: LayerInputs
-  ) -> tuple[Array, kv_cache.Cache | None]:
-    """The layer's output and the updated cache."""
+  def add_experts(self, rngs: nnx.Rngs) -> None:
+    """Makes the parameters of a mixture of experts."""
+    for name, shape in experts.shapes(self.config).items():
+      value = jnp.zeros(shape)
+      if not name.endswith("bias"):
+        value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
+      setattr(self, name, nnx.Param(value))
+
+  def __call__(self, x_BTD: Array, lora: Params, inputs: LayerInputs) -> LayerOutputs:
+    """Attention, then the feed-forward, each added to its input."""
     attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, inputs)
     scale = self.config.residual_scale
     x_BTD = x_BTD + _times(self.norm(attended, "attn_post_norm"), scale)
-    down = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora)
-    return x_BTD + _times(self.norm(down, "mlp_post_norm"), scale), cache
+    fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
+    x_BTD = x_BTD + _times(self.norm(fed, "mlp_post_norm"), scale)
+    return LayerOutputs(x_BTD, cache, load)
 
-  def feed_forward(self, x_BTD: Array, lora: Params) -> Array:
+  def feed_forward(
+    self, x_BTD: Array, lora: Params, inputs: LayerInputs
+  ) -> tuple[Array, experts.Load | None]:
+    """The dense feed-forward or the mixture of experts, and the experts' load."""
+    if self.config.n_experts:
+      return experts.mixture(
+        x_BTD,
+        {name: getattr(self, name)[...] for name in experts.shapes(self.config)},
+        per_token=self.config.experts_per_token,
+        normalized=self.config.experts_normalized,
+        gating=self.gated,
+        counted_BT=inputs.counted_BT,
+      )
     if self.config.gated_mlp:
       gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
       up = layer_functions.project(x_BTD, self.up, lora.get("up"))
-      units = self.activate(gate) * up
+      units = self.gated(gate, up)
     else:
       units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
-    return layer_functions.project(units, self.down, lora.get("down"))
+    return layer_functions.project(units, self.down, lora.get("down")), None
+
+  def gated(self, gate: Array, up: Array) -> Array:
+    """What the feed-forward computes between its projections."""
+    if self.config.gate_limit is not None:
+      return layer_functions.clamped_gate(gate, up, self.config.gate_limit)
+    return self.activate(gate) * up
 
   def activate(self, x: Array) -> Array:
     if self.config.activation == "xielu":
@@ -254,10 +312,14 @@ class Block(nnx.Module):
       inputs.mask_BTS,
       scale=c.query_scale,
       softcap=c.attention_softcap,
+      sinks_H=self.sinks[...] if c.attention_sinks else None,
       implementation=inputs.attention,
     )
     out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
-    return layer_functions.project(out_BTI, self.o, lora.get("o")), cache
+    out_BTD = layer_functions.project(out_BTI, self.o, lora.get("o"))
+    if c.o_bias:
+      out_BTD = out_BTD + self.o_bias[...].astype(out_BTD.dtype)
+    return out_BTD, cache
 
 
 class Decoder(nnx.Module):
@@ -308,7 +370,7 @@ def _apply_block(
   lora: Params,
   x_BTD: Array,
   inputs: LayerInputs,
-) -> tuple[Array, kv_cache.Cache | None]:
+) -> LayerOutputs:
   definition, state = _block_definition(config)
   state = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(state, layer_params)
@@ -366,6 +428,41 @@ def forward(
   Returns:
     hidden_BTD in `compute.dtype`, and the updated cache (None without one).
   """
+  hidden_BTD, cache, _ = run(
+    params,
+    config,
+    tokens_BT,
+    positions_BT,
+    mask_BTS,
+    cache=cache,
+    column=column,
+    reach_B=reach_B,
+    compute=compute,
+  )
+  return hidden_BTD, cache
+
+
+def run(
+  params: Params,
+  config: DecoderConfig,
+  tokens_BT: Array,
+  positions_BT: Array,
+  mask_BTS: Array,
+  *,
+  cache: kv_cache.Cache | None = None,
+  column: Array | int = 0,
+  reach_B: Array | None = None,
+  compute: Compute = FLOAT32,
+  counted_BT: Array | None = None,
+) -> LayerOutputs:
+  """`forward` that also measures how the router spreads tokens over experts.
+
+  Args:
+    counted_BT: tokens that count in the load; None: it is not measured.
+
+  Returns:
+    What `forward` returns, and the load of each layer (None in a dense model).
+  """
   x_BTD = _embed(params, config, tokens_BT, compute.dtype)
   key_positions_BS, cache = kv_cache.write_positions(cache, positions_BT, column)
   rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
@@ -383,18 +480,25 @@ def forward(
     if "window" in data:
       layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
     inputs = LayerInputs(
-      rotation, layer_mask_BTS, kv, index, column, compute.attention, query_factor
+      rotation,
+      layer_mask_BTS,
+      kv,
+      index,
+      column,
+      compute.attention,
+      query_factor,
+      counted_BT,
     )
-    x_BTD, kv = _apply_block(config, layer_params, lora, x_BTD, inputs)
-    return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), None
+    x_BTD, kv, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
+    return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), load
 
   body = jax.checkpoint(layer) if compute.remat else layer
   kv = {name: cache[name] for name in ("k", "v")} if cache is not None else None
-  x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
+  (x_BTD, kv), load = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
   normed_BTD = _rms_norm(x_BTD, params["final_norm"], config)
-  return _times(normed_BTD, config.hidden_scale), cache
+  return LayerOutputs(_times(normed_BTD, config.hidden_scale), cache, load)
 
 
 def _embed(
@@ -438,17 +542,22 @@ def _through_layers(
   params: Params,
   config: DecoderConfig,
   unroll: int,
-) -> Any:
-  """Applies `body` layer by layer: a scan, or a loop over unstacked parameters."""
+) -> tuple[Any, Any]:
+  """Applies `body` layer by layer: a scan, or a loop over unstacked parameters.
+
+  Returns the last carry and, stacked, what each layer returned beside its own.
+  """
   layers, data, count = params["layers"], _layer_data(config), config.n_layers
   lora: Any = params.get("lora", {})
   if not isinstance(layers, tuple):
     stacked = layers, lora, jnp.arange(count), data
-    return jax.lax.scan(body, carry, stacked, unroll=unroll or count)[0]
+    return jax.lax.scan(body, carry, stacked, unroll=unroll or count)
   unstacked = zip(layers, lora or ({},) * count, range(count), unstack(data, config))
+  outputs = []
   for layer_inputs in unstacked:
-    carry, _ = body(carry, layer_inputs)
-  return carry
+    carry, output = body(carry, layer_inputs)
+    outputs.append(output)
+  return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def _layer_data(config: DecoderConfig) -> dict[str, Array]:

@@ -24,7 +24,7 @@ from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
-from raft_jax.models import kv_cache, sharding, transformer
+from raft_jax.models import experts, kv_cache, sharding, transformer
 from raft_jax.planning import hlo_cost, machines
 from raft_jax.training import programs as programs_lib
 from raft_jax.training import run_plan, step_memory
@@ -41,8 +41,9 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   """The cost of a run on a machine.
 
   Returns:
-    Plain values: `parameters` of the model and those `trained`, `mesh`, bytes per
-    device of each class in `memory`, and per phase the values of `compile_cost`.
+    Plain values: `parameters` of the model, those `active` for a token and those
+    `trained`, `mesh`, bytes per device of each class in `memory`, and per phase the
+    values of `compile_cost`.
 
   Raises:
     errors.UserError: the config does not suit the model or the machine.
@@ -64,8 +65,10 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   cache = jax.eval_shape(
     lambda: kv_cache.init(plan.decoder, rows, length, plan.settings.compute.dtype)
   )
+  parameters = transformer.parameter_count(plan.decoder)
   return {
-    "parameters": transformer.parameter_count(plan.decoder),
+    "parameters": parameters,
+    "active": experts.active_parameters(plan.decoder, parameters),
     "trained": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     "mesh": dict(plan.mesh.shape),
     "memory": {

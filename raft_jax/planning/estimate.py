@@ -147,14 +147,14 @@ class StepTokens(NamedTuple):
   trains_weights: bool
 
 
-def model_flops(tokens: StepTokens, parameters: int) -> dict[str, float]:
+def model_flops(tokens: StepTokens, active: int) -> dict[str, float]:
   """FLOPs of each phase by the usual rule.
 
-  Per parameter and token 2 forward and 6 with the backward pass (4 if the weights get
-  no gradient). Kaplan et al., "Scaling Laws for Neural Language Models", arXiv
-  2001.08361, 2.1.
+  Per active parameter and token 2 forward and 6 with the backward pass (4 if the
+  weights get no gradient). Kaplan et al., "Scaling Laws for Neural Language Models",
+  arXiv 2001.08361, 2.1.
   """
-  forward = 2.0 * parameters * tokens.rows
+  forward = 2.0 * active * tokens.rows
   update = 3 if tokens.trains_weights else 2
   return {
     "rollout": forward * (tokens.prompt + tokens.rollout),

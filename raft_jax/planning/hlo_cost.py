@@ -24,13 +24,17 @@ ATTENTION = {
 }
 """Matrix products of the size queries x keys in jax's primitives for cuDNN."""
 
+GROUPED = re.compile(r"grouped_(product|outer)_over_(\d+)")
+"""Programs of `models.experts`, and among how many devices the experts are divided."""
+
 
 def flops(jaxpr: Any) -> float:
   """Multiplications and additions of all matrix products in a jaxpr, on all devices.
 
   A product of [m, k] and [k, n] counts as 2·m·k·n, and a `cond` as its dearest branch.
   cuDNN's attention has two products forward; backward it recomputes the scores and adds
-  four products for the gradients.
+  four products for the gradients. Experts multiply only the rows that chose them, and
+  the devices among which they are divided have equally many of these.
 
   Args:
     jaxpr: such as `jax.jit(f).trace(x).jaxpr.jaxpr`.
@@ -48,6 +52,10 @@ def flops(jaxpr: Any) -> float:
         variable.aval.shape for variable in equation.invars[:2]
       )
       total += 2.0 * ATTENTION[name] * rows * heads * queries * keys * width
+    elif grouped := GROUPED.fullmatch(str(params.get("name", ""))):
+      total += _grouped(params["jaxpr"].jaxpr) / int(grouped[2])
+    elif name == "shard_map":
+      total += params["mesh"].size * flops(params["jaxpr"])
     elif name == "cond":
       total += max(flops(branch.jaxpr) for branch in params["branches"])
     elif name == "while":
@@ -55,6 +63,23 @@ def flops(jaxpr: Any) -> float:
     else:
       rounds = params["length"] if name == "scan" else 1
       total += rounds * sum(flops(inner) for inner in _inner(params))
+  return total
+
+
+def _grouped(jaxpr: Any) -> float:
+  """FLOPs of the product of sorted rows with their groups' kernels, if it is in there.
+
+  Its branch for TPUs is `ragged_dot`. A program that jax divides for the backward pass
+  leaves the product in one part, and only constants in the other.
+  """
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "ragged_dot_general":
+      (rows, width), other = (variable.aval.shape for variable in equation.invars[:2])
+      # Of the kernels' gradient both operands are rows.
+      kernel = other[1:] if len(other) == 3 else (width, other[1])
+      return 2.0 * rows * math.prod(kernel)
+    total = max([total, *(_grouped(inner) for inner in _inner(equation.params))])
   return total
 
 

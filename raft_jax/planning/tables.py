@@ -63,7 +63,7 @@ def phase_table(
   for head in (*heads, "least ms"):
     table.add_column(head, justify="right")
   table.add_column("bound by")
-  expected = estimate.model_flops(tokens, costs["parameters"])
+  expected = estimate.model_flops(tokens, costs["active"])
   for name, own in costs["phases"].items():
     phase = estimate.phase(costs, name, machine)
     ratio = own["flops"] * machine.devices / expected[name.split()[-1]]

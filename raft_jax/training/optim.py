@@ -64,13 +64,13 @@ def make_balancer(
 
 # --- The chain ------------------------------------------------------------------------
 
-_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_")
+_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$")
 
 
 def decays(params: Any) -> Any:
   """Mask tree of bools: weight decay applies to all but norm scales and biases.
 
-  The numbers of an activation (`xielu_p`) are exempt, too.
+  The numbers of an activation (`xielu_p`) and attention's `sinks` are exempt, too.
 
   The names in a parameter's path decide, in the spelling of this package, of Flax and
   of transformers: a name that contains `norm` (`input_norm`, `LayerNorm_0`), or is

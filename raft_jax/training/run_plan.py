@@ -118,6 +118,7 @@ def make_plan(
     errors.UserError: a section's values do not fit this model or run.
   """
   train, distill, validation = config.train, config.distill, config.validation
+  check_experts(config, decoder)
   distils = uses_distillation(distill, config.balance)
   split = make_split(config.lora, config.model.source, decoder, train.seed)
   balancer = optim.make_balancer(config.balance, total_steps)
@@ -257,6 +258,7 @@ def make_settings(
     teacher_decoder=teacher_decoder,
     row_losses=mssr.is_adaptive(config.replay),
     token_rule=make_token_rule(config.token_weights, model.source, decoder.vocab_size),
+    router_loss=train.router_loss,
   )
 
 
@@ -380,6 +382,20 @@ def check(
     )
 
 
+def check_experts(config: schema.Config, decoder: transformer.DecoderConfig) -> None:
+  """Raises UserError for a section that needs experts, or does not know them."""
+  source = config.model.source
+  if config.train.router_loss and not decoder.n_experts:
+    raise errors.UserError(
+      f"train.router_loss: {source} is not a mixture of experts; delete this line"
+    )
+  if config.soft_mask is not None and decoder.n_experts:
+    raise errors.UserError(
+      f"soft_mask: {source} is a mixture of experts, whose units are not scored; use "
+      "another method"
+    )
+
+
 def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> None:
   """Raises UserError if cuDNN's attention cannot run this model on these devices."""
   if platform(mesh) != "gpu":
@@ -388,6 +404,8 @@ def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> 
     )
   elif decoder.attention_softcap is not None:
     reason = f"cannot cap the attention scores, as {source} does"
+  elif decoder.attention_sinks:
+    reason = f"has no attention sinks, as {source} does"
   elif decoder.head_dim % 8 or decoder.head_dim > 256:
     reason = (
       "needs a head size that is a multiple of 8 and at most 256 (128 on GPUs before "

@@ -145,7 +145,8 @@ def rough_bytes(plan: run_plan.RunPlan) -> float:
   """
   decoder, (prompt, answer, _) = plan.decoder, plan.widest
   width = prompt + answer + plan.rollouts.max_new_tokens
-  values = 12 * decoder.d_model + 6 * decoder.d_ff + 3 * decoder.n_heads * width
+  inner = decoder.d_ff * max(decoder.experts_per_token, 1)
+  values = 12 * decoder.d_model + 6 * inner + 3 * decoder.n_heads * width
   parameters = sum(leaf.size for leaf in jax.tree.leaves(transformer.shapes(decoder)))
   # Weights, two moments, a gradient and the base model; then the activations.
   activations = plan.batch_rows * width * decoder.n_layers * values

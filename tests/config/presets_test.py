@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from raft_jax.hf import decoder_config
-from raft_jax.models import transformer
+from raft_jax.models import experts, transformer
 
 HUB = "https://huggingface.co/"
 QWEN25_CARD = "https://qwenlm.github.io/blog/qwen2.5-llm/#model-card"
@@ -54,6 +54,7 @@ class Preset(NamedTuple):
     source: of the figure. The fields are those of config.json in the model's own
       repository on the hub, left out where they are the class's defaults.
     embedding: rows of the embedding that the figure leaves out.
+    active: stated parameters that are active for a token, in a mixture of experts.
   """
 
   model_type: str
@@ -62,6 +63,7 @@ class Preset(NamedTuple):
   source: str
   fields: dict[str, Any]
   embedding: int = 0
+  active: float | None = None
 
 
 def shape(width, inner, layers, heads, kv_heads, **fields) -> dict:
@@ -73,6 +75,21 @@ def shape(width, inner, layers, heads, kv_heads, **fields) -> dict:
     "num_key_value_heads": kv_heads,
     **fields,
   }
+
+
+def gpt_oss(stated: float, active: float, *, layers: int, experts: int) -> Preset:
+  """Of the active parameters, the source leaves out the embedding."""
+  rope = {"rope_type": "yarn", "factor": 32.0, "truncate": False}
+  rope |= {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+  return Preset(
+    "gpt_oss",
+    stated,
+    1e7,
+    "gpt-oss-120b & gpt-oss-20b model card, arXiv 2508.10925, table 1",
+    shape(2880, 2880, layers, 64, 8, head_dim=64, vocab_size=201088)
+    | {"num_local_experts": experts, "num_experts_per_tok": 4, "rope_scaling": rope},
+    active=active + 201088 * 2880,
+  )
 
 
 PRESETS = {
@@ -176,6 +193,37 @@ PRESETS = {
     HUB + "allenai/OLMo-2-0325-32B",
     shape(5120, 27648, 64, 40, 8) | OLMO,
   ),
+  "Qwen/Qwen3-30B-A3B": Preset(
+    "qwen3_moe",
+    30.5e9,
+    1e8,
+    HUB + "Qwen/Qwen3-30B-A3B#model-overview",
+    shape(2048, 6144, 48, 32, 4, head_dim=128)
+    | {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+    | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    | QWEN,
+    active=3.3e9,
+  ),
+  "allenai/OLMoE-1B-7B-0924": Preset(
+    "olmoe",
+    6.9e9,
+    1e8,
+    "OLMoE, arXiv 2409.02060, table 1",
+    shape(2048, 1024, 16, 16, 16, num_experts=64, num_experts_per_tok=8)
+    | {"vocab_size": 50304},
+    active=1.3e9,
+  ),
+  "mistralai/Mixtral-8x7B-v0.1": Preset(
+    "mixtral",
+    46_702_792_704,
+    1,
+    HUB + "mistralai/Mixtral-8x7B-v0.1 (safetensors metadata)",
+    shape(4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2)
+    | {"vocab_size": 32000},
+    active=12.9e9,  # arXiv 2401.04088 says 13B; 46.7B and 12.9B are the announcement's
+  ),
+  "openai/gpt-oss-20b": gpt_oss(20.91e9, 3.61e9, layers=24, experts=32),
+  "openai/gpt-oss-120b": gpt_oss(116.83e9, 5.13e9, layers=36, experts=128),
   "allenai/Olmo-3-7B-Instruct": Preset(
     "olmo3",
     7_298_011_136,
@@ -401,6 +449,10 @@ def test_parameter_count(name):
   if preset.embedding:
     left -= preset.embedding * preset.fields["hidden_size"]
   assert -preset.unit / 2 <= left - preset.stated < preset.unit
+  if preset.active is not None:
+    active = experts.active_parameters(read(name), count)
+    print(f"active {active:,}")
+    assert abs(active - preset.active) < 0.06e9
 
 
 def test_paper_backbones_keep_their_peculiarities():

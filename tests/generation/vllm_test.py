@@ -23,7 +23,7 @@ from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.models import sampling, transformer
 from raft_jax.storage import records, shards
-from tests.helpers import short_run, tiny_wrappers
+from tests.helpers import short_run, tiny_families, tiny_wrappers
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS, NEW = 20, 48
@@ -165,19 +165,46 @@ def test_vllm_serves_a_text_tower_inside_its_whole_model(smollm, questions, tmp_
   tokenizers, source = tmp_path / "tokenizer", tmp_path / "source"
   hf_tokenizer.load(smollm).save_pretrained(tokenizers)
   tiny_wrappers.save_gemma3(source, tokenizers)
-  config = hf_load.load_config(str(source))
-  params = hf_load.load_params(str(source), config)
-  params["layers"]["down"] = params["layers"]["down"] * 1.5
-  out = tmp_path / "export"
-  hf_save.save(out, params, config, str(source), card="")
-  (tmp_path / "questions.json").write_text(json.dumps(questions))
-  script = ROOT / "tests/helpers/vllm_answers.py"
-  files = (tmp_path / "questions.json", "float32", NEW, tmp_path / "answers.json")
   # vLLM's own class of this model imports torchvision, which .venv-vllm does not have.
   # vLLM's Transformers backend serves the same folder without it.
   options = {"model_impl": "transformers", "limit_mm_per_prompt": {"image": 0}}
+  check_that_vllm_serves_what_we_export(source, questions, tmp_path, **options)
+
+
+@pytest.mark.slow
+def test_vllm_serves_a_mixture_of_experts(smollm, questions, tmp_path):
+  """The export of a tiny random Qwen3-MoE with other weights than the source's."""
+  import torch
+  import transformers
+
+  source, tokenizer = tmp_path / "source", hf_tokenizer.load(smollm)
+  tokenizer.save_pretrained(source)
+  fields = {
+    **tiny_families.TINY,
+    **{"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
+    **{"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 1024},
+    **{"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+    **{"norm_topk_prob": True, "initializer_range": 0.2},
+  }
+  torch.manual_seed(0)
+  made = transformers.AutoConfig.for_model("qwen3_moe", **fields)
+  transformers.AutoModelForCausalLM.from_config(made).save_pretrained(source)
+  check_that_vllm_serves_what_we_export(source, questions, tmp_path)
+
+
+def check_that_vllm_serves_what_we_export(source, questions, folder, **options) -> None:
+  """Exports a tiny model with other weights than the source's; greedy answers."""
+  config = hf_load.load_config(str(source))
+  params = hf_load.load_params(str(source), config)
+  params["layers"]["down"] = params["layers"]["down"] * 1.5
+  params["embed"] = np.roll(np.asarray(params["embed"]), 1, axis=0)
+  out = folder / "export"
+  hf_save.save(out, params, config, str(source), card="")
+  (folder / "questions.json").write_text(json.dumps(questions))
+  script = ROOT / "tests/helpers/vllm_answers.py"
+  files = (folder / "questions.json", "float32", NEW, folder / "answers.json")
   call([vllm_python(), *map(str, (script, out, *files)), json.dumps(options)])
-  replies = json.loads((tmp_path / "answers.json").read_text())
+  replies = json.loads((folder / "answers.json").read_text())
   prompts, ours = greedy(str(out), questions)
   assert [reply["prompt"] for reply in replies] == prompts
   assert [reply["tokens"] for reply in replies] == ours

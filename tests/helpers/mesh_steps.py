@@ -56,6 +56,19 @@ ADAPTER_MESHES = {
   f"{ADAPTERS}, layers apart": ((2, 2, 2), 1),
 }
 """The same, to train adapters of a frozen model."""
+EXPERTS = dataclasses.replace(
+  DECODER, n_experts=8, experts_per_token=2, experts_normalized=True, d_ff=16
+)
+ONE_EXPERTS = "one device, experts"
+EXPERT_MESHES = {
+  ONE_EXPERTS: ((1, 1, 1), 1),
+  "data, experts": ((8, 1, 1), 1),
+  "fsdp, experts": ((1, 8, 1), 1),
+  "tensor, experts": ((1, 1, 8), 1),
+  "all, experts": ((2, 2, 2), 1),
+  "all, experts, layers apart": ((2, 2, 2), 1),
+}
+"""The same, for a mixture of experts; run only if they are named."""
 
 
 ROLLOUTS = programs_lib.Rollouts(
@@ -63,9 +76,11 @@ ROLLOUTS = programs_lib.Rollouts(
 )
 
 
-def make_settings(micro_batches: int, *, apart: bool) -> objective.Settings:
+def make_settings(
+  decoder: transformer.DecoderConfig, micro_batches: int, *, apart: bool
+) -> objective.Settings:
   return tiny_step.SETTINGS._replace(
-    decoder=DECODER,
+    decoder=decoder,
     micro_batches=micro_batches,
     rollout_unroll=0 if apart else 1,
     top_k=16,
@@ -82,9 +97,11 @@ def make_batch(seed: int) -> batching.Batch:
   return batching.Batch(*segments, np.arange(ROWS, dtype=np.int32))
 
 
-def base_params() -> transformer.Params:
+def base_params(
+  decoder: transformer.DecoderConfig = DECODER,
+) -> transformer.Params:
   """Random parameters, the embedding so large that distributions have a shape."""
-  params = transformer.init(jax.random.key(0), DECODER)
+  params = transformer.init(jax.random.key(0), decoder)
   params["embed"] *= 10
   return jax.tree.map(np.asarray, params)
 
@@ -112,6 +129,7 @@ def steps(
   split: partition.Split,
   *,
   apart: bool,
+  decoder: transformer.DecoderConfig = DECODER,
 ) -> dict[str, np.ndarray]:
   """Trains as the loop does; what came out, by name."""
   if sizes == (1, 1, 1):
@@ -125,7 +143,7 @@ def steps(
   )
   _, shardings = run_plan.state_shardings(mesh, split, optimizer)
   programs = programs_lib.compile_programs(
-    make_settings(micro_batches, apart=apart),
+    make_settings(decoder, micro_batches, apart=apart),
     ROLLOUTS,
     optimizer=optimizer,
     balancer=balancer,
@@ -135,12 +153,12 @@ def steps(
   out = {}
   with jax.set_mesh(mesh):
     placed = sharding.tree(
-      mesh, param_sharding.axes(DECODER), transformer.shapes(DECODER)
+      mesh, param_sharding.axes(decoder), transformer.shapes(decoder)
     )
-    teacher = jax.device_put(base_params(), placed)
+    teacher = jax.device_put(base_params(decoder), placed)
     frozen = split.freeze(teacher) if split.freeze else {}
     reference = step.ReferenceParams(frozen, teacher, None)
-    params = split.start(base_params())
+    params = split.start(base_params(decoder))
     state = jax.device_put(
       step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
     )
@@ -177,12 +195,15 @@ def main() -> None:
   path, *names = sys.argv[1:]
   out = flat("start ", base_params())
   out |= flat("adapters at start ", adapter_split().start({}))
-  for meshes, split in (
-    (MESHES, partition.everything(DECODER)),
-    (ADAPTER_MESHES, adapter_split()),
+  for meshes, split, decoder in (
+    (MESHES, partition.everything(DECODER), DECODER),
+    (ADAPTER_MESHES, adapter_split(), DECODER),
+    (EXPERT_MESHES if names else {}, partition.everything(EXPERTS), EXPERTS),
   ):
     for name, (sizes, micro_batches) in chosen(meshes, names):
-      arrived = steps(sizes, micro_batches, split, apart="layers apart" in name)
+      arrived = steps(
+        sizes, micro_batches, split, apart="layers apart" in name, decoder=decoder
+      )
       out |= {f"{name}: {key}": value for key, value in arrived.items()}
   if distributed.is_primary():
     np.savez(path, **out)

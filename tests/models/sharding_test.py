@@ -123,9 +123,12 @@ def test_batches_are_split_by_rows_and_scalars_are_whole():
 @pytest.fixture(scope="module")
 def arrived(tmp_path_factory):
   """What two steps on each mesh arrive at, from a process with 8 devices."""
-  path = tmp_path_factory.mktemp("mesh") / "arrived.npz"
+  return run_steps(tmp_path_factory.mktemp("mesh") / "arrived.npz")
+
+
+def run_steps(path, *meshes):
   subprocess.run(
-    [sys.executable, "-m", "tests.helpers.mesh_steps", str(path)],
+    [sys.executable, "-m", "tests.helpers.mesh_steps", str(path), *meshes],
     check=True,
     timeout=600,
     cwd=pathlib.Path(__file__).parents[2],
@@ -218,6 +221,27 @@ def test_after_a_step_each_device_still_holds_its_share_only(arrived, kind):
     for name, shape in shards.items():
       found = arrived[f"{mesh}: shards ['{kind}']{name}"]
       assert tuple(found) == shape, (mesh, name)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_trains_the_same_on_any_mesh(tmp_path):
+  """Rollouts token for token, losses, the router's load, gradients and placement."""
+  arrived = run_steps(tmp_path / "arrived.npz", *mesh_steps.EXPERT_MESHES)
+  one = mesh_steps.ONE_EXPERTS
+  for mesh in mesh_steps.EXPERT_MESHES:
+    for name, tokens in named(arrived, f"{one}: rollout ").items():
+      np.testing.assert_array_equal(arrived[f"{mesh}: rollout {name}"], tokens, name)
+    for name, value in named(arrived, f"{one}: values ").items():
+      ours = arrived[f"{mesh}: values {name}"]
+      np.testing.assert_allclose(ours, value, rtol=1e-4, err_msg=f"{mesh}: {name}")
+    for name, value in named(arrived, f"{one}: first ").items():
+      error = np.linalg.norm(arrived[f"{mesh}: first {name}"] - value)
+      assert np.linalg.norm(value) > 0, name
+      assert error <= 1e-5 * np.linalg.norm(value), (mesh, name)
+  assert f"{one}: values 1 ['router_max_share']" in arrived
+  gate = "shards ['params']['layers']['gate']"  # [layers, experts, width, embed]
+  assert tuple(arrived[f"tensor, experts: {gate}"]) == (2, 1, 16, 32)
+  assert tuple(arrived[f"all, experts: {gate}"]) == (2, 4, 16, 16)
 
 
 @pytest.mark.parametrize("how", ["", ", layers apart"])

@@ -151,8 +151,18 @@ def test_another_mask_may_be_given():
   assert float(updates["b"][0]) == 0.0
 
 
-def test_norm_scales_and_numbers_of_activations_do_not_decay():
-  config = dataclasses.replace(tiny_decoder.CONFIG, activation="xielu")
+@pytest.mark.parametrize(
+  ("fields", "exempt"),
+  [
+    ({"activation": "xielu"}, {"xielu_n", "xielu_p"}),
+    (
+      {"n_experts": 2, "expert_biases": True, "attention_sinks": True},
+      {"router_bias", "gate_bias", "up_bias", "down_bias", "sinks"},
+    ),
+  ],
+)
+def test_norm_scales_biases_and_numbers_of_activations_do_not_decay(fields, exempt):
+  config = dataclasses.replace(tiny_decoder.CONFIG, **fields)
   kept = {
     jax.tree_util.keystr(path)
     for path, decays in jax.tree_util.tree_leaves_with_path(
@@ -160,13 +170,8 @@ def test_norm_scales_and_numbers_of_activations_do_not_decay():
     )
     if not decays
   }
-  assert kept == {
-    "['final_norm']",
-    "['layers']['attn_norm']",
-    "['layers']['mlp_norm']",
-    "['layers']['xielu_n']",
-    "['layers']['xielu_p']",
-  }
+  of_layers = {f"['layers']['{name}']" for name in exempt | {"attn_norm", "mlp_norm"}}
+  assert kept == {"['final_norm']", *of_layers}
 
 
 def test_the_balancers_state_is_the_optimizers_under_balance():

@@ -1,0 +1,108 @@
+"""What a row of the table of families holds: names and forms of tensors, config fields.
+
+Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Fields = dict[str, Any]
+"""Hugging Face config fields, as in config.json."""
+
+
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""The kinds of rotary scaling that transformers' models share. `dynamic` changes
+nothing within the length that a model was made for, and longer rows are refused."""
+
+
+class Form(NamedTuple):
+  """How files store the stack of a layer's experts, beside the order of the axes here.
+
+  Attributes:
+    transposed: kernels are [E, in, out].
+    alternating: outputs of fused parameters alternate; otherwise they follow each
+      other.
+  """
+
+  transposed: bool = False
+  alternating: bool = False
+
+
+class Name(NamedTuple):
+  """Names of a parameter in files; `{}` stands for the layer's number.
+
+  A second `{}` stands for the expert's number: each expert has a tensor of its own.
+
+  Parameters of the same name are fused: their rows follow each other in one tensor, in
+  the order of the table. An empty `gguf`: not read from GGUF files. With a `form`, one
+  tensor holds a parameter of all experts of a layer.
+  """
+
+  hf: str
+  gguf: str
+  form: Form | None = None
+
+  @property
+  def of_experts(self) -> bool:
+    """Whether each layer has one parameter of this name for each expert."""
+    return self.form is not None or self.hf.count("{}") > 1
+
+
+class Family(NamedTuple):
+  """One `model_type`: the names and layout of its files, and its config fields.
+
+  Attributes:
+    models: what people call them, for the READMEs.
+    architecture: the class name in config.json.
+    names: our path in the tree -> names in files.
+    defaults: config fields that a config.json may leave out, as in transformers' class.
+    only: config field -> supported values; other values are refused.
+    renamed: config field -> its name in this family's config.json, where that differs
+      from Llama's. `defaults`, `only` and `extra` use Llama's name.
+    extra: config -> fields of `DecoderConfig` in which it differs from Llama; not those
+      that `decoder_config` sets for every family.
+    ropes: kinds of rotary scaling that are read.
+    slides: config and layer -> whether the layer has a sliding window; None: never.
+    rotates: config and layer -> whether the layer has rotary positions; None: always.
+    constants: tensors that hold the same number in every model -> that number.
+    gguf: the architecture in its GGUF files, if that is not its `model_type`.
+    gguf_fields: metadata of a GGUF file (key -> value or None) and the fields that all
+      families share -> further fields, or others.
+    interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
+    ignored: tensors of GGUF files that hold no parameter.
+    mxfp4: whether kernels of experts may be stored as MXFP4, which is read and not
+      written.
+    wrapped: whether it is the text tower of a model with other parts, as `wrappers`
+      makes it; then `architecture` and `names` are the whole model's.
+  """
+
+  models: str
+  architecture: str
+  names: Mapping[str, Name]
+  defaults: Mapping[str, Any]
+  only: Mapping[str, tuple[Any, ...]]
+  renamed: Mapping[str, str] = {}
+  extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
+  ropes: tuple[str, ...] = ROPES
+  slides: Callable[[Fields, int], bool] | None = None
+  rotates: Callable[[Fields, int], bool] | None = None
+  constants: Mapping[str, float] = {}
+  gguf: str | None = None
+  gguf_fields: Callable[[Callable[[str], Any], Fields], Fields] = lambda meta, f: {}
+  interleaved: frozenset[str] = frozenset()
+  ignored: re.Pattern[str] = re.compile("(?!)")  # none
+  mxfp4: bool = False
+  wrapped: bool = False
+
+  @property
+  def has_experts(self) -> bool:
+    """Whether its feed-forward is a mixture of experts."""
+    return "layers/router" in self.names
+
+  @property
+  def in_gguf(self) -> bool:
+    """Whether its GGUF files are read."""
+    return all(name.gguf for name in self.names.values())
