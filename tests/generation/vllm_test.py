@@ -168,6 +168,7 @@ def test_vllm_serves_a_text_tower_inside_its_whole_model(smollm, questions, tmp_
   config = hf_load.load_config(str(source))
   params = hf_load.load_params(str(source), config)
   params["layers"]["down"] = params["layers"]["down"] * 1.5
+  params["embed"] = np.roll(np.asarray(params["embed"]), 1, axis=0)
   out = tmp_path / "export"
   hf_save.save(out, params, config, str(source), card="")
   (tmp_path / "questions.json").write_text(json.dumps(questions))
