@@ -271,8 +271,8 @@ def test_token_weights_go_together_with_raft_adapters_and_replay(rule, make, nee
   for row in log:
     assert 0 < row["token_weight"] < 1.1
     assert row["loss_kd"] > 0
-    # λ follows the weighed loss: the first step has λ L_KD = L_SFT.
-  assert log[0]["kd_ratio"] == pytest.approx(1, rel=1e-4)
+  # λ follows the weighed loss: the first step has λ (L_KD + eps) = L_SFT.
+  assert log[0]["kd_ratio"] == pytest.approx(1, rel=1e-3)
   shutil.rmtree(f"{settings.output}/checkpoints/{STEPS}")
   again, _ = fitted(settings)
   assert_identical(again, params)
