@@ -42,6 +42,12 @@ class Family(NamedTuple):
       that `decoder_config` sets for every family.
     ropes: kinds of rotary scaling that are read.
     slides: config and layer -> whether the layer has a sliding window; None: never.
+    delta: config -> fields of `DeltaConfig` beside those of transformers' names, for
+      families with layers of Gated DeltaNet; None: it has none.
+    aliases: other names of modules in its files -> those of the table, as far as the
+      same transformers' class reads both.
+    grouped: paths whose rows a fused tensor holds head by head of the linear layers'
+      keys, not one parameter after the other.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
   """
@@ -54,6 +60,9 @@ class Family(NamedTuple):
   extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
   ropes: tuple[str, ...] = ("default", "llama3")
   slides: Callable[[Fields, int], bool] | None = None
+  delta: Callable[[Fields], dict[str, Any]] | None = None
+  aliases: Mapping[str, str] = {}
+  grouped: frozenset[str] = frozenset()
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
 
@@ -160,6 +169,82 @@ def _gemma(fields: Fields) -> dict[str, Any]:
     "attention_softcap": fields["attn_logit_softcapping"],
     "logit_softcap": fields["final_logit_softcapping"],
   }
+
+
+def _delta_names(module: str, tensors: Mapping[str, str]) -> dict[str, Name]:
+  """The name table of the layers of Gated DeltaNet, without the prefix `delta_`."""
+  prefix = f"model.layers.{{}}.{module}"
+  return {
+    f"layers/delta_{path}": Name(f"{prefix}.{tensor}", "")
+    for path, tensor in tensors.items()
+  }
+
+
+_QWEN_DELTA = {
+  **dict.fromkeys(("q", "k", "v"), "in_proj_qkv.weight"),
+  "gate": "in_proj_z.weight",
+  "b": "in_proj_b.weight",
+  "a": "in_proj_a.weight",
+  **dict.fromkeys(("q_conv", "k_conv", "v_conv"), "conv1d.weight"),
+  "a_log": "A_log",
+  "dt_bias": "dt_bias",
+  "norm": "norm.weight",
+  "o": "out_proj.weight",
+}
+_NEXT_DELTA = {
+  **_QWEN_DELTA,
+  **dict.fromkeys(("q", "k", "v", "gate"), "in_proj_qkvz.weight"),
+  **dict.fromkeys(("b", "a"), "in_proj_ba.weight"),
+}
+_QWEN_LINEAR = {
+  **_COMMON,
+  "head_dim": 256,
+  "max_position_embeddings": 32768,
+  "partial_rotary_factor": 0.25,
+  "full_attention_interval": 4,
+  "linear_num_key_heads": 16,
+  "linear_num_value_heads": 32,
+  "linear_key_head_dim": 128,
+  "linear_value_head_dim": 128,
+  "linear_conv_kernel_dim": 4,
+}
+_QWEN_LINEAR_ONLY = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False, None),
+  "attn_output_gate": (True, None),
+  "output_gate_type": ("swish", "silu", None),
+}
+
+
+def _qwen_linear(fields: Fields) -> dict[str, Any]:
+  return {
+    "qk_norm": "head",
+    "norm_offset": 1.0,
+    "norm_rounds_last": True,
+    "attention_gate": True,
+  }
+
+
+def _qwen_delta(fields: Fields) -> dict[str, Any]:
+  return {"norm_eps": float(fields["rms_norm_eps"])}
+
+
+_OLMO_DELTA = {
+  **{name: f"{name}_proj.weight" for name in "qkvabo"},
+  "gate": "g_proj.weight",
+  **{f"{name}_conv": f"{name}_conv1d.weight" for name in "qkv"},
+  "a_log": "A_log",
+  "dt_bias": "dt_bias",
+  "norm": "o_norm.weight",
+}
+
+
+def is_linear(fields: Fields, layer: int) -> bool:
+  """Whether a layer has a linear mixer in place of attention."""
+  kinds = fields.get("layer_types")
+  if kinds:
+    return kinds[layer] == "linear_attention"
+  return (layer + 1) % fields["full_attention_interval"] != 0
 
 
 FAMILIES = {
@@ -289,6 +374,72 @@ FAMILIES = {
     extra=lambda fields: {**_gemma(fields), "qk_norm": "head"},
     ropes=("default", "linear"),
     slides=_by_layer_type(lambda f, i: (i + 1) % f["sliding_window_pattern"] != 0),
+  ),
+  "qwen3_5_text": Family(
+    architecture="Qwen3_5ForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP)
+    | _delta_names("linear_attn", _QWEN_DELTA),
+    defaults=_QWEN_LINEAR,
+    only=_QWEN_LINEAR_ONLY,
+    extra=_qwen_linear,
+    ropes=("default",),
+    delta=_qwen_delta,
+    ignored=re.compile(r"mtp\..*"),  # predicts further tokens; transformers drops it
+  ),
+  # Without experts; the published models have them.
+  "qwen3_next": Family(
+    architecture="Qwen3NextForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP)
+    | _delta_names("linear_attn", _NEXT_DELTA),
+    defaults={**_QWEN_LINEAR, "num_experts": 512},
+    only={**_QWEN_LINEAR_ONLY, "num_experts": (0,)},
+    extra=_qwen_linear,
+    ropes=("default",),
+    delta=_qwen_delta,
+    grouped=frozenset(
+      f"layers/delta_{name}" for name in ("q", "k", "v", "gate", "b", "a")
+    ),
+    ignored=re.compile(r"mtp\..*"),
+  ),
+  "olmo_hybrid": Family(
+    architecture="OlmoHybridForCausalLM",
+    names=_names(
+      _ATTENTION,
+      _QK_NORMS,
+      {
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+      },
+      _PRE_NORMS,
+      _MLP,
+    )
+    | _delta_names("linear_attn", _OLMO_DELTA),
+    defaults={
+      **_COMMON,
+      "max_position_embeddings": 65536,
+      "full_attention_interval": 4,
+      "linear_conv_kernel_dim": 4,
+      "linear_allow_neg_eigval": True,
+    },
+    only={
+      "hidden_act": ("silu",),
+      "attention_bias": (False, None),
+    },
+    extra=lambda fields: {
+      "qk_norm": "projection",
+      "norm_rounds_last": True,
+      "pre_norms": False,
+      "post_norms": True,
+    },
+    ropes=("default", "none"),
+    delta=lambda fields: {
+      "strength": 2.0 if fields["linear_allow_neg_eigval"] else 1.0,
+      "norm_eps": 1e-5,
+    },
+    aliases={
+      "attention_layer_norm": "input_layernorm",
+      "feedforward_layer_norm": "post_attention_layernorm",
+    },
   ),
 }
 

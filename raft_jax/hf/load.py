@@ -205,14 +205,17 @@ def _matched(
   """The stored tensors, the pieces that make up the parameters, and leaves by path."""
   from flax import traverse_util
 
-  from raft_jax.models import transformer
+  from raft_jax.models import hybrid, transformer
 
   in_gguf = path.is_file()
   family = decoder_config.find_family(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else stored_tensors(path)
+  stored = {_renamed(name, family): tensor for name, tensor in stored.items()}
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
-  pieces = tensor_layout.pieces(leaves, names)
+  layers_of = functools.partial(hybrid.layers_of, config)
+  groups = decoder_config.row_groups(family, config)
+  pieces = tensor_layout.pieces(leaves, names, layers_of, groups)
   tied = names["head"] if config.tie_embeddings else None
   if tied in stored and names["embed"] not in stored:
     # A file holds only one of two tensors that share memory; this may be the head.
@@ -226,6 +229,13 @@ def _matched(
       if (leaf := piece.paths[0]) in heads:
         stored[piece.name] = gguf_file.uninterleaved(stored[piece.name], heads[leaf])
   return stored, pieces, leaves
+
+
+def _renamed(name: str, family: families.Family) -> str:
+  """A tensor's name in the family's table."""
+  for theirs, ours in family.aliases.items():
+    name = name.replace(f".{theirs}.", f".{ours}.")
+  return name
 
 
 def _read_block(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from raft_jax.hf import (
 )
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import tokenizer as hf_tokenizer
+from raft_jax.models import hybrid
 from raft_jax.runtime import interrupts
 
 if TYPE_CHECKING:
@@ -98,7 +100,10 @@ def save(
   tokenizer = hf_tokenizer.load(source, template, thinking=thinking)
   family, kind = decoder_config.find_family(fields, source), hf_load.DTYPES[dtype]
   leaves = traverse_util.flatten_dict(params, sep="/")
-  pieces = tensor_layout.pieces(leaves, tensor_layout.file_names(family, in_gguf=False))
+  names = tensor_layout.file_names(family, in_gguf=False)
+  layers_of = functools.partial(hybrid.layers_of, config)
+  groups = decoder_config.row_groups(family, config)
+  pieces = tensor_layout.pieces(leaves, names, layers_of, groups)
   plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
   with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
     _write_weights(temporary, leaves, plan, kind)
@@ -250,7 +255,7 @@ def _host_tensors(
       _check_finite(path, leaf)
     for piece in pieces:
       parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in arrays]
-      tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
+      tensor = tensor_layout.joined(parts, piece.groups)
       # safetensors writes the buffer as it is in memory and ignores strides.
       yield piece.name, np.ascontiguousarray(tensor, dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +27,12 @@ class Piece(NamedTuple):
   Attributes:
     name: in the file.
     paths: of the leaf, like ("layers/q",); of several where the tensor is fused.
-    layer: its row of the stacked leaves; None: it is the whole leaf.
+    layer: its row of the stacked leaves, which is the layer's number if every layer has
+      the parameter; None: it is the whole leaf.
     rows: of each leaf in the tensor.
     shape: of the tensor in the file.
+    groups: of a fused tensor: its rows are that many groups, each with the same share
+      of every leaf's rows.
   """
 
   name: str
@@ -37,6 +40,7 @@ class Piece(NamedTuple):
   layer: int | None
   rows: tuple[int, ...]
   shape: tuple[int, ...]
+  groups: int = 1
 
 
 def file_names(family: families.Family, *, in_gguf: bool) -> dict[str, str]:
@@ -46,25 +50,47 @@ def file_names(family: families.Family, *, in_gguf: bool) -> dict[str, str]:
   }
 
 
-def pieces(leaves: Mapping[str, Any], names: Mapping[str, str]) -> list[Piece]:
+def pieces(
+  leaves: Mapping[str, Any],
+  names: Mapping[str, str],
+  layers_of: Callable[[str], Sequence[int]] | None = None,
+  groups: Mapping[str, int] | None = None,
+) -> list[Piece]:
   """The tensors of a whole model, leaf by leaf and in order of layers.
 
   Args:
     leaves: path -> array, or anything with its shape.
     names: from `file_names`.
+    layers_of: parameter of a layer -> numbers of the layers that have it, such as
+      `hybrid.layers_of` of a config; None: every layer has every parameter.
+    groups: path -> groups of the tensor's rows, where it is not 1.
   """
-  groups: dict[str, tuple[str, ...]] = {names[path]: () for path in leaves}
-  for path, name in names.items():  # in order of the table, which is that of the rows
+
+  def numbers(path: str) -> tuple[int | None, ...]:
+    if "{}" not in names[path]:
+      return (None,)
+    rows = range(leaves[path].shape[0])
+    return tuple(layers_of(path.removeprefix("layers/")) if layers_of else rows)
+
+  # Layers of another kind may give the same name to another parameter.
+  def key(path: str) -> tuple[str, tuple[int | None, ...]]:
+    return names[path], numbers(path)
+
+  fused: dict[Any, tuple[str, ...]] = {key(path): () for path in leaves}
+  for path in names:  # in order of the table, which is that of the rows
     if path in leaves:
-      groups[name] += (path,)
+      fused[key(path)] += (path,)
   result = []
-  for name, paths in groups.items():
+  for (name, layers), paths in fused.items():
     stacked = "{}" in name
     shapes = [tuple(leaves[path].shape)[stacked:] for path in paths]
     rows = tuple(shape[0] for shape in shapes)
     shape = (sum(rows), *shapes[0][1:])
-    layers = range(leaves[paths[0]].shape[0]) if stacked else (None,)
-    result += [Piece(name.format(i), paths, i, rows, shape) for i in layers]
+    count = (groups or {}).get(paths[0], 1)
+    result += [
+      Piece(name.format(layer), paths, row if stacked else None, rows, shape, count)
+      for row, layer in enumerate(layers)
+    ]
   return result
 
 
@@ -73,10 +99,26 @@ def part(tensor: Stored, piece: Piece, path: str) -> Stored:
   if len(piece.paths) == 1:
     return tensor
   place = piece.paths.index(path)
-  start, count = sum(piece.rows[:place]), piece.rows[place]
+  count = piece.rows[place]
+  start, share, group = (
+    rows // piece.groups for rows in (sum(piece.rows[:place]), count, sum(piece.rows))
+  )
 
   def read(index: Index) -> np.ndarray:
     first, stop, step = index[0].indices(count)
-    return tensor.read((slice(start + first, start + stop, step), *index[1:]))
+    if piece.groups == 1:
+      return tensor.read((slice(start + first, start + stop, step), *index[1:]))
+    number, row = np.divmod(np.arange(first, stop, step), share)
+    rows = number * group + start + row
+    block = tensor.read((slice(int(rows.min()), int(rows.max()) + 1), *index[1:]))
+    return block[rows - rows.min()]
 
   return Stored((count, *tensor.shape[1:]), read)
+
+
+def joined(parts: Sequence[np.ndarray], groups: int) -> np.ndarray:
+  """A tensor from the rows of its leaves; `groups` as in `Piece`."""
+  if len(parts) == 1:
+    return parts[0]
+  grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+  return np.concatenate(grouped, axis=1).reshape(-1, *parts[0].shape[1:])
