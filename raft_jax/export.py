@@ -14,10 +14,17 @@ import re
 from typing import NamedTuple
 
 from raft_jax.config import cli, run_lock, schema
-from raft_jax.hf import gguf_vocabulary, gguf_writer, hub_upload, ollama
+from raft_jax.hf import (
+  carried_tensors,
+  gguf_vocabulary,
+  gguf_writer,
+  hub_upload,
+  ollama,
+)
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.hf import tokenizer as hf_tokenizer
+from raft_jax.models import transformer
 from raft_jax.reporting import model_card
 from raft_jax.runtime import distributed, interrupts
 from raft_jax.storage import atomic
@@ -94,9 +101,14 @@ def export(config: schema.Config) -> Exported:
   thinking = config.data.thinking == "keep"
   decoder = hf_load.load_config(source)
   interrupts.check()
+  count = transformer.parameter_count(decoder)
+  tower = carried_tensors.describe(source, count)
+  if tower is not None:
+    print(tower)
   card = functools.partial(
     model_card.render,
     source,
+    tower=tower,
     method=config.method,
     adapter=config.export.adapter,
     data=model_card.describe_data(output, config.data.answers),

@@ -16,6 +16,7 @@ from typing import Any
 
 from raft_jax import errors
 from raft_jax.config import cli, data_layout, schema
+from raft_jax.hf import carried_tensors
 from raft_jax.planning import estimate, machines, tables
 from raft_jax.runtime import interrupts
 from raft_jax.storage import question_files, sources
@@ -49,6 +50,9 @@ def plan(
     costs = estimate.measure(config.model_dump(mode="json"), machine)
     if not index:
       print(header(config.model, tokens, costs))
+      tower = carried_tensors.describe(config.model.source, costs["parameters"])
+      if tower is not None:
+        print(tower)
     verdict = estimate.judge(
       costs,
       machine,

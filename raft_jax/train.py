@@ -18,7 +18,8 @@ from raft_jax.config import cli, schema
 from raft_jax.config import load as config_load
 from raft_jax.evaluation import early_stopping
 from raft_jax.evaluation import validation as validation_lib
-from raft_jax.models import sharding
+from raft_jax.hf import carried_tensors
+from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed, interrupts, progress
 from raft_jax.training import (
   checkpoint,
@@ -54,6 +55,10 @@ def fit(config: schema.Config, on_corrupt: str = "stop") -> None:
       settings, config.data, inputs.tokenizer, plan.decoder, source=config.model.source
     )
     print(sharding.describe(plan.mesh))
+    count = transformer.parameter_count(plan.decoder)
+    tower = carried_tensors.describe(config.model.source, count)
+    if tower is not None:
+      print(tower)
 
     output_lock.lock(output, stack, is_primary=is_primary)
     stack.enter_context(jax.set_mesh(plan.mesh))

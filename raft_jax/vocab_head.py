@@ -3,8 +3,9 @@
 The functions take the last hidden states and the output embedding, and compute what
 they need of logits = hidden · embeddingᵀ in tiles of about `chunk_size * V` logits, in
 float32 for inputs of any type. `cross_entropy` (the log-sum-exp minus the logit of the
-target), `gather` and `gather_with_logsumexp` share one differentiable core with custom
-derivatives, reverse mode only. `topk` is the teacher's side and has no gradient.
+target), `cross_entropy_with_top_k`, `gather` and `gather_with_logsumexp` share one
+differentiable core with custom derivatives, reverse mode only. `topk` is the teacher's
+side and has no gradient.
 
 Cost, for N tokens, vocabulary V, width D:
   forward   2·N·V·D FLOPs, chunks of tokens under `lax.scan`.
@@ -91,10 +92,48 @@ def cross_entropy(
   """
   _check(hidden, embedding, chunk_size, temperature, softcap)
   _check_leading("targets", jnp.shape(targets), hidden)
-  logits_at_target, logsumexp = _gather(
+  logits_at_target, logsumexp, _ = _gather(
     hidden, embedding, targets[..., None], chunk_size, temperature, softcap
   )
   return logsumexp - logits_at_target[..., 0] / temperature
+
+
+def cross_entropy_with_top_k(
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  k: int,
+  *,
+  partition: jax.P | None = None,
+  chunk_size: int | None = None,
+  softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`cross_entropy`, and the k largest logits from the same pass over the vocabulary.
+
+  Costs `cross_entropy` and a search in each tile; the logits are computed once. No
+  gradient passes through the k logits (`stop_gradient`).
+
+  Args:
+    hidden, embedding, targets, chunk_size, softcap: As in `cross_entropy`.
+    k: Number of logits to keep, 1..V.
+    partition: The mesh axes of tokens and vocabulary; see `sharded_top_k`.
+
+  Returns:
+    Loss in nats per token, `[...]`, and logits in descending order, `[..., k]`, both
+    float32.
+
+  Raises:
+    ValueError: If shapes disagree or a number is out of range.
+  """
+  _check(hidden, embedding, chunk_size, 1.0, softcap)
+  _check_leading("targets", jnp.shape(targets), hidden)
+  _check_k(k, embedding)
+  logits_at_target, logsumexp, top_logits = _gather(
+    hidden, embedding, targets[..., None], chunk_size, 1.0, softcap, (k, partition)
+  )
+  assert top_logits is not None
+  loss = logsumexp - logits_at_target[..., 0]
+  return loss, jax.lax.stop_gradient(top_logits)
 
 
 def gather(
@@ -151,7 +190,7 @@ def gather_with_logsumexp(
   """
   _check(hidden, embedding, chunk_size, temperature, softcap)
   _check_leading("ids", jnp.shape(ids)[:-1], hidden)
-  return _gather(hidden, embedding, ids, chunk_size, temperature, softcap)
+  return _gather(hidden, embedding, ids, chunk_size, temperature, softcap)[:2]
 
 
 def topk(
@@ -210,9 +249,8 @@ def topk_with_logsumexp(
     ValueError: If shapes disagree or a number is out of range.
   """
   _check(hidden, embedding, chunk_size, temperature, softcap)
+  _check_k(k, embedding)
   vocabulary = jnp.shape(embedding)[0]
-  if not 1 <= k <= vocabulary:
-    raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
   embedding = jax.lax.stop_gradient(embedding)
 
   def of_chunk(hidden_CD):
@@ -334,6 +372,10 @@ def kl_divergence(
   return jnp.maximum(kl_N, 0.0).reshape(jnp.shape(hidden)[:-1])
 
 
+Top = tuple[int, jax.P | None]
+"""How many of the largest logits to keep, and the `partition` of `sharded_top_k`."""
+
+
 def _gather(
   hidden: jax.Array,
   embedding: jax.Array,
@@ -341,38 +383,45 @@ def _gather(
   chunk_size: int | None,
   temperature: float,
   softcap: float | None,
-) -> tuple[jax.Array, jax.Array]:
+  top: Top | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """`_logits_at` for any leading dimensions."""
   chunk = _chunk(chunk_size, jnp.shape(embedding)[0])
   hidden_ND, embedding, ids_NK = _alike(_flat(hidden), embedding, _flat(ids))
-  logits_NK, logsumexp_N = _logits_at(
-    chunk, temperature, softcap, hidden_ND, embedding, ids_NK
+  logits_NK, logsumexp_N, top_logits = _logits_at(
+    chunk, temperature, softcap, top, hidden_ND, embedding, ids_NK
   )
-  return logits_NK.reshape(jnp.shape(ids)), logsumexp_N.reshape(jnp.shape(ids)[:-1])
+  leading = jnp.shape(ids)[:-1]
+  if top_logits is not None:
+    top_logits = top_logits.reshape(*leading, -1)
+  return logits_NK.reshape(jnp.shape(ids)), logsumexp_N.reshape(leading), top_logits
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _logits_at(chunk, temperature, softcap, hidden_ND, embedding_VD, ids_NK):
-  """Logits at ids `[N, K]` and log Σ exp(logits / temperature) `[N]`."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _logits_at(chunk, temperature, softcap, top, hidden_ND, embedding_VD, ids_NK):
+  """Logits at ids `[N, K]`, log Σ exp(logits / temperature) `[N]`, and the largest."""
 
   def of_chunk(hidden_CD, ids_CK):
     logits_CV = head_logits(hidden_CD, embedding_VD, softcap)
     at_ids_CK = jnp.take_along_axis(logits_CV, ids_CK, axis=1)
-    return at_ids_CK, _logsumexp(logits_CV, temperature)
+    largest = None if top is None else sharded_top_k(logits_CV, *top)[0]
+    return at_ids_CK, _logsumexp(logits_CV, temperature), largest
 
   return _over_chunks(of_chunk, chunk, hidden_ND, ids_NK)
 
 
-def _logits_at_forward(chunk, temperature, softcap, hidden_ND, embedding_VD, ids_NK):
+def _logits_at_forward(
+  chunk, temperature, softcap, top, hidden_ND, embedding_VD, ids_NK
+):
   primals = hidden_ND.value, embedding_VD.value, ids_NK.value
-  logits_NK, logsumexp_N = _logits_at(chunk, temperature, softcap, *primals)
-  return (logits_NK, logsumexp_N), (*primals, logsumexp_N)
+  results = _logits_at(chunk, temperature, softcap, top, *primals)
+  return results, (*primals, results[1])
 
 
-def _logits_at_backward(chunk, temperature, softcap, residuals, cotangents):
+def _logits_at_backward(chunk, temperature, softcap, top, residuals, cotangents):
   """Both gradients, block by block of the vocabulary; see the module docstring."""
   hidden_ND, embedding_VD, ids_NK, logsumexp_N = residuals
-  d_at_ids_NK, d_logsumexp_N = cotangents
+  d_at_ids_NK, d_logsumexp_N, _ = cotangents  # the largest logits are constants
   n_tokens, (vocabulary, width) = hidden_ND.shape[0], embedding_VD.shape
   # A block takes some rows of every part, so a vocabulary that is sharded over the
   # devices, in as many parts or fewer, stays in place.
@@ -527,6 +576,12 @@ def _check(hidden, embedding, chunk_size, temperature, softcap) -> None:
     raise ValueError(f"temperature={temperature} must be > 0")
   if softcap is not None and softcap <= 0:
     raise ValueError(f"softcap={softcap} must be > 0")
+
+
+def _check_k(k: int, embedding: jax.Array) -> None:
+  vocabulary = jnp.shape(embedding)[0]
+  if not 1 <= k <= vocabulary:
+    raise ValueError(f"k={k} is outside 1..{vocabulary}, the vocabulary")
 
 
 def _check_leading(name: str, leading: tuple[int, ...], hidden: jax.Array) -> None:

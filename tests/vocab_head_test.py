@@ -178,6 +178,44 @@ def test_topk_equals_naive(leading, chunk_size):
   _assert_close(logsumexp, jax.nn.logsumexp(logits / 1.5, -1))
 
 
+@pytest.mark.parametrize("k", [1, K, VOCABULARY])
+@pytest.mark.parametrize(("chunk_size", "softcap"), [(None, None), (4, None), (7, 2.0)])
+def test_cross_entropy_with_top_k_equals_naive(chunk_size, softcap, k):
+  """Loss, logits, and a gradient to which the logits are constants."""
+  hidden, embedding, targets, _ = _inputs(3, 5)
+
+  def naive(hidden, embedding):
+    logits = _naive_logits(hidden, embedding)
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+    top = jax.lax.stop_gradient(jax.lax.top_k(logits, k)[0])
+    return losses.cross_entropy(logits, targets), top
+
+  def ours(hidden, embedding):
+    return vocab_head.cross_entropy_with_top_k(
+      hidden, embedding, targets, k, chunk_size=chunk_size, softcap=softcap
+    )
+
+  def run(f):
+    def total(hidden, embedding):
+      loss, top = f(hidden, embedding)
+      return jnp.sum(loss * jnp.tanh(top).sum(-1)), (loss, top)
+
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))(hidden, embedding)
+
+  jax.tree.map(_assert_close, run(ours), run(naive))
+  plain = vocab_head.cross_entropy(
+    hidden, embedding, targets, chunk_size=chunk_size, softcap=softcap
+  )
+  np.testing.assert_array_equal(ours(hidden, embedding)[0], plain)
+
+
+def test_more_logits_than_the_vocabulary_are_refused():
+  hidden, embedding, targets, _ = _inputs(3)
+  for k in (0, VOCABULARY + 1):
+    with pytest.raises(ValueError, match=rf"k={k} is outside 1\.\.{VOCABULARY}"):
+      vocab_head.cross_entropy_with_top_k(hidden, embedding, targets, k)
+
+
 def test_topk_stops_gradients():
   hidden, embedding, _, _ = _inputs(6)
   gradients = jax.grad(
@@ -322,6 +360,15 @@ PROGRAMS = {
     ),
     TARGETS,
   ),
+  "cross_entropy_with_top_k_gradient": (
+    jax.value_and_grad(
+      lambda h, e, t: jnp.prod(
+        jnp.array([x.mean() for x in vocab_head.cross_entropy_with_top_k(h, e, t, 20)])
+      ),
+      (0, 1),
+    ),
+    TARGETS,
+  ),
   "gather_gradient": (
     jax.value_and_grad(
       lambda h, e, i: (vocab_head.gather(h, e, i) ** 2).mean(), (0, 1)
@@ -390,6 +437,33 @@ print(*sorted(set(re.findall(names, text))))
 """
   lines = on_devices(4, code).splitlines()
   assert lines == ["True False", "all-reduce"]
+
+
+def test_top_logits_are_found_in_shards_of_the_vocabulary():
+  """Rows over 2 devices and the vocabulary over 2, against the same on one device."""
+  code = """
+import jax, jax.numpy as jnp, numpy as np
+from raft_jax import vocab_head
+from raft_jax.distillation import token_weights
+mesh = jax.make_mesh((2, 2), ("data", "tensor"),
+  axis_types=(jax.sharding.AxisType.Auto,) * 2)
+rng = np.random.default_rng(0)
+hidden = jnp.asarray(rng.normal(size=(4, 6, 8)), jnp.float32)
+embedding = jnp.asarray(rng.normal(size=(64, 8)), jnp.float32)
+targets = jnp.asarray(rng.integers(0, 64, (4, 6)), jnp.int32)
+def total(hidden, embedding, targets):
+  loss, top = vocab_head.cross_entropy_with_top_k(
+    hidden, embedding, targets, 20, partition=jax.P("data", "tensor"), chunk_size=8)
+  return (token_weights.eaft(top) * loss).sum(), top
+f = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+theirs = f(hidden, embedding, targets)
+with jax.set_mesh(mesh):
+  def put(x, *spec): return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+  ours = f(put(hidden, "data"), put(embedding, "tensor"), put(targets, "data"))
+for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+  np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+"""
+  on_devices(4, code)
 
 
 def test_inside_shard_map_gradient_and_tiles_are_those_of_each_devices_tokens():

@@ -85,7 +85,7 @@ def log_likelihood(
   no_rollout = sequences.empty_trajectory(rows)
   answer_BA = sequences.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   weights = objective.Weights(answer_BA / rows, jnp.zeros((rows, 0)))
-  settings = settings._replace(cross_entropy=True)
+  settings = settings._replace(cross_entropy=True, token_rule=None)
   terms, _ = objective.loss_terms(
     params, batch, no_rollout, None, weights, settings=settings
   )

@@ -72,9 +72,10 @@ def half(shapes: Any, seed: int) -> Any:
   """Half fine-tuning: trains about half of every layer, drawn once per run.
 
   Trained are 2 of the 4 attention projections of each layer; 2 of its 3 feed-forward
-  projections in a random half of the layers, and 1 in the others; half of the norms;
-  and always the embedding and the head. The bias of a projection goes with it. Hui et
-  al., *HFT: Half Fine-Tuning for Large Language Models*, arXiv 2404.18466.
+  projections in a random half of the layers, and 1 in the others (1 of 2 in all layers
+  without a gate); half of the norms; and always the embedding and the head. The bias of
+  a projection goes with it, and the numbers of an activation with the projection before
+  it. Hui et al., *HFT: Half Fine-Tuning for Large Language Models*, arXiv 2404.18466.
 
   Args:
     shapes: the parameter tree, or its shapes.
@@ -86,14 +87,16 @@ def half(shapes: Any, seed: int) -> Any:
   norms = [(layer, n) for layer in range(count) for n in names if n.endswith("norm")]
   drawn = rng.permutation(len(norms))[: len(norms) // 2]
   free = {norms[i] for i in drawn}
+  feed_forward = [name for name in FEED_FORWARD if name in names]
   two_of_three = set(rng.permutation(count)[: count // 2].tolist())
   for layer in range(count):
     free |= {(layer, n) for n in rng.choice(ATTENTION, 2, replace=False)}
-    width = 2 if layer in two_of_three else 1
-    free |= {(layer, n) for n in rng.choice(FEED_FORWARD, width, replace=False)}
+    width = 2 if layer in two_of_three and len(feed_forward) == 3 else 1
+    free |= {(layer, n) for n in rng.choice(feed_forward, width, replace=False)}
 
   def value(name: str, layer: int | None) -> float:
     own = name.rsplit(".", 1)[-1].removesuffix("_bias")
+    own = "up" if own.startswith("xielu") else own
     return float(layer is None or (layer, own) in free)
 
   return _each(shapes, value)

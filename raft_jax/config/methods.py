@@ -45,6 +45,7 @@ _PLAIN_TEACHER = {
   "tail": "bucket",
 }
 _REVERSE = {**_PLAIN_TEACHER, "direction": "reverse"}
+_ON_ANSWERS = {**_PLAIN_TEACHER, "direction": "forward", "trajectory": "answer"}
 _WEIGHT_1 = {"mode": "fixed", "weight": 1.0}
 _NO_DECAY = {"weight_decay": 0.0}  # decay to 0 works against an anchor
 
@@ -85,6 +86,45 @@ METHODS = {
     "Thinking Machines 2025",
     _on_questions(distill=_REVERSE, balance=_WEIGHT_1, train={"cross_entropy": False}),
     {"distill.source": "the model before its fine-tuning"},
+  ),
+  "eaft": Method(
+    "SFT in which tokens count by the model's uncertainty before them",
+    "EAFT, arXiv 2601.02151",
+    _on_questions(token_weights={"rule": "eaft"}),
+  ),
+  "dft": Method(
+    "SFT in which tokens count by their own probability",
+    "DFT, arXiv 2508.05629",
+    _on_questions(token_weights={"rule": "dft"}),
+  ),
+  "talr": Method(
+    "SFT in which improbable tokens count less, down to a floor",
+    "TALR, arXiv 2509.20758",
+    _on_questions(token_weights={"rule": "talr"}),
+  ),
+  "stm": Method(
+    "SFT without the tokens that surprise the base model",
+    "STM, arXiv 2501.14315",
+    _on_questions(token_weights={"rule": "stm"}),
+  ),
+  "flow": Method(
+    "SFT in which answers count more that are easy for the base model",
+    "FLOW, arXiv 2502.02797",
+    _on_questions(token_weights={"rule": "flow"}),
+  ),
+  "sft_kl": Method(
+    "SFT plus forward KL to the base model on the answers",
+    "a control of arXiv 2601.02151",
+    _on_questions(distill=_ON_ANSWERS, balance={"mode": "fixed", "weight": 0.5}),
+  ),
+  "asft": Method(
+    "`dft` plus forward KL to the base model on the answers",
+    "ASFT, arXiv 2509.23753",
+    _on_questions(
+      distill=_ON_ANSWERS,
+      balance={"mode": "fixed", "weight": 0.1},
+      token_weights={"rule": "dft"},
+    ),
   ),
   "gkd": Method(
     "SFT plus Jensen-Shannon divergence, half on rollouts and half on the answers",

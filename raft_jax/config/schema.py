@@ -23,6 +23,7 @@ from raft_jax.config.schema_baselines import (
   Recadam,
   Replay,
   SoftMask,
+  TokenWeights,
 )
 from raft_jax.config.schema_curation import (
   Extract,
@@ -99,6 +100,7 @@ __all__ = [
   "SweepRun",
   "Synthesise",
   "Tasks",
+  "TokenWeights",
   "Train",
   "Validation",
   "ValidationDrift",
@@ -275,6 +277,7 @@ class Config(Section):
   recadam: Recadam | None = None
   freeze: Freeze | None = None
   soft_mask: SoftMask | None = None
+  token_weights: TokenWeights | None = None
   replay: Replay | None = None
   prune: Prune | None = None
   interpolate: Interpolate | None = None

@@ -69,6 +69,31 @@ class SoftMask(Section):
   """Share of the units dropped in each of the two passes that are compared."""
 
 
+class TokenWeights(Section):
+  """Weights of the answers' tokens in the cross-entropy; `{}` for the defaults. null:
+  every token counts alike."""
+
+  rule: Literal["eaft", "dft", "talr", "stm", "flow"] = "eaft"
+  """What a token's weight follows. `eaft`: the model's uncertainty before the token;
+  `dft`: the token's probability; `talr`: the same, tempered; `stm`: 0 for tokens that
+  the base model finds improbable, else 1; `flow`: one weight for the whole answer, by
+  its loss under the base model."""
+  exponent: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """`eaft`, `dft`: exponent of the weight; 0: all weights are 1."""
+  top_k: Positive = 20
+  """`eaft`: number of the model's most probable tokens whose entropy is taken."""
+  max_entropy: Annotated[float, pydantic.Field(gt=0.0)] = 3.0
+  """`eaft`: entropy in nats that gives the weight 1."""
+  floor: Probability = 0.01
+  """`talr`: smallest weight; 1: all weights are 1."""
+  max_perplexity: Annotated[float, pydantic.Field(gt=0.0)] = 2.5
+  """`stm`: largest inverse probability under the base model of a token to learn."""
+  temperature: Annotated[float, pydantic.Field(gt=0.0)] | None = None
+  """`talr`, `flow`: loss in nats at which the weight is 1/e. null: the median over
+  answers of their mean losses; `talr`: of the batch, anew at each step; `flow`: of all
+  questions under the base model."""
+
+
 class Adaptive(Section):
   """Replay what is forgotten, at growing intervals; between these events all rows of a
   batch are the domain's. OUR RECONSTRUCTION of MSSR (arXiv 2603.09892), whose equations

@@ -167,6 +167,35 @@ def adapter(
     yield "export.adapter", "needs a `lora` section; add it, or delete this line"
 
 
+TOKEN_WEIGHT_KEYS = {
+  "exponent": ("eaft", "dft"),
+  "top_k": ("eaft",),
+  "max_entropy": ("eaft",),
+  "floor": ("talr",),
+  "max_perplexity": ("stm",),
+  "temperature": ("talr", "flow"),
+}
+"""The rules of `token_weights` that read each of its other keys."""
+
+
+def token_weights(settings: schema.TokenWeights, train: schema.Train) -> Problems:
+  """Weights of the answers' tokens."""
+  if not train.cross_entropy:
+    yield (
+      "token_weights",
+      "weighs the tokens of the cross-entropy, which train.cross_entropy=false leaves "
+      "out; set token_weights=null",
+    )
+  for key, rules in TOKEN_WEIGHT_KEYS.items():
+    default = schema.TokenWeights.model_fields[key].default
+    if settings.rule not in rules and getattr(settings, key) != default:
+      yield (
+        f"token_weights.{key}",
+        f"is read with token_weights.rule={' or '.join(rules)} only; set that or "
+        "delete it",
+      )
+
+
 def unused(
   distill: schema.Distill, balance: schema.Balance, rollout: schema.Rollout
 ) -> Problems:

@@ -7,7 +7,7 @@ number, on any number of hosts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -28,6 +28,10 @@ class Batch(NamedTuple):
   """int32 arrays, right-padded with the pad id; lengths count the real tokens.
 
   B batch, P prompt width, A answer width, C teacher-context width.
+
+  Attributes:
+    token_weight_BA: float32, the weight of each answer token in the cross-entropy, if
+      it is known before training; see `with_token_weights`.
   """
 
   prompt_BP: Array
@@ -37,6 +41,7 @@ class Batch(NamedTuple):
   teacher_BC: Array
   teacher_length_B: Array
   row_id_B: Array
+  token_weight_BA: Array | None = None
 
 
 def widths(
@@ -185,6 +190,19 @@ def replace_last_rows(
     for i in range(len(batch.row_id_B) - len(rows))
   ]
   return _collate([*kept, *rows], pad_id, widths)
+
+
+def with_token_weights(batch: Batch, weights: Mapping[int, np.ndarray]) -> Batch:
+  """The batch with the weight of each token of its answers.
+
+  Args:
+    weights: float32, one for each token of an answer, by row id.
+  """
+  weight_BA = np.zeros(batch.answer_BA.shape, np.float32)
+  for line, row_id in zip(weight_BA, batch.row_id_B):
+    row_weights = weights[int(row_id)]
+    line[: len(row_weights)] = row_weights
+  return batch._replace(token_weight_BA=weight_BA)
 
 
 def sequential_batches(

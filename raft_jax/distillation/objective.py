@@ -18,7 +18,7 @@ from jax import Array
 
 from raft_jax import losses, vocab_head
 from raft_jax.data import batching
-from raft_jax.distillation import sequences
+from raft_jax.distillation import answer_losses, sequences
 from raft_jax.models import param_sharding, sharding, transformer
 
 
@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
     teacher_decoder: the teacher's network; None if it is the student's.
     row_losses: whether a step also returns the cross-entropy of each row.
+    token_rule: None if the answers' tokens count alike, or by weights of the batch.
   """
 
   decoder: transformer.DecoderConfig
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
   cross_entropy: bool
   loss_mean: str
   row_losses: bool
+  token_rule: answer_losses.TokenRule | None
   top_k: int
   support: str
   max_importance: float | None
@@ -142,10 +144,10 @@ class Weights(NamedTuple):
   kd_BR: Array
 
 
-def token_weights(
+def mean_weights(
   batch: batching.Batch, trajectory: sequences.Trajectory, settings: Settings
 ) -> Weights:
-  """Token weights of the whole batch, so that micro-batches add up to its losses."""
+  """The weights of both means, of the whole batch, so that micro-batches add up."""
   answer_BA = sequences.length_mask(batch.answer_length_B, batch.answer_BA.shape[1])
   answer_BA &= settings.cross_entropy
   return Weights(
@@ -171,6 +173,7 @@ def loss_terms(
   weights: Weights,
   *,
   settings: Settings,
+  median: Array | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
   """Both losses of a (micro-)batch, as its share of the whole batch's means.
 
@@ -179,8 +182,10 @@ def loss_terms(
     batch: rows; without `settings.cross_entropy` their answers are not read.
     trajectory: tokens of the same rows.
     support: result of `score_teacher`; None makes the `kd` loss 0.
-    weights: result of `token_weights` for the whole batch.
+    weights: result of `mean_weights` for the whole batch.
     settings: settings of the run.
+    median: of the whole batch's row losses, if `settings.token_rule` needs it; None:
+      these rows are the whole batch.
 
   Returns:
     `{"sft": ..., "kd": ...}`, and auxiliary values to log, without gradient.
@@ -191,50 +196,60 @@ def loss_terms(
     params, settings.decoder, batch, trajectory, settings.compute
   )
   embedding_VD = param_sharding.gathered_head(params, settings.compute.dtype)
-  softcap = settings.decoder.logit_softcap
   terms = {"sft": jnp.float32(0), "kd": jnp.float32(0)}
+  answer_aux = {}
   if settings.cross_entropy:
-    nll_BA = vocab_head.cross_entropy(
-      answer_BAD, embedding_VD, batch.answer_BA, softcap=softcap
+    nll_BA, token_BA = answer_losses.with_weights(
+      answer_BAD,
+      embedding_VD,
+      batch,
+      rule=settings.token_rule,
+      softcap=settings.decoder.logit_softcap,
+      median=median,
     )
-    terms["sft"] = losses.weighted_sum(nll_BA, weights.sft_BA)
-  row_aux = {}
+    weight_BA = weights.sft_BA
+    if token_BA is not None:
+      weight_BA *= token_BA
+      answer_aux["token_weight"] = jnp.sum(weight_BA)
+      answer_aux["loss_sft_unweighted"] = losses.weighted_sum(nll_BA, weights.sft_BA)
+    terms["sft"] = losses.weighted_sum(nll_BA, weight_BA)
   if settings.row_losses:
-    row_nll_B = mean_by_row(nll_BA, batch.answer_length_B)
-    row_aux[ROW_LOSSES] = jax.lax.stop_gradient(row_nll_B)
+    answer_aux[ROW_LOSSES] = answer_losses.mean_by_row(nll_BA, batch.answer_length_B)
+  answer_aux = jax.lax.stop_gradient(answer_aux)
   if support is None:
-    return terms, row_aux
+    return terms, answer_aux
   terms["kd"], aux = distillation_loss(
     rollout_BRD, embedding_VD, trajectory, support, weights.kd_BR, settings=settings
   )
-  return terms, aux | row_aux
+  return terms, aux | answer_aux
 
 
 ROW_LOSSES = "row_loss_B"
 """Key of the rows' cross-entropies among the auxiliary values."""
 
 
-def mean_by_row(nll_BA: Array, length_B: Array) -> Array:
-  """[B]: the mean over the tokens of each answer."""
-  valid_BA = sequences.length_mask(length_B, nll_BA.shape[1])
-  return jnp.sum(jnp.where(valid_BA, nll_BA, 0), axis=1) / jnp.maximum(length_B, 1)
-
-
 def row_losses(
   params: transformer.Params, batch: batching.Batch, settings: Settings
 ) -> Array:
   """[B]: each answer's cross-entropy in nats per token."""
+  nll_BA = answer_nll(params, batch, settings)
+  return sharding.everywhere(answer_losses.mean_by_row(nll_BA, batch.answer_length_B))
+
+
+def answer_nll(
+  params: transformer.Params, batch: batching.Batch, settings: Settings
+) -> Array:
+  """[B, A]: the cross-entropy of every answer token in nats."""
   no_rollout = sequences.empty_trajectory(batch.answer_BA.shape[0])
   answer_BAD, _ = sequences.student_hidden(
     params, settings.decoder, batch, no_rollout, settings.compute
   )
-  nll_BA = vocab_head.cross_entropy(
+  return vocab_head.cross_entropy(
     answer_BAD,
     param_sharding.gathered_head(params, settings.compute.dtype),
     batch.answer_BA,
     softcap=settings.decoder.logit_softcap,
   )
-  return sharding.everywhere(mean_by_row(nll_BA, batch.answer_length_B))
 
 
 def distillation_loss(
@@ -253,7 +268,7 @@ def distillation_loss(
     embedding_VD: the student's output embedding.
     trajectory: the compared tokens.
     support: result of `score_teacher`.
-    weight_BR: `kd_BR` of `token_weights`.
+    weight_BR: `kd_BR` of `mean_weights`.
     settings: settings of the run.
   """
   logits_BRK, logsumexp_BR, log_prob_BR = student_logits(

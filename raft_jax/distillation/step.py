@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,10 @@ from jax import Array
 
 from raft_jax import balance
 from raft_jax.data import batching
-from raft_jax.distillation import objective, sequences
+from raft_jax.distillation import answer_losses, objective, sequences
 from raft_jax.models import partition, sharding, transformer
+
+T = TypeVar("T")
 
 
 class TrainState(NamedTuple):
@@ -97,12 +99,16 @@ def update(
 
   Returns the next state and scalars to log.
   """
-  weights = objective.token_weights(batch, trajectory, settings)
+  weights = objective.mean_weights(batch, trajectory, settings)
   inputs = LossInputs(batch, trajectory, support, weights)
+  median = None
+  if settings.micro_batches > 1 and answer_losses.needs_median(settings.token_rule):
+    whole = partition.combine(frozen, state.params)
+    median = median_over_micro_batches(whole, batch, settings)
 
   def both_losses(params: transformer.Params, part: LossInputs):
     whole = partition.combine(frozen, params)
-    return objective.loss_terms(whole, *part, settings=settings)
+    return objective.loss_terms(whole, *part, settings=settings, median=median)
 
   def loss_weights(**observed: Any) -> dict[str, Array]:
     # λ depends on the losses of this step (Eq. 11-12), so the balancer is advanced
@@ -221,7 +227,22 @@ def separate_gradients(
   return StepGradient(balanced, losses, valid, norms, cosine, aux)
 
 
-def stack_micro_batches(inputs: LossInputs, micro_batches: int) -> LossInputs:
+def median_over_micro_batches(
+  params: transformer.Params, batch: batching.Batch, settings: objective.Settings
+) -> Array:
+  """The median of the batch's row losses, which no micro-batch can know on its own.
+
+  Costs one more forward pass over the answers.
+  """
+  row_loss_MB = jax.lax.map(
+    lambda part: objective.row_losses(params, part, settings),
+    stack_micro_batches(batch, settings.micro_batches),
+  )
+  row_loss_B = row_loss_MB.swapaxes(0, 1).reshape(-1)
+  return answer_losses.median_of_rows(row_loss_B, batch.answer_length_B)
+
+
+def stack_micro_batches(inputs: T, micro_batches: int) -> T:
   """The batch as `micro_batches` parts, stacked on a new first axis.
 
   Rows i, i + M, ... form micro-batch i, so a batch that is sharded over devices in
@@ -257,6 +278,10 @@ NEED_BOTH_LOSSES = frozenset(
 """Metrics that mean nothing without the cross-entropy."""
 
 
+OF_TOKEN_WEIGHTS = ("token_weight", "loss_sft_unweighted")
+"""Metrics of a run that weighs its tokens: the mean weight, and the loss without it."""
+
+
 def step_metrics(
   gradient: StepGradient,
   balance_state: balance.BalanceState,
@@ -271,6 +296,7 @@ def step_metrics(
   if objective.ROW_LOSSES in aux:
     row_losses_B = aux.pop(objective.ROW_LOSSES)
     metrics[objective.ROW_LOSSES] = sharding.everywhere(row_losses_B)
+  metrics |= {name: aux.pop(name) for name in OF_TOKEN_WEIGHTS if name in aux}
   if not aux:  # nothing was distilled
     return metrics
   kd_weight, any_rollout = (

@@ -7,6 +7,7 @@ killed loses at most one batch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -250,7 +251,7 @@ def bar_title(model: EvalModel, name: str) -> str | None:
 def item_key(model: EvalModel, **item: Any) -> str:
   """The key in the journal of one result of a model."""
   return journal.content_key(
-    model=transformer.identity(model.config),
+    model=dataclasses.asdict(model.config),
     weights=model.fingerprints,
     dtype=model.settings.dtype,
     **item,

@@ -20,7 +20,7 @@ from typing import Any
 
 from raft_jax import errors
 from raft_jax.generation import engines, thinking
-from raft_jax.hf import chat, model_source
+from raft_jax.hf import chat, families, model_source
 from raft_jax.hf import load as hf_load
 from raft_jax.storage import records
 
@@ -87,7 +87,9 @@ def load(
 
 def _max_positions(fields: Mapping[str, Any]) -> int | None:
   inner = fields.get("text_config") or fields
-  return inner.get("max_position_embeddings")
+  family = families.FAMILIES.get(inner.get("model_type", ""))
+  default = family.defaults.get("max_position_embeddings") if family else None
+  return inner.get("max_position_embeddings", default)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families
+from raft_jax.hf import families, rope_scaling, wrappers
 
 if TYPE_CHECKING:
   from raft_jax.models import gated_delta, rotary, transformer
@@ -24,7 +24,8 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
 
   A repository's own code (`auto_map`) is ignored if its class has the name of the
   family's class: Phi-3 and Phi-4 were published with the code of a class that is in
-  transformers now.
+  transformers now. Of a model with a text tower, it is the tower's family, under the
+  names of the whole model.
 
   Args:
     fields: the model's config.
@@ -33,18 +34,29 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
   Raises:
     UserError: the family or a feature of it is not supported; the message names it.
   """
+  text, wrapper = wrappers.text_fields(fields), wrappers.find(fields)
   for name in ("quantization_config", "quantization"):  # MLX writes the second
-    if fields.get(name):
+    if fields.get(name) or text.get(name):
       raise errors.UserError(
         f"{place}: {name}: quantised weights cannot be trained; use the unquantised "
         "checkpoint"
       )
-  family = families.FAMILIES.get(str(fields.get("model_type", "")))
+  family = families.FAMILIES.get(str(text.get("model_type", "")))
+  if wrapper is not None:
+    if family is None:
+      raise errors.UserError(
+        f"{place}: a text_config of model_type {text['model_type']!r} is not "
+        f"supported; supported: {', '.join(families.FAMILIES)}"
+      )
+    family = wrappers.wrap(family, wrapper)
   architectures = fields.get("architectures") or []
   if not isinstance(architectures, list):
     architectures = [architectures]
   if family is None or (architectures and family.architecture not in architectures):
-    known = ", ".join(f.architecture for f in families.FAMILIES.values())
+    known = ", ".join(
+      [row.architecture for row in families.FAMILIES.values()]
+      + [row.architecture for row in wrappers.WRAPPERS.values()]
+    )
     raise errors.UserError(
       f"{place}: architecture {', '.join(map(str, architectures)) or 'unknown'} "
       f"(model_type {fields.get('model_type')!r}) is not supported; supported: {known}"
@@ -56,7 +68,7 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
       f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
       "is never done; use a model of a supported family"
     )
-  for section in (_common_names(fields, family), _rope_fields(fields)):
+  for section in (_common_names(text, family), _rope_fields(text, family)):
     for field, values in family.only.items():
       if field in section and section[field] not in values:
         raise errors.UserError(
@@ -81,8 +93,8 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
   from raft_jax.models import transformer  # imports jax
 
   family = find_family(fields, place)
-  fields = _common_names(fields, family)
-  rope = _rope_fields(fields)
+  fields = _common_names(wrappers.text_fields(fields), family)
+  rope = _rope_fields(fields, family)
   fields = {**family.defaults, **rope, **fields}
   fields["rope_theta"] = rope.get("rope_theta") or fields["rope_theta"]
   if fields["rope_theta"] is None and "none" in family.ropes:
@@ -119,10 +131,12 @@ def decoder_config(fields: families.Fields, place: str) -> transformer.DecoderCo
   # for this one (transformers' standardize_rope_params).
   length = fields.get("original_max_position_embeddings")
   original = {"original_max_position_embeddings": length} if length else {}
+  rope = {**fields, **rope, **original}
   return dataclasses.replace(
     config,
+    max_positions=_longest(rope, config, place),
     windows=_windows(fields, family, config),
-    **_layer_ropes({**fields, **rope, **original}, family, config, place),
+    **_layer_ropes(rope, family, config, place),
   )
 
 
@@ -212,13 +226,15 @@ def _windows(
 # --- Rotary embeddings ----------------------------------------------------------------
 
 
-def _rope_fields(fields: families.Fields) -> families.Fields:
+def _rope_fields(fields: families.Fields, family: families.Family) -> families.Fields:
   """The fields of the rotary embedding.
 
   transformers 5 writes `rope_parameters`, and transformers 4 `rope_scaling`. If a
   config has both, transformers reads the second.
   """
   rope = fields.get("rope_parameters") or {}
+  if not rope and not fields.get("rope_scaling"):
+    rope = family.defaults.get("rope_parameters", {})
   # If it has one section for each kind of layer, the other one is `_local_theta`'s.
   rope = rope.get("full_attention", rope)
   scaling = dict(fields.get("rope_scaling") or {})
@@ -233,57 +249,93 @@ def _rope(
   config: transformer.DecoderConfig,
   place: str,
 ) -> rotary.Rope:
-  """The rotary embedding of the layers without a window.
-
-  The formulas are those of transformers/modeling_rope_utils.py.
-  """
+  """The rotary embedding of the layers without a window."""
   from raft_jax.models import rotary
 
-  kind = fields.get("rope_type") or fields.get("type") or "default"
-  kind = "longrope" if kind == "su" else kind  # its name in the first Phi-3 files
+  kind = _rope_kind(fields)
   if kind not in family.ropes:
     raise errors.UserError(
       f"{place}: rope scaling {kind!r} is not supported; use a model without it"
     )
   width = int(config.head_dim * (fields.get("partial_rotary_factor") or 1))
+  rope = rotary.Rope(config.rope_theta, None if width == config.head_dim else width)
+  fields = {"original_max_position_embeddings": config.max_positions, **fields}
+  scaling = _scaling(fields, kind, config, width, f"{place}: rope scaling {kind!r}")
+  return dataclasses.replace(rope, **scaling)
+
+
+def _rope_kind(fields: families.Fields) -> str:
+  kind = fields.get("rope_type") or fields.get("type") or "default"
+  return "longrope" if kind == "su" else kind  # its name in the first Phi-3 files
+
+
+def _longest(
+  fields: families.Fields, config: transformer.DecoderConfig, place: str
+) -> int:
+  """The longest sequence that the model was made for.
+
+  Published configs that turn YaRN on (Qwen) keep the length without it, as vLLM knows.
+  """
+  if _rope_kind(fields) != "yarn" or not fields.get("factor"):
+    return config.max_positions
+  original = fields.get("original_max_position_embeddings") or config.max_positions
+  return max(config.max_positions, int(original * fields["factor"]))
+
+
+def _scaling(
+  fields: families.Fields,
+  kind: str,
+  config: transformer.DecoderConfig,
+  width: int,
+  place: str,
+) -> dict[str, Any]:
+  """The fields of `rotary.Rope` by which a kind of scaling differs from none."""
   exponents = np.arange(0, width, 2) / width
 
-  def number(name: str, kind_: type = float) -> Any:
-    return _number(fields, f"{place}: rope scaling {kind!r}", name, kind_)
+  def number(name: str, kind_: type = float, default: float | None = None) -> Any:
+    return _number(fields, place, name, kind_, default)
 
   def factors(name: str) -> tuple[float, ...]:
     values = fields.get(name)
     if not isinstance(values, list) or len(values) != len(exponents):
       raise errors.UserError(
-        f"{place}: rope scaling {kind!r}: {name} does not hold {len(exponents)} "
-        "numbers; fetch the file again"
+        f"{place}: {name} does not hold {len(exponents)} numbers; fetch the file again"
       )
     return tuple(map(float, values))
 
-  rope = rotary.Rope(config.rope_theta, None if width == config.head_dim else width)
   if kind == "none":
-    return dataclasses.replace(rope, divisors=(math.inf,))
-  fields = {"original_max_position_embeddings": config.max_positions, **fields}
+    return {"divisors": (math.inf,)}
   if kind == "linear":
-    return dataclasses.replace(rope, divisors=(number("factor"),))
+    return {"divisors": (number("factor"),)}
   if kind == "llama3":
-    numbers = {name: number(name) for name in families.LLAMA3_NUMBERS}
-    divisors = families.llama3_divisors(config.rope_theta**exponents, **numbers)
-    return dataclasses.replace(rope, divisors=divisors)
+    numbers = {name: number(name) for name in rope_scaling.LLAMA3_NUMBERS}
+    periods = config.rope_theta**exponents
+    return {"divisors": rope_scaling.llama3_divisors(periods, **numbers)}
+  if kind not in ("longrope", "yarn"):
+    return {}
+  original = number("original_max_position_embeddings", int)
+  growth = number("factor", default=config.max_positions / original)
   if kind == "longrope":
-    original = number("original_max_position_embeddings", int)
-    growth = fields.get("factor") or config.max_positions / original
-    scale = 1.0
-    if growth > 1:
-      scale = math.sqrt(1 + math.log(growth) / math.log(original))
-    return dataclasses.replace(
-      rope,
-      divisors=factors("short_factor"),
-      long_divisors=factors("long_factor"),
-      long_after=original,
-      scale=fields.get("attention_factor") or scale,
-    )
-  return rope
+    scale = rope_scaling.longrope_scale(growth, original)
+    return {
+      "divisors": factors("short_factor"),
+      "long_divisors": factors("long_factor"),
+      "long_after": original,
+      "scale": fields.get("attention_factor") or scale,
+    }
+  divisors = rope_scaling.yarn_divisors(
+    config.rope_theta,
+    width,
+    factor=growth,
+    original=original,
+    beta_fast=number("beta_fast", default=32.0),
+    beta_slow=number("beta_slow", default=1.0),
+    truncate=fields.get("truncate", True),
+  )
+  scale = rope_scaling.yarn_scale(
+    growth, fields.get("mscale"), fields.get("mscale_all_dim")
+  )
+  return {"divisors": divisors, "scale": fields.get("attention_factor") or scale}
 
 
 def _local_theta(fields: families.Fields, place: str) -> float:
@@ -310,9 +362,10 @@ def _layer_ropes(
 
   main = _rope(fields, family, config, place)
   layers = range(config.n_layers)
-  if "no_rope_layer_interval" in family.defaults:
-    no_rotation = dataclasses.replace(main, divisors=(math.inf,))
-    indices = tuple(int(not families.has_rope(fields, layer)) for layer in layers)
+  if family.rotates is not None:
+    rotates = family.rotates
+    no_rotation = rotary.Rope(main.theta, main.width, divisors=(math.inf,))
+    indices = tuple(int(not rotates(fields, layer)) for layer in layers)
     return {"ropes": (main, no_rotation), "layer_ropes": indices}
   if "rope_local_base_freq" in family.defaults and family.slides is not None:
     local = rotary.Rope(_local_theta(fields, place))

@@ -6,15 +6,17 @@ opens a file.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 Fields = dict[str, Any]
 """Hugging Face config fields, as in config.json."""
+
+
+ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""The kinds of rotary scaling that transformers' models share. `dynamic` changes
+nothing within the length that a model was made for, and longer rows are refused."""
 
 
 class Name(NamedTuple):
@@ -48,8 +50,12 @@ class Family(NamedTuple):
       same transformers' class reads both.
     grouped: paths whose rows a fused tensor holds head by head of the linear layers'
       keys, not one parameter after the other.
+    rotates: config and layer -> whether the layer has rotary positions; None: always.
+    constants: tensors that hold the same number in every model -> that number.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
+    wrapped: whether it is the text tower of a model with other parts, as `wrappers`
+      makes it; then `architecture` and `names` are the whole model's.
   """
 
   architecture: str
@@ -58,13 +64,16 @@ class Family(NamedTuple):
   only: Mapping[str, tuple[Any, ...]]
   renamed: Mapping[str, str] = {}
   extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
-  ropes: tuple[str, ...] = ("default", "llama3")
+  ropes: tuple[str, ...] = ROPES
   slides: Callable[[Fields, int], bool] | None = None
   delta: Callable[[Fields], dict[str, Any]] | None = None
   aliases: Mapping[str, str] = {}
   grouped: frozenset[str] = frozenset()
+  rotates: Callable[[Fields, int], bool] | None = None
+  constants: Mapping[str, float] = {}
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
+  wrapped: bool = False
 
   @property
   def in_gguf(self) -> bool:
@@ -80,6 +89,13 @@ _OUTER = {
 _PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 _MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+_FUSED_MLP = {**_MLP, **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")}
+_PLAIN_MLP = {name: _MLP[name] for name in ("up", "down")}
+_QKV_BIASES = {f"{name}_bias": _ATTENTION[name] for name in "qkv"}
+_POST_NORMS = {
+  "attn_post_norm": "post_attention_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 _GGUF = {
   "attn_norm": "attn_norm",
@@ -126,6 +142,15 @@ def _by_layer_type(default: Callable[[Fields, int], bool]):
   return slides
 
 
+def has_rope(fields: Fields, layer: int) -> bool:
+  """Whether a layer has rotary positions at all."""
+  flags = fields.get("no_rope_layers")  # despite its name, 1 for layers with them
+  if flags:
+    return bool(flags[layer])
+  interval = fields.get("no_rope_layer_interval")
+  return not interval or (layer + 1) % interval != 0
+
+
 _qwen_slides = _by_layer_type(lambda fields, i: i >= fields["max_window_layers"])
 _QWEN = {
   **_COMMON,
@@ -134,6 +159,47 @@ _QWEN = {
   "sliding_window": 4096,
   "max_window_layers": 28,
 }
+
+_OLMO = {**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+
+
+def _olmo(fields: Fields) -> dict[str, Any]:
+  return {
+    "qk_norm": "projection",
+    "norm_rounds_last": True,
+    "pre_norms": False,
+    "post_norms": True,
+  }
+
+
+def _exaone_period(fields: Fields) -> int:
+  pattern = fields["sliding_window_pattern"] or 1  # "LLLG" is another name of 4
+  return len(pattern) if isinstance(pattern, str) else pattern
+
+
+_exaone_slides = _by_layer_type(lambda f, i: (i + 1) % _exaone_period(f) != 0)
+
+
+def _ministral(fields: Fields) -> dict[str, Any]:
+  beta = fields.get("llama_4_scaling_beta")
+  original = fields.get("original_max_position_embeddings")
+  length = original or fields["max_position_embeddings"]
+  return {"query_growth": (float(beta), int(length)) if beta else None}
+
+
+_GLM = {
+  **_COMMON,
+  "rms_norm_eps": 1.5625e-7,
+  "head_dim": 128,
+  "max_position_embeddings": 131072,
+  "attention_bias": True,
+  "partial_rotary_factor": 0.5,
+}
+
+
+def _glm(fields: Fields) -> dict[str, Any]:
+  return {"qkv_bias": bool(fields["attention_bias"]), "rope_interleaved": True}
+
 
 _GEMMA_NORMS = {
   "attn_norm": "input_layernorm",
@@ -262,7 +328,7 @@ FAMILIES = {
     names=_names(
       _PRE_NORMS,
       _ATTENTION,
-      {f"{name}_bias": f"self_attn.{name}_proj" for name in "qkv"},
+      _QKV_BIASES,
       _MLP,
     ),
     defaults=_QWEN,
@@ -289,6 +355,147 @@ FAMILIES = {
     only=_NO_BIAS,
     slides=lambda fields, layer: True,
   ),
+  "ministral3": Family(
+    architecture="Ministral3ForCausalLM",
+    names=_LLAMA_LIKE,
+    defaults={
+      **_COMMON,
+      "rms_norm_eps": 1e-5,
+      "head_dim": 128,
+      "max_position_embeddings": 262144,
+      "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+      },
+    },
+    only=_NO_BIAS,
+    extra=_ministral,
+    slides=lambda fields, layer: True,
+  ),
+  "granite": Family(
+    architecture="GraniteForCausalLM",
+    names=_LLAMA_LIKE,
+    defaults={
+      **_COMMON,
+      "max_position_embeddings": 2048,
+      "embedding_multiplier": 1.0,
+      "logits_scaling": 1.0,
+      "residual_multiplier": 1.0,
+      "attention_multiplier": 1.0,
+    },
+    only=_NO_BIAS,
+    extra=lambda fields: {
+      "embed_scale": float(fields["embedding_multiplier"]),
+      "residual_scale": float(fields["residual_multiplier"]),
+      "query_scale": float(fields["attention_multiplier"]),
+      "hidden_scale": 1.0 / fields["logits_scaling"],
+    },
+  ),
+  "seed_oss": Family(
+    architecture="SeedOssForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _MLP),
+    defaults={
+      **_COMMON,
+      "head_dim": 128,
+      "max_position_embeddings": 524288,
+      "attention_bias": True,
+    },
+    only={
+      "hidden_act": ("silu",),
+      "attention_out_bias": (False, None),
+      "mlp_bias": (False, None),
+      "partial_rotary_factor": (1, None),
+    },
+    extra=lambda fields: {"qkv_bias": bool(fields["attention_bias"])},
+  ),
+  "exaone4": Family(
+    architecture="Exaone4ForCausalLM",
+    names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
+    defaults={
+      **_COMMON,
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 2048,
+      "sliding_window": 4096,
+      "sliding_window_pattern": 4,
+    },
+    only=_NO_BIAS,
+    extra=lambda fields: {"qk_norm": "head", "pre_norms": False, "post_norms": True},
+    slides=_exaone_slides,
+    # Once some layers have windows, those without one have no positions.
+    rotates=lambda f, i: not f["sliding_window"] or _exaone_slides(f, i),
+  ),
+  "apertus": Family(
+    architecture="ApertusForCausalLM",
+    names=_names(
+      {"attn_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+      _ATTENTION,
+      _QK_NORMS,
+      _PLAIN_MLP,
+    )
+    | {
+      f"layers/xielu_{sign}": Name(f"model.layers.{{}}.mlp.act_fn.alpha_{sign}", "")
+      for sign in "pn"
+    },
+    defaults={
+      **_COMMON,
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 65536,
+      "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 12000000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+      },
+    },
+    only={**_NO_BIAS, "hidden_act": ("xielu",)},
+    extra=lambda fields: {
+      "qk_norm": "head",
+      "activation": "xielu",
+      "gated_mlp": False,
+    },
+    constants={
+      "model.layers.{}.mlp.act_fn.beta": 0.5,
+      "model.layers.{}.mlp.act_fn.eps": -1e-6,
+    },
+  ),
+  "arcee": Family(
+    architecture="ArceeForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _PLAIN_MLP),
+    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+    only={**_NO_BIAS, "hidden_act": ("relu2",)},
+    extra=lambda fields: {"activation": "relu2", "gated_mlp": False},
+  ),
+  "glm": Family(
+    architecture="GlmForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QKV_BIASES, _FUSED_MLP),
+    defaults=_GLM,
+    only={"hidden_act": ("silu",)},
+    extra=_glm,
+  ),
+  "glm4": Family(
+    architecture="Glm4ForCausalLM",
+    names=_names(
+      {
+        "attn_norm": "input_layernorm",
+        "attn_post_norm": "post_self_attn_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_mlp_layernorm",
+      },
+      _ATTENTION,
+      _QKV_BIASES,
+      _FUSED_MLP,
+    ),
+    defaults=_GLM,
+    only={"hidden_act": ("silu",)},
+    extra=lambda fields: {**_glm(fields), "post_norms": True},
+  ),
   "smollm3": Family(
     architecture="SmolLM3ForCausalLM",
     names=_LLAMA_LIKE,
@@ -304,26 +511,33 @@ FAMILIES = {
     slides=_by_layer_type(
       lambda fields, layer: not has_rope(fields, layer) and fields["use_sliding_window"]
     ),
+    rotates=has_rope,
   ),
   "olmo2": Family(
     architecture="Olmo2ForCausalLM",
     names=_names(
       _ATTENTION,
       _QK_NORMS,
-      {
-        "attn_post_norm": "post_attention_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-      },
+      _POST_NORMS,
       _MLP,
     ),
-    defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    defaults=_OLMO,
     only=_NO_BIAS,
-    extra=lambda fields: {
-      "qk_norm": "projection",
-      "norm_rounds_last": True,
-      "pre_norms": False,
-      "post_norms": True,
+    extra=_olmo,
+  ),
+  "olmo3": Family(
+    architecture="Olmo3ForCausalLM",
+    names=_names(_ATTENTION, _QK_NORMS, _POST_NORMS, _MLP),
+    defaults={
+      **_OLMO,
+      "rope_theta": 500000.0,
+      # transformers does not read `rope_theta` for the layers with a window.
+      "rope_local_base_freq": 500000.0,
+      "sliding_window": 4096,
     },
+    only=_NO_BIAS,
+    extra=_olmo,
+    slides=_by_layer_type(lambda fields, layer: (layer + 1) % 4 != 0),
   ),
   "phi3": Family(
     architecture="Phi3ForCausalLM",
@@ -332,9 +546,8 @@ FAMILIES = {
       {
         **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
         "o": "self_attn.o_proj",
-        **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
-        "down": "mlp.down_proj",
       },
+      _FUSED_MLP,
     ),
     defaults={**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     only={
@@ -357,7 +570,6 @@ FAMILIES = {
     },
     only=_GEMMA_ONLY,
     extra=_gemma,
-    ropes=("default",),
     slides=_by_layer_type(lambda fields, layer: layer % 2 == 0),
   ),
   "gemma3_text": Family(
@@ -372,7 +584,6 @@ FAMILIES = {
     },
     only=_GEMMA_ONLY,
     extra=lambda fields: {**_gemma(fields), "qk_norm": "head"},
-    ropes=("default", "linear"),
     slides=_by_layer_type(lambda f, i: (i + 1) % f["sliding_window_pattern"] != 0),
   ),
   "qwen3_5_text": Family(
@@ -442,44 +653,3 @@ FAMILIES = {
     },
   ),
 }
-
-
-def has_rope(fields: Fields, layer: int) -> bool:
-  """Whether a layer has rotary positions at all."""
-  flags = fields.get("no_rope_layers")  # despite its name, 1 for layers with them
-  if flags:
-    return bool(flags[layer])
-  interval = fields.get("no_rope_layer_interval")
-  return not interval or (layer + 1) % interval != 0
-
-
-LLAMA3_NUMBERS = (
-  "factor",
-  "low_freq_factor",
-  "high_freq_factor",
-  "original_max_position_embeddings",
-)
-
-
-def llama3_divisors(
-  periods: np.ndarray,
-  *,
-  factor: float,
-  low_freq_factor: float,
-  high_freq_factor: float,
-  original_max_position_embeddings: float,
-) -> tuple[float, ...]:
-  """Divisors of the rotary frequencies in the rope scaling `llama3`.
-
-  Waves that turn fewer than `low_freq_factor` times within the original length are
-  slowed by `factor`, those above `high_freq_factor` not, those between in part
-  (transformers/modeling_rope_utils.py).
-
-  Args:
-    periods: positions in which each frequency turns by one radian.
-  """
-  turns = original_max_position_embeddings / (2 * math.pi * periods)
-  share = np.clip(
-    (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1
-  )
-  return tuple((1 / ((1 - share) / factor + share)).tolist())

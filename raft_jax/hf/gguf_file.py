@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, tensor_layout
+from raft_jax.hf import families, rope_scaling, tensor_layout
 
 
 def _reader(path: pathlib.Path) -> gguf.GGUFReader:
@@ -130,7 +130,12 @@ def _rope_fields(
   theta = meta("freq_base")
   theta = fields["rope_theta"] = 10000.0 if theta is None else theta
   kind = meta("scaling.type") or "none"
-  scaling: families.Fields = {"rope_type": "default" if kind == "none" else kind}
+  if kind not in ("none", "default"):
+    raise errors.UserError(
+      f"{path}: rope scaling {kind!r} is not read from GGUF; use the model's Hugging "
+      "Face folder"
+    )
+  scaling: families.Fields = {"rope_type": "default"}
   if "rope_freqs.weight" in _tensor_names(reader):
     scaling = _llama3_scaling(reader, path, theta)
     return {
@@ -158,7 +163,7 @@ def _llama3_scaling(
     "original_max_position_embeddings": 8192,
   }
   exponents = np.arange(len(divisors)) / len(divisors)
-  expected = families.llama3_divisors(theta**exponents, **numbers)
+  expected = rope_scaling.llama3_divisors(theta**exponents, **numbers)
   if not np.allclose(divisors, expected, rtol=1e-4):
     raise errors.UserError(
       f"{path}: rope_freqs.weight is not the rope scaling 'llama3' with the numbers of "

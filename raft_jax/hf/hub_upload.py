@@ -27,6 +27,7 @@ REPLACED = (
   *("*.safetensors", "*.safetensors.index.json", "*.jinja"),
   *("config.json", "generation_config.json", "adapter_config.json"),
   *save.TOKENIZER_FILES,
+  *save.PROCESSOR_FILES,
 )
 """Files of an earlier export that are deleted where this one has none of the name."""
 

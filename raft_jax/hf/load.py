@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -25,6 +25,7 @@ from raft_jax.hf import (
   model_source,
   tensor_layout,
   weight_files,
+  wrappers,
 )
 from raft_jax.runtime import interrupts
 
@@ -54,7 +55,25 @@ def load_config(source: str, *, weights: bool = True) -> transformer.DecoderConf
     UserError: the family or a feature of it is not supported; the message names it.
   """
   path = model_source.resolve(source, weights=weights)
-  return decoder_config.decoder_config(fields(path), _config_place(path))
+  content = fields(path)
+  if _ties_by_file(path, content):
+    heads = ("lm_head.weight", "language_model.lm_head.weight")
+    has_head = any(name in stored_tensors(path) for name in heads)
+    content = {**content, "tie_word_embeddings": not has_head}
+  return decoder_config.decoder_config(content, _config_place(path))
+
+
+def _ties_by_file(path: pathlib.Path, content: families.Fields) -> bool:
+  """Whether only the files tell if the head of a text tower is the embedding.
+
+  The default in the config's class has changed between versions of transformers, which
+  takes the head of a file if it has one.
+  """
+  return (
+    wrappers.find(content) is not None
+    and content.get("tie_word_embeddings") is None
+    and any(path.glob("*.safetensors"))
+  )
 
 
 def family(source: str) -> families.Family:
@@ -212,6 +231,9 @@ def _matched(
   stored = gguf_file.tensors(path) if in_gguf else stored_tensors(path)
   stored = {_renamed(name, family): tensor for name, tensor in stored.items()}
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
+  if family.wrapped:
+    names = wrappers.file_names(names, stored)
+    stored = {name: stored[name] for name in stored if wrappers.is_inside(name)}
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
   layers_of = functools.partial(hybrid.layers_of, config)
   groups = decoder_config.row_groups(family, config)
@@ -220,7 +242,9 @@ def _matched(
   if tied in stored and names["embed"] not in stored:
     # A file holds only one of two tensors that share memory; this may be the head.
     stored[names["embed"]] = stored.pop(tied)
-  _check_fit(path, stored, pieces, family, tied)
+  constants = tensor_layout.constants(family, config.n_layers)
+  _check_fit(path, stored, pieces, family, {tied, *constants}, head=names["head"])
+  _check_constants(path, stored, constants)
   if tied in stored:
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
   if in_gguf:
@@ -274,8 +298,15 @@ def _check_fit(
   stored: Mapping[str, tensor_layout.Stored],
   pieces: list[tensor_layout.Piece],
   family: families.Family,
-  tied: str | None,
+  known: Set[str | None],
+  *,
+  head: str,
 ) -> None:
+  """Raises UserError unless the file holds the parameters and no other tensors.
+
+  Args:
+    known: further names that it may hold.
+  """
   expected = {piece.name: piece.shape for piece in pieces}
 
   def some(names: list[str]) -> str:
@@ -289,10 +320,11 @@ def _check_fit(
       name
       for name, tensor in stored.items()
       if name not in expected
-      and name != tied
+      and name not in known
       and not family.ignored.fullmatch(name)
       and not weight_files.is_buffer(name, tensor)
     ),
+    wrapped=family.wrapped,
   )
   wrong, coded = [], []
   for name in (name for name in expected if name in stored):
@@ -314,17 +346,17 @@ def _check_fit(
   ]
   if faults:
     raise errors.UserError(
-      f"{path}: {'; '.join(faults)}; {remedy or _misfit(missing, stored, family)}"
+      f"{path}: {'; '.join(faults)}; {remedy or _misfit(missing, stored, head)}"
     )
 
 
 def _misfit(
   missing: Sequence[str],
   stored: Mapping[str, tensor_layout.Stored],
-  family: families.Family,
+  head: str,
 ) -> str:
   """Advice for names or shapes that do not match the config."""
-  if missing == [family.names["head"].hf]:
+  if missing == [head]:
     return "set tie_word_embeddings to true in config.json if its head is the embedding"
   for name in missing[:1]:
     wrapped = next((key for key in stored if key.endswith(f".{name}")), None)
@@ -337,6 +369,20 @@ def _misfit(
     "the weights and the config do not belong together or the architecture is not "
     "supported"
   )
+
+
+def _check_constants(
+  path: pathlib.Path,
+  stored: Mapping[str, tensor_layout.Stored],
+  constants: Mapping[str, float],
+) -> None:
+  for name in constants.keys() & stored.keys():
+    value = np.asarray(stored[name].read(()), np.float32)
+    if not np.allclose(value, constants[name], rtol=2**-8):  # rounded to bfloat16
+      raise errors.UserError(
+        f"{path}: {name} is {value}, and the decoder computes with {constants[name]} "
+        "only; use another model"
+      )
 
 
 def _check_tied(
@@ -361,6 +407,11 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, tensor_layout.Stored]:
   Raises:
     UserError: there are no weights, more than one set of them, or a damaged file.
   """
+  return weight_files.tensors(folder, weight_shards(folder))
+
+
+def weight_shards(folder: pathlib.Path) -> weight_files.Shards:
+  """The weight files of a Hugging Face folder; errors as for `stored_tensors`."""
   index = folder / weight_files.INDEX
   content = read_json(index) if index.is_file() else None
-  return weight_files.tensors(folder, weight_files.shards(folder, content))
+  return weight_files.shards(folder, content)

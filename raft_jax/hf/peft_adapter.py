@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,23 +17,28 @@ def targets(family: families.Family, names: Sequence[str]) -> tuple[str, ...]:
   """Kernels of the parameter tree for the names of Hugging Face modules.
 
   Every family knows `q_proj` to `down_proj`. A family that fuses some of them (Phi's
-  `qkv_proj`) also knows the fused name, which stands for all of its parts. These are
-  the projections of the layers with attention; those of linear layers have the names
-  of their modules (`in_proj_qkv`, or `linear_attn.q_proj` where both have a `q_proj`).
+  `qkv_proj`) also knows the fused name, which stands for all of its parts. Of a family
+  without gates, `gate_proj` is passed over, since it is one of the default names. These
+  are the projections of the layers with attention; those of linear layers have the
+  names of their modules (`in_proj_qkv`, or `linear_attn.q_proj` where both have a
+  `q_proj`).
 
   Raises:
-    errors.UserError: the model has no module of a name.
+    errors.UserError: the model has no module of a name, or none of all names.
   """
-  kernels_by_name = {f"{kernel}_proj": {kernel} for kernel in lora.KERNELS}
-  for module, kernels in _modules(family).items():
+  modules = _modules(family)
+  own = {kernel for kernels in modules.values() for kernel in kernels}
+  kernels_by_name = {f"{kernel}_proj": {kernel} & own for kernel in lora.KERNELS}
+  for module, kernels in modules.items():
     kernels_by_name[_target(family, module)] = set(kernels)
   unknown = [name for name in names if name not in kernels_by_name]
-  if unknown:
+  targeted = set().union(*(kernels_by_name.get(name, ()) for name in names))
+  if unknown or not targeted:
+    known = (name for name, kernels in kernels_by_name.items() if kernels)
     raise errors.UserError(
-      f"lora.targets: no projection {unknown[0]!r} in this model; it has "
-      f"{', '.join(kernels_by_name)}"
+      f"lora.targets: no projection {[*unknown, *names][0]!r} in this model; it has "
+      f"{', '.join(known)}"
     )
-  targeted = set().union(*(kernels_by_name[name] for name in names))
   return tuple(kernel for kernel in lora.ALL_KERNELS if kernel in targeted)
 
 
@@ -72,13 +78,19 @@ def config(
   # Adapters of kernels that are fused into one module are stacked, and so are their
   # ranks; alpha grows with the rank, so that alpha / rank stays the same.
   stacked = {name: len(parts) for name, parts in adapted.items() if len(parts) > 1}
+  target_modules: str | list[str] = list(adapted)
+  if family.wrapped:  # an image encoder has modules of the same names
+    modules = [m for m, parts in _modules(family).items() if {*parts} & {*kernels}]
+    target_modules = "|".join(
+      re.escape(module).replace(r"\{\}", r"\d+") for module in modules
+    )
   json_alpha = int(alpha) if float(alpha).is_integer() else alpha
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "r": rank,
     "lora_alpha": json_alpha,
-    "target_modules": list(adapted),
+    "target_modules": target_modules,
     "rank_pattern": {name: rank * count for name, count in stacked.items()},
     "alpha_pattern": {name: json_alpha * count for name, count in stacked.items()},
     "lora_dropout": 0.0,

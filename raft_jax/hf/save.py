@@ -10,8 +10,8 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import safetensors
@@ -21,11 +21,13 @@ from flax import traverse_util
 import raft_jax
 from raft_jax import errors
 from raft_jax.hf import (
+  carried_tensors,
   decoder_config,
   families,
   model_source,
   peft_adapter,
   tensor_layout,
+  wrappers,
 )
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import tokenizer as hf_tokenizer
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
   from raft_jax.models import transformer
 
-Shard = list[tensor_layout.Piece]
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -49,11 +50,21 @@ TOKENIZER_FILES = (
   "merges.txt",
   "tokenizer.model",
 )
+PROCESSOR_FILES = (
+  "processor_config.json",
+  "preprocessor_config.json",
+  "video_preprocessor_config.json",
+  "audio_tokenizer_config.json",
+)
+"""What a model with a text tower has beside a tokenizer, for images and sound."""
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 MARK = "raft_jax_version"
 """The key that marks a folder as an earlier export."""
+METADATA = {"format": "pt", MARK: raft_jax.__version__}
+"""Of every safetensors file that is written."""
 ADAPTER_FILE = "adapter_model.safetensors"
+T = TypeVar("T")
 
 
 def save(
@@ -74,14 +85,15 @@ def save(
   The files are written into a temporary folder beside the target. Each tensor is read
   back and compared bit for bit, and all files are synced to disk; then the folder gets
   its name. The config and the tokenizer are the source's; a folder's tokenizer files
-  are copied byte for byte.
+  are copied byte for byte. Of a model with a text tower, the whole model is written:
+  its other tensors and its processor's files are copied byte for byte, too.
 
   Args:
     folder: the target. One that exists and is not empty is refused, except with
       `overwrite` if an earlier `save` made it.
     params: tree as `transformer.shapes(config)`.
     source: of the model, as for `model_source.resolve`.
-    dtype: of the written weights.
+    dtype: of the written weights; tensors outside a text tower keep their own.
     template: which chat template, as in `model.chat_template`. If the source's files
       would give another one, it replaces all templates of theirs.
     thinking: whether the model was trained with thinking on. Otherwise the written
@@ -103,14 +115,31 @@ def save(
   names = tensor_layout.file_names(family, in_gguf=False)
   layers_of = functools.partial(hybrid.layers_of, config)
   groups = decoder_config.row_groups(family, config)
-  pieces = tensor_layout.pieces(leaves, names, layers_of, groups)
-  plan = _plan_shards(pieces, kind.itemsize, max_shard_bytes)
-  with _replacing(target, sum(map(_size, plan)) * kind.itemsize) as temporary:
-    _write_weights(temporary, leaves, plan, kind)
-    _write_config(temporary, fields, config, dtype)
+  foreign = set(tensor_layout.constants(family, config.n_layers))
+  if family.wrapped:
+    stored = hf_load.stored_tensors(path)
+    names, foreign = wrappers.file_names(names, stored), wrappers.outside(stored)
+  carried = carried_tensors.find(path, foreign)
+  plan = Plan(
+    _shards(
+      tensor_layout.pieces(leaves, names, layers_of, groups),
+      lambda piece: math.prod(piece.shape) * kind.itemsize,
+      max_shard_bytes,
+    ),
+    _shards(carried, lambda tensor: tensor.size, max_shard_bytes),
+    kind,
+  )
+  with _replacing(target, plan.size) as temporary:
+    _write_weights(temporary, leaves, plan)
+    exported = wrappers.exported_fields(
+      fields, family, dtype=dtype, tied=config.tie_embeddings
+    )
+    _write_config(temporary, exported, config, dtype)
     ends = hf_tokenizer.eos_ids(source, tokenizer)
     _write_generation_config(temporary, path, tokenizer, ends, config.vocab_size)
     _write_tokenizer(temporary, path, tokenizer)
+    if family.wrapped:
+      _copy_files(temporary, path, PROCESSOR_FILES)
     changed = hf_tokenizer.changed_template(source, template, thinking=thinking)
     if changed is not None:
       _write_template(temporary, changed)
@@ -185,49 +214,62 @@ def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _size(shard: Shard) -> int:
-  """Number of elements."""
-  return sum(math.prod(piece.shape) for piece in shard)
+class Plan(NamedTuple):
+  """The files of an exported model's weights.
+
+  Attributes:
+    trained: files of our parameters; `carried`, of the tensors outside a text tower.
+    dtype: of our parameters.
+  """
+
+  trained: list[list[tensor_layout.Piece]]
+  carried: list[list[carried_tensors.Carried]]
+  dtype: np.dtype
+
+  @property
+  def size(self) -> int:
+    """Bytes of all tensors."""
+    pieces = (piece for file in self.trained for piece in file)
+    elements = sum(math.prod(piece.shape) for piece in pieces)
+    carried = sum(tensor.size for file in self.carried for tensor in file)
+    return elements * self.dtype.itemsize + carried
 
 
-def _plan_shards(
-  pieces: list[tensor_layout.Piece], itemsize: int, limit: int
-) -> list[Shard]:
+def _shards(items: list[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
   """Distributes whole tensors to files of at most `limit` bytes each.
 
   A larger tensor has a file of its own.
   """
-  shards: list[Shard] = [[]]
-  for piece in pieces:
-    if shards[-1] and _size([*shards[-1], piece]) * itemsize > limit:
+  shards: list[list[T]] = []
+  room = 0
+  for item in items:
+    if not shards or size(item) > room:
       shards.append([])
-    shards[-1].append(piece)
+      room = limit
+    shards[-1].append(item)
+    room -= size(item)
   return shards
 
 
-def _write_weights(
-  folder: pathlib.Path,
-  leaves: Mapping[str, Any],
-  plan: list[Shard],
-  dtype: np.dtype,
-) -> None:
+def _write_weights(folder: pathlib.Path, leaves: Mapping[str, Any], plan: Plan) -> None:
   weight_map: dict[str, str] = {}
-  for number, shard in enumerate(plan, 1):
-    file = "model.safetensors"
-    if len(plan) > 1:
-      file = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-    tensors = dict(_host_tensors(leaves, shard, dtype))
-    _write_tensors(folder / file, tensors)
-    weight_map |= dict.fromkeys(tensors, file)
-  if len(plan) > 1:
-    total = sum(map(_size, plan)) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  count = len(plan.trained) + len(plan.carried)
+  files = ["model.safetensors"]
+  if count > 1:
+    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+  for file, pieces in zip(files, plan.trained, strict=False):
+    _write_tensors(folder / file, dict(_host_tensors(leaves, pieces, plan.dtype)))
+    weight_map |= dict.fromkeys((piece.name for piece in pieces), file)
+  for file, tensors in zip(files[len(plan.trained) :], plan.carried, strict=True):
+    carried_tensors.copy(folder / file, tensors, METADATA)
+    weight_map |= dict.fromkeys((tensor.name for tensor in tensors), file)
+  if count > 1:
+    index = {"metadata": {"total_size": plan.size}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-  metadata = {"format": "pt", MARK: raft_jax.__version__}
-  safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
+  safetensors.numpy.save_file(dict(tensors), path, metadata=METADATA)
   path.chmod(0o644)  # the library makes it readable to its owner only
   with safetensors.safe_open(path, framework="numpy") as written:
     for name, tensor in tensors.items():
@@ -246,14 +288,14 @@ def _check_finite(path: str, leaf: np.ndarray) -> None:
 
 
 def _host_tensors(
-  leaves: Mapping[str, Any], shard: Shard, dtype: np.dtype
+  leaves: Mapping[str, Any], pieces: list[tensor_layout.Piece], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
-  for paths, pieces in itertools.groupby(shard, lambda piece: piece.paths):
+  for paths, group in itertools.groupby(pieces, lambda piece: piece.paths):
     interrupts.check()
     arrays = [np.asarray(leaves[path]) for path in paths]
     for path, leaf in zip(paths, arrays, strict=True):
       _check_finite(path, leaf)
-    for piece in pieces:
+    for piece in group:
       parts = [leaf if piece.layer is None else leaf[piece.layer] for leaf in arrays]
       tensor = tensor_layout.joined(parts, piece.groups)
       # safetensors writes the buffer as it is in memory and ignores strides.
@@ -305,10 +347,8 @@ def _write_tokenizer(
 ) -> None:
   if path.is_dir():
     named = sorted(path.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
-    for name in (*TOKENIZER_FILES, *(f"{TEMPLATE_FOLDER}/{p.name}" for p in named)):
-      if (path / name).is_file():
-        (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path / name, folder / name)
+    templates = (f"{TEMPLATE_FOLDER}/{p.name}" for p in named)
+    _copy_files(folder, path, (*TOKENIZER_FILES, *templates))
     return
   tokenizer.save_pretrained(folder)
   # The class's name in transformers 4 and vLLM; transformers 5 knows both.
@@ -318,13 +358,22 @@ def _write_tokenizer(
   )
 
 
+def _copy_files(
+  folder: pathlib.Path, source: pathlib.Path, names: Iterable[str]
+) -> None:
+  for name in names:
+    if (source / name).is_file():
+      (folder / name).parent.mkdir(exist_ok=True)
+      shutil.copyfile(source / name, folder / name)
+
+
 def _write_template(folder: pathlib.Path, template: str) -> None:
   """Makes a chat template the only one of the folder."""
   shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
   (folder / "chat_template.json").unlink(missing_ok=True)
-  file = folder / "tokenizer_config.json"
-  if file.is_file() and "chat_template" in (fields := hf_load.read_json(file)):
-    _write_json(file, {k: v for k, v in fields.items() if k != "chat_template"})
+  for file in (folder / "tokenizer_config.json", folder / "processor_config.json"):
+    if file.is_file() and "chat_template" in (fields := hf_load.read_json(file)):
+      _write_json(file, {k: v for k, v in fields.items() if k != "chat_template"})
   (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 

@@ -94,6 +94,15 @@ def pieces(
   return result
 
 
+def constants(family: families.Family, layers: int) -> dict[str, float]:
+  """The tensors of a model that hold the same number in every one, by name."""
+  return {
+    name.format(layer): number
+    for name, number in family.constants.items()
+    for layer in range(layers)
+  }
+
+
 def part(tensor: Stored, piece: Piece, path: str) -> Stored:
   """The rows of one leaf in a tensor, which is all of them unless it is fused."""
   if len(piece.paths) == 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.hf import chat_template, gguf_file, model_source
+from raft_jax.hf import chat_template, gguf_file, model_source, wrappers
 from raft_jax.hf import load as hf_load
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def vocab_size(source: str) -> int | None:
 
 
 def _vocab_size(path: pathlib.Path) -> int | None:
-  fields = hf_load.fields(path)
+  fields = wrappers.text_fields(hf_load.fields(path))
   size = fields.get("vocab_size")
   return size if isinstance(size, int) else None  # `load_config` reports the fault
 
@@ -233,8 +233,10 @@ def eos_ids(
   if path.is_dir():
     for file in ("generation_config.json", "config.json"):
       if (path / file).is_file():
-        ids = hf_load.read_json(path / file).get("eos_token_id")
-        known.extend(ids if isinstance(ids, list) else [ids])
+        fields = hf_load.read_json(path / file)
+        for part in (fields, wrappers.text_fields(fields)):
+          ids = part.get("eos_token_id")
+          known.extend(ids if isinstance(ids, list) else [ids])
   else:
     known.append(hf_load.fields(path).get("eos_token_id"))
   known.append(tokenizer.eos_token_id)

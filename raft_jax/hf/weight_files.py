@@ -235,6 +235,14 @@ class Kind(NamedTuple):
 
 
 QUANTISED = "quantised weights cannot be trained; use the unquantised checkpoint"
+_MULTIMODAL = Kind(
+  "parts of a multimodal model",
+  re.compile(
+    r"(.*\.)?(vision\w*|visual|audio\w*|image_newline|\w*projector|language_model)"
+    r"(\..*)?"
+  ),
+  "use a model of text alone",
+)
 _KINDS = (
   Kind(
     "optimizer state",
@@ -255,14 +263,7 @@ _KINDS = (
     ),
     QUANTISED,
   ),
-  Kind(
-    "parts of a multimodal model",
-    re.compile(
-      r"(.*\.)?(vision\w*|visual|audio\w*|image_newline|\w*projector|language_model)"
-      r"(\..*)?"
-    ),
-    "use a model of text alone",
-  ),
+  _MULTIMODAL,
   Kind(
     "a mixture of experts",
     re.compile(r".*\.(experts|block_sparse_moe|router|shared_expert)\..*"),
@@ -273,13 +274,21 @@ _UNKNOWN = "unexpected tensors"
 
 
 def unexpected(
-  stored: Mapping[str, tensor_layout.Stored], names: Iterable[str]
+  stored: Mapping[str, tensor_layout.Stored],
+  names: Iterable[str],
+  *,
+  wrapped: bool = False,
 ) -> tuple[dict[str, list[str]], str | None]:
-  """The tensors that a model does not have, by kind, and a remedy for the first."""
+  """The tensors that a model does not have, by kind, and a remedy for the first.
+
+  Args:
+    wrapped: whether they are inside the text tower of a multimodal model.
+  """
+  kinds = [kind for kind in _KINDS if not wrapped or kind is not _MULTIMODAL]
   by_kind: dict[str, list[str]] = {}
   remedy = None
   for name in names:
-    kind = next((kind for kind in _KINDS if kind.names.fullmatch(name)), None)
+    kind = next((kind for kind in kinds if kind.names.fullmatch(name)), None)
     shown = name if kind else f"{name} ({stored[name].dtype})"
     by_kind.setdefault(kind.description if kind else _UNKNOWN, []).append(shown)
     remedy = remedy or (kind.remedy if kind else None)

@@ -16,6 +16,10 @@ from jax import Array
 
 Implementation = Literal["xla", "cudnn"]
 """Implementations of `jax.nn.dot_product_attention`."""
+XIELU_BETA = 0.5
+"""Slope of xIELU at 0."""
+XIELU_EPS = -1e-6
+"""The exponent of xIELU is at most this."""
 
 
 def rms_norm(
@@ -36,6 +40,27 @@ def rms_norm(
   if rounds_last:
     return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
   return normed.astype(x.dtype) * (offset + scale).astype(x.dtype)
+
+
+def xielu(x: Array, p: Array, n: Array) -> Array:
+  """The activation xIELU with two learned numbers, computed in float32.
+
+  .. math::
+    \\alpha_p x^2 + \\beta x \\; (x > 0), \\quad
+    \\alpha_n (e^{\\min(x, \\epsilon)} - 1 - x) + \\beta x \\; (x \\le 0)
+
+  with α_p = softplus(p) and α_n = β + softplus(n). Huang and Schlag, "Deriving
+  Activation Functions Using Integration", arXiv 2411.13010; β and ε as in
+  transformers/activations.py.
+
+  Args:
+    p, n: one number each, of shape [1].
+  """
+  x32 = x.astype(jnp.float32)
+  alpha_p, alpha_n = (jax.nn.softplus(a.astype(jnp.float32)) for a in (p, n))
+  positive = alpha_p * x32 * x32
+  negative = (XIELU_BETA + alpha_n) * (jnp.expm1(jnp.minimum(x32, XIELU_EPS)) - x32)
+  return (jnp.where(x32 > 0, positive, negative) + XIELU_BETA * x32).astype(x.dtype)
 
 
 def project(

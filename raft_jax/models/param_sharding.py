@@ -17,10 +17,13 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
     "k": (*keys, "embed"),
     "v": (*keys, "embed"),
     "o": ("layers", "embed", "heads"),
-    "gate": up,
     "up": up,
     "down": ("layers", "embed", "mlp"),
   }
+  if config.gated_mlp:
+    layers["gate"] = up
+  if config.activation == "xielu":
+    layers |= dict.fromkeys(("xielu_p", "xielu_n"), ("layers", "width"))
   if config.pre_norms or config.delta is not None:
     layers |= {"attn_norm": wide, "mlp_norm": wide}
   if config.post_norms:

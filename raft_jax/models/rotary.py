@@ -70,11 +70,40 @@ def rotation(
   return cos, sin
 
 
-def rotate(x_BTHh: Array, cos: Array, sin: Array) -> Array:
-  """Rotates the leading 2K dimensions of each head, the first half with the second."""
+def rotate(
+  x_BTHh: Array, cos: Array, sin: Array, *, interleaved: bool = False
+) -> Array:
+  """Rotates the leading 2K dimensions of each head.
+
+  Args:
+    interleaved: whether dimension 2i rotates with 2i + 1 (GLM), not i with K + i.
+  """
   rotating, fixed = jnp.split(x_BTHh, [2 * cos.shape[-1]], axis=-1)
-  first, second = jnp.split(rotating.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  ).astype(x_BTHh.dtype)
+  rotating = rotating.astype(jnp.float32)
+  if interleaved:
+    first, second = rotating[..., 0::2], rotating[..., 1::2]
+  else:
+    first, second = jnp.split(rotating, 2, axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  if interleaved:
+    rotated = jnp.stack(turned, axis=-1).reshape(rotating.shape)
+  else:
+    rotated = jnp.concatenate(turned, axis=-1)
+  rotated = rotated.astype(x_BTHh.dtype)
   return jnp.concatenate([rotated, fixed], axis=-1) if fixed.shape[-1] else rotated
+
+
+def query_factor(positions_BT: Array, beta: float, length: int) -> Array:
+  """Factor [B, T, 1, 1] of queries, float32, that grows with their position.
+
+  .. math:: 1 + \\beta \\log(1 + \\lfloor p / n \\rfloor)
+
+  It keeps the softmax of a long text as sharp as that of a short one (Llama 4 and
+  Ministral 3: transformers/models/ministral3/modular_ministral3.py).
+
+  Args:
+    beta: growth of the factor.
+    length: n, the positions that the model was first trained on.
+  """
+  factor_BT = 1.0 + beta * jnp.log1p((positions_BT // length).astype(jnp.float32))
+  return factor_BT[:, :, None, None]

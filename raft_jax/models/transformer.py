@@ -37,6 +37,7 @@ Params = dict[str, Any]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": jax.nn.silu,
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 ACTIVATION_AXES = ("batch", "tokens", "width")
 """Logical axes of the activations between layers."""
@@ -67,9 +68,17 @@ class DecoderConfig:
     norm_offset: added to the scale of every norm.
     norm_rounds_last: whether a norm multiplies by its scale before it rounds to the
       dtype of the activations, not after.
-    activation: a key of `ACTIVATIONS`.
+    activation: a key of `ACTIVATIONS`, or "xielu", which has two learned numbers in
+      each layer.
+    gated_mlp: whether the feed-forward network multiplies the activation of one
+      projection by another one, and does not apply it to the only one.
     embed_scale: factor of the input embeddings.
+    residual_scale: factor of the outputs of attention and feed-forward before they are
+      added.
+    hidden_scale: factor of the last hidden states, and thus of the logits.
     query_scale: factor of the attention scores; None: head_dim ** -0.5.
+    query_growth: beta and length of `rotary.query_factor`, or None.
+    rope_interleaved: whether neighbouring dimensions of a head rotate together.
     attention_softcap: c in c * tanh(scores / c), or None.
     logit_softcap: c in c * tanh(logits / c), or None; applied by the caller.
     attention_gate: whether the projection to queries also gives, after the query of
@@ -98,8 +107,13 @@ class DecoderConfig:
   norm_offset: float = 0.0
   norm_rounds_last: bool = False
   activation: str = "silu"
+  gated_mlp: bool = True
   embed_scale: float = 1.0
+  residual_scale: float = 1.0
+  hidden_scale: float = 1.0
   query_scale: float | None = None
+  query_growth: tuple[float, int] | None = None
+  rope_interleaved: bool = False
   attention_softcap: float | None = None
   logit_softcap: float | None = None
   attention_gate: bool = False
@@ -109,21 +123,6 @@ class DecoderConfig:
   def reads_key_positions(self) -> bool:
     """Whether some layer needs the positions of its keys."""
     return any(self.windows) or any(rope.long_divisors for rope in self.ropes)
-
-
-def identity(config: DecoderConfig) -> dict[str, Any]:
-  """The config as plain values, to be hashed.
-
-  Fields behind `logit_softcap` are left out at their default, so that a new one leaves
-  the hashes of networks without it, and with them journals, as they were.
-  """
-  fields = dataclasses.fields(config)
-  first = [field.name for field in fields].index("logit_softcap") + 1
-  values = dataclasses.asdict(config)
-  for field in fields[first:]:
-    if getattr(config, field.name) == field.default:
-      del values[field.name]
-  return values
 
 
 def _rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
@@ -136,6 +135,13 @@ def _rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
   )
 
 
+def _times(x: Array, factor: float) -> Array:
+  """A multiple of activations; the factor is not rounded to their dtype."""
+  if factor == 1.0:
+    return x
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class LayerInputs(NamedTuple):
   """What a layer reads beside its input and its parameters.
 
@@ -146,6 +152,7 @@ class LayerInputs(NamedTuple):
     layer: index of this layer in the cache.
     column: first column of the cache that this pass writes.
     attention: implementation of attention.
+    query_factor: factor [B, T, 1, 1] of the queries, or None.
     columns: the tokens as Gated DeltaNet reads them; None: no layer does.
   """
 
@@ -155,6 +162,7 @@ class LayerInputs(NamedTuple):
   layer: Array | int
   column: Array | int
   attention: layer_functions.Implementation
+  query_factor: Array | None = None
   columns: gated_delta.Columns | None = None
 
 
@@ -175,7 +183,11 @@ class Block(nnx.Module):
       self.init_delta(kernel)
     else:
       self.init_attention(kernel, norm)
-    self.gate, self.up, self.down = kernel(f, d), kernel(f, d), kernel(d, f)
+    if config.gated_mlp:
+      self.gate = kernel(f, d)
+    self.up, self.down = kernel(f, d), kernel(d, f)
+    if config.activation == "xielu":
+      self.xielu_p, self.xielu_n = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.zeros(1))
     if config.pre_norms or linear:
       self.attn_norm, self.mlp_norm = norm(d), norm(d)
     if config.post_norms and not linear:
@@ -219,13 +231,24 @@ class Block(nnx.Module):
     """The layer's output and the updated cache."""
     mixer = self.mix if self.linear else self.attend
     attended, cache = mixer(self.norm(x_BTD, "attn_norm"), lora, inputs)
-    x_BTD = x_BTD + self.norm(attended, "attn_post_norm")
-    normed = self.norm(x_BTD, "mlp_norm")
-    gate = layer_functions.project(normed, self.gate, lora.get("gate"))
-    up = layer_functions.project(normed, self.up, lora.get("up"))
-    gated = ACTIVATIONS[self.config.activation](gate) * up
-    down = layer_functions.project(gated, self.down, lora.get("down"))
-    return x_BTD + self.norm(down, "mlp_post_norm"), cache
+    scale = self.config.residual_scale
+    x_BTD = x_BTD + _times(self.norm(attended, "attn_post_norm"), scale)
+    down = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora)
+    return x_BTD + _times(self.norm(down, "mlp_post_norm"), scale), cache
+
+  def feed_forward(self, x_BTD: Array, lora: Params) -> Array:
+    if self.config.gated_mlp:
+      gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
+      up = layer_functions.project(x_BTD, self.up, lora.get("up"))
+      units = self.activate(gate) * up
+    else:
+      units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
+    return layer_functions.project(units, self.down, lora.get("down"))
+
+  def activate(self, x: Array) -> Array:
+    if self.config.activation == "xielu":
+      return layer_functions.xielu(x, self.xielu_p[...], self.xielu_n[...])
+    return ACTIVATIONS[self.config.activation](x)
 
   def norm(self, x: Array, name: str) -> Array:
     """Applies the norm of that name, if the layer has it, to parts of its width."""
@@ -277,8 +300,12 @@ class Block(nnx.Module):
       q_BTHh, gate_BTI = self.heads(x_BTD, "q", c.n_heads, lora), None
     k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
     v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
-    q_BTHh = rotary.rotate(q_BTHh, *inputs.rotation)
-    k_BTNh = rotary.rotate(k_BTNh, *inputs.rotation)
+    q_BTHh, k_BTNh = (
+      rotary.rotate(x, *inputs.rotation, interleaved=c.rope_interleaved)
+      for x in (q_BTHh, k_BTNh)
+    )
+    if inputs.query_factor is not None:
+      q_BTHh = q_BTHh * inputs.query_factor.astype(q_BTHh.dtype)
     cache = inputs.cache
     if cache is not None:
       cache = kv_cache.write_layer(
@@ -336,6 +363,11 @@ def init(key: Array, config: DecoderConfig) -> Params:
 def shapes(config: DecoderConfig) -> Params:
   """The parameter tree as `jax.ShapeDtypeStruct` leaves; allocates nothing."""
   return jax.eval_shape(lambda: init(jax.random.key(0), config))
+
+
+def parameter_count(config: DecoderConfig) -> int:
+  """Number of parameters of a network."""
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes(config)))
 
 
 def output_embedding(params: Params) -> Array:
@@ -423,6 +455,9 @@ def forward(
   rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
   distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  query_factor = None
+  if config.query_growth:
+    query_factor = rotary.query_factor(positions_BT, *config.query_growth)
   columns = None
   if config.delta is not None:
     columns = gated_delta.columns(_valid(mask_BTS, column), branches)
@@ -435,7 +470,14 @@ def forward(
     if "window" in data:
       layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
     inputs = LayerInputs(
-      rotation, layer_mask_BTS, kv, index, column, compute.attention, columns
+      rotation,
+      layer_mask_BTS,
+      kv,
+      index,
+      column,
+      compute.attention,
+      query_factor,
+      columns,
     )
     x_BTD, kv = _apply_block(config, layer_params, lora, x_BTD, inputs)
     return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), None
@@ -445,7 +487,8 @@ def forward(
   x_BTD, kv = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
-  return _rms_norm(x_BTD, params["final_norm"], config), cache
+  normed_BTD = _rms_norm(x_BTD, params["final_norm"], config)
+  return _times(normed_BTD, config.hidden_scale), cache
 
 
 def _embed(

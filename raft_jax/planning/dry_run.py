@@ -64,9 +64,8 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   cache = jax.eval_shape(
     lambda: kv_cache.init(plan.decoder, rows, length, plan.settings.compute.dtype)
   )
-  parameters = transformer.shapes(plan.decoder)
   return {
-    "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+    "parameters": transformer.parameter_count(plan.decoder),
     "trained": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     "mesh": dict(plan.mesh.shape),
     "memory": {

@@ -22,7 +22,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HYPERPARAMETERS: Any = {
   "train": True,
   **dict.fromkeys(
-    ("lora", "recadam", "freeze", "soft_mask", "prune", "interpolate"), True
+    ("lora", "recadam", "freeze", "soft_mask", "token_weights", "prune", "interpolate"),
+    True,
   ),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
   "replay": {"share", "adaptive"},
@@ -44,7 +45,7 @@ CARD = """\
 `{method}` of raft_jax. RAFT adapts an instruction-tuned model to a domain. It refines
 the training answers, and it distills from the original model on the student's own
 rollouts, so that the student keeps its general abilities.
-
+{tower}
 ## Use
 
 {use}
@@ -97,7 +98,7 @@ import transformers
 
 folder = "FOLDER"
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+model = transformers.AUTO_CLASS.from_pretrained(folder)
 {ANSWER}```
 
 ```sh
@@ -115,7 +116,7 @@ import transformers
 
 base, folder = "BASE", "FOLDER"
 tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-model = transformers.AutoModelForCausalLM.from_pretrained(base)
+model = transformers.AUTO_CLASS.from_pretrained(base)
 model = peft.PeftModel.from_pretrained(model, folder)
 {ANSWER}```"""
 
@@ -218,6 +219,7 @@ def describe_scores(
 def render(
   source: str,
   *,
+  tower: str | None,
   method: str,
   adapter: bool,
   step: int,
@@ -230,6 +232,8 @@ def render(
 
   Args:
     source: of the base model.
+    tower: what is trained of a model with a text tower, from
+      `carried_tensors.describe`; None for a text model.
     adapter: whether the folder holds a LoRA adapter alone.
     step: the step of the exported checkpoint.
     data: from `describe_data`.
@@ -239,7 +243,7 @@ def render(
   """
   front_matter: dict[str, Any] = {
     "library_name": "peft" if adapter else "transformers",
-    "pipeline_tag": "text-generation",
+    "pipeline_tag": "text-generation" if tower is None else "image-text-to-text",
     "tags": sorted({"raft", "raft_jax", method}),
   }
   base = hub_name(source)
@@ -248,6 +252,8 @@ def render(
   license_name = read_license(source)
   if license_name is not None:
     front_matter["license"] = license_name
+  use = USE_ADAPTER if adapter else USE_MODEL
+  loader = "AutoModelForCausalLM" if tower is None else "AutoModelForImageTextToText"
   # The last part names the model; the whole path would tell of the user's machine.
   name = source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
   return CARD.format(
@@ -256,7 +262,8 @@ def render(
     model=name,
     method=method,
     step=f"{step:,}",
-    use=USE_ADAPTER if adapter else USE_MODEL,
+    tower="" if tower is None else f"\nWhat was trained is the {tower}.\n",
+    use=use.replace("AUTO_CLASS", loader),
     data=data,
     hyperparameters=yaml.safe_dump(dict(hyperparameters), sort_keys=False),
     evaluation=describe_scores(scores, step, edits),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,13 @@ from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed, progress
-from raft_jax.training import checkpoint, optim, run_inputs, run_plan
+from raft_jax.training import (
+  base_losses,
+  checkpoint,
+  optim,
+  run_inputs,
+  run_plan,
+)
 
 
 class Start(NamedTuple):
@@ -26,12 +33,15 @@ class Start(NamedTuple):
 
   Attributes:
     replayer: adaptive replay with its memory, or None.
+    token_weights: weight of each answer token by row id, if it comes from the base
+      model's losses; else None.
     step: steps that were already taken.
   """
 
   state: step_lib.TrainState
   reference: step_lib.ReferenceParams
   replayer: mssr.Replayer | None
+  token_weights: Mapping[int, np.ndarray] | None
   step: int
 
 
@@ -50,8 +60,10 @@ def start(
     on_corrupt: see `checkpoint.check_latest`.
   """
   resumes = checkpoints.latest_step() is not None
+  losses = stored_base_losses(config, inputs)
+  measures = inputs.base_loss_rows is not None and losses is None
   base = None
-  if reads_base(plan) or not resumes:
+  if reads_base(plan) or measures or not resumes:
     source = config.model.source
     base = load_params(source, plan.decoder, plan.base_dtype, plan.base_shardings)
   if resumes:
@@ -69,6 +81,7 @@ def start(
     )
     step = 0
     memory = first_memory(plan, inputs.replay, base, config.train.batch_size)
+  token_weights = base_token_weights(config, plan, inputs, base, losses)
   source_teacher = None
   if plan.frozen_teacher and plan.teacher_decoder is not None:
     source_teacher = load_params(
@@ -81,7 +94,7 @@ def start(
   replayer = None
   if inputs.replay is not None and memory is not None:
     replayer = mssr.Replayer(inputs.replay, memory)
-  return Start(state, reference, replayer, step)
+  return Start(state, reference, replayer, token_weights, step)
 
 
 def load_params(
@@ -254,6 +267,50 @@ def first_memory(
     strength=replay.settings.strength,
     interval=replay.settings.interval,
   )
+
+
+def stored_base_losses(
+  config: schema.Config, inputs: run_inputs.RunInputs
+) -> base_losses.Losses | None:
+  """The stored losses of the base model, if token weights read them and they fit."""
+  if inputs.base_loss_rows is None:
+    return None
+  own = base_losses.identity(inputs.identity, config.model.dtype)
+  return base_losses.read_on_all(pathlib.Path(config.output), own)
+
+
+def base_token_weights(
+  config: schema.Config,
+  plan: run_plan.RunPlan,
+  inputs: run_inputs.RunInputs,
+  base: transformer.Params | None,
+  losses: base_losses.Losses | None,
+) -> Mapping[int, np.ndarray] | None:
+  """The token weights that follow from the base model's losses, by row id.
+
+  Args:
+    base: the base model's parameters; read only to measure the losses.
+    losses: the stored ones; None: measures and stores them.
+  """
+  rows, settings = inputs.base_loss_rows, config.token_weights
+  if rows is None or settings is None:
+    return None
+  if losses is None:
+    assert base is not None
+    title = "losses of the base model"
+    measured = base_losses.measure(
+      base, rows, plan.settings, lambda batches: placed(plan.mesh, batches, title)
+    )
+    own = base_losses.identity(inputs.identity, config.model.dtype)
+    output = pathlib.Path(config.output)
+
+    def write() -> None:
+      if distributed.is_primary():
+        base_losses.write(output, measured, own)
+
+    distributed.run_on_all(write)
+    losses = measured
+  return base_losses.weights_by_row(settings, losses, rows)
 
 
 def placed(mesh: Any, batches: Any, title: str) -> Iterable[batching.Batch]:

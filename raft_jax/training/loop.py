@@ -53,6 +53,8 @@ def train(
   pending: programs_lib.Dispatched | None = None  # dispatched, but not read yet
   for step, batch in enumerate(batching.iterate(inputs.dataset, start_step=done), done):
     batch = batch if replayer is None else replayer.mix(step, batch)
+    if start.token_weights is not None:
+      batch = batching.with_token_weights(batch, start.token_weights)
     gradient_stats = step_schedule.takes_gradient_stats(schedule, step)
     compiles = is_new((*padded_widths(batch), gradient_stats), compiled)
     timed = step_schedule.times_phases(schedule, step) and not compiles

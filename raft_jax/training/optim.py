@@ -65,13 +65,16 @@ def make_balancer(
 
 # --- The chain ------------------------------------------------------------------------
 
-_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^(delta_)?a_log$")
+_EXEMPT = re.compile(
+  r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^(delta_)?a_log$"
+)
 
 
 def decays(params: Any) -> Any:
   """Mask tree of bools: weight decay applies to all but norm scales and biases.
 
-  Also exempt is `a_log`, the decay of a state (`gated_delta`), as in its authors' code.
+  The numbers of an activation (`xielu_p`) are exempt, too, and so is `a_log`, the decay
+  of a state (`gated_delta`), as in its authors' code.
 
   The names in a parameter's path decide, in the spelling of this package, of Flax and
   of transformers: a name that contains `norm` (`input_norm`, `LayerNorm_0`), or is

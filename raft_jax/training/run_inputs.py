@@ -20,7 +20,12 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.runtime import distributed
 from raft_jax.storage import rejects
-from raft_jax.training import importance_batches, run_identity, run_plan
+from raft_jax.training import (
+  base_losses,
+  importance_batches,
+  run_identity,
+  run_plan,
+)
 
 IDENTITY_KEYS = (
   "model.source",
@@ -54,6 +59,7 @@ IDENTITY_KEYS = (
   "recadam",
   "freeze",
   "soft_mask",
+  "token_weights",
   "replay",
   *(
     f"validation.{key}"
@@ -77,6 +83,7 @@ class RunInputs(NamedTuple):
     anchor_batches: rows that give the importance of parameters (`anchor`), or None.
     soft_mask_batches: rows that give the importance of units (`soft_mask`), or None.
     replay: the rows of adaptive replay, or None.
+    base_loss_rows: rows whose losses under the base model weigh their tokens, or None.
     questions_by_row: messages and answer by row id, before rows were copied.
     identity: what the run is, as checkpoints store it.
   """
@@ -86,6 +93,7 @@ class RunInputs(NamedTuple):
   anchor_batches: Any
   soft_mask_batches: Any
   replay: mssr.Plan | None
+  base_loss_rows: base_losses.Rows | None
   questions_by_row: Mapping[int, token_rows.Conversation]
   identity: dict[str, Any]
 
@@ -143,7 +151,7 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     eos_ids=tokenizer.eos_ids,
     pad_id=tokenizer.pad_id,
   )
-  inputs = make_inputs(config, tokenizer, examples, dataset, widths)
+  inputs = make_inputs(config, tokenizer, examples, dataset, widths, layout.group)
   if distributed.is_primary():
     run_lock.lock_config(config, "train", IDENTITY_KEYS)
     list_rejects(config.output, examples.rejects)
@@ -164,14 +172,21 @@ def make_inputs(
   examples: training_set.TrainingSet,
   dataset: Any,
   widths: Sequence[token_rows.Widths],
+  copies: int,
 ) -> RunInputs:
   """What was read for a run, with the batches that probe the base model.
 
   Args:
     dataset: from `make_dataset`.
     widths: padded widths of its batches.
+    copies: copies of each row in a batch.
   """
   seed, pad_id = config.train.seed, tokenizer.pad_id
+  base_loss_rows = None
+  if base_losses.are_read(config.token_weights):
+    base_loss_rows = base_losses.Rows(
+      examples.rows, examples.replayed, copies, config.train.batch_size, pad_id
+    )
   return RunInputs(
     tokenizer=tokenizer,
     dataset=dataset,
@@ -189,6 +204,7 @@ def make_inputs(
       pad_id=pad_id,
       widths=widths,
     ),
+    base_loss_rows=base_loss_rows,
     questions_by_row=examples.questions_by_row,
     identity={
       **run_identity.model_identity(config.model.source, config.lora),

@@ -18,7 +18,7 @@ from raft_jax import errors
 from raft_jax.baselines import mssr, sdpo
 from raft_jax.config import schema
 from raft_jax.data import batching, token_rows
-from raft_jax.distillation import objective, step
+from raft_jax.distillation import answer_losses, objective, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
 from raft_jax.models import (
@@ -29,7 +29,7 @@ from raft_jax.models import (
   sharding,
   transformer,
 )
-from raft_jax.training import optim, step_schedule
+from raft_jax.training import base_losses, optim, step_schedule
 from raft_jax.training import programs as programs_lib
 
 
@@ -49,6 +49,7 @@ class RunPlan(NamedTuple):
     frozen_teacher: whether a model that never changes is the teacher.
     anchored: whether updates read the base model's parameters.
     compares_base: whether validation reads the base model.
+    weighs_by_base: whether the base model's losses weigh the answers' tokens.
     edits_base: whether validation edits trained weights towards the base model's, as
       `evaluate` does, and so needs them in float32.
   """
@@ -70,6 +71,7 @@ class RunPlan(NamedTuple):
   frozen_teacher: bool
   anchored: bool
   compares_base: bool
+  weighs_by_base: bool
   edits_base: bool
 
   @property
@@ -152,6 +154,7 @@ def make_plan(
     frozen_teacher=distils and distill.teacher == "base",
     anchored=optim.reads_anchor(config.anchor, config.recadam),
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
+    weighs_by_base=base_losses.are_read(config.token_weights),
     edits_base=validation is not None and edits,
   )
 
@@ -253,6 +256,32 @@ def make_settings(
     mask_eos=distill.mask_eos,
     teacher_decoder=teacher_decoder,
     row_losses=mssr.is_adaptive(config.replay),
+    token_rule=make_token_rule(config.token_weights, model.source, decoder.vocab_size),
+  )
+
+
+def make_token_rule(
+  settings: schema.TokenWeights | None, source: str, vocabulary: int
+) -> answer_losses.TokenRule | None:
+  """How the step weighs tokens; None if it does not, or by weights of the batch.
+
+  Raises:
+    errors.UserError: the vocabulary is smaller than `token_weights.top_k`.
+  """
+  if settings is None or base_losses.are_read(settings):
+    return None
+  if settings.rule == "eaft" and settings.top_k > vocabulary:
+    raise errors.UserError(
+      f"token_weights.top_k: {settings.top_k} is larger than the vocabulary of "
+      f"{source} ({vocabulary}); lower it"
+    )
+  return answer_losses.TokenRule(
+    name=settings.rule,
+    exponent=settings.exponent,
+    top_k=settings.top_k,
+    max_entropy=settings.max_entropy,
+    floor=settings.floor,
+    temperature=settings.temperature,
   )
 
 

@@ -61,6 +61,10 @@ def widest_batch(plan: run_plan.RunPlan) -> batching.Batch:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
 
   prompt, answer, teacher = plan.widest
+  token_weights = None
+  if plan.weighs_by_base:
+    shape = (rows, answer)
+    token_weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=by_row)
   return batching.Batch(
     prompt_BP=ints(rows, prompt),
     prompt_length_B=ints(rows),
@@ -69,6 +73,7 @@ def widest_batch(plan: run_plan.RunPlan) -> batching.Batch:
     teacher_BC=ints(rows, teacher),
     teacher_length_B=ints(rows),
     row_id_B=ints(rows),
+    token_weight_BA=token_weights,
   )
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from raft_jax import losses
 from raft_jax.baselines import fisher
+from raft_jax.config import schema
 from raft_jax.models import transformer
+from raft_jax.training import run_plan
 from tests.helpers import tiny_step
 
 PROBABILITIES = np.array([0.5, 0.3, 0.15, 0.05])
@@ -60,6 +62,11 @@ def test_log_likelihood_is_of_whole_answers():
     scores = (hidden @ transformer.output_embedding(params).T)[len(prompt) - 1 : -1]
     rows.append(-losses.cross_entropy(scores, jnp.array(answer)).sum())
   np.testing.assert_allclose(value, np.mean(rows), rtol=1e-5)
+  # A rule that weighs tokens in training does not weigh them here.
+  weights = schema.TokenWeights(rule="dft")
+  rule = run_plan.make_token_rule(weights, "tiny", tiny_step.CONFIG.vocab_size)
+  ruled = settings._replace(token_rule=rule)
+  assert fisher.log_likelihood(params, batch, ruled) == value
 
 
 def test_sampled_batches_hold_the_models_own_answers_and_the_same_prompts():

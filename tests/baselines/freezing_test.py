@@ -63,6 +63,15 @@ def test_half_fine_tuning_draws_its_shares(seed):
   )
 
 
+def test_half_fine_tuning_without_gates():
+  """Per layer 1 of up and down; the numbers of the activation go with up."""
+  config = dataclasses.replace(CONFIG, gated_mlp=False, activation="xielu")
+  mask = freezing.half(transformer.shapes(config), 0)["layers"]
+  assert (mask["up"] + mask["down"]).ravel().tolist() == [1] * 6
+  for sign in "pn":
+    np.testing.assert_array_equal(mask[f"xielu_{sign}"].ravel(), mask["up"].ravel())
+
+
 def test_a_pattern_of_half_the_layers_frees_the_rest_of_the_parameters():
   mask = freezing.by_name(SHAPES, ["layers.[0-2].*"])
   sizes = jax.tree.map(lambda leaf: leaf.size, SHAPES)

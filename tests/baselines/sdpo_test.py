@@ -73,7 +73,8 @@ def test_contexts_show_a_successful_sibling_or_leave_the_loss(codec):
   # The same shapes whatever was sampled: nothing compiles anew.
   other = teacher_context(codec, ["no"] * 6, 64)
   assert not other.trajectory.length_B.any()
-  for one, two in zip(found.batch, other.batch):
+  batches = jax.tree.leaves(found.batch), jax.tree.leaves(other.batch)
+  for one, two in zip(*batches, strict=True):
     assert (one.shape, one.dtype) == (two.shape, two.dtype)
   # What exceeds the budget counts as none, and so does an empty text at any bound.
   assert not teacher_context(codec, answers, 16).trajectory.length_B.any()
@@ -124,7 +125,7 @@ def test_one_steps_loss_in_float64():
   @jax.jit
   def loss(params, teacher):
     support = objective.score_teacher(teacher, *context, trajectory, settings=settings)
-    weights = objective.token_weights(batch, trajectory, settings)
+    weights = objective.mean_weights(batch, trajectory, settings)
     parts = (batch, trajectory, support, weights)
     return objective.loss_terms(params, *parts, settings=settings)[0]["kd"]
 

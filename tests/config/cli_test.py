@@ -13,7 +13,7 @@ import pytest
 from raft_jax.config import cli
 from raft_jax.config import load as config_load
 from raft_jax.runtime import environment
-from tests.helpers import least_config
+from tests.helpers import driver_lines, least_config
 
 STAGE = """
 import sys, time
@@ -417,12 +417,7 @@ def report(folder: pathlib.Path, *options: str, **shell: str):
     check=False,
     env={**os.environ, **shell},
   )
-  # With the extra `plan`, jax logs on import that there is no driver for a GPU.
-  done.stderr = re.sub(
-    r"WARNING: All log messages before absl::.*\nI0000 .*cuda drivers.*\n",
-    "",
-    done.stderr,
-  )
+  done.stderr = driver_lines.without(done.stderr)
   return done
 
 

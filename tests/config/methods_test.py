@@ -115,6 +115,15 @@ def test_the_users_own_values_win(load):
     ("lora", ["recadam={}"], "recadam: pulls"),
     ("lora", ["soft_mask={}"], "soft_mask: masks the base model's"),
     ("lora", ["freeze={}"], "freeze: names the base model's"),
+    ("eaft", ["token_weights.floor=0.5"], "token_weights.floor: is read with token_"),
+    ("dft", ["token_weights.top_k=5"], "token_weights.top_k: is read with"),
+    ("stm", ["token_weights.temperature=1.0"], "token_weights.rule=talr or flow only"),
+    ("talr", ["token_weights.exponent=2.0"], "token_weights.rule=eaft or dft only"),
+    (
+      "opd_pure",
+      ["token_weights={}"],
+      "token_weights: weighs the tokens of",
+    ),
   ],
 )
 def test_what_does_not_go_together_is_refused(name, overrides, message, load):

@@ -47,13 +47,16 @@ QWEN35_ROPE = {
 }
 OLMO = {"vocab_size": 100352, "rope_theta": 5e5, "rms_norm_eps": 1e-6}
 TIED = {"tie_word_embeddings": True}
+OLMO_YARN = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836}
+OLMO_YARN |= {"original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}
 
 
 class Preset(NamedTuple):
   """A published model.
 
   Attributes:
-    stated: parameters, as the source gives them.
+    stated: parameters, as the source gives them; of a model with a text tower, those
+      of the whole model.
     unit: of the stated figure, in which sources round or cut.
     source: of the figure. The fields are those of config.json in the model's own
       repository on the hub, left out where they are the class's defaults.
@@ -180,6 +183,102 @@ PRESETS = {
     HUB + "allenai/OLMo-2-0325-32B",
     shape(5120, 27648, 64, 40, 8) | OLMO,
   ),
+  "allenai/Olmo-3-7B-Instruct": Preset(
+    "olmo3",
+    7_298_011_136,
+    1,
+    HUB + "allenai/Olmo-3-7B-Instruct (safetensors metadata)",
+    shape(4096, 11008, 32, 32, 32, vocab_size=100278, rope_theta=5e5)
+    | {"rope_scaling": OLMO_YARN, "max_position_embeddings": 65536},
+  ),
+  "allenai/Olmo-3-32B-Think": Preset(
+    "olmo3",
+    32e9,
+    1e9,
+    HUB + "allenai/Olmo-3-32B-Think",
+    shape(5120, 27648, 64, 40, 8, vocab_size=100278, rope_theta=5e5)
+    | {"rope_scaling": OLMO_YARN, "max_position_embeddings": 65536},
+  ),
+  "mistralai/Ministral-3-8B-Instruct-2512": Preset(
+    "ministral3",
+    8.4e9,  # the language model, beside 0.4B of the vision encoder
+    1e8,
+    HUB + "mistralai/Ministral-3-8B-Instruct-2512",
+    shape(4096, 14336, 34, 32, 8, vocab_size=131072),
+  ),
+  "ibm-granite/granite-3.3-2b-instruct": Preset(
+    "granite",
+    2.5e9,
+    1e8,
+    HUB + "ibm-granite/granite-3.3-2b-instruct",
+    shape(2048, 8192, 40, 32, 8, vocab_size=49159, rope_theta=1e7, **TIED)
+    | {"embedding_multiplier": 12.0, "logits_scaling": 8.0}
+    | {"residual_multiplier": 0.22, "attention_multiplier": 0.015625},
+  ),
+  "ibm-granite/granite-3.3-8b-instruct": Preset(
+    "granite",
+    8_170_864_640,
+    1,
+    HUB + "ibm-granite/granite-3.3-8b-instruct (safetensors metadata)",
+    shape(4096, 12800, 40, 32, 8, vocab_size=49159, rope_theta=1e7, **TIED)
+    | {"embedding_multiplier": 12.0, "logits_scaling": 16.0}
+    | {"residual_multiplier": 0.22, "attention_multiplier": 0.0078125},
+  ),
+  "ByteDance-Seed/Seed-OSS-36B-Instruct": Preset(
+    "seed_oss",
+    36_151_104_512,
+    1,
+    HUB + "ByteDance-Seed/Seed-OSS-36B-Instruct (safetensors metadata)",
+    shape(5120, 27648, 64, 80, 8, vocab_size=155136, rope_theta=1e7),
+  ),
+  "LGAI-EXAONE/EXAONE-4.0-1.2B": Preset(
+    "exaone4",
+    1.07e9,
+    1e7,
+    HUB + "LGAI-EXAONE/EXAONE-4.0-1.2B#model-configuration",
+    shape(2048, 4096, 30, 32, 8, vocab_size=102400, rope_theta=1e6, **TIED)
+    | {"sliding_window": None, "layer_types": ["full_attention"] * 30}
+    | {"max_position_embeddings": 65536},
+    embedding=102400,
+  ),
+  "LGAI-EXAONE/EXAONE-4.0-32B": Preset(
+    "exaone4",
+    30.95e9,
+    1e7,
+    HUB + "LGAI-EXAONE/EXAONE-4.0-32B#model-configuration",
+    shape(5120, 27392, 64, 40, 8, vocab_size=102400, rope_theta=1e6)
+    | {"sliding_window": 4096, "max_position_embeddings": 131072},
+    embedding=2 * 102400,  # and the head
+  ),
+  "swiss-ai/Apertus-8B-Instruct-2509": Preset(
+    "apertus",
+    8e9,
+    1e9,
+    HUB + "swiss-ai/Apertus-8B-Instruct-2509",
+    shape(4096, 21504, 32, 32, 8, vocab_size=131072),
+  ),
+  "arcee-ai/AFM-4.5B": Preset(
+    "arcee",
+    4.5e9,
+    2e8,
+    HUB + "arcee-ai/AFM-4.5B",
+    shape(2560, 18432, 36, 20, 4, vocab_size=128004, head_dim=128),
+  ),
+  "THUDM/glm-4-9b-chat-hf": Preset(
+    "glm",
+    9_399_951_360,
+    1,
+    HUB + "THUDM/glm-4-9b-chat-hf (safetensors metadata)",
+    shape(4096, 13696, 40, 32, 2, vocab_size=151552),
+  ),
+  "THUDM/GLM-4-9B-0414": Preset(
+    "glm4",
+    9_400_279_040,
+    1,
+    HUB + "THUDM/GLM-4-9B-0414 (safetensors metadata)",
+    shape(4096, 13696, 40, 32, 2, vocab_size=151552)
+    | {"partial_rotary_factor": 0.5, "max_position_embeddings": 32768},
+  ),
   "google/gemma-2-2b": Preset(
     "gemma2",
     2_024_517_888,
@@ -232,6 +331,73 @@ PRESETS = {
 }
 
 
+GEMMA3_VISION = {
+  "model_type": "siglip_vision_model",
+  "hidden_size": 1152,
+  "image_size": 896,
+  "intermediate_size": 4304,
+  "num_attention_heads": 16,
+  "num_hidden_layers": 27,
+  "patch_size": 14,
+  "vision_use_head": False,
+}
+
+
+def gemma3(stated: int, name: str, **text) -> Preset:
+  """Gemma 3 from 4B on: a text tower beside an image encoder."""
+  text = {
+    "model_type": "gemma3_text",
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024,
+    **text,
+  }
+  fields = {"text_config": text, "vision_config": GEMMA3_VISION}
+  return Preset("gemma3", stated, 1, f"{HUB}{name} (safetensors metadata)", fields)
+
+
+PRESETS |= {
+  # Its text_config leaves out the heads and the vocabulary.
+  "google/gemma-3-4b-it": gemma3(
+    4_300_079_472,
+    "google/gemma-3-4b-it",
+    hidden_size=2560,
+    intermediate_size=10240,
+    num_hidden_layers=34,
+  ),
+  "google/gemma-3-27b-it": gemma3(
+    27_432_406_640,
+    "google/gemma-3-27b-it",
+    **shape(5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168),
+  ),
+  "mistralai/Mistral-Small-3.1-24B-Instruct-2503": Preset(
+    "mistral3",
+    24_011_361_280,
+    1,
+    HUB + "mistralai/Mistral-Small-3.1-24B-Instruct-2503 (safetensors metadata)",
+    {
+      "tie_word_embeddings": False,
+      "text_config": {
+        "model_type": "mistral",
+        **shape(5120, 32768, 40, 32, 8, head_dim=128, vocab_size=131072),
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e9,
+        "sliding_window": None,
+      },
+      "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "image_size": 1540,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+      },
+    },
+  ),
+}
+
+
 def read(name: str) -> transformer.DecoderConfig:
   preset = PRESETS[name]
   fields = {**preset.fields, "model_type": preset.model_type}
@@ -242,14 +408,23 @@ def read(name: str) -> transformer.DecoderConfig:
 def test_parameter_count(name):
   preset = PRESETS[name]
   count = sum(leaf.size for leaf in jax.tree.leaves(transformer.shapes(read(name))))
-  print(f"{name}: {count:,}")
-  left = count - preset.embedding * preset.fields["hidden_size"]
-  assert -preset.unit / 2 <= left - preset.stated < preset.unit
+  config = transformers.AutoConfig.for_model(preset.model_type, **preset.fields)
+  loader = transformers.AutoModelForCausalLM
+  if "text_config" in preset.fields:
+    loader = transformers.AutoModelForImageTextToText
   with torch.device("meta"):
-    reference = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(preset.model_type, **preset.fields)
-    )
-  assert count == sum(parameter.numel() for parameter in reference.parameters())
+    reference = loader.from_config(config)
+  beside = sum(
+    parameter.numel()
+    for name, parameter in reference.named_parameters()
+    if "vision_tower" in name or "multi_modal_projector" in name
+  )
+  print(f"{name}: {count:,} and {beside:,} beside them")
+  assert count + beside == sum(p.numel() for p in reference.parameters())
+  left = count + beside
+  if preset.embedding:
+    left -= preset.embedding * preset.fields["hidden_size"]
+  assert -preset.unit / 2 <= left - preset.stated < preset.unit
 
 
 def test_paper_backbones_keep_their_peculiarities():

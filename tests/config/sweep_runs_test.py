@@ -15,7 +15,7 @@ from raft_jax.generation import sentence_encoder
     ("reproduce", 33),
     ("top_k", 7),
     ("ablations", 19),
-    ("methods", 21),
+    ("methods", 28),
     ("long", 3),
     ("factors", 17),
   ],

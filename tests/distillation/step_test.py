@@ -10,9 +10,11 @@ import optax
 import pytest
 
 from raft_jax import balance, losses
+from raft_jax.config import schema
+from raft_jax.data import batching
 from raft_jax.distillation import objective, sequences, step
 from raft_jax.models import transformer
-from raft_jax.training import optim
+from raft_jax.training import optim, run_plan
 from tests.helpers import tiny_step
 
 RATE = 1e-3
@@ -46,13 +48,14 @@ def assert_trees_identical(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_packed_losses_equal_each_sequence_on_its_own():
   """Both losses from separate, unpadded forwards and `losses` on whole logits."""
   params, *whole = tiny_step.setting()
   # Three rows are enough: every one of them compiles shapes of its own.
   batch, trajectory, support = jax.tree.map(lambda x: x[:3], whole)
   teacher = params
-  weights = objective.token_weights(batch, trajectory, tiny_step.SETTINGS)
+  weights = objective.mean_weights(batch, trajectory, tiny_step.SETTINGS)
   by_row = tiny_step.SETTINGS._replace(row_losses=True)
   terms, aux = objective.loss_terms(
     params, batch, trajectory, support, weights, settings=by_row
@@ -104,7 +107,7 @@ def test_teacher_with_the_students_context_gives_no_loss_and_no_gradient():
   params, batch, trajectory, _ = tiny_step.setting()
   batch = with_own_prompt_as_context(batch)
   support = tiny_step.score_teacher(params, batch, trajectory)
-  weights = objective.token_weights(batch, trajectory, tiny_step.SETTINGS)
+  weights = objective.mean_weights(batch, trajectory, tiny_step.SETTINGS)
 
   def kd(params):
     return objective.loss_terms(
@@ -161,12 +164,12 @@ def test_distillation_alone_is_its_own_gradient():
   """Without cross-entropy: the same loss and gradient, and the answer is not read."""
   params, batch, trajectory, support = tiny_step.setting()
   settings = tiny_step.SETTINGS._replace(cross_entropy=False)
-  weights = objective.token_weights(batch, trajectory, settings)
+  weights = objective.mean_weights(batch, trajectory, settings)
   assert not step.any_token(weights)["sft"]
 
   def kd(settings, batch):
     def loss(params):
-      weights = objective.token_weights(batch, trajectory, settings)
+      weights = objective.mean_weights(batch, trajectory, settings)
       parts = (batch, trajectory, support, weights)
       return objective.loss_terms(params, *parts, settings=settings)[0]["kd"]
 
@@ -241,7 +244,7 @@ def test_micro_batches_change_nothing(mean):
     settings = tiny_step.SETTINGS._replace(
       micro_batches=parts, loss_mean=mean, row_losses=True
     )
-    weights = objective.token_weights(batch, trajectory, settings)
+    weights = objective.mean_weights(batch, trajectory, settings)
     balancer = balance.balance_by_ema()
 
     def weigh(balancer=balancer, **observed):
@@ -271,6 +274,146 @@ def test_micro_batches_change_nothing(mean):
       results[1].aux[objective.ROW_LOSSES],
       rtol=1e-5,
     )
+
+
+RULES = {
+  "eaft": ("eaft", {"exponent": 1.5}),
+  "dft": ("dft", {}),
+  "talr": ("talr", {}),
+  "talr at a fixed temperature": ("talr", {"temperature": 2.0, "floor": 0.2}),
+}
+
+
+def weighing(name):
+  """The step's settings with a rule that weighs tokens."""
+  rule, numbers = RULES[name]
+  weights = schema.TokenWeights(rule=rule, **numbers)
+  return tiny_step.SETTINGS._replace(
+    token_rule=run_plan.make_token_rule(weights, "tiny", tiny_step.CONFIG.vocab_size)
+  )
+
+
+def expected_weights(name, logits, loss, row_losses):
+  """float64 numpy of one row."""
+  rule, numbers = RULES[name]
+  if rule == "dft":
+    return np.exp(-loss)
+  if rule == "eaft":
+    top = np.sort(logits, axis=-1)[:, -20:]
+    q = np.exp(top) / np.exp(top).sum(-1, keepdims=True)
+    return (-(q * np.log(q)).sum(-1) / 3) ** numbers["exponent"]
+  middle = sorted(row_losses)[(len(row_losses) - 1) // 2]
+  powers = np.maximum(np.exp(-loss), 1e-6) ** (1 / numbers.get("temperature", middle))
+  return np.maximum(powers, numbers.get("floor", 0.01))
+
+
+@pytest.mark.parametrize(
+  "name",
+  [*list(RULES)[:3], pytest.param(list(RULES)[3], marks=pytest.mark.slow)],
+)
+def test_a_rule_weighs_the_answers_tokens_by_constants(name):
+  """Against whole logits; the gradient is that of the loss with fixed weights."""
+  params, batch, _, _ = tiny_step.setting()
+  nothing = sequences.empty_trajectory(len(batch.row_id_B))
+  settings = weighing(name)
+  hidden_BAD, _ = jax.jit(
+    lambda params: sequences.student_hidden(
+      params, tiny_step.CONFIG, batch, nothing, transformer.FLOAT32
+    )
+  )(params)
+  logits_BAV = np.float64(hidden_BAD @ transformer.output_embedding(params).T)
+  rows, lengths = range(len(batch.row_id_B)), batch.answer_length_B
+  logits = [logits_BAV[i, : lengths[i]] for i in rows]
+  token_losses = []
+  for i in rows:
+    log_z = np.log(np.exp(logits[i]).sum(-1))
+    answer = batch.answer_BA[i][: lengths[i]]
+    token_losses.append(log_z - logits[i][np.arange(len(answer)), answer])
+  means = [loss.mean() for loss in token_losses]
+  weights = [expected_weights(name, logits[i], token_losses[i], means) for i in rows]
+
+  def terms(settings, batch):
+    def loss(params):
+      means = objective.mean_weights(batch, nothing, settings)
+      found, aux = objective.loss_terms(
+        params, batch, nothing, None, means, settings=settings
+      )
+      return found["sft"], aux
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  (value, aux), gradient = terms(settings, batch)
+  products = [w * loss for w, loss in zip(weights, token_losses)]
+  np.testing.assert_allclose(value, np.mean([p.mean() for p in products]), rtol=1e-4)
+  mean_weight = np.mean([w.mean() for w in weights])
+  np.testing.assert_allclose(aux["token_weight"], mean_weight, rtol=1e-4)
+  np.testing.assert_allclose(aux["loss_sft_unweighted"], np.mean(means), rtol=1e-5)
+  # As weights that the batch brings, which are constants by their nature.
+  given = {i: np.float32(w) for i, w in enumerate(weights)}
+  weighed = batching.with_token_weights(batch, given)
+  _, expected = terms(tiny_step.SETTINGS, weighed)
+  tiny_step.assert_trees_close(gradient, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  [("talr", (1, 2)), pytest.param("eaft", (1, 2, 4), marks=pytest.mark.slow)],
+)
+def test_micro_batches_weigh_tokens_as_the_whole_batch_does(name, sizes):
+  """Beside distillation; the median of TALR is that of all rows."""
+  params, batch, trajectory, support = tiny_step.setting()
+  results = []
+  for parts in sizes:
+    state, update = start(params, balance.balance_by_ema())
+    settings = weighing(name)._replace(micro_batches=parts)
+    results.append(update(state, batch, trajectory, support, settings=settings))
+  (whole, values), *others = results
+  assert 0 < values["token_weight"] < 1
+  assert values["loss_sft"] < values["loss_sft_unweighted"]
+  for state, found in others:
+    for key in (
+      *("token_weight", "loss_sft", "loss_sft_unweighted"),
+      *("loss_kd", "kd_weight", "grad_norm"),
+    ):
+      np.testing.assert_allclose(found[key], values[key], rtol=1e-5)
+    moments = [s.opt_state["adamw"][0].mu for s in (state, whole)]
+    tiny_step.assert_trees_close(*moments, 1e-5)
+
+
+@pytest.mark.slow
+def test_weights_of_one_and_null_rules_train_as_sft_bit_for_bit():
+  params, batch, trajectory, support = tiny_step.setting()
+  del trajectory, support
+  nothing = sequences.empty_trajectory(len(batch.row_id_B))
+  state, update = start(params, balance.balance_by_ema())
+
+  def trained(settings, batch=batch):
+    return update(state, batch, nothing, None, settings=settings)[0]
+
+  plain = trained(tiny_step.SETTINGS)
+  ones = {i: np.ones(6, np.float32) for i in range(len(batch.row_id_B))}
+  weighed = batching.with_token_weights(batch, ones)
+  assert_trees_identical(trained(tiny_step.SETTINGS, weighed), plain)
+  for name, numbers in (
+    ("eaft", {"exponent": 0.0}),
+    ("dft", {"exponent": 0.0}),
+    ("talr", {"floor": 1.0}),
+  ):
+    settings = weighing(name)
+    rule = settings.token_rule._replace(**numbers)
+    assert_trees_identical(trained(settings._replace(token_rule=rule)), plain)
+
+
+def test_tokens_of_weight_zero_leave_a_batch_without_loss():
+  params, batch, _, _ = tiny_step.setting()
+  nothing = sequences.empty_trajectory(len(batch.row_id_B))
+  state, update = start(params, balance.balance_by_ema())
+  none = {i: np.zeros(6, np.float32) for i in range(len(batch.row_id_B))}
+  weighed = batching.with_token_weights(batch, none)
+  _, values = update(state, weighed, nothing, None, settings=tiny_step.SETTINGS)
+  found = [float(values[key]) for key in ("loss_sft", "token_weight", "grad_norm")]
+  assert found == [0.0, 0.0, 0.0]
+  assert values["loss_sft_unweighted"] > 0
 
 
 def test_state_keeps_its_shape_and_compiles_once():
@@ -306,8 +449,8 @@ def test_skip_first_and_mask_eos_drop_their_tokens():
   _, batch, trajectory, _ = tiny_step.setting()
   tokens = trajectory.tokens_BR.at[0, 2].set(5)
   trajectory = sequences.Trajectory(tokens, trajectory.length_B.at[0].set(3))
-  plain = objective.token_weights(batch, trajectory, tiny_step.SETTINGS).kd_BR
-  masked = objective.token_weights(
+  plain = objective.mean_weights(batch, trajectory, tiny_step.SETTINGS).kd_BR
+  masked = objective.mean_weights(
     batch, trajectory, tiny_step.SETTINGS._replace(skip_first=1, mask_eos=True)
   ).kd_BR
   assert (plain[0] > 0).tolist() == [True, True, True, False, False]
@@ -332,7 +475,7 @@ def test_training_on_one_batch_fits_it():
 def test_logged_mass_is_of_the_distribution_that_is_sampled():
   """Softmax of whole logits at temperature 1, summed over the teacher's top K."""
   params, batch, trajectory, support = tiny_step.setting()
-  weights = objective.token_weights(batch, trajectory, tiny_step.SETTINGS)
+  weights = objective.mean_weights(batch, trajectory, tiny_step.SETTINGS)
   _, aux = objective.loss_terms(
     params, batch, trajectory, support, weights, settings=tiny_step.SETTINGS
   )

@@ -153,7 +153,7 @@ def _settings(folder: pathlib.Path, *names: str, **more) -> schema.Tasks:
   return schema.Tasks(names=names, include=str(folder), **more)
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_replies_and_scores_equal_those_of_transformers(
   tmp_path, tiny, model, folder, alone, chat
 ):

@@ -34,6 +34,7 @@ def _rows(count: int, seed: int = 0) -> list[token_rows.Row]:
   return [token_rows.Row(ids(3, 30), ids(1, 40), (), i) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_held_out_loss_equals_transformers_on_the_real_model(smollm, law, tmp_path):
   chat_tokenizer = chat.load(smollm)
   questions = question_files.read_questions(law / "test.jsonl", limit=8)

@@ -35,6 +35,7 @@ def replies(engine, requests):
   return engine.generate(requests)
 
 
+@pytest.mark.slow
 def test_order_batch_mates_and_filling_do_not_matter(engine, requests, replies):
   assert len({jax_engine.padded_width(r.prompt_tokens) for r in replies}) == 2
   assert engine.generate(requests[::-1]) == replies[::-1]
@@ -42,11 +43,13 @@ def test_order_batch_mates_and_filling_do_not_matter(engine, requests, replies):
   assert engine.generate([requests[5], requests[0]]) == [replies[5], replies[0]]
 
 
+@pytest.mark.slow
 def test_the_seed_matters(engine, requests, replies):
   again = engine.generate([r._replace(seed=r.seed - 100) for r in requests[:4]])
   assert [r.text for r in again] != [r.text for r in replies[:4]]
 
 
+@pytest.mark.slow
 def test_counts_and_finish_reasons(engine, requests, replies, smollm):
   chat_tokenizer = chat.load(smollm)
   for request, reply in zip(requests, replies, strict=True):
@@ -56,6 +59,7 @@ def test_counts_and_finish_reasons(engine, requests, replies, smollm):
     assert len(chat.encode(chat_tokenizer, reply.text)) <= reply.completion_tokens
 
 
+@pytest.mark.slow
 def test_a_reply_that_ends_is_a_stop_without_control_tokens(engine, smollm):
   ask = (records.Message("user", "Say hello."),)
   (reply,) = engine.generate([engines.Request(ask, 40, 0.0, 1.0, 0)])
@@ -77,7 +81,7 @@ def test_greedy_equals_transformers(engine, smollm, law):
   model = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )
-  tokenizer = chat.load(smollm).tokenizer
+  tokenizer = chat.load(smollm).hf_tokenizer
   rows = [json.loads(line) for line in (law / "test.jsonl").open()][:2]
   for row in rows:
     messages = (records.Message("user", row["question"]),)

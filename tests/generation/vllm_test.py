@@ -20,9 +20,10 @@ from raft_jax.generation import engines, openai_engine
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
+from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.models import sampling, transformer
 from raft_jax.storage import records, shards
-from tests.helpers import short_run
+from tests.helpers import short_run, tiny_wrappers
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS, NEW = 20, 48
@@ -155,6 +156,28 @@ def test_vllm_serves_the_export_as_we_do(exported, questions, smollm, tmp_path, 
   assert 0 < sum(ended) < PROMPTS, "no answer ends, or all do: choose other prompts"
   # What vLLM served is the trained model: the base model answers otherwise.
   assert greedy(smollm, questions[:4])[1] != ours[:4]
+
+
+@pytest.mark.slow
+def test_vllm_serves_a_text_tower_inside_its_whole_model(smollm, questions, tmp_path):
+  """The export of a tiny random Gemma 3 with other weights than the source's."""
+  tokenizers, source = tmp_path / "tokenizer", tmp_path / "source"
+  hf_tokenizer.load(smollm).save_pretrained(tokenizers)
+  tiny_wrappers.save_gemma3(source, tokenizers)
+  config = hf_load.load_config(str(source))
+  params = hf_load.load_params(str(source), config)
+  params["layers"]["down"] = params["layers"]["down"] * 1.5
+  out = tmp_path / "export"
+  hf_save.save(out, params, config, str(source), card="")
+  (tmp_path / "questions.json").write_text(json.dumps(questions))
+  script = ROOT / "tests/helpers/vllm_answers.py"
+  files = (tmp_path / "questions.json", "float32", NEW, tmp_path / "answers.json")
+  call([vllm_python(), *map(str, (script, out, *files))])
+  replies = json.loads((tmp_path / "answers.json").read_text())
+  prompts, ours = greedy(str(out), questions)
+  assert [reply["prompt"] for reply in replies] == prompts
+  assert [reply["tokens"] for reply in replies] == ours
+  assert greedy(str(source), questions[:4])[1] != ours[:4]
 
 
 # Refinement with vLLM, in this process and behind a server

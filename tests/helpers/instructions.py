@@ -251,9 +251,9 @@ def clone(folder: pathlib.Path) -> pathlib.Path:
   here = folder / "raft_jax"
   here.mkdir()
   shutil.copytree(ROOT / "launch", here / "launch")
-  for kept in ("configs", "raft_jax", "pyproject.toml", "constraints.txt", "README.md"):
+  files = ("pyproject.toml", "setup.py", "constraints.txt", "README.md", "LICENSE")
+  for kept in ("configs", "raft_jax", *files):
     (here / kept).symlink_to(ROOT / kept)
-  (here / "LICENSE").symlink_to(ROOT / "LICENSE")
   for program in PROGRAMS:
     path = here / program
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ def least(base: str, monkeypatch: pytest.MonkeyPatch) -> str:
   monkeypatch.setattr(model_card, "read_license", lambda source: None)
   return model_card.render(
     base,
+    tower=None,
     method="raft",
     adapter=False,
     step=3,

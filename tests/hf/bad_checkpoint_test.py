@@ -131,8 +131,8 @@ BAD = {
   "mlp bias": (tiny_llama.edit_config(mlp_bias=True), "mlp_bias = True"),
   "activation": (tiny_llama.edit_config(hidden_act="gelu"), "hidden_act = 'gelu'"),
   "rope 4": (
-    tiny_llama.edit_config(rope_scaling={"type": "linear", "factor": 2}),
-    "rope scaling 'linear'",
+    tiny_llama.edit_config(rope_scaling={"type": "xpos", "factor": 2}),
+    "rope scaling 'xpos'",
   ),
   "rope 5": (
     tiny_llama.edit_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}),

@@ -13,7 +13,14 @@ PHI = {**tiny_families.TINY, "model_type": "phi3"}
 GEMMA = {**tiny_families.TINY, "model_type": "gemma2"}
 QWEN35 = {**tiny_families.TINY, "model_type": "qwen3_5_text"}
 REFUSED = {
-  "unknown scaling": ({**LLAMA, "rope_scaling": {"type": "yarn"}}, "scaling 'yarn'"),
+  "unknown scaling": ({**LLAMA, "rope_scaling": {"type": "mrope"}}, "scaling 'mrope'"),
+  "YaRN without its length": (
+    {
+      **LLAMA,
+      "rope_scaling": {"type": "yarn", "original_max_position_embeddings": "long"},
+    },
+    "scaling 'yarn': original_max_position_embeddings is 'long'",
+  ),
   "scaling without its numbers": (
     {**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     "scaling 'llama3': low_freq_factor is None",

@@ -16,10 +16,22 @@ def test_targets_are_named_as_the_files_name_them():
   assert peft_adapter.targets(llama, ["v_proj", "q_proj"]) == ("q", "v")
   assert peft_adapter.targets(phi, ["qkv_proj", "down_proj"]) == ("q", "k", "v", "down")
   for family in families.FAMILIES.values():
-    assert peft_adapter.targets(family, schema.Lora().targets) == lora.KERNELS
+    own = tuple(k for k in lora.KERNELS if f"layers/{k}" in family.names)
+    assert peft_adapter.targets(family, schema.Lora().targets) == own
   with pytest.raises(errors.UserError) as caught:
     peft_adapter.targets(llama, ["q_proj", "qkv_proj"])
   assert str(caught.value) == (
     "lora.targets: no projection 'qkv_proj' in this model; it has q_proj, k_proj, "
     "v_proj, o_proj, gate_proj, up_proj, down_proj"
+  )
+
+
+def test_a_gate_is_passed_over_where_there_is_none_but_not_alone():
+  apertus = families.FAMILIES["apertus"]
+  assert peft_adapter.targets(apertus, ["gate_proj", "up_proj"]) == ("up",)
+  with pytest.raises(errors.UserError) as caught:
+    peft_adapter.targets(apertus, ["gate_proj"])
+  assert str(caught.value) == (
+    "lora.targets: no projection 'gate_proj' in this model; it has q_proj, k_proj, "
+    "v_proj, o_proj, up_proj, down_proj"
   )

@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_the_merged_kernels_by_the_chain_rule():
   split = split_of()
   adapters = random_adapters(split.shapes)
   frozen = split.freeze(base)
-  weights = objective.token_weights(batch, trajectory, SETTINGS)
+  weights = objective.mean_weights(batch, trajectory, SETTINGS)
 
   def total(params):
     terms, _ = objective.loss_terms(
@@ -236,6 +236,8 @@ def make_network(family: str):
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON))
   elif family == "qwen2":
     made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON))
+  elif family == "apertus":
+    made = transformers.ApertusForCausalLM(transformers.ApertusConfig(**COMMON))
   elif family == "phi3":
     made = transformers.Phi3ForCausalLM(transformers.Phi3Config(**COMMON))
   else:
@@ -255,6 +257,7 @@ def make_network(family: str):
     ("llama", schema.Lora().targets),
     ("qwen2", ("v_proj", "o_proj")),
     ("phi3", schema.Lora().targets),
+    ("apertus", schema.Lora().targets),
     ("phi3", ("q_proj", "v_proj", "up_proj")),
     ("qwen3_5_text", ("q_proj", "up_proj", "in_proj_qkv", "in_proj_a", "out_proj")),
     ("qwen3_next", ("o_proj", "in_proj_qkvz", "in_proj_ba")),
@@ -324,6 +327,7 @@ def adapters_of(settings):
   return checkpoint.restore_params(settings.output, split.shapes, identity)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(trained, tmp_path):
   output = tmp_path / "resumed"
   shutil.copytree(trained.output, output)

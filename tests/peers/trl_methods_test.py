@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 
 from raft_jax import losses
-from raft_jax.config import load as config_load
 from raft_jax.distillation import objective, sequences
 from raft_jax.models import sampling
-from raft_jax.training import run_plan
-from tests.helpers import tiny_decoder
+from tests.helpers import method_settings
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -32,19 +30,7 @@ LENGTHS = (9, 5, 7)
 
 @pytest.fixture(name="resolve")
 def _resolve(tmp_path):
-  """The step's settings for a method and some keys beside it."""
-
-  def resolve(name, *overrides):
-    path = tmp_path / "c.yaml"
-    (tmp_path / "q.jsonl").touch()
-    path.write_text(
-      f"model: {{source: a/b}}\ndata: {{questions: {tmp_path}/q.jsonl}}\n"
-      f"output: {tmp_path}/x\n"
-    )
-    loaded = config_load.load(path, [f"method={name}", *overrides])
-    return run_plan.make_settings(loaded, tiny_decoder.CONFIG, None, (0,), "cpu")
-
-  return resolve
+  return lambda *words: method_settings.resolve(tmp_path, *words)[1]
 
 
 def drawn():

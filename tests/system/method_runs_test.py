@@ -7,13 +7,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from raft_jax import errors, train
 from raft_jax.config import load as config_load
 from raft_jax.config import methods
 from raft_jax.hf import load as hf_load
 from raft_jax.storage import question_files, records, shards
-from raft_jax.training import programs, run_inputs, trained_model
+from raft_jax.training import base_losses, programs, run_inputs, trained_model
 from tests.helpers import tiny_run
 
 STEPS = 4
@@ -215,6 +217,74 @@ def test_parts_go_together(make, needs, base):
   )
 
 
+def answers_nll(source, rows):
+  """Nats of each answer token by transformers."""
+  network = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+  found = {}
+  for row in rows:
+    ids = torch.tensor([row.prompt + row.answer])
+    with torch.no_grad():
+      log_p = torch.log_softmax(network(ids).logits[0].double(), -1)
+    places = torch.arange(len(row.prompt) - 1, ids.shape[1] - 1)
+    found[row.row_id] = -log_p[places, ids[0, len(row.prompt) :]].numpy()
+  return found
+
+
+def test_the_base_models_losses_are_measured_once_and_again_if_damaged(
+  make, source, monkeypatch
+):
+  """Against transformers; a resumed run ends with the same bits either way."""
+  calls, measure = [], base_losses.measure
+  monkeypatch.setattr(
+    base_losses, "measure", lambda *args: calls.append(1) or measure(*args)
+  )
+  # A random model finds all tokens about equally improbable: 49152 of them.
+  settings = make("stm", "token_weights.max_perplexity=49152.0")
+  whole, log = fitted(settings)
+  assert all(0.1 < row["token_weight"] < 0.9 for row in log)
+  assert all(row["loss_sft"] < row["loss_sft_unweighted"] for row in log)
+  _, inputs = run_inputs.prepare(settings)
+  own = base_losses.identity(inputs.identity, "float32")
+  output = pathlib.Path(settings.output)
+  stored = base_losses.read(output, own)
+  expected = answers_nll(source, inputs.base_loss_rows.domain)
+  assert sorted(stored) == sorted(expected)
+  for row_id, values in expected.items():
+    np.testing.assert_allclose(stored[row_id], values, rtol=2e-5)
+  file = output / "base_losses/losses.jsonl"
+  for damaged, measured in ((False, 1), (True, 2)):
+    if damaged:
+      file.write_bytes(file.read_bytes()[:-20])
+    shutil.rmtree(output / f"checkpoints/{STEPS}")
+    again, _ = fitted(settings)
+    assert len(calls) == measured
+    assert_identical(again, whole)
+    assert base_losses.read(output, own).keys() == stored.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["eaft", "flow"])
+def test_token_weights_go_together_with_raft_adapters_and_replay(rule, make, needs):
+  own = [f"token_weights.rule={rule}", "lora={rank: 4}", *needs["replay"]]
+  settings = make("raft", *own)
+  params, log = fitted(settings)
+  for row in log:
+    assert 0 < row["token_weight"] < 1.1
+    assert row["loss_kd"] > 0
+    # λ follows the weighed loss: the first step has λ L_KD = L_SFT.
+  assert log[0]["kd_ratio"] == pytest.approx(1, rel=1e-4)
+  shutil.rmtree(f"{settings.output}/checkpoints/{STEPS}")
+  again, _ = fitted(settings)
+  assert_identical(again, params)
+
+
+def test_more_tokens_than_the_vocabulary_are_refused(make):
+  settings = make("eaft", "token_weights.top_k=100000")
+  named = r"token_weights\.top_k: 100000 is larger than the vocabulary of .*\(49152\)"
+  with pytest.raises(errors.UserError, match=named):
+    run_inputs.prepare(settings)
+
+
 def test_wise_ft_is_between_the_base_model_and_sft(make, base, sft):
   params, _ = fitted(make("wise_ft", "interpolate.weight=0.25"))
   jax.tree.map(
@@ -226,6 +296,7 @@ def test_wise_ft_is_between_the_base_model_and_sft(make, base, sft):
   assert distance(params, base) == pytest.approx(distance(sft[0], base) / 4, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_mssr_whose_first_event_comes_after_the_end_is_sft(make, law, sft):
   """To the bit, with questions to replay that need no wider batches."""
   domain = f"replay.questions={law / 'train.jsonl'}"
@@ -317,6 +388,13 @@ NULLS = {
   "ssr": ["replay.questions=null", "replay.share=0.0"],
   "mssr": ["replay.share=0.0"],
   "lora": ["lora=null", "train.weight_decay=0.01"],
+  "eaft": ["token_weights.exponent=0.0"],
+  "dft": ["token_weights.exponent=0.0"],
+  "talr": ["token_weights.floor=1.0"],
+  "stm": ["token_weights.max_perplexity=1.0e+300"],
+  "flow": ["token_weights.temperature=1.0e+30"],
+  "sft_kl": ["balance.weight=0.0"],
+  "asft": ["balance.weight=0.0", "token_weights=null"],
   "raft": ["balance.mode=fixed", "balance.weight=0.0", "data.answers=original"],
 }
 

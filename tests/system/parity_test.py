@@ -99,6 +99,7 @@ def their_logits(reference, ids: list[int]) -> np.ndarray:
   return reference(torch.tensor([ids])).logits[0].numpy()
 
 
+@pytest.mark.slow
 def test_logits_with_padding_on_either_side(real):
   embedding_VD = np.asarray(transformer.output_embedding(real.params))
   right, left = our_hidden(real, left=False), our_hidden(real, left=True)
@@ -153,6 +154,7 @@ def test_greedy_answers_are_the_same_tokens(real):
   assert 0 < ended.sum() < PROMPTS, "no row ends, or all do: choose other prompts"
 
 
+@pytest.mark.slow
 def test_exported_folder_gives_the_same_logits(real, tmp_path):
   hf_save.save(tmp_path / "out", real.params, real.config, real.source, card="")
   again = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,5 +1,6 @@
 """Schedule and chain against numpy; the config's sections in the chain."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -150,11 +151,12 @@ def test_another_mask_may_be_given():
   assert float(updates["b"][0]) == 0.0
 
 
-def test_norm_scales_and_only_they_do_not_decay():
+def test_norm_scales_and_numbers_of_activations_do_not_decay():
+  config = dataclasses.replace(tiny_decoder.CONFIG, activation="xielu")
   kept = {
     jax.tree_util.keystr(path)
     for path, decays in jax.tree_util.tree_leaves_with_path(
-      optim.decays(transformer.shapes(tiny_decoder.CONFIG))
+      optim.decays(transformer.shapes(config))
     )
     if not decays
   }
@@ -162,6 +164,8 @@ def test_norm_scales_and_only_they_do_not_decay():
     "['final_norm']",
     "['layers']['attn_norm']",
     "['layers']['mlp_norm']",
+    "['layers']['xielu_n']",
+    "['layers']['xielu_p']",
   }
 
 
