@@ -269,6 +269,24 @@ class Made(NamedTuple):
   matters: tuple[str, ...]
 
 
+def part_convolutions(folder: pathlib.Path, reference) -> None:
+  """Parts the filters of queries, keys and values as the published models do.
+
+  transformers joins them when it loads, and saves them in equal thirds, although values
+  are wider than keys.
+  """
+  file = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  for name, joined in reference.state_dict().items():
+    if name.endswith(".conv1d.weight"):
+      mixer = reference.get_submodule(name.removesuffix(".conv1d.weight"))
+      ends = (mixer.key_dim, 2 * mixer.key_dim)
+      for kind, part in zip("qkv", np.split(joined.numpy(), ends), strict=True):
+        own = name.replace(".conv1d.", f".{kind}_conv1d.")
+        tensors[own] = np.ascontiguousarray(part)
+  safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module", params=CASES)
 def made(request, tokenizer_folder, tmp_path_factory) -> Made:
   case = {**CASES, **LAYOUTS}[request.param]
@@ -285,6 +303,8 @@ def made(request, tokenizer_folder, tmp_path_factory) -> Made:
       if name.endswith("bias") or "alpha" in name:
         parameter.normal_()
   reference.save_pretrained(folder)
+  if request.param == "olmo_hybrid":
+    part_convolutions(folder, reference)
   shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
   config = hf_load.load_config(str(folder))
   rng = np.random.default_rng(0)
