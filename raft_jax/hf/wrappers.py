@@ -39,6 +39,7 @@ WRAPPERS = {
     },
   ),
   "mistral3": Wrapper("Mistral3ForConditionalGeneration", tower="mistral"),
+  "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", tower="qwen3_5_text"),
 }
 
 

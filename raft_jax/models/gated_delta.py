@@ -1,14 +1,9 @@
 """Gated DeltaNet: a token mixer that keeps a matrix as its state, not keys and values.
 
-Each head has a state S [k, v], which maps a key to a value. A token with query q, key
-k, value v, decay a in (0, 1) and strength b writes and reads it:
-
-.. math:: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, \\quad o_t = S_t^T q_t
-
-Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", arXiv
-2412.06464. The layer around it is that of transformers/models/qwen3_5 and olmo_hybrid:
-queries, keys and values pass a short causal convolution, queries and keys have length
-1, and the output is normalised and multiplied by a gate.
+Each head has a state that maps a key to a value, and that every token writes and reads
+(`delta_rule`). The layer around the rule is that of transformers/models/qwen3_5 and
+olmo_hybrid: queries, keys and values pass a short causal convolution, queries and keys
+have length 1, and the output is normalised and multiplied by a gate.
 
 **Which token a token continues.** Attention has a mask; a state has none. Each token
 continues the last valid token before it in its part of the row. `columns` moves the
@@ -19,7 +14,7 @@ trunk's last state. No part reads another branch, so each has the values of a se
 pass over [trunk | part], and each token is computed once.
 
 Shapes: B rows, T tokens, D model width, H value heads, k and v widths of a head's keys
-and values, I inputs of the convolution, W its width, C tokens of a chunk, N chunks.
+and values, I inputs of the convolution, W its width.
 """
 
 from __future__ import annotations
@@ -31,13 +26,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from raft_jax.models import layer_functions
+from raft_jax.models import delta_rule, layer_functions
 
-CHUNK = 64
-"""Tokens whose updates of the state are computed at once; a power of 2."""
 LENGTH_EPS = 1e-6
 """Added to the squared length of queries and keys."""
 MIXED = ("q", "k", "v")
@@ -223,7 +215,7 @@ def mix(
   kernel_IW = jnp.concatenate([weights[f"delta_{name}_conv"][:, 0] for name in MIXED])
   state = state or empty_state(config, len(x_BTD), x_BTD.dtype)
   qkv_BTI, conv_BWI = convolve(mixed_BTI, kernel_IW, state.conv_BWI, columns.parts)
-  out_BTHv, matrix_BHkv = delta_rule(
+  out_BTHv, matrix_BHkv = delta_rule.delta_rule(
     *_heads(config, qkv_BTI),
     decay_BTH,
     strength_BTH,
@@ -313,163 +305,3 @@ def _heads(config: DeltaConfig, qkv_BTI: Array) -> tuple[Array, Array, Array]:
 def _unit(x: Array) -> Array:
   """Vectors of length 1, except near 0."""
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + LENGTH_EPS)
-
-
-# --- The delta rule -------------------------------------------------------------------
-
-
-def delta_rule(
-  q_BTHk: Array,
-  k_BTHk: Array,
-  v_BTHv: Array,
-  decay_BTH: Array,
-  strength_BTH: Array,
-  state_BHkv: Array,
-  *,
-  widths: Sequence[int] = (),
-) -> tuple[Array, Array]:
-  """The outputs [B, T, H, v] of the recurrence, and the trunk's last state; float32.
-
-  Args:
-    q_BTHk: queries, scaled.
-    k_BTHk: keys of length at most 1.
-    decay_BTH: log a, at most 0.
-    strength_BTH: b, in 0..2.
-    state_BHkv: before the first token.
-    widths: tokens of the trunk and of each branch; empty: all are the trunk's.
-  """
-  tokens = q_BTHk, k_BTHk, v_BTHv, decay_BTH, strength_BTH
-  if q_BTHk.shape[1] == 1:
-    return _one_token(*tokens, state_BHkv)
-  return _chunked(*tokens, state_BHkv, widths or (q_BTHk.shape[1],))
-
-
-def _one_token(
-  q_B1Hk: Array,
-  k_B1Hk: Array,
-  v_B1Hv: Array,
-  decay_B1H: Array,
-  strength_B1H: Array,
-  state_BHkv: Array,
-) -> tuple[Array, Array]:
-  q_BHk, k_BHk, v_BHv = q_B1Hk[:, 0], k_B1Hk[:, 0], v_B1Hv[:, 0]
-  state_BHkv = state_BHkv * jnp.exp(decay_B1H[:, 0, :, None, None])
-  known_BHv = jnp.einsum("bhkv,bhk->bhv", state_BHkv, k_BHk)
-  change_BHv = (v_BHv - known_BHv) * strength_B1H[:, 0, :, None]
-  state_BHkv = state_BHkv + k_BHk[..., None] * change_BHv[:, :, None]
-  out_BHv = jnp.einsum("bhkv,bhk->bhv", state_BHkv, q_BHk)
-  return out_BHv[:, None], state_BHkv
-
-
-def _chunked(
-  q_BTHk: Array,
-  k_BTHk: Array,
-  v_BTHv: Array,
-  decay_BTH: Array,
-  strength_BTH: Array,
-  state_BHkv: Array,
-  widths: Sequence[int],
-) -> tuple[Array, Array]:
-  """The recurrence chunk by chunk, with products of matrices inside a chunk.
-
-  A chunk's updates of the state are the solution u of (I + A) u = b (v - a k^T S),
-  where A holds the products of each key with the keys before it (section 3 of the
-  paper). The inverse of I + A is independent of the state, so all chunks compute it at
-  once. Every part begins with a chunk of its own; a branch's first one takes the state
-  that the trunk's last one left.
-  """
-  size = min(CHUNK, 1 << (max(widths) - 1).bit_length())
-  counts = [-(-width // size) for width in widths]
-  ends = list(itertools.accumulate(widths))
-
-  def split(x_BTH: Array) -> Array:
-    """[N, B, H, C, ...], with tokens behind each part that change nothing."""
-    parts = []
-    for width, count, end in zip(widths, counts, ends, strict=True):
-      pads = [(0, 0)] * x_BTH.ndim
-      pads[1] = (0, count * size - width)
-      parts.append(jnp.pad(x_BTH[:, end - width : end], pads))
-    x_BTH = jnp.concatenate(parts, axis=1)
-    x_BNCH = x_BTH.reshape(x_BTH.shape[0], -1, size, *x_BTH.shape[2:])
-    return jnp.moveaxis(x_BNCH, (1, 3), (0, 2))
-
-  q, k, v, strength = map(split, (q_BTHk, k_BTHk, v_BTHv, strength_BTH))
-  passed_NBHC = jnp.cumsum(split(decay_BTH), axis=-1)  # log of the decays up to a token
-  between = passed_NBHC[..., :, None] - passed_NBHC[..., None, :]
-  is_past_CC = jnp.tril(jnp.ones((size, size), bool))
-  between = jnp.exp(jnp.where(is_past_CC, between, -jnp.inf))
-  scores = jnp.einsum("...ck,...sk->...cs", q, k) * between
-  strong_k = k * strength[..., None]
-  products = jnp.einsum("...ck,...sk->...cs", strong_k, k) * between
-  inverse = unit_lower_inverse(jnp.tril(products, -1))
-  new_v = inverse @ (v * strength[..., None])
-  old_k = inverse @ (strong_k * jnp.exp(passed_NBHC)[..., None])
-
-  def chunk(states: tuple[Array, Array], inputs: tuple[Array, ...]) -> Any:
-    before_BHkv, trunk_BHkv = states
-    q, k, scores, new_v, old_k, passed_BHC, begins_branch, ends_trunk = inputs
-    before_BHkv = jnp.where(begins_branch, trunk_BHkv, before_BHkv)
-    change_BHCv = new_v - old_k @ before_BHkv
-    out_BHCv = (q * jnp.exp(passed_BHC)[..., None]) @ before_BHkv
-    out_BHCv = out_BHCv + scores @ change_BHCv
-    all_BH1 = passed_BHC[..., -1:]
-    kept_k = k * jnp.exp(all_BH1 - passed_BHC)[..., None]
-    written_BHkv = jnp.einsum("bhck,bhcv->bhkv", kept_k, change_BHCv)
-    after_BHkv = before_BHkv * jnp.exp(all_BH1)[..., None] + written_BHkv
-    trunk_BHkv = jnp.where(ends_trunk, after_BHkv, trunk_BHkv)
-    return (after_BHkv, trunk_BHkv), out_BHCv
-
-  firsts = list(itertools.accumulate(counts, initial=0))
-  number_N = np.arange(firsts[-1])
-  marks = np.isin(number_N, firsts[1:-1]), number_N == counts[0] - 1
-  (_, trunk_BHkv), out_NBHCv = jax.lax.scan(
-    chunk,
-    (state_BHkv, state_BHkv),
-    (q, k, scores, new_v, old_k, passed_NBHC, *map(jnp.array, marks)),
-  )
-  out_BNCHv = jnp.moveaxis(out_NBHCv, (0, 2), (1, 3))
-  out_BTHv = out_BNCHv.reshape(q_BTHk.shape[0], -1, *v_BTHv.shape[2:])
-  outputs = [
-    out_BTHv[:, first * size : first * size + width]
-    for first, width in zip(firsts, widths)
-  ]
-  return jnp.concatenate(outputs, axis=1), trunk_BHkv
-
-
-@jax.custom_vjp
-def unit_lower_inverse(lower: Array) -> Array:
-  """The inverse of I + lower, where `lower` [..., C, C] is strictly lower triangular.
-
-  By halves, with products of matrices only, from blocks of one row to the whole:
-
-  .. math:: (A, 0; B, C)^{-1} = (A^{-1}, 0; -C^{-1} B A^{-1}, C^{-1})
-
-  Args:
-    lower: C is a power of 2.
-  """
-  size = lower.shape[-1]
-  row_C = np.arange(size)
-  # Of each level, the blocks B: both halves are in one block, a row in the second.
-  level_M = np.arange((size - 1).bit_length())[:, None, None]
-  half_MC1 = row_C[:, None] >> level_M
-  half_M1C = row_C[None, :] >> level_M
-  below_MCC = (half_MC1 >> 1 == half_M1C >> 1) & (half_MC1 > half_M1C)
-
-  def double(inverse: Array, below_CC: Array) -> tuple[Array, None]:
-    corner = inverse @ jnp.where(below_CC, lower, 0) @ inverse
-    return inverse - corner, None
-
-  blocks = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
-  with jax.default_matmul_precision("highest"):
-    return jax.lax.scan(double, blocks, jnp.array(below_MCC))[0]
-
-
-def _inverse_gradient(inverse: Array, gradient: Array) -> tuple[Array]:
-  turned = jnp.swapaxes(inverse, -1, -2)
-  with jax.default_matmul_precision("highest"):
-    return (-jnp.tril(turned @ gradient @ turned, -1),)
-
-
-unit_lower_inverse.defvjp(
-  lambda lower: (unit_lower_inverse(lower),) * 2, _inverse_gradient
-)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raft_jax.models import gated_delta
+from raft_jax.models import delta_rule, gated_delta
 
 HEADS, KEY, VALUE = 3, 6, 5
 
@@ -45,7 +45,7 @@ def recurrence(q, k, v, decay, strength, state):
 def test_rule_equals_the_recurrence(length, alike):
   arrays = inputs(length, alike=alike)
   want = recurrence(*map(torch.tensor, arrays))
-  got = jax.jit(gated_delta.delta_rule)(*(jnp.array(x, jnp.float32) for x in arrays))
+  got = jax.jit(delta_rule.delta_rule)(*(jnp.array(x, jnp.float32) for x in arrays))
   for ours, theirs in zip(got, want, strict=True):
     scale = np.abs(theirs.numpy()).max()
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
@@ -63,7 +63,7 @@ def test_gradients_equal_those_of_the_recurrence():
   def gradients(*arrays):
     def total(*arrays):
       return sum(
-        jnp.sum(w * x) for w, x in zip(weights, gated_delta.delta_rule(*arrays))
+        jnp.sum(w * x) for w, x in zip(weights, delta_rule.delta_rule(*arrays))
       )
 
     return jax.grad(total, argnums=tuple(range(len(arrays))))(*arrays)
@@ -77,7 +77,7 @@ def test_gradients_equal_those_of_the_recurrence():
 @pytest.mark.parametrize("size", [1, 2, 32])
 def test_inverse_of_unit_lower_triangles(size):
   lower = np.tril(np.random.default_rng(0).normal(size=(2, size, size)) * 0.3, -1)
-  got = jax.jit(gated_delta.unit_lower_inverse)(jnp.array(lower, jnp.float32))
+  got = jax.jit(delta_rule.unit_lower_inverse)(jnp.array(lower, jnp.float32))
   want = np.linalg.inv(np.eye(size) + lower)
   np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
@@ -104,7 +104,7 @@ def test_branches_start_from_the_trunks_last_state():
   """Each has the outputs of its own pass over [trunk | branch]."""
   widths = (70, 9, 30)
   arrays = inputs(sum(widths))
-  got, state = jax.jit(lambda *args: gated_delta.delta_rule(*args, widths=widths))(
+  got, state = jax.jit(lambda *args: delta_rule.delta_rule(*args, widths=widths))(
     *(jnp.array(x, jnp.float32) for x in arrays)
   )
   ends = np.cumsum(widths)
@@ -117,6 +117,32 @@ def test_branches_start_from_the_trunks_last_state():
   trunk = [torch.tensor(x[:, : widths[0]]) for x in arrays[:-1]]
   _, want = recurrence(*trunk, torch.tensor(arrays[-1]))
   np.testing.assert_allclose(state, want, atol=1e-5 * np.abs(want.numpy()).max())
+
+
+def test_gradients_of_all_branches_reach_the_trunk():
+  """Against those of the recurrence over [trunk | branch], added up, in float64."""
+  widths = (35, 9, 20)
+  arrays = inputs(sum(widths), alike=0.5)
+  weights = np.random.default_rng(1).normal(size=(2, sum(widths), HEADS, VALUE))
+  ends = np.cumsum(widths)
+  leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
+  total = torch.tensor(0.0)
+  for width, end in zip(widths[1:], ends[1:], strict=True):
+    columns = [*range(widths[0]), *range(end - width, end)]
+    outputs, _ = recurrence(*(x[:, columns] for x in leaves[:-1]), leaves[-1])
+    own = outputs[:, widths[0] :] * torch.tensor(weights[:, end - width : end])
+    total = total + own.sum()
+  total.backward()
+
+  def of_branches(*arrays):
+    outputs, _ = delta_rule.delta_rule(*arrays, widths=widths)
+    return jnp.sum((outputs * weights)[:, widths[0] :])
+
+  gradients = jax.jit(jax.grad(of_branches, argnums=tuple(range(len(arrays)))))
+  got = gradients(*(jnp.array(x, jnp.float32) for x in arrays))
+  for ours, leaf in zip(got, leaves, strict=True):
+    scale = np.abs(leaf.grad.numpy()).max()
+    np.testing.assert_allclose(ours, leaf.grad, atol=2e-5 * scale)
 
 
 def test_convolution_of_each_part_reads_what_the_part_continues():
