@@ -1,7 +1,8 @@
 """What vLLM says: greedy answers of a model folder to questions, as JSON.
 
 Not a test: `vllm_test` starts it with the interpreter of .venv-vllm, without raft_jax:
-`python tests/helpers/vllm_answers.py FOLDER QUESTIONS.json DTYPE TOKENS OUT.json`.
+`python vllm_answers.py FOLDER QUESTIONS.json DTYPE TOKENS OUT.json OPTIONS`. OPTIONS is
+JSON: more arguments of `vllm.LLM`.
 """
 
 import json
@@ -12,9 +13,14 @@ import vllm
 
 
 def main() -> None:
-  folder, questions, dtype, tokens, out = sys.argv[1:]
+  folder, questions, dtype, tokens, out, options = sys.argv[1:]
   model = vllm.LLM(
-    folder, dtype=dtype, enforce_eager=True, max_model_len=1024, max_num_seqs=32
+    folder,
+    dtype=dtype,
+    enforce_eager=True,
+    max_model_len=1024,
+    max_num_seqs=32,
+    **json.loads(options),
   )
   texts = json.loads(pathlib.Path(questions).read_text())
   replies = model.chat(

@@ -260,7 +260,11 @@ log.close()
   assert tracker_libraries.LIBRARIES[name].title.lower() in done.stderr.lower()
 
 
-def test_a_killed_run_of_training_is_one_curve_everywhere(stores, law, smollm):
+def test_a_killed_run_of_training_is_one_curve_everywhere(
+  stores, law, smollm, monkeypatch
+):
+  # wandb, used here before, would make this process's service that of both runs.
+  monkeypatch.delenv("WANDB_SERVICE", raising=False)
   # In a folder of its own: the libraries' stores must not be files of the model.
   (stores / "model").mkdir()
   source = str(tiny_run.save_model(stores / "model", smollm))
