@@ -68,7 +68,8 @@ def find_family(fields: families.Fields, place: str) -> families.Family:
       f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
       "is never done; use a model of a supported family"
     )
-  for section in (_common_names(text, family), _rope_fields(text, family)):
+  common = {**family.defaults, **_common_names(text, family)}
+  for section in (common, _rope_fields(text, family)):
     for field, values in family.only.items():
       if field in section and section[field] not in values:
         raise errors.UserError(
@@ -149,6 +150,8 @@ def _delta(
   from raft_jax.models import gated_delta
 
   layers = range(fields["num_hidden_layers"])
+  if not fields.get("layer_types"):
+    _number(fields, place, "full_attention_interval", int)
   for kind in fields.get("layer_types") or ():
     if kind not in ("linear_attention", "full_attention"):
       raise errors.UserError(

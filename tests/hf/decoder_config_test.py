@@ -69,6 +69,14 @@ REFUSED = {
     {**QWEN35, "model_type": "qwen3_next", "num_experts": 512},
     "num_experts = 512 is not",
   ),
+  "experts of a config that does not mention them": (
+    {**QWEN35, "model_type": "qwen3_next"},
+    "num_experts = 512 is not",
+  ),
+  "an interval that is no number": (
+    {**QWEN35, "full_attention_interval": 0},
+    "full_attention_interval is 0, not a positive number",
+  ),
   "positions stretched": (
     {
       **QWEN35,

@@ -344,6 +344,11 @@ def test_config_is_refused_by_name(name):
 # --- Adapters, identity and words -----------------------------------------------------
 
 
+@pytest.mark.parametrize(
+  "made",
+  ["gemma3", "mistral3", pytest.param("qwen3_5", marks=pytest.mark.slow)],
+  indirect=True,
+)
 def test_peft_lays_an_adapter_over_the_whole_model(made, tmp_path):
   names = ("q_proj", "v_proj", "up_proj")  # two of which the encoders have, too
   source = str(made.folder)
