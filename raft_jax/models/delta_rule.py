@@ -128,12 +128,12 @@ class Chunk(NamedTuple):
   """What is independent of the state before a chunk, for one or for all of them.
 
   Attributes:
-    q_BHCk: queries.
-    k_BHCk: keys.
+    q_BHCk: queries, times the decay since the chunk's start.
+    k_BHCk: keys, times the decay until the chunk's end.
     scores_BHCC: products of each query with the keys up to it, decayed.
     new_BHCv: the updates of the state, if it were 0 before.
     old_BHCk: what the state before takes away from them.
-    passed_BHC: log of the product of the decays up to each token.
+    decay_BH: of the whole chunk.
   """
 
   q_BHCk: Array
@@ -141,7 +141,7 @@ class Chunk(NamedTuple):
   scores_BHCC: Array
   new_BHCv: Array
   old_BHCk: Array
-  passed_BHC: Array
+  decay_BH: Array
 
 
 def _chunks(
@@ -157,29 +157,33 @@ def _chunks(
   where A holds the products of each key with the keys before it (section 3 of the
   paper). The inverse of I + A is independent of the state.
   """
-  passed_NBHC = jnp.cumsum(decay_NBHC, axis=-1)
-  between = passed_NBHC[..., :, None] - passed_NBHC[..., None, :]
-  is_past_CC = jnp.tril(jnp.ones((between.shape[-1],) * 2, bool))
-  between = jnp.exp(jnp.where(is_past_CC, between, -jnp.inf))
+  row_C = np.arange(decay_NBHC.shape[-1])
+  is_past_CC = row_C[:, None] >= row_C
+  # Between each two tokens, the logs are added on their own: a difference of two sums
+  # from the chunk's start would keep the rounding of the larger one.
+  later = jnp.where(row_C[:, None] > row_C, decay_NBHC[..., None], 0)
+  between = jnp.exp(jnp.where(is_past_CC, jnp.cumsum(later, axis=-2), -jnp.inf))
+  since_NBHC1 = jnp.exp(jnp.cumsum(decay_NBHC, axis=-1))[..., None]
   scores = jnp.einsum("...ck,...sk->...cs", q_NBHCk, k_NBHCk) * between
   strong_k = k_NBHCk * strength_NBHC[..., None]
   products = jnp.einsum("...ck,...sk->...cs", strong_k, k_NBHCk) * between
   inverse = unit_lower_inverse(jnp.tril(products, -1))
-  new_v = inverse @ (v_NBHCv * strength_NBHC[..., None])
-  old_k = inverse @ (strong_k * jnp.exp(passed_NBHC)[..., None])
-  return Chunk(q_NBHCk, k_NBHCk, scores, new_v, old_k, passed_NBHC)
+  return Chunk(
+    q_NBHCk * since_NBHC1,
+    k_NBHCk * between[..., -1, :, None],
+    scores,
+    inverse @ (v_NBHCv * strength_NBHC[..., None]),
+    inverse @ (strong_k * since_NBHC1),
+    since_NBHC1[..., -1, 0],
+  )
 
 
 def _through_chunk(chunk: Chunk, before_BHkv: Array) -> tuple[Array, Array]:
   """A chunk's outputs [B, H, C, v], and the state after it."""
-  passed_BHC = chunk.passed_BHC
   change_BHCv = chunk.new_BHCv - chunk.old_BHCk @ before_BHkv
-  out_BHCv = (chunk.q_BHCk * jnp.exp(passed_BHC)[..., None]) @ before_BHkv
-  out_BHCv = out_BHCv + chunk.scores_BHCC @ change_BHCv
-  all_BH1 = passed_BHC[..., -1:]
-  kept_k = chunk.k_BHCk * jnp.exp(all_BH1 - passed_BHC)[..., None]
-  written_BHkv = jnp.einsum("bhck,bhcv->bhkv", kept_k, change_BHCv)
-  return out_BHCv, before_BHkv * jnp.exp(all_BH1)[..., None] + written_BHkv
+  out_BHCv = chunk.q_BHCk @ before_BHkv + chunk.scores_BHCC @ change_BHCv
+  written_BHkv = jnp.einsum("bhck,bhcv->bhkv", chunk.k_BHCk, change_BHCv)
+  return out_BHCv, before_BHkv * chunk.decay_BH[..., None, None] + written_BHkv
 
 
 @jax.custom_vjp

@@ -51,6 +51,16 @@ def test_rule_equals_the_recurrence(length, alike):
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * scale)
 
 
+def test_strong_decays_before_leave_weak_ones_exact():
+  """Their logs add up to -3000, in which float32 has steps of 2e-4."""
+  arrays = inputs(64)
+  arrays[3] = np.broadcast_to(np.repeat([-100, -1e-3], 32)[:, None], (2, 64, HEADS))
+  want, _ = recurrence(*map(torch.tensor, arrays))
+  got, _ = jax.jit(delta_rule.delta_rule)(*(jnp.array(x, jnp.float32) for x in arrays))
+  scale = np.abs(want.numpy()).max()
+  np.testing.assert_allclose(got, want, atol=3e-6 * scale)
+
+
 def test_gradients_equal_those_of_the_recurrence():
   arrays = inputs(70, alike=0.5)
   rng = np.random.default_rng(1)
