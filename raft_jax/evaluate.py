@@ -81,7 +81,7 @@ def main(config: schema.Config) -> None:
       base, trained, sets, judges=judges, settings=settings, log=log, embed=embed
     )
   interrupts.check()
-  distances = drift.weight_distances(base_params, params)
+  distances = drift.weight_distances(base_params, params, decoder)
   mean_distance = float(np.mean(list(distances.values())))
   result = {
     "model": source,

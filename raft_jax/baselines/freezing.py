@@ -1,13 +1,15 @@
 """Which parameters a run may change: masks by name, by layer or at random.
 
 Layers are stacked on axis 0, so a leaf of a mask holds one number per layer, `[L, 1,
-...]`, or one number for a parameter outside the layers.
+...]`, or one number for a parameter outside the layers. Where the layers are of
+different kinds, `layers_of` (`hybrid.layers_of` of the config) gives the numbers of the
+layers that have a parameter; without it, every layer has every parameter.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +21,13 @@ from raft_jax import errors
 ATTENTION = ("q", "k", "v", "o")
 FEED_FORWARD = ("gate", "up", "down")
 
+LayersOf = Callable[[str], Sequence[int]]
+"""Parameter of a layer -> numbers of the layers that have it."""
 
-def by_name(shapes: Any, patterns: Sequence[str]) -> Any:
+
+def by_name(
+  shapes: Any, patterns: Sequence[str], layers_of: LayersOf | None = None
+) -> Any:
   """Freezes every parameter whose name matches a pattern.
 
   Args:
@@ -41,7 +48,7 @@ def by_name(shapes: Any, patterns: Sequence[str]) -> Any:
     unmatched.difference_update(matching)
     return bool(matching)
 
-  mask = _each(shapes, lambda name, layer: 0.0 if frozen(name) else 1.0)
+  mask = _each(shapes, lambda name, layer: 0.0 if frozen(name) else 1.0, layers_of)
   if unmatched:
     raise errors.UserError(
       f"freeze.names: {sorted(unmatched)[0]!r} matches no parameter; names look like "
@@ -52,11 +59,12 @@ def by_name(shapes: Any, patterns: Sequence[str]) -> Any:
   return mask
 
 
-def bottom(shapes: Any, layers: int) -> Any:
+def bottom(shapes: Any, layers: int, layers_of: LayersOf | None = None) -> Any:
   """Freezes the embedding (with a tied head) and the lowest layers."""
   return _each(
     shapes,
     lambda name, layer: float(name != "embed" if layer is None else layer >= layers),
+    layers_of,
   )
 
 
@@ -119,7 +127,7 @@ def scale(mask: Any) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _each(shapes: Any, value: Any) -> Any:
+def _each(shapes: Any, value: Any, layers_of: LayersOf | None = None) -> Any:
   """A mask by `value(name, layer)`; layer is None outside the layers."""
 
   def leaf(path, shape):
@@ -127,7 +135,8 @@ def _each(shapes: Any, value: Any) -> Any:
     if path[0].key != "layers":
       return np.full((1,) * len(shape.shape), value(name, None), np.float32)
     own = name.removeprefix("layers.")
-    values = [value(f"layers.{i}.{own}", i) for i in range(shape.shape[0])]
+    layers = layers_of(own) if layers_of else range(shape.shape[0])
+    values = [value(f"layers.{i}.{own}", i) for i in layers]
     return np.array(values, np.float32).reshape(-1, *(1,) * (len(shape.shape) - 1))
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)

@@ -2,7 +2,8 @@
 
 The student reads one packed row per example, [prompt | answer | trajectory], in which
 the trajectory cannot attend to the answer, so the prompt is computed once for both
-losses. The teacher reads [its context | trajectory].
+losses. Layers that keep a state (`gated_delta`) continue the prompt twice, from a copy
+of its state. The teacher reads [its context | trajectory].
 
 Shapes: B rows, P prompt width, A answer width, C teacher context width, R trajectory
 width, T width of a whole row, D model width.
@@ -123,6 +124,7 @@ def student_pass(
     tokens_BT,
     positions_BT,
     transformer.causal_mask(valid_BT) & sees_TT,
+    branches=(prompt_width, answer_width, steps),
     compute=compute,
     counted_BT=valid_BT if decoder.n_experts else None,
   )

@@ -12,7 +12,7 @@ from jax import Array
 
 from raft_jax import vocab_head
 from raft_jax.evaluation import greedy_answers, intervals, scoring
-from raft_jax.models import transformer
+from raft_jax.models import hybrid, transformer
 from raft_jax.storage import journal
 
 
@@ -114,7 +114,9 @@ def _distances(
 
 
 def weight_distances(
-  base: transformer.Params, params: transformer.Params
+  base: transformer.Params,
+  params: transformer.Params,
+  decoder: transformer.DecoderConfig,
 ) -> dict[str, float]:
   """The relative change of every tensor: norm(tuned - base) / norm(base), by name.
 
@@ -126,7 +128,8 @@ def weight_distances(
   leaves = jax.tree_util.tree_leaves_with_path(_distances(base, params))
   for path, value in leaves:
     name = jax.tree_util.keystr(path, simple=True, separator=".")
-    for layer, number in enumerate(np.atleast_1d(np.asarray(value))):
+    layers = hybrid.layers_of(decoder, path[-1].key) if np.ndim(value) else (0,)
+    for layer, number in zip(layers, np.atleast_1d(np.asarray(value)), strict=True):
       if np.isfinite(number):
         distances[f"{name}.{layer}" if np.ndim(value) else name] = float(number)
   return distances

@@ -16,7 +16,7 @@ from raft_jax import errors
 from raft_jax.hf import families, family_row, rope_scaling, wrappers
 
 if TYPE_CHECKING:
-  from raft_jax.models import rotary, transformer
+  from raft_jax.models import gated_delta, rotary, transformer
 
 
 def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
@@ -69,7 +69,8 @@ def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
       f"{place}: auto_map asks to run the repository's code (trust_remote_code), which "
       "is never done; use a model of a supported family"
     )
-  for section in (_common_names(text, family), _rope_fields(text, family)):
+  common = {**family.defaults, **_common_names(text, family)}
+  for section in (common, _rope_fields(text, family)):
     for field, values in family.only.items():
       if field in section and section[field] not in values:
         raise errors.UserError(
@@ -108,6 +109,9 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   rope = _rope_fields(fields, family)
   fields = {**family.defaults, **rope, **fields}
   fields["rope_theta"] = rope.get("rope_theta") or fields["rope_theta"]
+  if fields["rope_theta"] is None and "none" in family.ropes:
+    fields["rope_theta"] = family.defaults["rope_theta"]
+    rope = {**rope, "rope_type": "none"}
 
   def number(name: str, kind: type, default: Any = None) -> Any:
     return _number(fields, place, name, kind, default)
@@ -128,6 +132,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     max_positions=number("max_position_embeddings", int),
     tie_embeddings=bool(fields["tie_word_embeddings"]),
     **_expert_counts(fields, family, place),
+    delta=_delta(fields, family, place),
     **family.extra(fields),
   )
   if config.n_heads % config.n_kv_heads or config.head_dim % 2:
@@ -146,6 +151,54 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     windows=_windows(fields, family, config),
     **_layer_ropes(rope, family, config, place),
   )
+
+
+def _delta(
+  fields: family_row.Fields, family: family_row.Family, place: str
+) -> gated_delta.DeltaConfig | None:
+  """The layers of Gated DeltaNet."""
+  if family.delta is None:
+    return None
+  from raft_jax.models import gated_delta
+
+  layers = range(fields["num_hidden_layers"])
+  if not fields.get("layer_types"):
+    _number(fields, place, "full_attention_interval", int)
+  for kind in fields.get("layer_types") or ():
+    if kind not in ("linear_attention", "full_attention"):
+      raise errors.UserError(
+        f"{place}: model_type {fields['model_type']}: layers of kind {kind!r} are not "
+        "read; use another model"
+      )
+  linear = tuple(layer for layer in layers if families.is_linear(fields, layer))
+  if len(linear) in (0, len(layers)):
+    raise errors.UserError(
+      f"{place}: model_type {fields['model_type']} is read with layers of both kinds, "
+      f"and {len(linear)} of its {len(layers)} are linear; use another model"
+    )
+
+  def number(name: str, default: int | None = None) -> int:
+    return _number(fields, place, f"linear_{name}", int, default)
+
+  heads = fields["num_attention_heads"]
+  key_heads = number("num_key_heads", heads)
+  key_width = number("key_head_dim", int(0.75 * fields["hidden_size"] / key_heads))
+  config = gated_delta.DeltaConfig(
+    layers=linear,
+    key_heads=key_heads,
+    value_heads=number("num_value_heads", heads),
+    key_width=key_width,
+    value_width=number("value_head_dim", 2 * key_width),
+    conv_width=number("conv_kernel_dim"),
+    **family.delta(fields),
+  )
+  if config.value_heads % config.key_heads or config.conv_width < 2:
+    raise errors.UserError(
+      f"{place}: linear attention with {config.key_heads} key heads, "
+      f"{config.value_heads} value heads and a convolution over {config.conv_width} "
+      "tokens is not read; use another model"
+    )
+  return config
 
 
 def _number(
@@ -286,6 +339,8 @@ def _scaling(
       )
     return tuple(map(float, values))
 
+  if kind == "none":
+    return {"divisors": (math.inf,)}
   if kind == "linear":
     return {"divisors": (number("factor"),)}
   if kind == "llama3":
@@ -364,3 +419,14 @@ def interleaved_heads(
     path: config.n_heads if path.endswith("/q") else config.n_kv_heads
     for path in family.interleaved
   }
+
+
+def row_groups(
+  family: family_row.Family, config: transformer.DecoderConfig
+) -> dict[str, int]:
+  """Groups of rows of the parameters that a file fuses group by group, by their paths.
+
+  Each group holds what belongs to one head of the linear layers' keys.
+  """
+  groups = config.delta.key_heads if config.delta else 1
+  return dict.fromkeys(family.grouped, groups)

@@ -230,6 +230,82 @@ def _gpt_oss_names() -> dict[str, family_row.Name]:
   return table
 
 
+def _delta_names(module: str, tensors: Mapping[str, str]) -> dict[str, family_row.Name]:
+  """The name table of the layers of Gated DeltaNet, without the prefix `delta_`."""
+  prefix = f"model.layers.{{}}.{module}"
+  return {
+    f"layers/delta_{path}": family_row.Name(f"{prefix}.{tensor}", "")
+    for path, tensor in tensors.items()
+  }
+
+
+_QWEN_DELTA = {
+  **dict.fromkeys(("q", "k", "v"), "in_proj_qkv.weight"),
+  "gate": "in_proj_z.weight",
+  "b": "in_proj_b.weight",
+  "a": "in_proj_a.weight",
+  **dict.fromkeys(("q_conv", "k_conv", "v_conv"), "conv1d.weight"),
+  "a_log": "A_log",
+  "dt_bias": "dt_bias",
+  "norm": "norm.weight",
+  "o": "out_proj.weight",
+}
+_NEXT_DELTA = {
+  **_QWEN_DELTA,
+  **dict.fromkeys(("q", "k", "v", "gate"), "in_proj_qkvz.weight"),
+  **dict.fromkeys(("b", "a"), "in_proj_ba.weight"),
+}
+_QWEN_LINEAR = {
+  **_COMMON,
+  "head_dim": 256,
+  "max_position_embeddings": 32768,
+  "partial_rotary_factor": 0.25,
+  "full_attention_interval": 4,
+  "linear_num_key_heads": 16,
+  "linear_num_value_heads": 32,
+  "linear_key_head_dim": 128,
+  "linear_value_head_dim": 128,
+  "linear_conv_kernel_dim": 4,
+}
+_QWEN_LINEAR_ONLY = {
+  "hidden_act": ("silu",),
+  "attention_bias": (False, None),
+  "attn_output_gate": (True, None),
+  "output_gate_type": ("swish", "silu", None),
+}
+
+
+def _qwen_linear(fields: family_row.Fields) -> dict[str, Any]:
+  return {
+    "qk_norm": "head",
+    "norm_offset": 1.0,
+    "norm_rounds_last": True,
+    "attention_gate": True,
+  }
+
+
+def _qwen_delta(fields: family_row.Fields) -> dict[str, Any]:
+  return {"norm_eps": float(fields["rms_norm_eps"])}
+
+
+_OLMO_DELTA = {
+  **{name: f"{name}_proj.weight" for name in "qkvabo"},
+  "gate": "g_proj.weight",
+  **{f"{name}_conv": f"{name}_conv1d.weight" for name in "qkv"},
+  "a_log": "A_log",
+  "dt_bias": "dt_bias",
+  "norm": "o_norm.weight",
+}
+
+
+def is_linear(fields: family_row.Fields, layer: int) -> bool:
+  """Whether a layer has a linear mixer in place of attention."""
+  kinds = fields.get("layer_types")
+  if kinds:
+    return kinds[layer] == "linear_attention"
+  return (layer + 1) % fields["full_attention_interval"] != 0
+
+
 FAMILIES = {
   "llama": family_row.Family(
     models="Llama 1 to 3, SmolLM2",
@@ -635,5 +711,74 @@ FAMILIES = {
     only=_GEMMA_ONLY,
     extra=lambda fields: {**_gemma(fields), "qk_norm": "head"},
     slides=_by_layer_type(lambda f, i: (i + 1) % f["sliding_window_pattern"] != 0),
+  ),
+  "qwen3_5_text": family_row.Family(
+    models="Qwen3.5",
+    architecture="Qwen3_5ForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP)
+    | _delta_names("linear_attn", _QWEN_DELTA),
+    defaults=_QWEN_LINEAR,
+    only=_QWEN_LINEAR_ONLY,
+    extra=_qwen_linear,
+    ropes=("default",),
+    delta=_qwen_delta,
+    ignored=re.compile(r"mtp\..*"),  # predicts further tokens; transformers drops it
+  ),
+  # Without experts; the published models have them.
+  "qwen3_next": family_row.Family(
+    models="Qwen3-Next without experts",
+    architecture="Qwen3NextForCausalLM",
+    names=_names(_PRE_NORMS, _ATTENTION, _QK_NORMS, _MLP)
+    | _delta_names("linear_attn", _NEXT_DELTA),
+    defaults={**_QWEN_LINEAR, "num_experts": 512},
+    only={**_QWEN_LINEAR_ONLY, "num_experts": (0,)},
+    extra=_qwen_linear,
+    ropes=("default",),
+    delta=_qwen_delta,
+    grouped=frozenset(
+      f"layers/delta_{name}" for name in ("q", "k", "v", "gate", "b", "a")
+    ),
+    ignored=re.compile(r"mtp\..*"),
+  ),
+  "olmo_hybrid": family_row.Family(
+    models="OLMo Hybrid",
+    architecture="OlmoHybridForCausalLM",
+    names=_names(
+      _ATTENTION,
+      _QK_NORMS,
+      {
+        "attn_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+      },
+      _PRE_NORMS,
+      _MLP,
+    )
+    | _delta_names("linear_attn", _OLMO_DELTA),
+    defaults={
+      **_COMMON,
+      "max_position_embeddings": 65536,
+      "full_attention_interval": 4,
+      "linear_conv_kernel_dim": 4,
+      "linear_allow_neg_eigval": True,
+    },
+    only={
+      "hidden_act": ("silu",),
+      "attention_bias": (False, None),
+    },
+    extra=lambda fields: {
+      "qk_norm": "projection",
+      "norm_rounds_last": True,
+      "pre_norms": False,
+      "post_norms": True,
+    },
+    ropes=("default", "none"),
+    delta=lambda fields: {
+      "strength": 2.0 if fields["linear_allow_neg_eigval"] else 1.0,
+      "norm_eps": 1e-5,
+    },
+    aliases={
+      "attention_layer_norm": "input_layernorm",
+      "feedforward_layer_norm": "post_attention_layernorm",
+    },
   ),
 }

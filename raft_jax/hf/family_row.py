@@ -66,6 +66,12 @@ class Family(NamedTuple):
       that `decoder_config` sets for every family.
     ropes: kinds of rotary scaling that are read.
     slides: config and layer -> whether the layer has a sliding window; None: never.
+    delta: config -> fields of `DeltaConfig` beside those of transformers' names, for
+      families with layers of Gated DeltaNet; None: it has none.
+    aliases: other names of modules in its files -> those of the table, as far as the
+      same transformers' class reads both.
+    grouped: paths whose rows a fused tensor holds head by head of the linear layers'
+      keys, not one parameter after the other.
     rotates: config and layer -> whether the layer has rotary positions; None: always.
     constants: tensors that hold the same number in every model -> that number.
     gguf: the architecture in its GGUF files, if that is not its `model_type`.
@@ -88,6 +94,9 @@ class Family(NamedTuple):
   extra: Callable[[Fields], dict[str, Any]] = lambda fields: {}
   ropes: tuple[str, ...] = ROPES
   slides: Callable[[Fields, int], bool] | None = None
+  delta: Callable[[Fields], dict[str, Any]] | None = None
+  aliases: Mapping[str, str] = {}
+  grouped: frozenset[str] = frozenset()
   rotates: Callable[[Fields, int], bool] | None = None
   constants: Mapping[str, float] = {}
   gguf: str | None = None

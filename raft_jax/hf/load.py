@@ -232,12 +232,13 @@ def _matched(
   in_gguf = path.is_file()
   family = decoder_config.find_family(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else stored_tensors(path)
+  stored = {_renamed(name, family): tensor for name, tensor in stored.items()}
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
   if family.wrapped:
     names = wrappers.file_names(names, stored)
     stored = {name: stored[name] for name in stored if wrappers.is_inside(name)}
   leaves = traverse_util.flatten_dict(transformer.shapes(config), sep="/")
-  pieces = tensor_layout.pieces(leaves, names, tensor_layout.forms(family))
+  pieces = model_pieces(family, config, leaves, names)
   if family.mxfp4:
     stored = mxfp4.decoded(stored)
   tied = names["head"] if config.tie_embeddings else None
@@ -257,6 +258,31 @@ def _matched(
       if leaf.endswith("norm") and config.norm_offset:  # the file holds the sum
         stored[piece.name] = gguf_file.shifted(stored[piece.name], config.norm_offset)
   return stored, pieces, leaves
+
+
+def model_pieces(
+  family: family_row.Family,
+  config: transformer.DecoderConfig,
+  leaves: Mapping[str, Any],
+  names: Mapping[str, str],
+) -> list[tensor_layout.Piece]:
+  """The tensors of a model's files, as `tensor_layout.pieces`."""
+  from raft_jax.models import hybrid
+
+  return tensor_layout.pieces(
+    leaves,
+    names,
+    forms=tensor_layout.forms(family),
+    layers_of=functools.partial(hybrid.layers_of, config),
+    groups=decoder_config.row_groups(family, config),
+  )
+
+
+def _renamed(name: str, family: family_row.Family) -> str:
+  """A tensor's name in the family's table."""
+  for theirs, ours in family.aliases.items():
+    name = name.replace(f".{theirs}.", f".{ours}.")
+  return name
 
 
 def _read_block(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import family_row
-from raft_jax.models import lora, transformer
+from raft_jax.hf import decoder_config, family_row, tensor_layout
+from raft_jax.models import hybrid, lora, transformer
 
 
 def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
@@ -18,7 +18,10 @@ def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
 
   Every family knows `q_proj` to `down_proj`. A family that fuses some of them (Phi's
   `qkv_proj`) also knows the fused name, which stands for all of its parts. Of a family
-  without gates, `gate_proj` is passed over, since it is one of the default names.
+  without gates, `gate_proj` is passed over, since it is one of the default names. These
+  are the projections of the layers with attention; those of linear layers have the
+  names of their modules (`in_proj_qkv`, or `linear_attn.q_proj` where both have a
+  `q_proj`).
 
   Raises:
     errors.UserError: the model has no module of a name, or none of all names, or it is
@@ -39,7 +42,7 @@ def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
   own = {kernel for kernels in modules.values() for kernel in kernels}
   kernels_by_name = {f"{kernel}_proj": {kernel} & own for kernel in lora.KERNELS}
   for module, kernels in modules.items():
-    kernels_by_name[_last_part(module)] = set(kernels)
+    kernels_by_name[_target(family, module)] = set(kernels)
   unknown = [name for name in names if name not in kernels_by_name]
   targeted = set().union(*(kernels_by_name.get(name, ()) for name in names))
   if unknown or not targeted:
@@ -48,7 +51,7 @@ def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
       f"lora.targets: no projection {[*unknown, *names][0]!r} in this model; it has "
       f"{', '.join(known)}"
     )
-  return tuple(kernel for kernel in lora.KERNELS if kernel in targeted)
+  return tuple(kernel for kernel in lora.ALL_KERNELS if kernel in targeted)
 
 
 def _modules(family: family_row.Family) -> dict[str, tuple[str, ...]]:
@@ -56,7 +59,7 @@ def _modules(family: family_row.Family) -> dict[str, tuple[str, ...]]:
   modules: dict[str, tuple[str, ...]] = {}
   for path, name in family.names.items():
     kernel = path.removeprefix("layers/")
-    if kernel in lora.KERNELS and not name.of_experts:
+    if kernel in lora.ALL_KERNELS and not name.of_experts:
       module = name.hf.removesuffix(".weight")
       modules[module] = (*modules.get(module, ()), kernel)
   return modules
@@ -66,12 +69,21 @@ def _last_part(module: str) -> str:
   return module.rsplit(".", 1)[-1]
 
 
+def _target(family: family_row.Family, module: str) -> str:
+  """A module's name for PEFT, which adapts every module whose name ends with it."""
+  last = _last_part(module)
+  modules = {name.hf.removesuffix(".weight") for name in family.names.values()}
+  if [_last_part(other) for other in modules].count(last) == 1:
+    return last
+  return ".".join(module.split(".")[-2:])
+
+
 def config(
   family: family_row.Family, kernels: Sequence[str], *, rank: int, alpha: float
 ) -> dict[str, Any]:
   """The content of `adapter_config.json`, without the base model's name."""
   adapted = {
-    _last_part(module): tuple(part for part in parts if part in kernels)
+    _target(family, module): tuple(part for part in parts if part in kernels)
     for module, parts in _modules(family).items()
   }
   adapted = {name: parts for name, parts in adapted.items() if parts}
@@ -113,8 +125,9 @@ def tensors(
   rows = {
     name: leaf.shape[1]
     for name, leaf in transformer.shapes(decoder)["layers"].items()
-    if name in lora.KERNELS
+    if name in lora.ALL_KERNELS
   }
+  groups = decoder_config.row_groups(family, decoder)
   for module, parts in _modules(family).items():
     on_host = {
       name: {half: np.asarray(leaf) for half, leaf in adapters[name].items()}
@@ -123,16 +136,17 @@ def tensors(
     }
     if not on_host:
       continue
-    for layer in range(decoder.n_layers):
+    for row, layer in enumerate(hybrid.layers_of(decoder, next(iter(on_host)))):
       prefix = f"base_model.model.{module.format(layer)}"
-      a_RI = np.concatenate([adapter["a"][layer] for adapter in on_host.values()])
-      b_OR = np.zeros((sum(rows[name] for name in parts), len(a_RI)), np.float32)
-      row = column = 0
+      a_RI = np.concatenate([adapter["a"][row] for adapter in on_host.values()])
+      blocks, column = [], 0
       for name in parts:
+        block_OR = np.zeros((rows[name], len(a_RI)), np.float32)
         if name in on_host:
-          block = on_host[name]["b"][layer]
-          b_OR[row : row + rows[name], column : column + block.shape[1]] = block
-          column += block.shape[1]
-        row += rows[name]
+          part = on_host[name]["b"][row]
+          block_OR[:, column : column + part.shape[1]] = part
+          column += part.shape[1]
+        blocks.append(block_OR)
+      b_OR = tensor_layout.joined_rows(blocks, groups.get(f"layers/{parts[0]}", 1))
       yield f"{prefix}.lora_A.weight", a_RI
       yield f"{prefix}.lora_B.weight", b_OR

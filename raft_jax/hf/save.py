@@ -118,7 +118,7 @@ def save(
   carried = carried_tensors.find(path, foreign)
   plan = Plan(
     _shards(
-      tensor_layout.pieces(leaves, names, tensor_layout.forms(family)),
+      hf_load.model_pieces(family, config, leaves, names),
       lambda piece: math.prod(piece.shape) * kind.itemsize,
       max_shard_bytes,
     ),

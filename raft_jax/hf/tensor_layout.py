@@ -33,10 +33,13 @@ class Piece(NamedTuple):
   Attributes:
     name: in the file; of experts, `{}` stands for the expert's number.
     paths: of the leaf, like ("layers/q",); of several where the tensor is fused.
-    layer: its row of the stacked leaves; None: it is the whole leaf.
+    layer: its row of the stacked leaves, which is the layer's number if every layer has
+      the parameter; None: it is the whole leaf.
     rows: of each leaf in the tensor.
     shape: of the tensor in the file, or of the stack of the experts' tensors.
     form: how one tensor stores the parameters of all experts; else None.
+    groups: of a fused tensor: its rows are that many groups, each with the same share
+      of every leaf's rows.
   """
 
   name: str
@@ -45,6 +48,7 @@ class Piece(NamedTuple):
   rows: tuple[int, ...]
   shape: tuple[int, ...]
   form: family_row.Form | None = None
+  groups: int = 1
 
   @property
   def of_experts(self) -> bool:
@@ -75,7 +79,10 @@ def forms(family: family_row.Family) -> dict[str, family_row.Form]:
 def pieces(
   leaves: Mapping[str, Any],
   names: Mapping[str, str],
+  *,
   forms: Mapping[str, family_row.Form] | None = None,
+  layers_of: Callable[[str], Sequence[int]] | None = None,
+  groups: Mapping[str, int] | None = None,
 ) -> list[Piece]:
   """The tensors of a whole model, leaf by leaf and in order of layers.
 
@@ -83,13 +90,27 @@ def pieces(
     leaves: path -> array, or anything with its shape.
     names: from `file_names`.
     forms: from the function of this name.
+    layers_of: parameter of a layer -> numbers of the layers that have it, such as
+      `hybrid.layers_of` of a config; None: every layer has every parameter.
+    groups: path -> groups of the tensor's rows, where it is not 1.
   """
-  groups: dict[str, tuple[str, ...]] = {names[path]: () for path in leaves}
-  for path, name in names.items():  # in order of the table, which is that of the rows
+
+  def numbers(path: str) -> tuple[int | None, ...]:
+    if "{}" not in names[path]:
+      return (None,)
+    rows = range(leaves[path].shape[0])
+    return tuple(layers_of(path.removeprefix("layers/")) if layers_of else rows)
+
+  # Layers of another kind may give the same name to another parameter.
+  def key(path: str) -> tuple[str, tuple[int | None, ...]]:
+    return names[path], numbers(path)
+
+  fused: dict[Any, tuple[str, ...]] = {key(path): () for path in leaves}
+  for path in names:  # in order of the table, which is that of the rows
     if path in leaves:
-      groups[name] += (path,)
+      fused[key(path)] += (path,)
   result = []
-  for name, paths in groups.items():
+  for (name, layers), paths in fused.items():
     stacked = "{}" in name
     shapes = [tuple(leaves[path].shape)[stacked:] for path in paths]
     form = (forms or {}).get(paths[0])
@@ -98,9 +119,11 @@ def pieces(
     if form is not None:
       shape = (shapes[0][0], len(paths) * shapes[0][1], *shapes[0][2:])
       shape = (shape[0], *shape[:0:-1]) if form.transposed else shape
-    layers = range(leaves[paths[0]].shape[0]) if stacked else (None,)
-    numbered = (name.replace("{}", str(i), 1) for i in layers)
-    result += [Piece(n, paths, i, rows, shape, form) for n, i in zip(numbered, layers)]
+    count = (groups or {}).get(paths[0], 1)
+    for row, layer in enumerate(layers):
+      numbered = name.replace("{}", str(layer), 1)
+      index = row if stacked else None
+      result.append(Piece(numbered, paths, index, rows, shape, form, count))
   return result
 
 
@@ -134,11 +157,19 @@ def part(tensor: Stored, piece: Piece, path: str) -> Stored:
   if len(piece.paths) == 1:
     return tensor
   place = piece.paths.index(path)
-  start, count = sum(piece.rows[:place]), piece.rows[place]
+  count = piece.rows[place]
+  start, share, group = (
+    rows // piece.groups for rows in (sum(piece.rows[:place]), count, sum(piece.rows))
+  )
 
   def read(index: Index) -> np.ndarray:
     first, stop, step = index[0].indices(count)
-    return tensor.read((slice(start + first, start + stop, step), *index[1:]))
+    if piece.groups == 1:
+      return tensor.read((slice(start + first, start + stop, step), *index[1:]))
+    number, row = np.divmod(np.arange(first, stop, step), share)
+    rows = number * group + start + row
+    block = tensor.read((slice(int(rows.min()), int(rows.max()) + 1), *index[1:]))
+    return block[rows - rows.min()]
 
   return Stored((count, *tensor.shape[1:]), read)
 
@@ -169,10 +200,18 @@ def _experts_part(
 def joined(parts: Sequence[np.ndarray], piece: Piece) -> np.ndarray:
   """The tensor of a piece, from the part of each of its leaves."""
   if piece.form is None:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return joined_rows(parts, piece.groups)
   if piece.form.alternating:
     tensor = np.stack(parts, axis=2)
     tensor = tensor.reshape(len(tensor), -1, *tensor.shape[3:])
   else:
     tensor = np.concatenate(parts, axis=1)
   return tensor.swapaxes(1, 2) if piece.form.transposed else tensor
+
+
+def joined_rows(parts: Sequence[np.ndarray], groups: int) -> np.ndarray:
+  """A tensor from the rows of its leaves; `groups` as in `Piece`."""
+  if len(parts) == 1:
+    return parts[0]
+  grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
+  return np.concatenate(grouped, axis=1).reshape(-1, *parts[0].shape[1:])

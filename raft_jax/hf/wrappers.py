@@ -46,6 +46,11 @@ WRAPPERS = {
     architecture="Mistral3ForConditionalGeneration",
     tower="mistral",
   ),
+  "qwen3_5": Wrapper(
+    models="Qwen3.5",
+    architecture="Qwen3_5ForConditionalGeneration",
+    tower="qwen3_5_text",
+  ),
 }
 
 

@@ -1,7 +1,8 @@
 """The cache of keys and values that a forward pass fills, and that later passes read.
 
 Shapes: L layers, B rows, T tokens of this pass, S columns, N key/value heads, h head
-width.
+width. Where some layers have a state instead (`gated_delta`), the keys and values have
+a row for each layer with attention, and the states one for each of the others.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from raft_jax.models import gated_delta, hybrid
+
 if TYPE_CHECKING:
   from raft_jax.models import transformer
 
 Cache = dict[str, Array]
-"""{"k", "v"} of all layers, each [L, B, S, N, h]; see `init` for {"positions"}."""
+"""{"k", "v"} of all layers, each [L, B, S, N, h]; see `init` for the others."""
+STATES = ("conv", "matrix")
+"""The fields of `gated_delta.State`, each stacked over the layers that have it."""
 
 
 def init(
@@ -24,13 +29,46 @@ def init(
 ) -> Cache:
   """An empty cache of `length` columns.
 
-  Where the config reads key positions, it also has {"positions"}, int32 [B, S].
+  Where the config reads key positions, it also has {"positions"}, int32 [B, S]; where
+  layers have states, also those ({"conv", "matrix"}).
   """
-  shape = (config.n_layers, batch, length, config.n_kv_heads, config.head_dim)
+  layers = len(hybrid.attention_layers(config))
+  shape = (layers, batch, length, config.n_kv_heads, config.head_dim)
   cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
   if config.reads_key_positions:
     cache["positions"] = jnp.zeros((batch, length), jnp.int32)
+  if config.delta is not None:
+    state = gated_delta.empty_state(config.delta, batch, dtype)
+    count = len(config.delta.layers)
+    for name, leaf in zip(STATES, state, strict=True):
+      cache[name] = jnp.zeros((count, *leaf.shape), leaf.dtype)
   return cache
+
+
+def of_layers(cache: Cache) -> Cache:
+  """The part that the layers write: all but the positions."""
+  return {name: leaf for name, leaf in cache.items() if name != "positions"}
+
+
+def lengthened(cache: Cache, more: int) -> Cache:
+  """The cache with more empty columns behind its own."""
+  axes = {"k": 2, "v": 2, "positions": 1}
+
+  def pad(leaf: Array, axis: int) -> Array:
+    widths = [(0, 0)] * leaf.ndim
+    widths[axis] = (0, more)
+    return jnp.pad(leaf, widths)
+
+  return {
+    name: pad(leaf, axes[name]) if name in axes else leaf
+    for name, leaf in cache.items()
+  }
+
+
+def without_states(cache: Cache) -> Cache:
+  """The cache with states as before the first token."""
+  empty = {name: jnp.zeros_like(cache[name]) for name in STATES if name in cache}
+  return {**cache, **empty}
 
 
 def write_layer(
@@ -47,12 +85,29 @@ def write_layer(
   moves the data of one token and not the whole cache.
   """
   start = (layer, 0, column, 0, 0)
-  return {
+  written = {
     name: jax.lax.dynamic_update_slice(
       cache[name], new_BTNh[None].astype(cache[name].dtype), start
     )
     for name, new_BTNh in (("k", k_BTNh), ("v", v_BTNh))
   }
+  return {**cache, **written}
+
+
+def read_state(cache: Cache, layer: Array | int) -> gated_delta.State:
+  """The state of a layer after the tokens so far."""
+  return gated_delta.State(*(cache[name][layer] for name in STATES))
+
+
+def write_state(cache: Cache, state: gated_delta.State, layer: Array | int) -> Cache:
+  """Writes the state of a layer in place."""
+  written = {
+    name: jax.lax.dynamic_update_index_in_dim(
+      cache[name], leaf.astype(cache[name].dtype), layer, axis=0
+    )
+    for name, leaf in zip(STATES, state, strict=True)
+  }
+  return {**cache, **written}
 
 
 def write_positions(

@@ -21,6 +21,11 @@ from raft_jax.models import param_sharding, partition, transformer
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 """Names of a layer's linear projections in the parameter tree."""
+DELTA_KERNELS = tuple(
+  f"delta_{name}" for name in ("q", "k", "v", "gate", "b", "a", "o")
+)
+"""The projections of a layer of Gated DeltaNet."""
+ALL_KERNELS = (*KERNELS, *DELTA_KERNELS)
 
 
 def split(
@@ -36,9 +41,15 @@ def split(
   axes = param_sharding.axes(config)["layers"]
 
   def freeze(base: transformer.Params) -> transformer.Params:
-    # Derived from a parameter, so that it is on the same devices.
-    scale_L = jnp.full_like(base["layers"]["q"][:, 0, 0], alpha / rank, jnp.float32)
-    return {**base, "lora": {name: {"scale": scale_L} for name in kernels}}
+    layers, scales = base["layers"], {}
+    for name in ("q", *kernels):
+      count = layers[name].shape[0]
+      if count not in scales:
+        # Derived from a parameter, so that it is on the same devices.
+        kernel_L = layers[name][:, 0, 0]
+        scales[count] = jnp.full_like(kernel_L, alpha / rank, jnp.float32)
+    adapters = {name: {"scale": scales[layers[name].shape[0]]} for name in kernels}
+    return {**base, "lora": adapters}
 
   return partition.Split(
     shapes=jax.eval_shape(start),
@@ -68,7 +79,7 @@ def init(
   adapters = {}
   for name in kernels:
     layers, out, inp = transformer.shapes(config)["layers"][name].shape
-    a_key = jax.random.fold_in(key, KERNELS.index(name))
+    a_key = jax.random.fold_in(key, ALL_KERNELS.index(name))
     bound = inp**-0.5
     adapters[name] = {
       "a": jax.random.uniform(a_key, (layers, rank, inp), minval=-bound, maxval=bound),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from raft_jax.models import experts, sharding, transformer
+from raft_jax.models import experts, gated_delta, sharding, transformer
 
 
 def axes(config: transformer.DecoderConfig) -> transformer.Params:
@@ -26,7 +26,7 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
     layers |= {name: experts.AXES[name] for name in experts.shapes(config)}
   if config.activation == "xielu":
     layers |= dict.fromkeys(("xielu_p", "xielu_n"), ("layers", "width"))
-  if config.pre_norms:
+  if config.pre_norms or config.delta is not None:
     layers |= {"attn_norm": wide, "mlp_norm": wide}
   if config.post_norms:
     layers |= {"attn_post_norm": wide, "mlp_post_norm": wide}
@@ -40,6 +40,8 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
     layers |= dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim"))
   if config.qk_norm == "projection":
     layers |= {"q_norm": queries, "k_norm": keys}
+  if config.delta is not None:
+    layers |= {name: ("layers", *names) for name, names in gated_delta.AXES.items()}
   names: transformer.Params = {
     "embed": ("vocab", "embed"),
     "final_norm": ("embed",),
@@ -85,7 +87,9 @@ def gathered(
     # Before gathering, so that a gathered stack never exists beside its layers.
     base["layers"] = transformer.unstack(base["layers"], config)
     layer_axes = {name: names[1:] for name, names in base_axes["layers"].items()}
-    base_axes["layers"] = (layer_axes,) * config.n_layers
+    base_axes["layers"] = tuple(
+      {name: layer_axes[name] for name in layer} for layer in base["layers"]
+    )
     adapters = {
       name: transformer.unstack(tree, config) for name, tree in adapters.items()
     }

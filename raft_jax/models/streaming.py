@@ -128,29 +128,27 @@ def _prepare(
   long = tuple(
     bool(rope.long_divisors) and reach > rope.long_after for rope in config.ropes
   )
+  read = len(memory.ids)
   if memory.long != long:
     memory.ids, memory.long = [], long
   # The last token is always read, because the answer begins with its logits.
   same = itertools.takewhile(
     lambda pair: pair[0] == pair[1], zip(memory.ids, prompt[:-1])
   )
-  memory.ids = [token for token, _ in same]
+  shared = [token for token, _ in same]
+  if config.delta is not None and len(shared) < read:
+    # Keys and values are forgotten by columns, but a state only as a whole.
+    shared = []
+    if memory.cache is not None:
+      memory.cache = kv_cache.without_states(memory.cache)
+  memory.ids = shared
   length = SHORTEST
   while length < reach + PIECE:  # a piece is written whole, with its padding
     length *= 2
   if memory.cache is None:
     memory.cache = _bound(kv_cache.init(config, 1, length, network.compute.dtype))
   elif (more := length - memory.cache["k"].shape[2]) > 0:
-    memory.cache = {
-      name: _lengthened(leaf, more, axis=1 if name == "positions" else 2)
-      for name, leaf in memory.cache.items()
-    }
-
-
-def _lengthened(leaf: Array, more: int, *, axis: int) -> Array:
-  widths = [(0, 0)] * leaf.ndim
-  widths[axis] = (0, more)
-  return jnp.pad(leaf, widths)
+    memory.cache = kv_cache.lengthened(memory.cache, more)
 
 
 def _read(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from raft_jax.models import experts, kv_cache, layer_functions, rotary, sharding
+from raft_jax.models import (
+  experts,
+  gated_delta,
+  hybrid,
+  kv_cache,
+  layer_functions,
+  rotary,
+  sharding,
+)
 
 Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
@@ -83,6 +91,9 @@ class DecoderConfig:
       `layer_functions.clamped_gate`; None: `activation` without a bound.
     o_bias: whether the projection of the attended values has a bias.
     attention_sinks: whether each head has a score of no key, to which attention goes.
+    attention_gate: whether the projection to queries also gives, after the query of
+      each head, a gate, whose sigmoid multiplies the head's output.
+    delta: the layers that have Gated DeltaNet instead of attention; None: none.
   """
 
   vocab_size: int
@@ -122,6 +133,8 @@ class DecoderConfig:
   gate_limit: float | None = None
   o_bias: bool = False
   attention_sinks: bool = False
+  attention_gate: bool = False
+  delta: gated_delta.DeltaConfig | None = None
 
   @property
   def reads_key_positions(self) -> bool:
@@ -158,6 +171,7 @@ class LayerInputs(NamedTuple):
     attention: implementation of attention.
     query_factor: factor [B, T, 1, 1] of the queries, or None.
     counted_BT: tokens that count in the load of the experts; None: it is not measured.
+    columns: the tokens as Gated DeltaNet reads them; None: no layer does.
   """
 
   rotation: rotary.Rotation
@@ -168,6 +182,7 @@ class LayerInputs(NamedTuple):
   attention: layer_functions.Implementation
   query_factor: Array | None = None
   counted_BT: Array | None = None
+  columns: gated_delta.Columns | None = None
 
 
 class LayerOutputs(NamedTuple):
@@ -179,11 +194,10 @@ class LayerOutputs(NamedTuple):
 
 
 class Block(nnx.Module):
-  """One transformer layer."""
+  """One transformer layer; a linear one has Gated DeltaNet in place of attention."""
 
-  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, *, linear: bool = False, rngs: nnx.Rngs):
     d, f = config.d_model, config.d_ff
-    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
     def kernel(out: int, inp: int) -> nnx.Param:
       return nnx.Param(jax.random.normal(rngs.params(), (out, inp)) * inp**-0.5)
@@ -191,21 +205,35 @@ class Block(nnx.Module):
     def norm(width: int) -> nnx.Param:
       return nnx.Param(jnp.full(width, 1.0 - config.norm_offset))
 
-    self.config = config
-    self.q, self.k, self.v = kernel(heads, d), kernel(kv, d), kernel(kv, d)
-    self.o = kernel(d, heads)
+    self.config, self.linear = config, linear
+    if linear:
+      self.init_delta(kernel)
+    else:
+      self.init_attention(kernel, norm)
     if config.n_experts:
-      self.add_experts(rngs)
+      self.init_experts(rngs)
     else:
       if config.gated_mlp:
         self.gate = kernel(f, d)
       self.up, self.down = kernel(f, d), kernel(d, f)
     if config.activation == "xielu":
       self.xielu_p, self.xielu_n = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.zeros(1))
-    if config.pre_norms:
+    if config.pre_norms or linear:
       self.attn_norm, self.mlp_norm = norm(d), norm(d)
-    if config.post_norms:
+    if config.post_norms and not linear:
       self.attn_post_norm, self.mlp_post_norm = norm(d), norm(d)
+
+  def init_attention(
+    self,
+    kernel: Callable[[int, int], nnx.Param],
+    norm: Callable[[int], nnx.Param],
+  ) -> None:
+    """The parameters of attention."""
+    config, d = self.config, self.config.d_model
+    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    queries = 2 * heads if config.attention_gate else heads
+    self.q, self.k, self.v = kernel(queries, d), kernel(kv, d), kernel(kv, d)
+    self.o = kernel(d, heads)
     if config.qkv_bias:
       self.q_bias = nnx.Param(jnp.zeros(heads))
       self.k_bias, self.v_bias = nnx.Param(jnp.zeros(kv)), nnx.Param(jnp.zeros(kv))
@@ -218,7 +246,7 @@ class Block(nnx.Module):
     if config.qk_norm == "projection":
       self.q_norm, self.k_norm = norm(heads), norm(kv)
 
-  def add_experts(self, rngs: nnx.Rngs) -> None:
+  def init_experts(self, rngs: nnx.Rngs) -> None:
     """Makes the parameters of a mixture of experts."""
     for name, shape in experts.shapes(self.config).items():
       value = jnp.zeros(shape)
@@ -226,9 +254,23 @@ class Block(nnx.Module):
         value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
       setattr(self, name, nnx.Param(value))
 
+  def init_delta(self, kernel: Callable[[int, int], nnx.Param]) -> None:
+    """The parameters of Gated DeltaNet, with decays like those of published models."""
+    assert self.config.delta is not None
+    shapes = gated_delta.shapes(self.config.delta, self.config.d_model)
+    for name, shape in shapes.items():
+      if len(shape) == 1:
+        setattr(self, name, nnx.Param(jnp.ones(shape)))
+      elif len(shape) == 2:
+        setattr(self, name, kernel(*shape))
+      else:
+        flat = kernel(shape[0], shape[-1])
+        setattr(self, name, nnx.Param(flat[...][:, None]))
+
   def __call__(self, x_BTD: Array, lora: Params, inputs: LayerInputs) -> LayerOutputs:
-    """Attention, then the feed-forward, each added to its input."""
-    attended, cache = self.attend(self.norm(x_BTD, "attn_norm"), lora, inputs)
+    """The mixer, then the feed-forward, each added to its input."""
+    mixer = self.mix if self.linear else self.attend
+    attended, cache = mixer(self.norm(x_BTD, "attn_norm"), lora, inputs)
     scale = self.config.residual_scale
     x_BTD = x_BTD + _times(self.norm(attended, "attn_post_norm"), scale)
     fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
@@ -284,12 +326,37 @@ class Block(nnx.Module):
     x = self.norm(x, f"{name}_norm")
     return x.reshape(*x.shape[:-1], count, self.config.head_dim)
 
+  def gated_queries(self, x_BTD: Array, lora: Params) -> tuple[Array, Array]:
+    """Queries [B, T, H, h] and the gates of the heads' outputs [B, T, H * h]."""
+    c, outer = self.config, x_BTD.shape[:-1]
+    both = layer_functions.project(x_BTD, self.q, lora.get("q"))
+    q, gate = jnp.split(both.reshape(*outer, c.n_heads, -1), 2, axis=-1)
+    q_BTI = self.norm(q.reshape(*outer, -1), "q_norm")
+    return q_BTI.reshape(q.shape), gate.reshape(*outer, -1)
+
+  def mix(
+    self, x_BTD: Array, lora: Params, inputs: LayerInputs
+  ) -> tuple[Array, kv_cache.Cache | None]:
+    """Gated DeltaNet, and the cache with the state after this call's last token."""
+    delta, cache = self.config.delta, inputs.cache
+    assert delta is not None
+    assert inputs.columns is not None
+    state = None if cache is None else kv_cache.read_state(cache, inputs.layer)
+    weights = {name: getattr(self, name)[...] for name in gated_delta.AXES}
+    out_BTD, state = gated_delta.mix(delta, weights, lora, x_BTD, inputs.columns, state)
+    if cache is not None:
+      cache = kv_cache.write_state(cache, state, inputs.layer)
+    return out_BTD, cache
+
   def attend(
     self, x_BTD: Array, lora: Params, inputs: LayerInputs
   ) -> tuple[Array, kv_cache.Cache | None]:
     """Self-attention, and the cache with this call's keys and values."""
     c = self.config
-    q_BTHh = self.heads(x_BTD, "q", c.n_heads, lora)
+    if c.attention_gate:
+      q_BTHh, gate_BTI = self.gated_queries(x_BTD, lora)
+    else:
+      q_BTHh, gate_BTI = self.heads(x_BTD, "q", c.n_heads, lora), None
     k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
     v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
     q_BTHh, k_BTNh = (
@@ -316,6 +383,8 @@ class Block(nnx.Module):
       implementation=inputs.attention,
     )
     out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
+    if gate_BTI is not None:
+      out_BTI = out_BTI * jax.nn.sigmoid(gate_BTI)
     out_BTD = layer_functions.project(out_BTI, self.o, lora.get("o"))
     if c.o_bias:
       out_BTD = out_BTD + self.o_bias[...].astype(out_BTD.dtype)
@@ -326,14 +395,20 @@ class Decoder(nnx.Module):
   """Names and shapes of all parameters; `forward` computes with them."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    @nnx.split_rngs(splits=config.n_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def stack(rngs: nnx.Rngs) -> Block:
-      return Block(config, rngs=rngs)
+    def stack(count: int, linear: bool) -> Block:
+      @nnx.split_rngs(splits=count)
+      @nnx.vmap(in_axes=0, out_axes=0)
+      def layers(rngs: nnx.Rngs) -> Block:
+        return Block(config, linear=linear, rngs=rngs)
+
+      return layers(rngs)
 
     vocabulary = (config.vocab_size, config.d_model)
     self.embed = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
-    self.layers = stack(rngs)
+    linear = len(hybrid.linear_layers(config))
+    self.layers = stack(config.n_layers - linear, linear=False)
+    if linear:
+      self.linear_layers = stack(linear, linear=True)
     self.final_norm = nnx.Param(jnp.full(config.d_model, 1.0 - config.norm_offset))
     if not config.tie_embeddings:
       self.head = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
@@ -341,7 +416,11 @@ class Decoder(nnx.Module):
 
 def init(key: Array, config: DecoderConfig) -> Params:
   """Random float32 parameters, for tests and for training from scratch."""
-  return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
+  params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
+  if config.delta is not None:
+    linear = params.pop("linear_layers")
+    params["layers"] = hybrid.joined(params["layers"], linear, config)
+  return params
 
 
 def shapes(config: DecoderConfig) -> Params:
@@ -360,8 +439,10 @@ def output_embedding(params: Params) -> Array:
 
 
 @functools.lru_cache
-def _block_definition(config: DecoderConfig) -> Any:
-  return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+def _block_definition(config: DecoderConfig, linear: bool) -> Any:
+  return nnx.split(
+    nnx.eval_shape(lambda: Block(config, linear=linear, rngs=nnx.Rngs(0)))
+  )
 
 
 def _apply_block(
@@ -371,7 +452,7 @@ def _apply_block(
   x_BTD: Array,
   inputs: LayerInputs,
 ) -> LayerOutputs:
-  definition, state = _block_definition(config)
+  definition, state = _block_definition(config, linear="delta_o" in layer_params)
   state = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(state, layer_params)
   return nnx.merge(definition, state)(x_BTD, lora, inputs)
@@ -407,6 +488,7 @@ def forward(
   cache: kv_cache.Cache | None = None,
   column: Array | int = 0,
   reach_B: Array | None = None,
+  branches: Sequence[int] = (),
   compute: Compute = FLOAT32,
 ) -> tuple[Array, kv_cache.Cache | None]:
   """Runs the decoder up to the final norm; `vocab_head` computes with the head.
@@ -423,6 +505,9 @@ def forward(
     column: first column of the cache that this pass writes; it writes T columns.
     reach_B: int32, the length that each row may reach while its cache is filled; read
       if the rotary embedding depends on it. None: the present length.
+    branches: widths of the parts of a row, if it has several: a trunk, which each of
+      the others continues without seeing the rest, as the mask must say, too. Layers
+      without a mask, `gated_delta`'s, read it.
     compute: how the pass is computed.
 
   Returns:
@@ -437,6 +522,7 @@ def forward(
     cache=cache,
     column=column,
     reach_B=reach_B,
+    branches=branches,
     compute=compute,
   )
   return hidden_BTD, cache
@@ -452,6 +538,7 @@ def run(
   cache: kv_cache.Cache | None = None,
   column: Array | int = 0,
   reach_B: Array | None = None,
+  branches: Sequence[int] = (),
   compute: Compute = FLOAT32,
   counted_BT: Array | None = None,
 ) -> LayerOutputs:
@@ -471,6 +558,9 @@ def run(
   query_factor = None
   if config.query_growth:
     query_factor = rotary.query_factor(positions_BT, *config.query_growth)
+  columns = None
+  if config.delta is not None:
+    columns = gated_delta.columns(_valid(mask_BTS, column), branches)
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
@@ -488,12 +578,13 @@ def run(
       compute.attention,
       query_factor,
       counted_BT,
+      columns,
     )
     x_BTD, kv, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
     return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), load
 
   body = jax.checkpoint(layer) if compute.remat else layer
-  kv = {name: cache[name] for name in ("k", "v")} if cache is not None else None
+  kv = kv_cache.of_layers(cache) if cache is not None else None
   (x_BTD, kv), load = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
@@ -529,6 +620,13 @@ def _rotations(
   ]
 
 
+def _valid(mask_BTS: Array, column: Array | int) -> Array:
+  """[B, T]: the tokens of this pass that are no padding, which attend to themselves."""
+  length = mask_BTS.shape[1]
+  own = jax.lax.dynamic_slice_in_dim(mask_BTS, column, length, axis=2)
+  return jnp.diagonal(own, axis1=1, axis2=2)
+
+
 def _reach(key_positions_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
   """Length of each row in positions, without padding, to which nothing attends."""
   attended_BS = jnp.any(mask_BTS, axis=1)
@@ -549,10 +647,13 @@ def _through_layers(
   """
   layers, data, count = params["layers"], _layer_data(config), config.n_layers
   lora: Any = params.get("lora", {})
+  if config.delta is not None and not isinstance(layers, tuple):
+    return hybrid.scan(body, carry, (layers, lora, data), config, unroll), None
   if not isinstance(layers, tuple):
     stacked = layers, lora, jnp.arange(count), data
     return jax.lax.scan(body, carry, stacked, unroll=unroll or count)
-  unstacked = zip(layers, lora or ({},) * count, range(count), unstack(data, config))
+  rows = [hybrid.cache_row(config, layer) for layer in range(count)]
+  unstacked = zip(layers, lora or ({},) * count, rows, unstack(data, config))
   outputs = []
   for layer_inputs in unstacked:
     carry, output = body(carry, layer_inputs)
@@ -572,6 +673,10 @@ def _layer_data(config: DecoderConfig) -> dict[str, Array]:
 
 def unstack(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
   """A tree of stacked leaves as one tree for each layer."""
+  if config.delta is not None:
+    return tuple(
+      hybrid.of_layer(stacked, config, layer) for layer in range(config.n_layers)
+    )
   return tuple(
     jax.tree.map(operator.itemgetter(index), stacked)
     for index in range(config.n_layers)

@@ -6,6 +6,7 @@ in the config, so a config without any runs plain AdamW, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import optax
 from raft_jax import balance, errors
 from raft_jax.baselines import anchors, das, freezing
 from raft_jax.config import schema
-from raft_jax.models import transformer
+from raft_jax.models import hybrid, transformer
 
 ANCHOR, AVERAGE, SOFT_MASK = "anchor", "average", "soft_mask"
 """Names of the chain's parts whose state other modules read or set."""
@@ -64,13 +65,16 @@ def make_balancer(
 
 # --- The chain ------------------------------------------------------------------------
 
-_EXEMPT = re.compile(r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$")
+_EXEMPT = re.compile(
+  r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$|^(delta_)?a_log$"
+)
 
 
 def decays(params: Any) -> Any:
   """Mask tree of bools: weight decay applies to all but norm scales and biases.
 
-  The numbers of an activation (`xielu_p`) and attention's `sinks` are exempt, too.
+  The numbers of an activation (`xielu_p`) and attention's `sinks` are exempt, too, and
+  so is `a_log`, the decay of a state (`gated_delta`), as in its authors' code.
 
   The names in a parameter's path decide, in the spelling of this package, of Flax and
   of transformers: a name that contains `norm` (`input_norm`, `LayerNorm_0`), or is
@@ -178,12 +182,13 @@ def make_optimizer(
     pull = _pull(config.anchor, schedule, rates)
     (gradients if config.anchor.mode == "coupled" else updates).append((ANCHOR, pull))
   if config.freeze is not None:
-    mask = make_mask(config.freeze, shapes, config.train.seed)
+    mask = make_mask(config.freeze, shapes, decoder, config.train.seed)
     # On the gradients, so that frozen ones do not count for the clipped norm, and on
     # the updates, so that frozen weights do not move.
     gradients.append(("count", freezing.scale(mask)))
     updates.append(("freeze", freezing.scale(mask)))
   if config.soft_mask is not None:
+    _refuse_hybrid(decoder, "soft_mask: the importance of attention heads")
     updates.append((SOFT_MASK, das.soften(decoder)))
   if config.distill.teacher == "average":
     average = anchors.average_params(config.distill.average_rate)
@@ -226,19 +231,35 @@ def skip_empty(
   return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def make_mask(settings: schema.Freeze, shapes: transformer.Params, seed: int) -> Any:
+def _refuse_hybrid(decoder: transformer.DecoderConfig, what: str) -> None:
+  if decoder.delta is not None:
+    raise errors.UserError(
+      f"{what} is not defined for layers with linear attention, and "
+      f"{len(decoder.delta.layers)} of the model's {decoder.n_layers} layers have it; "
+      "use another model or method"
+    )
+
+
+def make_mask(
+  settings: schema.Freeze,
+  shapes: transformer.Params,
+  decoder: transformer.DecoderConfig,
+  seed: int,
+) -> Any:
   """The mask of the `freeze` section."""
+  layers_of = functools.partial(hybrid.layers_of, decoder)
   if settings.mode == "names":
-    return freezing.by_name(shapes, settings.names)
+    return freezing.by_name(shapes, settings.names, layers_of)
   if settings.mode == "half":
+    _refuse_hybrid(decoder, "freeze.mode: half of the attention projections")
     return freezing.half(shapes, seed)
-  count = shapes["layers"]["q"].shape[0]
+  count = decoder.n_layers
   layers = count // 2 if settings.layers is None else settings.layers
   if layers > count:
     raise errors.UserError(
       f"freeze.layers: {layers}, but the model has {count}; freeze fewer"
     )
-  return freezing.bottom(shapes, layers)
+  return freezing.bottom(shapes, layers, layers_of)
 
 
 def _pull(

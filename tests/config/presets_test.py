@@ -38,6 +38,13 @@ def llama3(factor: float) -> dict:
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 QWEN = {"hidden_act": "silu", "vocab_size": 151936, "rope_theta": 1e6}
 QWEN_BIG = {**QWEN, "vocab_size": 152064}
+QWEN35_ROPE = {
+  "rope_type": "default",
+  "rope_theta": 1e7,
+  "partial_rotary_factor": 0.25,
+  "mrope_section": [11, 11, 10],
+  "mrope_interleaved": True,
+}
 OLMO = {"vocab_size": 100352, "rope_theta": 5e5, "rms_norm_eps": 1e-6}
 TIED = {"tie_word_embeddings": True}
 OLMO_YARN = {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2079441541679836}
@@ -351,6 +358,23 @@ PRESETS = {
     1e6,
     "Gemma 3, arXiv 2503.19786, table 1",
     shape(1152, 6912, 26, 4, 1, vocab_size=262144, sliding_window=512),
+  ),
+  # The text model alone.
+  "Qwen/Qwen3.5-27B": Preset(
+    "qwen3_5_text",
+    27e9,
+    1e9,
+    HUB + "Qwen/Qwen3.5-27B",
+    shape(5120, 17408, 64, 24, 4, vocab_size=248320, linear_num_value_heads=48)
+    | {"full_attention_interval": 4, "max_position_embeddings": 262144}
+    | {"attn_output_gate": True, "rope_parameters": QWEN35_ROPE},
+  ),
+  "allenai/Olmo-Hybrid-7B": Preset(
+    "olmo_hybrid",
+    7e9,
+    1e9,
+    "Olmo Hybrid, arXiv 2604.03444",
+    shape(3840, 11008, 32, 30, 30, vocab_size=100352, rope_theta=None),
   ),
 }
 

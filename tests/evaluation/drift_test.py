@@ -71,7 +71,7 @@ def test_weight_distance_of_every_tensor_and_layer(pair):
   tuned = dict(params, layers=dict(params["layers"]))
   tuned["embed"] = params["embed"] * 1.25
   tuned["layers"]["q"] = params["layers"]["q"].at[1].add(0.5)
-  actual = drift.weight_distances(params, tuned)
+  actual = drift.weight_distances(params, tuned, config)
   assert actual["embed"] == pytest.approx(0.25, rel=1e-5)
   assert actual["layers.q.0"] == actual["layers.down.1"] == 0.0
   q = np.asarray(params["layers"]["q"][1], np.float64)

@@ -68,6 +68,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "spatial_merge_size": 2,
     "tie_word_embeddings": False,
   },
+  "qwen3_5": {
+    "text_config": {
+      **_TEXT,
+      "model_type": "qwen3_5_text",
+      "initializer_range": 0.12,
+      "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+      "rms_norm_eps": 1e-3,
+      "linear_num_key_heads": 2,
+      "linear_num_value_heads": 4,
+      "linear_key_head_dim": 8,
+      "linear_value_head_dim": 12,
+    },
+    "vision_config": {
+      **_VISION,
+      "model_type": "qwen3_5_vision",
+      "out_hidden_size": _TEXT["hidden_size"],
+      "num_position_embeddings": 16,
+    },
+    "image_token_id": IMAGE,
+  },
 }
 
 
@@ -120,6 +140,8 @@ def rename(folder: pathlib.Path, new: Callable[[str], str]) -> None:
 
 def as_modules(name: str) -> str:
   """The name of a tensor as newer models write it: that of the module."""
+  if name.startswith(("model.", "lm_head.")):
+    return name
   for old, new in (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -155,17 +177,22 @@ def image_inputs(kind: str) -> dict[str, torch.Tensor]:
   """Arguments of a forward pass with an image in the text.
 
   One of 8 x 8 pixels, which is one token; or of 8 x 16 for Mistral 3: two tokens.
+  Qwen 3.5 takes patches of 4 x 4 pixels and two frames.
   """
   generator = torch.Generator().manual_seed(1)
   ids = torch.randint(3, 80, (1, 12), generator=generator)
-  size = (8, 8) if kind == "gemma3" else (8, 16)
+  size = (8, 16) if kind == "mistral3" else (8, 8)
   ids[0, 4 : 4 + size[1] // 8] = IMAGE
-  pixels = torch.randn((1, 3, *size), generator=generator)
+  shape = (4, 2 * 3 * 4 * 4) if kind == "qwen3_5" else (1, 3, *size)
+  pixels = torch.randn(shape, generator=generator)
   inputs = {"input_ids": ids, "pixel_values": pixels}
   if kind == "gemma3":
     inputs["token_type_ids"] = (ids == IMAGE).long()
-  else:
+  elif kind == "mistral3":
     inputs["image_sizes"] = torch.tensor([size])
+  else:
+    inputs["image_grid_thw"] = torch.tensor([[1, 2, 2]])
+    inputs["mm_token_type_ids"] = (ids == IMAGE).int()
   return inputs
 
 

@@ -11,6 +11,7 @@ from tests.helpers import tiny_families
 LLAMA = {**tiny_families.TINY, "model_type": "llama"}
 PHI = {**tiny_families.TINY, "model_type": "phi3"}
 GEMMA = {**tiny_families.TINY, "model_type": "gemma2"}
+QWEN35 = {**tiny_families.TINY, "model_type": "qwen3_5_text"}
 REFUSED = {
   "unknown scaling": ({**LLAMA, "rope_scaling": {"type": "mrope"}}, "scaling 'mrope'"),
   "YaRN without its length": (
@@ -50,6 +51,39 @@ REFUSED = {
       "rope_parameters": {"sliding_attention": {"rope_type": "yarn"}},
     },
     "scaling 'yarn' of layers with a window",
+  ),
+  "layers of a third kind": (
+    {**QWEN35, "layer_types": ["linear_attention", "sliding_attention"] * 2},
+    "model_type qwen3_5_text: layers of kind 'sliding_attention' are not read",
+  ),
+  "linear layers alone": (
+    {**QWEN35, "layer_types": ["linear_attention"] * 3},
+    "3 of its 3 are linear",
+  ),
+  "heads that do not divide": (
+    {**QWEN35, "linear_num_key_heads": 3, "full_attention_interval": 2},
+    "linear attention with 3 key heads, 32 value heads",
+  ),
+  "another gate": ({**QWEN35, "output_gate_type": "sigmoid"}, "output_gate_type"),
+  "experts": (
+    {**QWEN35, "model_type": "qwen3_next", "num_experts": 512},
+    "num_experts = 512 is not",
+  ),
+  "experts of a config that does not mention them": (
+    {**QWEN35, "model_type": "qwen3_next"},
+    "num_experts = 512 is not",
+  ),
+  "an interval that is no number": (
+    {**QWEN35, "full_attention_interval": 0},
+    "full_attention_interval is 0, not a positive number",
+  ),
+  "positions stretched": (
+    {
+      **QWEN35,
+      "full_attention_interval": 2,
+      "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7, "factor": 4.0},
+    },
+    "scaling 'yarn'",
   ),
 }
 

@@ -238,8 +238,16 @@ def make_network(family: str):
     made = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON))
   elif family == "apertus":
     made = transformers.ApertusForCausalLM(transformers.ApertusConfig(**COMMON))
-  else:
+  elif family == "phi3":
     made = transformers.Phi3ForCausalLM(transformers.Phi3Config(**COMMON))
+  else:
+    hybrid = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+    hybrid |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+    hybrid |= {"num_experts": 0} if family == "qwen3_next" else {}
+    hybrid |= {"layer_types": ["linear_attention", "full_attention"]}
+    made = transformers.AutoModelForCausalLM.from_config(
+      transformers.AutoConfig.for_model(family, **COMMON, **hybrid)
+    )
   return made.eval()
 
 
@@ -251,6 +259,9 @@ def make_network(family: str):
     ("phi3", schema.Lora().targets),
     ("apertus", schema.Lora().targets),
     ("phi3", ("q_proj", "v_proj", "up_proj")),
+    ("qwen3_5_text", ("q_proj", "up_proj", "in_proj_qkv", "in_proj_a", "out_proj")),
+    ("qwen3_next", ("o_proj", "in_proj_qkvz", "in_proj_ba")),
+    ("olmo_hybrid", ("q_proj", "down_proj", "linear_attn.k_proj", "g_proj")),
   ],
 )
 def test_peft_computes_our_logits_from_the_adapter(tmp_path, family, names):

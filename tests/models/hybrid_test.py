@@ -1,0 +1,111 @@
+"""Parameters of networks with two kinds of layers: stacks, masks, names, refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from raft_jax import errors
+from raft_jax.baselines import freezing
+from raft_jax.config import schema
+from raft_jax.evaluation import drift
+from raft_jax.models import gated_delta, hybrid, param_sharding, transformer
+from raft_jax.training import optim
+from tests.helpers import tiny_decoder
+
+DELTA = gated_delta.DeltaConfig(
+  layers=(0, 2, 4),
+  key_heads=1,
+  value_heads=2,
+  key_width=4,
+  value_width=6,
+  conv_width=3,
+)
+CONFIG = dataclasses.replace(
+  tiny_decoder.CONFIG, n_layers=5, attention_gate=True, delta=DELTA
+)
+SHAPES = transformer.shapes(CONFIG)
+LAYERS_OF = functools.partial(hybrid.layers_of, CONFIG)
+
+
+def test_a_stack_has_a_row_for_each_layer_with_the_parameter():
+  for name, leaf in SHAPES["layers"].items():
+    assert leaf.shape[0] == len(LAYERS_OF(name)), name
+  assert LAYERS_OF("q") == (1, 3)
+  assert LAYERS_OF("delta_q") == (0, 2, 4)
+  assert LAYERS_OF("up") == (0, 1, 2, 3, 4)
+
+
+def test_norms_of_the_kinds_may_differ():
+  """As in OLMo Hybrid: after attention, but before the other mixer."""
+  config = dataclasses.replace(CONFIG, pre_norms=False, post_norms=True)
+  assert hybrid.layers_of(config, "attn_norm") == (0, 2, 4)
+  assert hybrid.layers_of(config, "mlp_post_norm") == (1, 3)
+  for name, leaf in transformer.shapes(config)["layers"].items():
+    assert leaf.shape[0] == len(hybrid.layers_of(config, name)), name
+
+
+def test_axes_name_every_dimension_of_every_parameter():
+  ranks = jax.tree.map(lambda leaf: leaf.ndim, SHAPES)
+  named = jax.tree.map(
+    len, param_sharding.axes(CONFIG), is_leaf=lambda node: isinstance(node, tuple)
+  )
+  assert ranks == named
+
+
+def test_layers_are_taken_from_their_rows():
+  numbered = {name: jnp.array(LAYERS_OF(name), jnp.int32) for name in SHAPES["layers"]}
+  layers = transformer.unstack(numbered, CONFIG)
+  assert [set(map(int, layer.values())) for layer in layers] == [{i} for i in range(5)]
+  assert [set(layer) & {"q", "delta_q"} for layer in layers] == [
+    {"delta_q"},
+    {"q"},
+  ] * 2 + [{"delta_q"}]
+
+
+@pytest.mark.parametrize(
+  ("linear", "count", "period"),
+  [((0, 2, 4), 5, 2), ((0, 1, 2, 4, 5, 6), 8, 4), ((0,), 3, 3), ((1, 2), 3, 3)],
+)
+def test_period_is_the_least_after_which_the_kinds_repeat(linear, count, period):
+  delta = dataclasses.replace(DELTA, layers=linear)
+  config = dataclasses.replace(CONFIG, n_layers=count, delta=delta)
+  assert hybrid.period(config) == period
+
+
+def test_masks_count_layers_and_not_rows():
+  mask = freezing.by_name(SHAPES, ["layers.[0-2].*", "embed"], LAYERS_OF)
+  assert mask["layers"]["q"].ravel().tolist() == [0, 1]
+  assert mask["layers"]["delta_q"].ravel().tolist() == [0, 0, 1]
+  assert mask["layers"]["up"].ravel().tolist() == [0, 0, 0, 1, 1]
+  bottom = optim.make_mask(
+    schema.Freeze(mode="bottom", layers=3), SHAPES, CONFIG, seed=0
+  )
+  jax.tree.map(np.testing.assert_array_equal, bottom, mask)
+  with pytest.raises(errors.UserError, match="matches no parameter"):
+    freezing.by_name(SHAPES, ["layers.0.q"], LAYERS_OF)
+
+
+def test_half_of_the_attention_projections_is_refused():
+  with pytest.raises(errors.UserError, match="3 of the model's 5 layers have it"):
+    optim.make_mask(schema.Freeze(mode="half"), SHAPES, CONFIG, seed=0)
+
+
+def test_scales_biases_and_decays_of_a_state_are_not_decayed():
+  decays = optim.decays(SHAPES)["layers"]
+  kept = {name for name in gated_delta.AXES if not decays[name]}
+  assert kept == {"delta_norm", "delta_dt_bias", "delta_a_log"}
+
+
+def test_weight_distances_name_the_layer():
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), SHAPES)
+  base = jax.tree.map(lambda leaf: leaf + 1, zeros)
+  tuned = {**base, "layers": dict(base["layers"])}
+  tuned["layers"]["q"] = base["layers"]["q"].at[1].add(0.5)
+  tuned["layers"]["delta_q"] = base["layers"]["delta_q"].at[1].add(0.25)
+  distances = drift.weight_distances(base, tuned, CONFIG)
+  moved = {name: x for name, x in distances.items() if x}
+  assert moved == pytest.approx({"layers.q.3": 0.5, "layers.delta_q.2": 0.25})
