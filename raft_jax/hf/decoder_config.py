@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, family_row, rope_scaling, wrappers
+from raft_jax.hf import families, family_row, hybrid_families, rope_scaling, wrappers
 
 if TYPE_CHECKING:
   from raft_jax.models import gated_delta, rotary, transformer
@@ -170,7 +170,7 @@ def _delta(
         f"{place}: model_type {fields['model_type']}: layers of kind {kind!r} are not "
         "read; use another model"
       )
-  linear = tuple(layer for layer in layers if families.is_linear(fields, layer))
+  linear = tuple(layer for layer in layers if hybrid_families.is_linear(fields, layer))
   if len(linear) in (0, len(layers)):
     raise errors.UserError(
       f"{place}: model_type {fields['model_type']} is read with layers of both kinds, "

@@ -110,9 +110,9 @@ output: "{tmp_path / "run"}"
   )
   assert done.returncode == 0, done.stderr[-3000:]
   lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-  steps = [row for row in map(json.loads, lines) if "loss_sft" in row]
-  assert [row["step"] for row in steps] == list(range(1, 21))
-  sft = [row["loss_sft"] for row in steps]
+  rows = [json.loads(line) for line in lines]
+  assert [row["step"] for row in rows] == list(range(1, 21))
+  sft = [row["values"]["loss_sft"] for row in rows]
   assert all(map(math.isfinite, sft))
   assert np.mean(sft[-5:]) < np.mean(sft[:5])
 
