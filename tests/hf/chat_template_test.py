@@ -248,7 +248,7 @@ def test_templates_of_a_gguf_file_have_names(monkeypatch, smollm):
     "tokenizer.chat_templates": ["tool_use"],
     "tokenizer.chat_template.tool_use": OTHER,
   }
-  monkeypatch.setattr(gguf_file, "_value", lambda reader, key: read.get(key))
+  monkeypatch.setattr(gguf_file, "value", lambda reader, key: read.get(key))
   templates = gguf_file.templates(None)
   assert templates == {"default": PLAIN, "tool_use": OTHER}
   assert chat_template.choose(templates, None, "x") == PLAIN
