@@ -224,39 +224,43 @@ def wandb(run: Run, run_id: str | None) -> Tracker:
 def last_offline_step(output: pathlib.Path, run_id: str) -> int:
   """The last step in the files of an offline run; 0 if there is none.
 
-  A killed process may have handed over more rows than wandb had written. The files are
-  LevelDB's logs (blocks of 32 KiB; each part of a record after its checksum, length and
-  kind) of protocol buffers, after a header of 7 bytes.
+  A killed process may have handed over more rows than wandb had written.
   """
   from wandb.proto import wandb_internal_pb2
 
+  messages: Any = wandb_internal_pb2
   last = 0
   for path in output.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
-    raw, place, record = path.read_bytes(), 7, b""
-    while place + 7 <= len(raw):
-      if 32768 - place % 32768 < 7:  # the rest of a block, too short for a part
-        place += 32768 - place % 32768
-        continue
-      length, kind = (
-        int.from_bytes(raw[place + 4 : place + 6], "little"),
-        raw[place + 6],
-      )
-      record += raw[place + 7 : place + 7 + length]
-      place += 7 + length
-      if place <= len(raw) and kind in (1, 4):  # a whole record, or its last part
-        history = wandb_internal_pb2.Record.FromString(record).history
-        record = b""
-        last = max(
-          [
-            last,
-            *(
-              int(i.value_json)
-              for i in history.item
-              if "_step" in (i.key, *i.nested_key)
-            ),
-          ]
-        )
+    for record in _leveldb_records(path.read_bytes()[7:], 7):
+      for item in messages.Record.FromString(record).history.item:
+        if "_step" in (item.key, *item.nested_key):
+          last = max(last, int(item.value_json))
   return last
+
+
+def _leveldb_records(raw: bytes, start: int) -> Iterator[bytes]:
+  """The whole records of a LevelDB log whose first `start` bytes are missing.
+
+  Blocks have 32 KiB. A record is in one or several parts, and each part has a header of
+  7 bytes: checksum, length (2 bytes) and kind (1 whole, 2 first, 3 middle, 4 last).
+  https://github.com/google/leveldb/blob/main/doc/log_format.md
+  """
+  place, record = 0, b""
+  while place + 7 <= len(raw):
+    left = 32768 - (start + place) % 32768
+    if left < 7:  # too short for a header
+      place += left
+      continue
+    length = int.from_bytes(raw[place + 4 : place + 6], "little")
+    kind = raw[place + 6]
+    place += 7
+    if place + length > len(raw):  # torn
+      return
+    record += raw[place : place + length]
+    place += length
+    if kind in (1, 4):
+      yield record
+      record = b""
 
 
 # --- MLflow ---------------------------------------------------------------------------
