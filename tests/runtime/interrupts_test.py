@@ -89,7 +89,8 @@ def test_settings_of_jax_change_no_result(root, stage):
   done, same = started(root, stage, "jax", JAX)
   assert done.returncode == 0, done.stderr
   assert same
-  (line,) = [one for one in done.stderr.splitlines() if "it would change this command" in one]
+  lines = done.stderr.splitlines()
+  (line,) = [line for line in lines if "would change this command" in line]
   for name, value in JAX.items():
     assert f"{name}={value}" in line
 
