@@ -1,6 +1,6 @@
 """One decoder for all families; the differences between models are in its config.
 
-Flax NNX defines the layer. Outside this module, parameters are a plain nested dict of
+Flax NNX defines the layer (`block`). Outside, parameters are a plain nested dict of
 arrays with the layers stacked on axis 0, and `forward` is a pure function of it.
 Kernels keep Hugging Face's [out, in] layout, so that loading and export copy bytes.
 
@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from raft_jax.models import (
-  experts,
+  block,
   gated_delta,
   hybrid,
   kv_cache,
@@ -35,11 +35,6 @@ Params = dict[str, Any]
 """Nested dict of arrays; see `shapes`."""
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-  "silu": jax.nn.silu,
-  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-  "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
 ACTIVATION_AXES = ("batch", "tokens", "width")
 """Logical axes of the activations between layers."""
 UNLIMITED = 2**30
@@ -69,8 +64,8 @@ class DecoderConfig:
     norm_offset: added to the scale of every norm.
     norm_rounds_last: whether a norm multiplies by its scale before it rounds to the
       dtype of the activations, not after.
-    activation: a key of `ACTIVATIONS`, or "xielu", which has two learned numbers in
-      each layer.
+    activation: a key of `block.ACTIVATIONS`, or "xielu", which has two learned numbers
+      in each layer.
     gated_mlp: whether the feed-forward network multiplies the activation of one
       projection by another one, and does not apply it to the only one.
     embed_scale: factor of the input embeddings.
@@ -142,264 +137,15 @@ class DecoderConfig:
     return any(self.windows) or any(rope.long_divisors for rope in self.ropes)
 
 
-def _rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
-  return layer_functions.rms_norm(
-    x,
-    scale,
-    eps=config.rms_eps,
-    offset=config.norm_offset,
-    rounds_last=config.norm_rounds_last,
-  )
-
-
-def _times(x: Array, factor: float) -> Array:
-  """A multiple of activations; the factor is not rounded to their dtype."""
-  if factor == 1.0:
-    return x
-  return (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-class LayerInputs(NamedTuple):
-  """What a layer reads beside its input and its parameters.
-
-  Attributes:
-    rotation: cosine and sine of the layer's rotary embedding.
-    mask_BTS: True where a query may attend to a key.
-    cache: keys and values of all layers; None without a cache.
-    layer: index of this layer in the cache.
-    column: first column of the cache that this pass writes.
-    attention: implementation of attention.
-    query_factor: factor [B, T, 1, 1] of the queries, or None.
-    counted_BT: tokens that count in the load of the experts; None: it is not measured.
-    columns: the tokens as Gated DeltaNet reads them; None: no layer does.
-  """
-
-  rotation: rotary.Rotation
-  mask_BTS: Array
-  cache: kv_cache.Cache | None
-  layer: Array | int
-  column: Array | int
-  attention: layer_functions.Implementation
-  query_factor: Array | None = None
-  counted_BT: Array | None = None
-  columns: gated_delta.Columns | None = None
-
-
-class LayerOutputs(NamedTuple):
-  """What a layer makes: the input of the next one, the cache, the experts' load."""
-
-  x_BTD: Array
-  cache: kv_cache.Cache | None
-  load: experts.Load | None
-
-
-class Block(nnx.Module):
-  """One transformer layer; a linear one has Gated DeltaNet in place of attention."""
-
-  def __init__(self, config: DecoderConfig, *, linear: bool = False, rngs: nnx.Rngs):
-    d, f = config.d_model, config.d_ff
-
-    def kernel(out: int, inp: int) -> nnx.Param:
-      return nnx.Param(jax.random.normal(rngs.params(), (out, inp)) * inp**-0.5)
-
-    def norm(width: int) -> nnx.Param:
-      return nnx.Param(jnp.full(width, 1.0 - config.norm_offset))
-
-    self.config, self.linear = config, linear
-    if linear:
-      self.init_delta(kernel)
-    else:
-      self.init_attention(kernel, norm)
-    if config.n_experts:
-      self.init_experts(rngs)
-    else:
-      if config.gated_mlp:
-        self.gate = kernel(f, d)
-      self.up, self.down = kernel(f, d), kernel(d, f)
-    if config.activation == "xielu":
-      self.xielu_p, self.xielu_n = nnx.Param(jnp.zeros(1)), nnx.Param(jnp.zeros(1))
-    if config.pre_norms or linear:
-      self.attn_norm, self.mlp_norm = norm(d), norm(d)
-    if config.post_norms and not linear:
-      self.attn_post_norm, self.mlp_post_norm = norm(d), norm(d)
-
-  def init_attention(
-    self,
-    kernel: Callable[[int, int], nnx.Param],
-    norm: Callable[[int], nnx.Param],
-  ) -> None:
-    """The parameters of attention."""
-    config, d = self.config, self.config.d_model
-    heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    queries = 2 * heads if config.attention_gate else heads
-    self.q, self.k, self.v = kernel(queries, d), kernel(kv, d), kernel(kv, d)
-    self.o = kernel(d, heads)
-    if config.qkv_bias:
-      self.q_bias = nnx.Param(jnp.zeros(heads))
-      self.k_bias, self.v_bias = nnx.Param(jnp.zeros(kv)), nnx.Param(jnp.zeros(kv))
-    if config.o_bias:
-      self.o_bias = nnx.Param(jnp.zeros(d))
-    if config.attention_sinks:
-      self.sinks = nnx.Param(jnp.zeros(config.n_heads))
-    if config.qk_norm == "head":
-      self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
-    if config.qk_norm == "projection":
-      self.q_norm, self.k_norm = norm(heads), norm(kv)
-
-  def init_experts(self, rngs: nnx.Rngs) -> None:
-    """Makes the parameters of a mixture of experts."""
-    for name, shape in experts.shapes(self.config).items():
-      value = jnp.zeros(shape)
-      if not name.endswith("bias"):
-        value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
-      setattr(self, name, nnx.Param(value))
-
-  def init_delta(self, kernel: Callable[[int, int], nnx.Param]) -> None:
-    """The parameters of Gated DeltaNet, with decays like those of published models."""
-    assert self.config.delta is not None
-    shapes = gated_delta.shapes(self.config.delta, self.config.d_model)
-    for name, shape in shapes.items():
-      if len(shape) == 1:
-        setattr(self, name, nnx.Param(jnp.ones(shape)))
-      elif len(shape) == 2:
-        setattr(self, name, kernel(*shape))
-      else:
-        flat = kernel(shape[0], shape[-1])
-        setattr(self, name, nnx.Param(flat[...][:, None]))
-
-  def __call__(self, x_BTD: Array, lora: Params, inputs: LayerInputs) -> LayerOutputs:
-    """The mixer, then the feed-forward, each added to its input."""
-    mixer = self.mix if self.linear else self.attend
-    attended, cache = mixer(self.norm(x_BTD, "attn_norm"), lora, inputs)
-    scale = self.config.residual_scale
-    x_BTD = x_BTD + _times(self.norm(attended, "attn_post_norm"), scale)
-    fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
-    x_BTD = x_BTD + _times(self.norm(fed, "mlp_post_norm"), scale)
-    return LayerOutputs(x_BTD, cache, load)
-
-  def feed_forward(
-    self, x_BTD: Array, lora: Params, inputs: LayerInputs
-  ) -> tuple[Array, experts.Load | None]:
-    """The dense feed-forward or the mixture of experts, and the experts' load."""
-    if self.config.n_experts:
-      return experts.mixture(
-        x_BTD,
-        {name: getattr(self, name)[...] for name in experts.shapes(self.config)},
-        per_token=self.config.experts_per_token,
-        normalized=self.config.experts_normalized,
-        gating=self.gated,
-        counted_BT=inputs.counted_BT,
-      )
-    if self.config.gated_mlp:
-      gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
-      up = layer_functions.project(x_BTD, self.up, lora.get("up"))
-      units = self.gated(gate, up)
-    else:
-      units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
-    return layer_functions.project(units, self.down, lora.get("down")), None
-
-  def gated(self, gate: Array, up: Array) -> Array:
-    """What the feed-forward computes between its projections."""
-    if self.config.gate_limit is not None:
-      return layer_functions.clamped_gate(gate, up, self.config.gate_limit)
-    return self.activate(gate) * up
-
-  def activate(self, x: Array) -> Array:
-    if self.config.activation == "xielu":
-      return layer_functions.xielu(x, self.xielu_p[...], self.xielu_n[...])
-    return ACTIVATIONS[self.config.activation](x)
-
-  def norm(self, x: Array, name: str) -> Array:
-    """Applies the norm of that name, if the layer has it, to parts of its width."""
-    if not hasattr(self, name):
-      return x
-    scale = getattr(self, name)[...]
-    parts = x.reshape(*x.shape[:-1], -1, scale.shape[-1])
-    parts = x if parts.shape[-2] == 1 else parts
-    return _rms_norm(parts, scale, self.config).reshape(x.shape)
-
-  def heads(self, x_BTD: Array, name: str, count: int, lora: Params) -> Array:
-    """Queries, keys or values [B, T, count, h]."""
-    x = layer_functions.project(x_BTD, getattr(self, name), lora.get(name))
-    if self.config.qkv_bias:
-      x = x + getattr(self, f"{name}_bias")[...].astype(x.dtype)
-    x = self.norm(x, f"{name}_norm")
-    return x.reshape(*x.shape[:-1], count, self.config.head_dim)
-
-  def gated_queries(self, x_BTD: Array, lora: Params) -> tuple[Array, Array]:
-    """Queries [B, T, H, h] and the gates of the heads' outputs [B, T, H * h]."""
-    c, outer = self.config, x_BTD.shape[:-1]
-    both = layer_functions.project(x_BTD, self.q, lora.get("q"))
-    q, gate = jnp.split(both.reshape(*outer, c.n_heads, -1), 2, axis=-1)
-    q_BTI = self.norm(q.reshape(*outer, -1), "q_norm")
-    return q_BTI.reshape(q.shape), gate.reshape(*outer, -1)
-
-  def mix(
-    self, x_BTD: Array, lora: Params, inputs: LayerInputs
-  ) -> tuple[Array, kv_cache.Cache | None]:
-    """Gated DeltaNet, and the cache with the state after this call's last token."""
-    delta, cache = self.config.delta, inputs.cache
-    assert delta is not None
-    assert inputs.columns is not None
-    state = None if cache is None else kv_cache.read_state(cache, inputs.layer)
-    weights = {name: getattr(self, name)[...] for name in gated_delta.AXES}
-    out_BTD, state = gated_delta.mix(delta, weights, lora, x_BTD, inputs.columns, state)
-    if cache is not None:
-      cache = kv_cache.write_state(cache, state, inputs.layer)
-    return out_BTD, cache
-
-  def attend(
-    self, x_BTD: Array, lora: Params, inputs: LayerInputs
-  ) -> tuple[Array, kv_cache.Cache | None]:
-    """Self-attention, and the cache with this call's keys and values."""
-    c = self.config
-    if c.attention_gate:
-      q_BTHh, gate_BTI = self.gated_queries(x_BTD, lora)
-    else:
-      q_BTHh, gate_BTI = self.heads(x_BTD, "q", c.n_heads, lora), None
-    k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
-    v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
-    q_BTHh, k_BTNh = (
-      rotary.rotate(x, *inputs.rotation, interleaved=c.rope_interleaved)
-      for x in (q_BTHh, k_BTNh)
-    )
-    if inputs.query_factor is not None:
-      q_BTHh = q_BTHh * inputs.query_factor.astype(q_BTHh.dtype)
-    cache = inputs.cache
-    if cache is not None:
-      cache = kv_cache.write_layer(
-        cache, k_BTNh, v_BTNh, layer=inputs.layer, column=inputs.column
-      )
-      k_BTNh = cache["k"][inputs.layer].astype(x_BTD.dtype)
-      v_BTNh = cache["v"][inputs.layer].astype(x_BTD.dtype)
-    out_BTHh = layer_functions.attention(
-      q_BTHh,
-      k_BTNh,
-      v_BTNh,
-      inputs.mask_BTS,
-      scale=c.query_scale,
-      softcap=c.attention_softcap,
-      sinks_H=self.sinks[...] if c.attention_sinks else None,
-      implementation=inputs.attention,
-    )
-    out_BTI = out_BTHh.reshape(*x_BTD.shape[:-1], -1)
-    if gate_BTI is not None:
-      out_BTI = out_BTI * jax.nn.sigmoid(gate_BTI)
-    out_BTD = layer_functions.project(out_BTI, self.o, lora.get("o"))
-    if c.o_bias:
-      out_BTD = out_BTD + self.o_bias[...].astype(out_BTD.dtype)
-    return out_BTD, cache
-
-
 class Decoder(nnx.Module):
   """Names and shapes of all parameters; `forward` computes with them."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    def stack(count: int, linear: bool) -> Block:
+    def stack(count: int, linear: bool) -> block.Block:
       @nnx.split_rngs(splits=count)
       @nnx.vmap(in_axes=0, out_axes=0)
-      def layers(rngs: nnx.Rngs) -> Block:
-        return Block(config, linear=linear, rngs=rngs)
+      def layers(rngs: nnx.Rngs) -> block.Block:
+        return block.Block(config, linear=linear, rngs=rngs)
 
       return layers(rngs)
 
@@ -441,7 +187,7 @@ def output_embedding(params: Params) -> Array:
 @functools.lru_cache
 def _block_definition(config: DecoderConfig, linear: bool) -> Any:
   return nnx.split(
-    nnx.eval_shape(lambda: Block(config, linear=linear, rngs=nnx.Rngs(0)))
+    nnx.eval_shape(lambda: block.Block(config, linear=linear, rngs=nnx.Rngs(0)))
   )
 
 
@@ -450,8 +196,8 @@ def _apply_block(
   layer_params: Params,
   lora: Params,
   x_BTD: Array,
-  inputs: LayerInputs,
-) -> LayerOutputs:
+  inputs: block.LayerInputs,
+) -> block.LayerOutputs:
   definition, state = _block_definition(config, linear="delta_o" in layer_params)
   state = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(state, layer_params)
@@ -541,7 +287,7 @@ def run(
   branches: Sequence[int] = (),
   compute: Compute = FLOAT32,
   counted_BT: Array | None = None,
-) -> LayerOutputs:
+) -> block.LayerOutputs:
   """`forward` that also measures how the router spreads tokens over experts.
 
   Args:
@@ -569,7 +315,7 @@ def run(
       rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
     if "window" in data:
       layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
-    inputs = LayerInputs(
+    inputs = block.LayerInputs(
       rotation,
       layer_mask_BTS,
       kv,
@@ -588,8 +334,8 @@ def run(
   (x_BTD, kv), load = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
-  normed_BTD = _rms_norm(x_BTD, params["final_norm"], config)
-  return LayerOutputs(_times(normed_BTD, config.hidden_scale), cache, load)
+  normed_BTD = block.rms_norm(x_BTD, params["final_norm"], config)
+  return block.LayerOutputs(block.times(normed_BTD, config.hidden_scale), cache, load)
 
 
 def _embed(
