@@ -87,7 +87,7 @@ def struck_once_ready(
     time.sleep(after_s)
     process.send_signal(blow)
   _, complaint = process.communicate(timeout=20)
-  return process.returncode, complaint
+  return process.returncode, driver_lines.without(complaint)
 
 
 HINT = "interrupted; run the same command again to continue\n"

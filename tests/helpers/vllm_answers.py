@@ -1,8 +1,8 @@
 """What vLLM says: greedy answers of a model folder to questions, as JSON.
 
-Not a test: `vllm_test` starts it with the interpreter of .venv-vllm, without raft_jax:
-`python vllm_answers.py FOLDER QUESTIONS.json DTYPE TOKENS OUT.json OPTIONS`. OPTIONS is
-JSON: more arguments of `vllm.LLM`.
+Not a test: `vllm_test` starts it with the interpreter of .venv-vllm, without raft_jax.
+Its arguments are the model's folder, a JSON list of questions, the dtype, the number of
+tokens, the file to write, and more arguments of `vllm.LLM` as JSON.
 """
 
 import json
