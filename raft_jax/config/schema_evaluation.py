@@ -51,8 +51,8 @@ class Choice(Section):
   others: Annotated[int, pydantic.Field(ge=1, le=25)] = 4
   """Number of wrong answers beside the right one: those nearest in length [O]."""
   near_duplicate: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.85
-  """Answers whose cosine by `refine.encoder` is at least this are never options of the
-  same question; at 1, only equal texts are not [O]."""
+  """Two answers whose cosine by `refine.encoder` is at least this are never options of
+  the same question [O]."""
   seed: Seed = 0
   """Decides between answers that are equally near in length, and the order of the
   letters."""

@@ -16,8 +16,7 @@ from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.evaluation import answer_choice, intervals, scoring, test_sets
 from raft_jax.generation import sentence_encoder
-from raft_jax.hf import chat, model_source
-from raft_jax.hf import tokenizer as hf_tokenizer
+from raft_jax.hf import model_source
 from raft_jax.storage import journal, records
 from tests.helpers import tiny_run
 
@@ -276,7 +275,8 @@ def test_a_tiny_model_equals_transformers(tmp_path, tiny, law):
     assert row["options"]["ABCDE".index(row["right"])] == source["answer"]
     assert set(row["options"]) <= {source["answer"] for source in given}
   network = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-  expected = [_expected(network, hf_tokenizer.load(tiny), row) for row in rows]
+  tokenizer = model.tokenizer.hf_tokenizer
+  expected = [_expected(network, tokenizer, row) for row in rows]
   for row, (log_probs, letter) in zip(rows, expected):
     np.testing.assert_allclose(row["base"]["log_prob_per_token"], log_probs, rtol=1e-4)
     np.testing.assert_allclose(row["base"]["letter_probability"], letter, rtol=1e-4)
@@ -338,7 +338,7 @@ def test_the_real_model_equals_transformers_item_by_item(tmp_path, smollm, capsy
   network = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   )
-  tokenizer = chat.load(smollm).hf_tokenizer
+  tokenizer = model.tokenizer.hf_tokenizer
   expected = [_expected(network, tokenizer, row) for row in rows]
   actual = [tuple(row["base"].values()) for row in rows]
   for part in (0, 1):
