@@ -22,7 +22,6 @@ from raft_jax.config import schema
 from raft_jax.curation import near_duplicates
 from raft_jax.data import token_rows
 from raft_jax.evaluation import intervals, scoring
-from raft_jax.generation import sentence_encoder
 from raft_jax.hf import answer_turns, chat
 from raft_jax.runtime import interrupts
 from raft_jax.storage import journal, records
@@ -108,31 +107,38 @@ def draw(
   """The options of every answer that has enough of them; a function of the seed.
 
   The wrong options are the answers nearest in length; among equally near ones, chance
-  decides. No two options of an item are near duplicates. An answer that the encoder
-  cannot embed is no option.
+  decides. No two options of an item are near duplicates, and of equal texts only the
+  first is an option. An answer that the encoder cannot embed is none.
 
   Args:
     lengths: tokens of each answer.
     vectors_NE: embedding of each answer.
   """
   texts = [near_duplicates.normal(answer) for answer in answers]
-  lengths_N = np.array(lengths)
+  first = {text: i for i, text in reversed(list(enumerate(texts))) if text}
+  pool_P, lengths_N = np.array(list(first.values()), int), np.array(lengths)
+  vectors_NE = np.asarray(vectors_NE, np.float64)
+  with np.errstate(invalid="ignore", divide="ignore"):
+    units_NE = vectors_NE / np.linalg.norm(vectors_NE, axis=1, keepdims=True)
   items = []
   for i, text in enumerate(texts):
     interrupts.check()
     if not text:
       continue
     rng = np.random.default_rng([settings.seed, i])
-    order_N = rng.permutation(len(answers))
-    gaps_N = np.abs(lengths_N[order_N] - lengths_N[i])
+    order_P = rng.permutation(pool_P)
+    gaps_P = np.abs(lengths_N[order_P] - lengths_N[i])
+    order_P = order_P[np.argsort(gaps_P, kind="stable")]
+    left_P, units_PE = order_P != first[text], units_NE[order_P]
     options = [i]
-    for j in order_N[np.argsort(gaps_N, kind="stable")]:
-      if len(options) > settings.others:
+    while len(options) <= settings.others:
+      # A cosine that is NaN is not below the limit.
+      left_P &= units_PE @ units_NE[options[-1]] < settings.near_duplicate
+      if not left_P.any():
         break
-      cosines = sentence_encoder.cosine(vectors_NE[options], vectors_NE[j])
-      alike = not (cosines < settings.near_duplicate).all()  # NaN counts as alike
-      if texts[j] and not alike and texts[j] not in [texts[o] for o in options]:
-        options.append(int(j))
+      nearest = int(np.argmax(left_P))
+      left_P[nearest] = False
+      options.append(int(order_P[nearest]))
     if len(options) > settings.others:
       items.append(Item(i, tuple(map(int, rng.permutation(options)))))
   return items

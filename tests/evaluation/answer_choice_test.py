@@ -58,13 +58,15 @@ def test_wrong_options_are_the_nearest_in_length_and_no_near_duplicates():
     assert item.options[item.right] == own
     for i, j in itertools.combinations(item.options, 2):
       assert not _alike(texts, vectors, i, j, 0.7)
-    assert not {6, 7} & set(item.options)
+    # Of equal texts, the first is an option.
+    assert not {4, 6, 7} & (set(item.options) - {own})
     # Whatever is nearer than the farthest option repeats the answer or an option.
     gaps = np.abs(np.array(lengths) - lengths[own])
     farthest = max(gaps[j] for j in item.options)
-    for j in set(np.flatnonzero(gaps < farthest)) - set(item.options) - {6}:
+    for j in set(np.flatnonzero(gaps < farthest)) - set(item.options) - {4, 6}:
       assert any(_alike(texts, vectors, i, j, 0.7) for i in item.options)
-  assert {1, 4} & {j for item in items for j in item.options}  # for other questions
+  others = {j for item in items for j in item.options if j != item.question}
+  assert {0, 1, 3} <= others  # they are options of other questions
 
 
 def test_the_seed_decides_between_equally_near_answers_and_the_order_of_letters():
@@ -343,7 +345,7 @@ def test_the_real_model_equals_transformers_item_by_item(tmp_path, smollm, capsy
   actual = [tuple(row["base"].values()) for row in rows]
   for part in (0, 1):
     np.testing.assert_allclose(
-      [row[part] for row in actual], [row[part] for row in expected], rtol=1e-3
+      [row[part] for row in actual], [row[part] for row in expected], atol=1e-4, rtol=0
     )
   scores = _described(choices, scored)
   _check_scores(scores, rows, expected)
