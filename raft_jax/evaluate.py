@@ -96,7 +96,7 @@ def main(config: schema.Config) -> None:
     "weight_distance": {"mean": mean_distance, "tensors": distances},
     "seconds": compared.seconds,
   }
-  comparison.write(folder, result, compared.items, compared.samples, compared.choices)
+  comparison.write(folder, result, compared)
   tracked = trackers.describe(
     config.train, folder.parent, config_load.values(config, trackers.SETTINGS)
   )

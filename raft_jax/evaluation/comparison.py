@@ -212,11 +212,7 @@ def flat(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write(
-  folder: pathlib.Path,
-  result: Mapping[str, Any],
-  items: Mapping[str, Any],
-  samples: Sequence[Mapping[str, str]],
-  choices: Sequence[Mapping[str, Any]],
+  folder: pathlib.Path, result: Mapping[str, Any], compared: Comparison
 ) -> None:
   """Writes the files of an evaluation.
 
@@ -224,12 +220,12 @@ def write(
   evaluation is complete.
   """
   with atomic.replacing(folder / "items.json") as path:
-    path.write_text(json.dumps(items, allow_nan=False) + "\n")
+    path.write_text(json.dumps(compared.items, allow_nan=False) + "\n")
   with atomic.replacing(folder / "samples.jsonl") as path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
-  if choices:
+    path.write_text("".join(json.dumps(row) + "\n" for row in compared.samples))
+  if compared.choices:
     with atomic.replacing(folder / "choice.jsonl") as path:
-      path.write_text("".join(json.dumps(row) + "\n" for row in choices))
+      path.write_text("".join(json.dumps(row) + "\n" for row in compared.choices))
   else:  # those of an evaluation with another config
     (folder / "choice.jsonl").unlink(missing_ok=True)
   with atomic.replacing(folder / "scores.json") as path:

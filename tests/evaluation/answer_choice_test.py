@@ -16,7 +16,8 @@ from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.evaluation import answer_choice, intervals, scoring, test_sets
 from raft_jax.generation import sentence_encoder
-from raft_jax.hf import model_source
+from raft_jax.hf import chat, model_source
+from raft_jax.hf import load as hf_load
 from raft_jax.storage import journal, records
 from tests.helpers import tiny_run
 
@@ -36,7 +37,10 @@ def _answers(count: int = 40) -> tuple[list[str], list[int], np.ndarray]:
   texts[4] = " ANSWER  3."  # the same text as number 3
   texts[6] = "  \n"
   vectors[7] = 0.0  # which has no cosine
-  return texts, [int(n) for n in rng.integers(4, 20, count)], vectors
+  lengths = [int(n) for n in rng.integers(4, 20, count)]
+  # Without a rule, those alike would be drawn together.
+  lengths[1], lengths[4] = lengths[0], lengths[3]
+  return texts, lengths, vectors
 
 
 def _alike(texts: list[str], vectors: np.ndarray, i: int, j: int, most: float) -> bool:
@@ -88,14 +92,14 @@ def test_the_seed_decides_between_equally_near_answers_and_the_order_of_letters(
   assert len(others) == 38
 
 
+ALIKE = np.array([[1.0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+"""The first is like the second and the third (cosine 0.707)."""
+
+
 def test_a_question_without_enough_other_answers_is_left_out():
   texts = ["Yes, no.", "Yes.", "No.", "Perhaps."]
-  vectors = np.array(
-    [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-  )
   settings = schema.Choice(others=2, near_duplicate=0.7)
-  # The first answer is like the second and the third (cosine 0.707).
-  items = answer_choice.draw(texts, [9, 2, 2, 2], vectors, settings)
+  items = answer_choice.draw(texts, [9, 2, 2, 2], ALIKE, settings)
   assert [set(item.options) for item in items] == [{1, 2, 3}] * 3
   assert [item.question for item in items] == [1, 2, 3]
 
@@ -128,6 +132,9 @@ def test_calibration_error_is_that_of_ten_bins():
     np.array([0.25, 0.3, 0.9]), np.array([1.0, 0.0, 1.0])
   )
   assert by_hand == pytest.approx((0.45 + 0.1) / 3)
+  # 0.5 is the end of a bin, and gaps of opposite signs do not cancel.
+  apart = answer_choice.calibration_error(np.array([0.5, 0.55]), np.array([1.0, 0.0]))
+  assert apart == pytest.approx((0.5 + 0.55) / 2)
 
 
 def test_scores_of_two_items_by_hand():
@@ -285,9 +292,7 @@ def test_a_tiny_model_equals_transformers(tmp_path, tiny, law):
   _check_scores(_described(choices, scored), rows, expected)
 
 
-def test_faults_are_named_before_the_weights_are_read(
-  tmp_path, tiny, monkeypatch, capsys
-):
+def test_faults_are_named_before_the_weights_are_read(tmp_path, tiny, monkeypatch):
   def refuse(*args, **options):
     raise AssertionError("must not be loaded")
 
@@ -314,12 +319,20 @@ def test_faults_are_named_before_the_weights_are_read(
   keys = ("evaluate.choice={others: 2, near_duplicate: 1.0}", wide)
   with pytest.raises(errors.UserError, match=r"evaluate\.choice\.others=2, .* tokens"):
     evaluate.main(_run(tmp_path, tiny, long, *keys))
-  capsys.readouterr()
-  some = _write(tmp_path / "some.jsonl", [*colours, "Paris is a city."])
-  keys = ("evaluate.choice={others: 1, near_duplicate: 0.3}",)
-  run = _run(tmp_path, tiny, some, *keys)
-  sweep.check_tests(run.model, run.data, run.evaluate, run.refine.encoder)
-  assert "left out" not in capsys.readouterr().err
+
+
+def test_how_many_questions_are_left_out_is_printed(tmp_path, tiny, capsys):
+  words = ["Yes, no, perhaps or else.", "Yes.", "No.", "Perhaps."]
+  run = _run(tmp_path, tiny, _write(tmp_path / "some.jsonl", words))
+  tokenizer, decoder = chat.load(tiny), hf_load.load_config(tiny)
+  sets = test_sets.read(run.data, run.evaluate, tokenizer, decoder, source=tiny)
+  settings = schema.Choice(others=2, near_duplicate=0.7)
+  sets = test_sets.with_choices(
+    sets, settings, tokenizer, decoder, lambda texts: ALIKE, source=tiny
+  )
+  assert sets.choices is not None
+  assert (len(sets.choices.items), sets.choices.left_out) == (3, 1)
+  assert "1 of 4 test questions are left out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -22,9 +22,10 @@ def test_difference_is_taken_item_by_item():
 
 
 def test_choices_of_an_earlier_evaluation_do_not_stay(tmp_path):
-  comparison.write(tmp_path, {}, {}, [], [{"id": "a"}])
+  compared = comparison.Comparison({}, {}, [], [{"id": "a"}], {})
+  comparison.write(tmp_path, {}, compared)
   assert (tmp_path / "choice.jsonl").read_text() == '{"id": "a"}\n'
-  comparison.write(tmp_path, {}, {}, [], [])
+  comparison.write(tmp_path, {}, compared._replace(choices=[]))
   assert not (tmp_path / "choice.jsonl").exists()
 
 
