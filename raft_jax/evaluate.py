@@ -1,11 +1,12 @@
 """Stage 3: scores of the trained model beside the base model's.
 
 On the domain: held-out loss of the reference answers, ROUGE-L and sentence-encoder
-similarity of greedy answers, and, if the config names judges, the paper's judged
-accuracy (D-Acc). On general abilities, if the config names their items: IFEval, MMLU,
-any task of lm-evaluation-harness and judged open-ended requests, with their retention
-(trained in percent of base), and the drift on general prompts. Every mean over items
-has a 95 % interval, and the two models are compared item by item.
+similarity of greedy answers, and, if the config has them, multiple choice among the
+test set's answers and the paper's judged accuracy (D-Acc). On general abilities, if the
+config names their items: IFEval, MMLU, any task of lm-evaluation-harness and judged
+open-ended requests, with their retention (trained in percent of base), and the drift on
+general prompts. Every mean over items has a 95 % interval, and the two models are
+compared item by item.
 
 Finished items are kept in `evaluation/journal.jsonl`, keyed by the model's parameters,
 the item and the settings. A second run recomputes nothing, and a run on a new
@@ -58,6 +59,9 @@ def main(config: schema.Config) -> None:
   trained_model.require(config.output, config.validation)  # before the encoder loads
   trained_server, base_server = connect(settings.servers)
   embed = sentence_encoder.load(config.refine.encoder)
+  sets = test_sets.with_choices(
+    sets, settings.choice, tokenizer, decoder, embed, source=source
+  )
   interrupts.check()
   # Both models are in memory at once, as the drift compares them token by token; that
   # is less than training needs.
@@ -92,7 +96,7 @@ def main(config: schema.Config) -> None:
     "weight_distance": {"mean": mean_distance, "tensors": distances},
     "seconds": compared.seconds,
   }
-  comparison.write(folder, result, compared.items, compared.samples)
+  comparison.write(folder, result, compared)
   tracked = trackers.describe(
     config.train, folder.parent, config_load.values(config, trackers.SETTINGS)
   )

@@ -79,8 +79,13 @@ def check_tests(
   thinking = data.thinking == "keep"
   tokenizer = chat.load(source, model.chat_template, thinking=thinking)
   decoder = hf_load.load_config(source)
-  test_sets.read(data, evaluate, tokenizer, decoder, source=source)
+  sets = test_sets.read(data, evaluate, tokenizer, decoder, source=source)
   sentence_encoder.find(encoder)
+  if evaluate.choice is not None:
+    embed = sentence_encoder.load(encoder)
+    test_sets.with_choices(
+      sets, evaluate.choice, tokenizer, decoder, embed, source=source
+    )
 
 
 def run_all(
@@ -157,7 +162,14 @@ def write_config(output: pathlib.Path, name: str, text: str) -> pathlib.Path:
   return file
 
 
-SHOWN = ("held_out_loss", "rouge_l", "d_acc", "ifeval_prompt_strict", "mmlu")
+SHOWN = (
+  "held_out_loss",
+  "rouge_l",
+  "choice",
+  "d_acc",
+  "ifeval_prompt_strict",
+  "mmlu",
+)
 """The scores that a terminal has room for, beside the drift; `report` shows all."""
 
 

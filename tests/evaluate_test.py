@@ -10,7 +10,7 @@ from raft_jax import errors, evaluate
 from raft_jax.config import load as config_load
 from raft_jax.config import schema
 from raft_jax.data import rouge
-from raft_jax.evaluation import scoring
+from raft_jax.evaluation import intervals, scoring
 from raft_jax.reporting import run_folder, run_page
 from raft_jax.storage import question_files
 from tests.helpers import chat_server, tiny_run
@@ -138,6 +138,7 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
       f"evaluate.mmlu.items={tmp_path / 'mmlu.jsonl'}",
       f"evaluate.mmlu.examples={tmp_path / 'mmlu.jsonl'}",
       "evaluate.mmlu.shots=1",
+      "evaluate.choice.others=2",
       "evaluate.judges=[{engine: jax, max_new_tokens: 4}]",
       f"evaluate.open_ended.prompts={tmp_path / 'ifeval.jsonl'}",
       "evaluate.open_ended.max_new_tokens=8",
@@ -159,8 +160,11 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert same["scores"]["trained"]["d_acc"]["value"] == 0.0
   assert same["scores"]["trained"]["d_acc_undecided"]["value"] == 0.0
   assert same["scores"]["base"]["open_ended_undecided"]["n"] == 3
+  assert same["choice"] == {"options": 3, "left_out": 0}
   page = run_page.render(run_folder.read(output), "t")
   assert "MMLU" in page
+  assert "Right answer chosen, by letter" in page
+  assert "Choices are among 3 answers" in page
   assert "Open-ended requests, good by majority" in page
   assert "Drift on 3 general prompts" in page
 
@@ -171,6 +175,30 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert moved["scores"]["base"] == same["scores"]["base"]
   # Every tensor is one and a half times the base model's.
   assert moved["weight_distance"]["mean"] == pytest.approx(0.5, rel=1e-5)
+  _check_choices(output / "evaluation", moved)
+
+
+def _check_choices(folder: pathlib.Path, scores: dict):
+  """Multiple choice, by what `choice.jsonl` says of every option."""
+  rows = [json.loads(line) for line in (folder / "choice.jsonl").open()]
+  items = json.loads((folder / "items.json").read_text())
+  right = np.array(["ABC".index(row["right"]) for row in rows])
+  for name, part in (
+    ("choice", "log_prob_per_token"),
+    ("choice_letter", "letter_probability"),
+  ):
+    correct = {}
+    for model in ("base", "trained"):
+      values = np.array([row[model][part] for row in rows])
+      correct[model] = (values.argmax(axis=1) == right).astype(float)
+      assert items[name][model] == correct[model].tolist()
+      assert scores["scores"][model][name]["value"] == correct[model].mean()
+      assert scores["scores"][model][f"{name}_ece"]["value"] > 0
+    assert any(row["base"][part] != row["trained"][part] for row in rows)
+    paired = scores["paired"][name]
+    assert paired["difference"] == np.mean(correct["trained"] - correct["base"])
+    assert paired["p"] == intervals.mcnemar(correct["base"], correct["trained"])
+    assert items[name]["items"] != items["rouge_l"]["items"]
 
 
 def test_servers_write_the_answers_of_both_models(tmp_path, tiny, law):

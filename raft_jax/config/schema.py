@@ -44,6 +44,7 @@ from raft_jax.config.schema_endpoints import (
 )
 from raft_jax.config.schema_evaluation import (
   Chat,
+  Choice,
   Drift,
   Evaluate,
   Ifeval,
@@ -65,6 +66,7 @@ __all__ = [
   "Anchor",
   "Balance",
   "Chat",
+  "Choice",
   "Cluster",
   "Config",
   "Data",

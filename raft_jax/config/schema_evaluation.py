@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from raft_jax.config.schema_base import Positive, Section
+from raft_jax.config.schema_base import Positive, Section, Seed
 from raft_jax.config.schema_endpoints import (
   EnvironmentName,
   Omittable,
@@ -40,6 +40,22 @@ class Mmlu(Section):
   """Number of solved questions per prompt [P]."""
   limit: Positive | None = None
   """Use only the first N questions."""
+
+
+class Choice(Section):
+  """Accuracy on `data.test` without a judge: each question's answer among answers to
+  other test questions. The right one should have the highest log-probability per token
+  and, in a second form, the most probable letter. Each question costs `others` + 1
+  forward passes. `{}` for the defaults. null: not measured."""
+
+  others: Annotated[int, pydantic.Field(ge=1, le=25)] = 4
+  """Number of wrong answers beside the right one: those nearest in length [O]."""
+  near_duplicate: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 0.85
+  """Two answers whose cosine by `refine.encoder` is at least this are never options of
+  the same question [O]."""
+  seed: Seed = 0
+  """Decides between answers that are equally near in length, and the order of the
+  letters."""
 
 
 class Drift(Section):
@@ -129,6 +145,7 @@ class Evaluate(Section):
   open_ended: OpenEnded = OpenEnded()
   ifeval: Ifeval = Ifeval()
   mmlu: Mmlu = Mmlu()
+  choice: Choice | None = None
   drift: Drift = Drift()
   tasks: Tasks = Tasks()
 

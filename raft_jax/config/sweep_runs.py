@@ -23,6 +23,7 @@ TEST_KEYS = {
   "open_ended",
   "ifeval",
   "mmlu",
+  "choice",
   "drift",
   "tasks",
 }

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 from raft_jax.config import schema
 from raft_jax.evaluation import (
-  drift as drift_lib,
-)
-from raft_jax.evaluation import (
+  answer_choice,
   greedy_answers,
   intervals,
   model_scores,
   scoring,
   test_sets,
+)
+from raft_jax.evaluation import (
+  drift as drift_lib,
 )
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines
@@ -40,12 +41,15 @@ class Comparison(NamedTuple):
     summary: the part of `scores.json` that the scores decide.
     items: every item's scores, for `items.json`.
     samples: the first questions with both models' answers, for `samples.jsonl`.
+    choices: the multiple-choice questions with both models' scores of every option, for
+      `choice.jsonl`.
     seconds: how long the scores of "base" and "trained" took.
   """
 
   summary: dict[str, Any]
   items: dict[str, Any]
   samples: list[dict[str, str]]
+  choices: list[dict[str, Any]]
   seconds: dict[str, float]
 
 
@@ -57,7 +61,7 @@ def compare(
   judges: Sequence[calls_lib.Role],
   settings: schema.Evaluate,
   log: journal.Journal,
-  embed: model_scores.Embed,
+  embed: test_sets.Embed,
 ) -> Comparison:
   """Scores both models and compares them; what the journal holds is not recomputed."""
   trained, base = (
@@ -88,12 +92,24 @@ def compare(
     drift = drift_lib.from_base(base_model, trained_model, sets.general.drift, new, log)
     summary["drift"] = intervals.describe(drift)
     trained_scores["drift"] = drift
+  choices = []
+  if sets.choices is not None:
+    summary["choice"] = {
+      "options": len(sets.choices.letters),
+      "left_out": sets.choices.left_out,
+    }
+    assert base.choices is not None
+    assert trained.choices is not None
+    choices = answer_choice.described(
+      sets.choices, sets.test.questions, base.choices, trained.choices
+    )
   digests = item_digests(sets) | trained.task_digests
   questions = sets.test.questions[: settings.samples]
   return Comparison(
     summary,
     items=item_scores(base_scores, trained_scores, digests),
     samples=sample_answers(questions, base.answers, trained.answers),
+    choices=choices,
     seconds={"base": base.seconds, "trained": trained.seconds},
   )
 
@@ -119,6 +135,8 @@ def item_digests(sets: test_sets.TestSets) -> dict[str, str]:
   items: dict[str, Any] = {"": [(row.prompt, row.answer) for row in sets.test.rows]}
   if sets.validation is not None:
     items["validation"] = [(row.prompt, row.answer) for row in sets.validation.rows]
+  if sets.choices is not None:
+    items["choice"] = [(row.prompt, row.answer) for row in sets.choices.rows]
   if general.ifeval is not None:
     items["ifeval"] = general.ifeval.prompts
   if general.mmlu is not None:
@@ -194,10 +212,7 @@ def flat(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write(
-  folder: pathlib.Path,
-  result: Mapping[str, Any],
-  items: Mapping[str, Any],
-  samples: Sequence[Mapping[str, str]],
+  folder: pathlib.Path, result: Mapping[str, Any], compared: Comparison
 ) -> None:
   """Writes the files of an evaluation.
 
@@ -205,8 +220,13 @@ def write(
   evaluation is complete.
   """
   with atomic.replacing(folder / "items.json") as path:
-    path.write_text(json.dumps(items, allow_nan=False) + "\n")
+    path.write_text(json.dumps(compared.items, allow_nan=False) + "\n")
   with atomic.replacing(folder / "samples.jsonl") as path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    path.write_text("".join(json.dumps(row) + "\n" for row in compared.samples))
+  if compared.choices:
+    with atomic.replacing(folder / "choice.jsonl") as path:
+      path.write_text("".join(json.dumps(row) + "\n" for row in compared.choices))
+  else:  # those of an evaluation with another config
+    (folder / "choice.jsonl").unlink(missing_ok=True)
   with atomic.replacing(folder / "scores.json") as path:
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from raft_jax.config import schema
 from raft_jax.curation import refinement
 from raft_jax.data import rouge
 from raft_jax.evaluation import (
+  answer_choice,
   benchmarks,
   greedy_answers,
   intervals,
@@ -24,9 +25,6 @@ from raft_jax.generation import sentence_encoder
 from raft_jax.runtime import interrupts
 from raft_jax.storage import journal, records
 
-Embed = Callable[[Sequence[str]], np.ndarray]
-"""Texts -> their sentence embeddings."""
-
 
 class ModelScores(NamedTuple):
   """What one model scored.
@@ -37,14 +35,16 @@ class ModelScores(NamedTuple):
       the task does not say.
     task_digests: digests of every task's items.
     answers: the greedy answers to the test questions.
+    choices: scores of the options of multiple choice; None if not measured.
     seconds: how long the scores took.
   """
 
-  domain: dict[str, intervals.ItemScores]
+  domain: dict[str, intervals.Score]
   general: dict[str, intervals.Score]
   directions: dict[str, int]
   task_digests: dict[str, str]
   answers: list[greedy_answers.Answer]
+  choices: answer_choice.Scored | None
   seconds: float
 
 
@@ -53,7 +53,7 @@ def score(
   sets: test_sets.TestSets,
   settings: schema.Evaluate,
   log: journal.Journal,
-  embed: Embed,
+  embed: test_sets.Embed,
 ) -> ModelScores:
   """All scores of one model except the judges'; skips what the journal holds."""
   started = time.monotonic()
@@ -76,20 +76,32 @@ def score(
     directions, task_digests = task_scores.directions, task_scores.item_digests
   interrupts.check()
   references = [question.answer for question in test.questions]
-  domain = domain_scores(losses, answers, references, embed)
+  domain: dict[str, intervals.Score] = {}
+  domain |= domain_scores(losses, answers, references, embed)
   if sets.validation is not None:
     rows = sets.validation.rows
     values = scoring.losses(model, rows, log, name="validation loss")
     domain["validation_loss"] = intervals.ItemScores(np.array(values))
-  seconds = time.monotonic() - started
-  return ModelScores(domain, general, directions, task_digests, answers, seconds)
+  options = None
+  if sets.choices is not None:
+    options = answer_choice.score(model, sets.choices, log)
+    domain |= answer_choice.scores(sets.choices.items, options)
+  return ModelScores(
+    domain,
+    general,
+    directions,
+    task_digests,
+    answers,
+    choices=options,
+    seconds=time.monotonic() - started,
+  )
 
 
 def domain_scores(
   losses: Sequence[float],
   answers: Sequence[greedy_answers.Answer],
   references: Sequence[str],
-  embed: Embed,
+  embed: test_sets.Embed,
 ) -> dict[str, intervals.ItemScores]:
   """The scores on the domain's questions. An empty answer scores 0, not NaN."""
   texts = [answer.text for answer in answers]

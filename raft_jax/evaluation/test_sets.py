@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from raft_jax import errors
 from raft_jax.config import data_layout, schema
 from raft_jax.data import token_rows
-from raft_jax.evaluation import benchmarks, scoring
+from raft_jax.evaluation import answer_choice, benchmarks, scoring
 from raft_jax.hf import chat
 from raft_jax.models import transformer
 from raft_jax.storage import journal, question_files, records
@@ -17,6 +20,10 @@ from raft_jax.storage import rejects as rejects_lib
 
 if TYPE_CHECKING:
   from raft_jax.evaluation import lm_eval_tasks
+
+
+Embed = Callable[[Sequence[str]], np.ndarray]
+"""Texts -> their sentence embeddings."""
 
 
 class QuestionSet(NamedTuple):
@@ -63,11 +70,16 @@ class General(NamedTuple):
 
 
 class TestSets(NamedTuple):
-  """Everything that `evaluate` tests a model on."""
+  """Everything that `evaluate` tests a model on.
+
+  Attributes:
+    choices: the test questions as multiple choice; `with_choices` adds them.
+  """
 
   test: QuestionSet
   validation: QuestionSet | None
   general: General
+  choices: answer_choice.Choices | None = None
 
   @property
   def rejects(self) -> list[rejects_lib.Reject]:
@@ -93,6 +105,9 @@ def read(
     UserError: a file or a row is invalid, or too long for the model.
   """
   test = read_test(data, tokenizer, settings.limit)
+  if settings.choice is not None:
+    answers = [question.answer for question in test.questions]
+    answer_choice.check(answers, settings.choice)
   validation = read_validation(data, tokenizer, settings.limit)
   general = read_general(settings, tokenizer)
   token_rows.check_positions(lengths(settings, test, general), source, decoder)
@@ -147,6 +162,44 @@ def _read_questions(
   rejects = [*file.rejects, *calls, *too_long]
   rejects_lib.report(rejects)
   return QuestionSet([questions[row.row_id] for row in rows], rows, rejects)
+
+
+def with_choices(
+  sets: TestSets,
+  settings: schema.Choice | None,
+  tokenizer: chat.ChatTokenizer,
+  decoder: transformer.DecoderConfig,
+  embed: Embed,
+  *,
+  source: str,
+) -> TestSets:
+  """Adds the multiple-choice questions, if the config wants them; needs no weights.
+
+  Args:
+    source: the model's, for error messages.
+
+  Raises:
+    UserError: no question has enough options, or one is too long for the model.
+  """
+  if settings is None:
+    return sets
+  questions, rows, _ = sets.test
+  vectors_NE = embed([question.answer for question in questions])
+  choices = answer_choice.build(questions, rows, tokenizer, vectors_NE, settings)
+  longest = max(
+    *(len(row.prompt) + len(row.answer) for row in choices.rows),
+    *map(len, choices.prompts),
+  )
+  key = f"evaluate.choice.others={settings.others}, data.max_*_tokens"
+  token_rows.check_positions({key: longest}, source, decoder)
+  if choices.left_out:
+    print(
+      f"evaluate.choice: {choices.left_out} of {len(questions)} test questions are left"
+      f" out, because fewer than {settings.others} other answers differ enough"
+      f" (near_duplicate={settings.near_duplicate:g})",
+      file=sys.stderr,
+    )
+  return sets._replace(choices=choices)
 
 
 # --- General abilities ----------------------------------------------------------------

@@ -112,8 +112,7 @@ def teacher_messages(
 
   The answer stands in the last user turn, also where results of tools follow it.
   """
-  users = [i for i, turn in enumerate(messages) if turn.role == "user"]
-  last = users[-1] if users else len(messages) - 1
+  last = records.last_user(messages)
   question = messages[last]
   contents = {
     "chat": KNOWLEDGE + answer + INSTRUCTION + question.content + ANSWER,

@@ -43,7 +43,13 @@ GENERAL = (
 
 DRIFT = Measure("drift", "drift")
 
-OF_DOMAIN = (FIT, Measure("rouge_l", "ROUGE-L"), Measure("d_acc", "D-Acc"))
+OF_DOMAIN = (
+  FIT,
+  Measure("rouge_l", "ROUGE-L"),
+  Measure("choice", "choice"),
+  Measure("choice_letter", "choice by letter"),
+  Measure("d_acc", "D-Acc"),
+)
 
 BASE = "base model"
 """The label of the base model's row."""

@@ -24,6 +24,8 @@ ITEM_SCORES = (
   "held_out_loss",
   "rouge_l",
   "similarity",
+  "choice",
+  "choice_letter",
   "d_acc",
   "open_ended",
   "ifeval_prompt_strict",

@@ -27,6 +27,8 @@ SCORES = (
   Column("held_out_loss", "held-out loss", 3),
   Column("rouge_l", "ROUGE-L", 3),
   Column("similarity", "similarity", 3),
+  Column("choice", "choice", 3),
+  Column("choice_letter", "choice by letter", 3),
   Column("d_acc", "D-Acc", 3),
   Column("open_ended", "open-ended", 3),
   Column("open_ended_retention", "retention, %", 1),

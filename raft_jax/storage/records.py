@@ -115,6 +115,15 @@ def user_turn(content: str) -> tuple[Message, ...]:
   return (Message("user", content),)
 
 
+def last_user(messages: Sequence[Message]) -> int:
+  """The place of the last user turn, which results of tools may follow.
+
+  Without a user turn, that of the last turn.
+  """
+  users = [i for i, turn in enumerate(messages) if turn.role == "user"]
+  return users[-1] if users else len(messages) - 1
+
+
 def as_reply(answer: str | Message) -> Message:
   """An answer as the assistant's turn."""
   return answer if isinstance(answer, Message) else Message("assistant", answer)

@@ -21,6 +21,14 @@ def test_difference_is_taken_item_by_item():
   assert score["n"] == 40
 
 
+def test_choices_of_an_earlier_evaluation_do_not_stay(tmp_path):
+  compared = comparison.Comparison({}, {}, [], [{"id": "a"}], {})
+  comparison.write(tmp_path, {}, compared)
+  assert (tmp_path / "choice.jsonl").read_text() == '{"id": "a"}\n'
+  comparison.write(tmp_path, {}, compared._replace(choices=[]))
+  assert not (tmp_path / "choice.jsonl").exists()
+
+
 def test_the_means_as_flat_names_for_trackers():
   base = {"rouge_l": intervals.ItemScores(np.array([0.25, 0.5]))}
   trained = {"rouge_l": intervals.ItemScores(np.array([0.5, 0.75]))}

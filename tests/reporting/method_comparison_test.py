@@ -126,6 +126,19 @@ def test_tasks_of_the_harness_are_compared_where_more_is_better():
   assert "quiz acc" in [column.heading for column in equal.columns]
 
 
+def test_choices_are_compared_as_scores_of_the_domain():
+  runs = json.loads(json.dumps(RUNS))
+  for run in runs:
+    right = np.arange(QUESTIONS) < (36 if run["method"] == "raft" else 24)
+    run["items"]["choice"] = _items(right, np.arange(QUESTIONS) < 10, "choices")
+  raft = method_comparison.against_sft({"law": runs})[-1]
+  assert raft.cells["choice"]["value"] == pytest.approx(0.3)
+  assert 0.1 < raft.cells["choice"]["low"] < 0.3 < raft.cells["choice"]["high"] < 0.5
+  assert "retained_choice" not in raft.cells
+  headings = [[c.heading for c in t.columns] for t in sweep_page.tables({"law": runs})]
+  assert any("choice" in columns for columns in headings)
+
+
 def test_domains_are_averaged_where_all_have_a_setting():
   other = [
     _run("sft-low", "sft", 3.5, 0.05, **_rate(1e-5)),

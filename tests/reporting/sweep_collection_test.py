@@ -39,6 +39,10 @@ def test_what_is_kept_of_an_evaluation_is_short(tmp_path):
           "items": "a" * 64, "share": False, "base": None,
           "trained": [0.123456789], "weights": None,
         },
+        "choice": {
+          "items": "c" * 64, "share": True, "base": [1.0], "trained": [0.0],
+          "weights": None,
+        },
         "ended": {
           "items": "b" * 64, "share": True, "base": [0.0], "trained": [1.0],
           "weights": None,
@@ -52,6 +56,7 @@ def test_what_is_kept_of_an_evaluation_is_short(tmp_path):
       "base": None,
       "trained": [0.12346],
       "weights": None,
-    }
+    },
+    "choice": {"items": "c" * 16, "base": [1.0], "trained": [0.0], "weights": None},
   }
   assert sweep_collection.item_scores(tmp_path / "absent") == {}
