@@ -162,14 +162,7 @@ def write_config(output: pathlib.Path, name: str, text: str) -> pathlib.Path:
   return file
 
 
-SHOWN = (
-  "held_out_loss",
-  "rouge_l",
-  "choice",
-  "d_acc",
-  "ifeval_prompt_strict",
-  "mmlu",
-)
+SHOWN = ("held_out_loss", "rouge_l", "d_acc", "ifeval_prompt_strict", "mmlu")
 """The scores that a terminal has room for, beside the drift; `report` shows all."""
 
 
