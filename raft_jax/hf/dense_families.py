@@ -45,15 +45,6 @@ def has_rope(fields: family_row.Fields, layer: int) -> bool:
 _OLMO = {**family_parts.COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
 
 
-def _olmo(fields: family_row.Fields) -> dict[str, Any]:
-  return {
-    "qk_norm": "projection",
-    "norm_rounds_last": True,
-    "pre_norms": False,
-    "post_norms": True,
-  }
-
-
 def _exaone_period(fields: family_row.Fields) -> int:
   pattern = fields["sliding_window_pattern"] or 1  # "LLLG" is another name of 4
   return len(pattern) if isinstance(pattern, str) else pattern
@@ -404,7 +395,7 @@ FAMILIES = {
     ),
     defaults=_OLMO,
     only={**family_parts.NO_BIAS, "sliding_window": (None,)},
-    extra=_olmo,
+    extra=family_parts.olmo,
     # llama.cpp gives files of OLMo 3 the same name.
     gguf_fields=lambda meta, fields: {
       "sliding_window": meta("attention.sliding_window")
@@ -427,7 +418,7 @@ FAMILIES = {
       "sliding_window": 4096,
     },
     only=family_parts.NO_BIAS,
-    extra=_olmo,
+    extra=family_parts.olmo,
     slides=family_parts.by_layer_type(lambda fields, layer: (layer + 1) % 4 != 0),
   ),
   "phi3": family_row.Family(

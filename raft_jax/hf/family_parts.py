@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from raft_jax.hf import family_row
 
@@ -62,3 +63,13 @@ QWEN = {
   "sliding_window": 4096,
   "max_window_layers": 28,
 }
+
+
+def olmo(fields: family_row.Fields) -> dict[str, Any]:
+  """OLMo 2's norms, which its successors keep."""
+  return {
+    "qk_norm": "projection",
+    "norm_rounds_last": True,
+    "pre_norms": False,
+    "post_norms": True,
+  }

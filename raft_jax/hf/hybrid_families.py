@@ -18,6 +18,12 @@ def _delta_names(module: str, tensors: Mapping[str, str]) -> dict[str, family_ro
   }
 
 
+_QWEN_ATTENTION = family_parts.names(
+  family_parts.PRE_NORMS,
+  family_parts.ATTENTION,
+  family_parts.QK_NORMS,
+  family_parts.MLP,
+)
 _QWEN_DELTA = {
   **dict.fromkeys(("q", "k", "v"), "in_proj_qkv.weight"),
   "gate": "in_proj_z.weight",
@@ -89,13 +95,7 @@ FAMILIES = {
   "qwen3_5_text": family_row.Family(
     models="Qwen3.5",
     architecture="Qwen3_5ForCausalLM",
-    names=family_parts.names(
-      family_parts.PRE_NORMS,
-      family_parts.ATTENTION,
-      family_parts.QK_NORMS,
-      family_parts.MLP,
-    )
-    | _delta_names("linear_attn", _QWEN_DELTA),
+    names=_QWEN_ATTENTION | _delta_names("linear_attn", _QWEN_DELTA),
     defaults=_QWEN_LINEAR,
     only=_QWEN_LINEAR_ONLY,
     extra=_qwen_linear,
@@ -107,13 +107,7 @@ FAMILIES = {
   "qwen3_next": family_row.Family(
     models="Qwen3-Next without experts",
     architecture="Qwen3NextForCausalLM",
-    names=family_parts.names(
-      family_parts.PRE_NORMS,
-      family_parts.ATTENTION,
-      family_parts.QK_NORMS,
-      family_parts.MLP,
-    )
-    | _delta_names("linear_attn", _NEXT_DELTA),
+    names=_QWEN_ATTENTION | _delta_names("linear_attn", _NEXT_DELTA),
     defaults={**_QWEN_LINEAR, "num_experts": 512},
     only={**_QWEN_LINEAR_ONLY, "num_experts": (0,)},
     extra=_qwen_linear,
@@ -130,10 +124,7 @@ FAMILIES = {
     names=family_parts.names(
       family_parts.ATTENTION,
       family_parts.QK_NORMS,
-      {
-        "attn_post_norm": "post_attention_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-      },
+      family_parts.POST_NORMS,
       family_parts.PRE_NORMS,
       family_parts.MLP,
     )
@@ -149,12 +140,7 @@ FAMILIES = {
       "hidden_act": ("silu",),
       "attention_bias": (False, None),
     },
-    extra=lambda fields: {
-      "qk_norm": "projection",
-      "norm_rounds_last": True,
-      "pre_norms": False,
-      "post_norms": True,
-    },
+    extra=family_parts.olmo,
     ropes=("default", "none"),
     delta=lambda fields: {
       "strength": 2.0 if fields["linear_allow_neg_eigval"] else 1.0,

@@ -231,23 +231,23 @@ def last_offline_step(output: pathlib.Path, run_id: str) -> int:
   messages: Any = wandb_internal_pb2
   last = 0
   for path in output.glob(f"wandb/offline-run-*-{run_id}/*.wandb"):
-    for record in _leveldb_records(path.read_bytes()[7:], 7):
+    for record in _leveldb_records(path.read_bytes(), 7):
       for item in messages.Record.FromString(record).history.item:
         if "_step" in (item.key, *item.nested_key):
           last = max(last, int(item.value_json))
   return last
 
 
-def _leveldb_records(raw: bytes, start: int) -> Iterator[bytes]:
-  """The whole records of a LevelDB log whose first `start` bytes are missing.
+def _leveldb_records(raw: bytes, place: int) -> Iterator[bytes]:
+  """The whole records of a LevelDB log, from a place in the file on.
 
   Blocks have 32 KiB. A record is in one or several parts, and each part has a header of
   7 bytes: checksum, length (2 bytes) and kind (1 whole, 2 first, 3 middle, 4 last).
   https://github.com/google/leveldb/blob/main/doc/log_format.md
   """
-  place, record = 0, b""
+  record = b""
   while place + 7 <= len(raw):
-    left = 32768 - (start + place) % 32768
+    left = 32768 - place % 32768
     if left < 7:  # too short for a header
       place += left
       continue
