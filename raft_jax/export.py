@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from raft_jax.config import cli, run_lock, schema
@@ -97,8 +98,7 @@ def export(config: schema.Config) -> Exported:
   """
   # The card shows this config, so it must be the one that was trained.
   run_lock.check_lock(config, "train", run_inputs.IDENTITY_KEYS)
-  output, source = pathlib.Path(config.output), config.model.source
-  thinking = config.data.thinking == "keep"
+  source = config.model.source
   decoder = hf_load.load_config(source)
   interrupts.check()
   count = transformer.parameter_count(decoder)
@@ -111,49 +111,68 @@ def export(config: schema.Config) -> Exported:
     tower=tower,
     method=config.method,
     adapter=config.export.adapter,
-    data=model_card.describe_data(output, config.data.answers),
+    data=model_card.describe_data(pathlib.Path(config.output), config.data.answers),
     hyperparameters=config.model_dump(mode="json", include=model_card.HYPERPARAMETERS),
-    scores=model_card.read_scores(output),
+    scores=model_card.read_scores(pathlib.Path(config.output)),
     edits=trained_model.edits(config.prune, config.interpolate),
   )
-  if config.export.adapter and config.lora is not None:
-    folder = output / "adapter"
-    split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
-    identity = run_identity.model_identity(source, config.lora)
-    params, step = trained_model.load_trained_tree(
-      config.output, config.validation, identity, split.shapes
-    )
-    interrupts.check()
-    hf_save.save_adapter(
-      folder,
-      params["lora"],
-      decoder,
-      source,
-      rank=config.lora.rank,
-      alpha=config.lora.alpha,
-      base_name=model_card.hub_name(source),
-      template=hf_tokenizer.changed_template(
-        source, config.model.chat_template, thinking=thinking
-      ),
-      card=card(step=step),
-      overwrite=True,
-    )
-  else:
-    folder = output / "export"
-    params, step = trained_model.load(config, decoder)
-    interrupts.check()
-    hf_save.save(
-      folder,
-      params,
-      decoder,
-      source,
-      template=config.model.chat_template,
-      thinking=thinking,
-      card=card(step=step),
-      overwrite=True,
-    )
+  adapter_alone = config.export.adapter and config.lora is not None
+  save = save_adapter if adapter_alone else save_model
+  folder, step = save(config, decoder, card)
   size = sum(path.stat().st_size for path in folder.rglob("*"))
   return Exported(folder, size, hf_save.count_tensors(folder), step)
+
+
+def save_adapter(
+  config: schema.Config, decoder: transformer.DecoderConfig, card: Callable[..., str]
+) -> tuple[pathlib.Path, int]:
+  """Writes the adapter alone; returns its folder and the checkpoint's step."""
+  source, lora = config.model.source, config.lora
+  assert lora is not None
+  split = run_plan.make_split(lora, source, decoder, config.train.seed)
+  params, step = trained_model.load_trained_tree(
+    config.output,
+    config.validation,
+    run_identity.model_identity(source, lora),
+    split.shapes,
+  )
+  interrupts.check()
+  folder = pathlib.Path(config.output) / "adapter"
+  hf_save.save_adapter(
+    folder,
+    params["lora"],
+    decoder,
+    source,
+    rank=lora.rank,
+    alpha=lora.alpha,
+    base_name=model_card.hub_name(source),
+    template=hf_tokenizer.changed_template(
+      source, config.model.chat_template, thinking=config.data.thinking == "keep"
+    ),
+    card=card(step=step),
+    overwrite=True,
+  )
+  return folder, step
+
+
+def save_model(
+  config: schema.Config, decoder: transformer.DecoderConfig, card: Callable[..., str]
+) -> tuple[pathlib.Path, int]:
+  """Writes the whole model; returns its folder and the checkpoint's step."""
+  params, step = trained_model.load(config, decoder)
+  interrupts.check()
+  folder = pathlib.Path(config.output) / "export"
+  hf_save.save(
+    folder,
+    params,
+    decoder,
+    config.model.source,
+    template=config.model.chat_template,
+    thinking=config.data.thinking == "keep",
+    card=card(step=step),
+    overwrite=True,
+  )
+  return folder, step
 
 
 if __name__ == "__main__":

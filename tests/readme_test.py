@@ -120,7 +120,7 @@ def model_sentence() -> str:
   names = (family.models for family in families.FAMILIES.values())
   text = f"Text models: {', '.join(names)}. Text towers: "
   text += ", ".join(wrapper.models for wrapper in wrappers.WRAPPERS.values())
-  return textwrap.fill(f"{text}.", 88) + "\n"
+  return textwrap.fill(f"{text}.", 88, break_on_hyphens=False) + "\n"
 
 
 GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {

@@ -101,10 +101,9 @@ def update(
   """
   weights = objective.mean_weights(batch, trajectory, settings)
   inputs = LossInputs(batch, trajectory, support, weights)
-  median = None
-  if settings.micro_batches > 1 and answer_losses.needs_median(settings.token_rule):
-    whole = partition.combine(frozen, state.params)
-    median = median_over_micro_batches(whole, batch, settings)
+  median = median_over_micro_batches(
+    partition.combine(frozen, state.params), batch, settings
+  )
 
   def both_losses(params: transformer.Params, part: LossInputs):
     whole = partition.combine(frozen, params)
@@ -229,11 +228,15 @@ def separate_gradients(
 
 def median_over_micro_batches(
   params: transformer.Params, batch: batching.Batch, settings: objective.Settings
-) -> Array:
+) -> Array | None:
   """The median of the batch's row losses, which no micro-batch can know on its own.
 
-  Costs one more forward pass over the answers.
+  None if the batch is not split or its tokens' weights need no median. Costs one more
+  forward pass over the answers.
   """
+  needed = answer_losses.needs_median(settings.token_rule)
+  if settings.micro_batches == 1 or not needed:
+    return None
   row_loss_MB = jax.lax.map(
     lambda part: objective.row_losses(params, part, settings),
     stack_micro_batches(batch, settings.micro_batches),

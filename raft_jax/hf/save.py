@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from raft_jax import errors
 from raft_jax.hf import (
   carried_tensors,
   decoder_config,
+  export_folder,
   family_row,
   model_source,
   peft_adapter,
@@ -102,30 +102,16 @@ def save(
     UserError: the target is taken, the disk is full, or a parameter is not finite.
   """
   target = pathlib.Path(folder).expanduser().absolute()
-  _check_target(target, overwrite, _wrote_model)
+  export_folder.check_target(target, overwrite, _wrote_model)
   if hf_load.load_config(source) != config:
     raise ValueError(f"the config is not that of {source}")
   path = model_source.resolve(source)
   fields = hf_load.fields(path)
   tokenizer = hf_tokenizer.load(source, template, thinking=thinking)
-  family, kind = decoder_config.find_family(fields, source), hf_load.DTYPES[dtype]
+  family = decoder_config.find_family(fields, source)
   leaves = traverse_util.flatten_dict(params, sep="/")
-  names = tensor_layout.file_names(family, in_gguf=False)
-  foreign = set(tensor_layout.constants(family, config.n_layers))
-  if family.wrapped:
-    stored = hf_load.stored_tensors(path)
-    names, foreign = wrappers.file_names(names, stored), wrappers.outside(stored)
-  carried = carried_tensors.find(path, foreign)
-  plan = Plan(
-    _shards(
-      hf_load.model_pieces(family, config, leaves, names),
-      lambda piece: math.prod(piece.shape) * kind.itemsize,
-      max_shard_bytes,
-    ),
-    _shards(carried, lambda tensor: tensor.size, max_shard_bytes),
-    kind,
-  )
-  with _replacing(target, plan.size) as temporary:
+  plan = _plan_files(path, family, config, leaves, dtype, max_shard_bytes)
+  with export_folder.replacing(target, plan.size) as temporary:
     _write_weights(temporary, leaves, plan)
     exported = wrappers.exported_fields(
       fields, family, dtype=dtype, tied=config.tie_embeddings
@@ -172,7 +158,7 @@ def save_adapter(
     UserError: the target is taken, the disk is full, or a parameter is not finite.
   """
   target = pathlib.Path(folder).expanduser().absolute()
-  _check_target(target, overwrite, _wrote_adapter)
+  export_folder.check_target(target, overwrite, _wrote_adapter)
   for path, leaf in traverse_util.flatten_dict(adapters, sep="/").items():
     _check_finite(f"lora/{path}", np.asarray(leaf))
   family = hf_load.family(source)
@@ -180,34 +166,12 @@ def save_adapter(
   adapter_config = peft_adapter.config(family, tuple(adapters), rank=rank, alpha=alpha)
   adapter_config["base_model_name_or_path"] = base_name
   need = sum(tensor.nbytes for tensor in tensors.values())
-  with _replacing(target, need) as temporary:
+  with export_folder.replacing(target, need) as temporary:
     _write_tensors(temporary / ADAPTER_FILE, tensors)
     _write_json(temporary / "adapter_config.json", adapter_config)
     if template is not None:
       (temporary / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(target: pathlib.Path, need: int) -> Iterator[pathlib.Path]:
-  """A new folder beside the target, which replaces it once it is complete."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  for leftover in target.parent.glob(f".{target.name}.tmp-*"):  # of a killed export
-    shutil.rmtree(leftover, ignore_errors=True)
-  free = shutil.disk_usage(target.parent).free
-  if need > free:
-    raise errors.UserError(
-      f"{target}: the export needs {need:,} bytes and {free:,} are free; make room or "
-      "choose another folder"
-    )
-  temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-  try:
-    temporary.mkdir()
-    yield temporary
-    _sync(temporary)
-    _replace(target, temporary)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Plan(NamedTuple):
@@ -229,6 +193,32 @@ class Plan(NamedTuple):
     elements = sum(math.prod(piece.shape) for piece in pieces)
     carried = sum(tensor.size for file in self.carried for tensor in file)
     return elements * self.dtype.itemsize + carried
+
+
+def _plan_files(
+  path: pathlib.Path,
+  family: family_row.Family,
+  config: transformer.DecoderConfig,
+  leaves: Mapping[str, Any],
+  dtype: str,
+  max_shard_bytes: int,
+) -> Plan:
+  """The files of a model's export, with the source's tensors outside a text tower."""
+  kind = hf_load.DTYPES[dtype]
+  names = tensor_layout.file_names(family, in_gguf=False)
+  foreign = set(tensor_layout.constants(family, config.n_layers))
+  if family.wrapped:
+    stored = hf_load.stored_tensors(path)
+    names, foreign = wrappers.file_names(names, stored), wrappers.outside(stored)
+  trained = _shards(
+    hf_load.model_pieces(family, config, leaves, names),
+    lambda piece: math.prod(piece.shape) * kind.itemsize,
+    max_shard_bytes,
+  )
+  carried = _shards(
+    carried_tensors.find(path, foreign), lambda tensor: tensor.size, max_shard_bytes
+  )
+  return Plan(trained, carried, kind)
 
 
 def _shards(items: list[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
@@ -405,38 +395,3 @@ def _wrote_adapter(folder: pathlib.Path) -> bool:
       return MARK in (written.metadata() or {})
   except safetensors.SafetensorError:
     return False
-
-
-def _check_target(
-  target: pathlib.Path, overwrite: bool, ours: Callable[[pathlib.Path], bool]
-) -> None:
-  if target.is_symlink() or (target.exists() and not target.is_dir()):
-    raise errors.UserError(f"{target}: exists and is not a folder; choose another name")
-  if not target.exists() or not any(target.iterdir()):
-    return
-  if not ours(target):
-    raise errors.UserError(
-      f"{target}: not empty, and not an earlier export; choose another folder"
-    )
-  if not overwrite:
-    raise errors.UserError(
-      f"{target}: holds an earlier export; overwrite it explicitly or choose another "
-      "folder"
-    )
-
-
-def _sync(folder: pathlib.Path) -> None:
-  for path in (*folder.rglob("*"), folder):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
-
-
-def _replace(target: pathlib.Path, temporary: pathlib.Path) -> None:
-  old = target.with_name(f".{target.name}.old-{os.getpid()}")
-  if target.exists():
-    target.rename(old)
-  temporary.rename(target)
-  shutil.rmtree(old, ignore_errors=True)

@@ -165,3 +165,8 @@ def spread(place: jax.sharding.Sharding, rows: Any) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def platform(mesh: Mesh) -> str:
+  """The platform of a mesh's devices, as JAX names it."""
+  return mesh.devices.flat[0].platform

@@ -22,7 +22,7 @@ from raft_jax.hf import load as hf_load
 from raft_jax.models import sharding, transformer
 from raft_jax.planning import commented_config
 from raft_jax.runtime import interrupts
-from raft_jax.training import run_plan, step_memory
+from raft_jax.training import plan_checks, run_plan, step_memory
 
 Choice = commented_config.Choice
 Choices = commented_config.Choices
@@ -181,8 +181,8 @@ def batch_size(
   fitting = []
   for size in sorted({16, 8, 4, 2, 1, parts}, reverse=True):
     try:
-      layout = run_plan.batch_layout(size, replay, rollout, distils=True)
-      run_plan.check(
+      layout = plan_checks.batch_layout(size, replay, rollout, distils=True)
+      plan_checks.check(
         model, decoder, mesh, top_k=None, rows=layout.rows, micro_batches=1
       )
     except errors.UserError:
@@ -263,7 +263,7 @@ def step_needs(plan: run_plan.RunPlan, room: float) -> tuple[str, bool]:
 
 def device_bytes(mesh: Mesh) -> float | None:
   """Memory of the local devices, or None if they do not tell."""
-  if run_plan.platform(mesh) == "cpu":
+  if sharding.platform(mesh) == "cpu":
     return float(step_memory.host_bytes())
   limits = [
     (device.memory_stats() or {}).get("bytes_limit", math.nan)

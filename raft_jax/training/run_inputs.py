@@ -23,6 +23,7 @@ from raft_jax.storage import rejects
 from raft_jax.training import (
   base_losses,
   importance_batches,
+  plan_checks,
   run_identity,
   run_plan,
 )
@@ -116,10 +117,10 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     thinking=config.data.thinking == "keep",
   )
   decoder, teacher_decoder, tokenizer, mesh = networks
-  layout = run_plan.batch_layout(
+  layout = plan_checks.batch_layout(
     train.batch_size, config.replay, config.rollout, distils=distils
   )
-  run_plan.check(
+  plan_checks.check(
     config.model,
     decoder,
     mesh,
@@ -228,7 +229,7 @@ def warn_of_raw_context(distill: schema.Distill | None) -> None:
 def make_dataset(
   train: schema.Train,
   examples: training_set.TrainingSet,
-  layout: run_plan.BatchLayout,
+  layout: plan_checks.BatchLayout,
   widths: Sequence[token_rows.Widths],
   pad_id: int,
 ) -> Any:

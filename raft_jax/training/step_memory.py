@@ -100,7 +100,7 @@ def check(plan: run_plan.RunPlan) -> None:
   Raises:
     errors.UserError: with the bytes needed and available, and what takes less.
   """
-  if run_plan.platform(plan.mesh) != "cpu":
+  if sharding.platform(plan.mesh) != "cpu":
     return
   available = host_bytes()
   if rough_bytes(plan) < available / 3:

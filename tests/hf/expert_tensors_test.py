@@ -17,7 +17,7 @@ from raft_jax.hf import decoder_config, families, mxfp4, peft_adapter, tensor_la
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
 from raft_jax.models import transformer
-from raft_jax.training import run_plan
+from raft_jax.training import plan_checks
 from tests.helpers import tiny_families
 
 FIELDS = {
@@ -173,7 +173,7 @@ def test_sections_that_do_not_suit_the_network_are_refused(experts, changes, mes
   fields = {**FIELDS, "model_type": "olmoe" if experts else "olmo2"}
   decoder = decoder_config.decoder_config(fields, "m/config.json")
   with pytest.raises(errors.UserError, match=message):
-    run_plan.check_experts(config, decoder)
+    plan_checks.check_experts(config, decoder)
 
 
 # --- MXFP4 ----------------------------------------------------------------------------

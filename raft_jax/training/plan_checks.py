@@ -1,0 +1,117 @@
+"""Whether a config fits its model and its mesh; before weights or rows are read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from raft_jax import errors
+from raft_jax.baselines import mssr
+from raft_jax.config import schema
+from raft_jax.data import batching
+from raft_jax.models import sharding, transformer
+
+
+class BatchLayout(NamedTuple):
+  """How the rows of every batch come about.
+
+  Attributes:
+    questions: of the domain.
+    replayed: rows that replay adds.
+    group: copies of each row, one for each rollout.
+  """
+
+  questions: int
+  replayed: int
+  group: int
+
+  @property
+  def rows(self) -> int:
+    return (self.questions + self.replayed) * self.group
+
+
+def batch_layout(
+  questions: int,
+  replay: schema.Replay | None,
+  rollout: schema.Rollout,
+  *,
+  distils: bool,
+) -> BatchLayout:
+  """The rows of a batch, by kind.
+
+  Raises:
+    errors.UserError: the share of replayed rows is not a whole number of them.
+  """
+  replayed = 0
+  if replay is not None and not mssr.is_adaptive(replay):
+    replayed = batching.count_replays(questions, replay.share)
+  return BatchLayout(questions, replayed, rollout.group if distils else 1)
+
+
+def check(
+  model: schema.Model,
+  decoder: transformer.DecoderConfig,
+  mesh: Mesh,
+  *,
+  top_k: int | None,
+  rows: int,
+  micro_batches: int,
+) -> None:
+  """Checks a config against its model and mesh, before weights or rows are read.
+
+  Args:
+    top_k: tokens on which teacher and student are compared; None if nothing is
+      distilled.
+    rows: of every batch, from `batch_layout`.
+
+  Raises:
+    errors.UserError: they do not fit together.
+  """
+  if top_k is not None and top_k > decoder.vocab_size:
+    raise errors.UserError(
+      f"distill.top_k: {top_k} is larger than the vocabulary of {model.source} "
+      f"({decoder.vocab_size}); lower it"
+    )
+  if model.attention == "cudnn":
+    check_cudnn(model.source, decoder, mesh)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
+  if rows % parts:
+    raise errors.UserError(
+      f"train.batch_size: {rows} rows (with replay and rollout.group) do not "
+      f"divide into {parts} parts (mesh.data x mesh.fsdp x train.micro_batches); "
+      "change one of them"
+    )
+
+
+def check_experts(config: schema.Config, decoder: transformer.DecoderConfig) -> None:
+  """Raises UserError for a section that needs experts, or does not know them."""
+  source = config.model.source
+  if config.train.router_loss and not decoder.n_experts:
+    raise errors.UserError(
+      f"train.router_loss: {source} is not a mixture of experts; delete this line"
+    )
+  if config.soft_mask is not None and decoder.n_experts:
+    raise errors.UserError(
+      f"soft_mask: {source} is a mixture of experts, whose units are not scored; use "
+      "another method"
+    )
+
+
+def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> None:
+  """Raises UserError if cuDNN's attention cannot run this model on these devices."""
+  platform = sharding.platform(mesh)
+  if platform != "gpu":
+    reason = f"runs on NVIDIA GPUs, and the devices here are of platform {platform}"
+  elif decoder.attention_softcap is not None:
+    reason = f"cannot cap the attention scores, as {source} does"
+  elif decoder.attention_sinks:
+    reason = f"has no attention sinks, as {source} does"
+  elif decoder.head_dim % 8 or decoder.head_dim > 256:
+    reason = (
+      "needs a head size that is a multiple of 8 and at most 256 (128 on GPUs before "
+      f"H100), and {source} has {decoder.head_dim}"
+    )
+  else:
+    return
+  raise errors.UserError(f"model.attention: cudnn {reason}; use xla")
