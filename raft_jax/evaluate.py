@@ -177,7 +177,7 @@ def show(result: Mapping[str, Any]) -> None:
     )
   if result["drift"]:
     score = result["drift"]
-    rows.add_row("drift (nats per token)", "0", cell(score["value"], score), "", "")
+    rows.add_row("drift (nats)", "0", cell(score["value"], score), "", "")
   if result["weight_distance"]:
     mean = result["weight_distance"]["mean"]
     rows.add_row("weight distance", "0", f"{mean:.2e}", "", "")
