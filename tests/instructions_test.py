@@ -373,3 +373,14 @@ def test_what_is_installed_is_on_the_index(here):
       command, cwd=here, capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, f"{arguments}: {done.stderr[-1000:]}"
+
+
+def test_the_dockerfile_runs_our_installers_with_their_own_versions(faults_of):
+  """Nothing here builds images, so its commands are run as a shell would."""
+  text = (ROOT / "launch/Dockerfile").read_text(encoding="utf-8")
+  steps = re.sub(r"\\\n", " ", text)
+  arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", steps, re.MULTILINE))
+  assert faults_of(f"launch/install.sh {arguments['EXTRAS']}") == []
+  runs = re.findall(r"launch/\S+\.sh", "".join(re.findall(r"^RUN (.*)$", steps, re.M)))
+  assert runs == ["launch/install.sh", "launch/refine.sh"]
+  assert f'"{arguments["VLLM"]}"' in (ROOT / "launch/refine.sh").read_text()
