@@ -228,7 +228,11 @@ def _expert_counts(
       f"{place}: num_experts_per_tok is {per_token}, of {count} experts; fetch the "
       "file again"
     )
-  return {"n_experts": count, "experts_per_token": per_token}
+  counts = {"n_experts": count, "experts_per_token": per_token}
+  if "layers/shared_router" in family.names:
+    width = _number(fields, place, "shared_expert_intermediate_size", int)
+    counts["shared_d_ff"] = width
+  return counts
 
 
 def _check_lists(fields: family_row.Fields, layers: int, place: str) -> None:

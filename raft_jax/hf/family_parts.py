@@ -15,6 +15,10 @@ _OUTER = {
 PRE_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 ATTENTION = {name: f"self_attn.{name}_proj" for name in "qkvo"}
 MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+EXPERTS = {
+  "router": "mlp.gate",
+  **{name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
+}
 POST_NORMS = {
   "attn_post_norm": "post_attention_layernorm",
   "mlp_post_norm": "post_feedforward_layernorm",

@@ -6,7 +6,7 @@ Nothing here opens a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 Fields = dict[str, Any]
@@ -79,6 +79,8 @@ class Family(NamedTuple):
       families share -> further fields, or others.
     interleaved: paths whose rows a GGUF file stores in interleaved rotary order.
     ignored: tensors of GGUF files that hold no parameter.
+    stacked: path -> name in those of its files that stack all experts of a layer in one
+      tensor, where other files have a tensor for each expert.
     mxfp4: whether kernels of experts may be stored as MXFP4, which is read and not
       written.
     wrapped: whether it is the text tower of a model with other parts, as `wrappers`
@@ -103,6 +105,7 @@ class Family(NamedTuple):
   gguf_fields: Callable[[Callable[[str], Any], Fields], Fields] = lambda meta, f: {}
   interleaved: frozenset[str] = frozenset()
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
+  stacked: Mapping[str, Name] = {}
   mxfp4: bool = False
   wrapped: bool = False
 
@@ -110,6 +113,13 @@ class Family(NamedTuple):
   def has_experts(self) -> bool:
     """Whether its feed-forward is a mixture of experts."""
     return "layers/router" in self.names
+
+  def as_stored(self, stored: Iterable[str]) -> Family:
+    """The family under the names of a checkpoint that has the tensors `stored`."""
+    stacks = tuple(name.hf.rpartition("{}")[2] for name in self.stacked.values())
+    if not any(name.endswith(stacks) for name in stored):
+      return self
+    return self._replace(names={**self.names, **self.stacked})
 
   @property
   def in_gguf(self) -> bool:

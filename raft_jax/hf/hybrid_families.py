@@ -18,12 +18,27 @@ def _delta_names(module: str, tensors: Mapping[str, str]) -> dict[str, family_ro
   }
 
 
-_QWEN_ATTENTION = family_parts.names(
+_QWEN_ATTENTION = (
   family_parts.PRE_NORMS,
   family_parts.ATTENTION,
   family_parts.QK_NORMS,
-  family_parts.MLP,
 )
+_QWEN_EXPERTS = {
+  **family_parts.EXPERTS,
+  **{
+    f"shared_{name}": f"mlp.shared_expert.{name}_proj"
+    for name in ("gate", "up", "down")
+  },
+  "shared_router": "mlp.shared_expert_gate",
+}
+_STACKED = "model.layers.{}.mlp.experts"
+_QWEN_STACKED = {
+  **dict.fromkeys(
+    ("layers/gate", "layers/up"),
+    family_row.Name(f"{_STACKED}.gate_up_proj", "", family_row.Form()),
+  ),
+  "layers/down": family_row.Name(f"{_STACKED}.down_proj", "", family_row.Form()),
+}
 _QWEN_DELTA = {
   **dict.fromkeys(("q", "k", "v"), "in_proj_qkv.weight"),
   "gate": "in_proj_z.weight",
@@ -95,7 +110,8 @@ FAMILIES = {
   "qwen3_5_text": family_row.Family(
     models="Qwen3.5",
     architecture="Qwen3_5ForCausalLM",
-    names=_QWEN_ATTENTION | _delta_names("linear_attn", _QWEN_DELTA),
+    names=family_parts.names(*_QWEN_ATTENTION, family_parts.MLP)
+    | _delta_names("linear_attn", _QWEN_DELTA),
     defaults=_QWEN_LINEAR,
     only=_QWEN_LINEAR_ONLY,
     extra=_qwen_linear,
@@ -103,14 +119,45 @@ FAMILIES = {
     delta=_qwen_delta,
     ignored=re.compile(r"mtp\..*"),  # predicts further tokens; transformers drops it
   ),
-  # Without experts; the published models have them.
+  "qwen3_5_moe_text": family_row.Family(
+    models="Qwen3.5-MoE",
+    architecture="Qwen3_5MoeForCausalLM",
+    names=family_parts.names(*_QWEN_ATTENTION, _QWEN_EXPERTS)
+    | _delta_names("linear_attn", _QWEN_DELTA),
+    defaults={
+      **_QWEN_LINEAR,
+      **{"num_experts": 256, "num_experts_per_tok": 8},
+      **{"intermediate_size": 512, "shared_expert_intermediate_size": 512},
+    },
+    only=_QWEN_LINEAR_ONLY,
+    # The width of the experts; no layer is dense.
+    renamed={"intermediate_size": "moe_intermediate_size"},
+    extra=lambda fields: {**_qwen_linear(fields), "experts_normalized": True},
+    ropes=("default",),
+    delta=_qwen_delta,
+    ignored=re.compile(r"mtp\..*"),
+    stacked=_QWEN_STACKED,
+  ),
   "qwen3_next": family_row.Family(
-    models="Qwen3-Next without experts",
+    models="Qwen3-Next",
     architecture="Qwen3NextForCausalLM",
-    names=_QWEN_ATTENTION | _delta_names("linear_attn", _NEXT_DELTA),
-    defaults={**_QWEN_LINEAR, "num_experts": 512},
-    only={**_QWEN_LINEAR_ONLY, "num_experts": (0,)},
-    extra=_qwen_linear,
+    names=family_parts.names(*_QWEN_ATTENTION, _QWEN_EXPERTS)
+    | _delta_names("linear_attn", _NEXT_DELTA),
+    defaults={
+      **_QWEN_LINEAR,
+      **{"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True},
+      **{"intermediate_size": 512, "shared_expert_intermediate_size": 512},
+    },
+    only={
+      **_QWEN_LINEAR_ONLY,
+      "decoder_sparse_step": (1,),  # otherwise some layers are dense
+      "mlp_only_layers": ([], None),
+    },
+    renamed={"intermediate_size": "moe_intermediate_size"},
+    extra=lambda fields: {
+      **_qwen_linear(fields),
+      "experts_normalized": bool(fields["norm_topk_prob"]),
+    },
     ropes=("default",),
     delta=_qwen_delta,
     grouped=frozenset(

@@ -233,6 +233,7 @@ def _matched(
   family = decoder_config.find_family(fields(path), _config_place(path))
   stored = gguf_file.tensors(path) if in_gguf else stored_tensors(path)
   stored = {_renamed(name, family): tensor for name, tensor in stored.items()}
+  family = family.as_stored(stored)
   names = tensor_layout.file_names(family, in_gguf=in_gguf)
   if family.wrapped:
     names = wrappers.file_names(names, stored)

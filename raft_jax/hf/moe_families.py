@@ -6,11 +6,6 @@ from typing import Any
 
 from raft_jax.hf import family_parts, family_row
 
-_EXPERTS = {
-  "router": "mlp.gate",
-  **{name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")},
-}
-
 
 def _normalized(fields: family_row.Fields) -> dict[str, Any]:
   return {"experts_normalized": bool(fields["norm_topk_prob"])}
@@ -47,7 +42,10 @@ FAMILIES = {
     models="Qwen3-MoE",
     architecture="Qwen3MoeForCausalLM",
     names=family_parts.names(
-      family_parts.PRE_NORMS, family_parts.ATTENTION, family_parts.QK_NORMS, _EXPERTS
+      family_parts.PRE_NORMS,
+      family_parts.ATTENTION,
+      family_parts.QK_NORMS,
+      family_parts.EXPERTS,
     ),
     defaults={
       **family_parts.QWEN,
@@ -68,7 +66,10 @@ FAMILIES = {
     models="OLMoE",
     architecture="OlmoeForCausalLM",
     names=family_parts.names(
-      family_parts.PRE_NORMS, family_parts.ATTENTION, family_parts.QK_NORMS, _EXPERTS
+      family_parts.PRE_NORMS,
+      family_parts.ATTENTION,
+      family_parts.QK_NORMS,
+      family_parts.EXPERTS,
     ),
     defaults={
       **family_parts.COMMON,

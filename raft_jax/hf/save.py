@@ -205,10 +205,11 @@ def _plan_files(
 ) -> Plan:
   """The files of a model's export, with the source's tensors outside a text tower."""
   kind = hf_load.DTYPES[dtype]
+  stored = hf_load.stored_tensors(path) if path.is_dir() else {}
+  family = family.as_stored(stored)
   names = tensor_layout.file_names(family, in_gguf=False)
   foreign = set(tensor_layout.constants(family, config.n_layers))
   if family.wrapped:
-    stored = hf_load.stored_tensors(path)
     names, foreign = wrappers.file_names(names, stored), wrappers.outside(stored)
   trained = _shards(
     hf_load.model_pieces(family, config, leaves, names),

@@ -51,6 +51,11 @@ WRAPPERS = {
     architecture="Qwen3_5ForConditionalGeneration",
     tower="qwen3_5_text",
   ),
+  "qwen3_5_moe": Wrapper(
+    models="Qwen3.5-MoE",
+    architecture="Qwen3_5MoeForConditionalGeneration",
+    tower="qwen3_5_moe_text",
+  ),
 }
 
 
@@ -133,11 +138,19 @@ _INSIDE = (MODULES.body, _TOWER, "lm_head.")
 
 def wrap(family: family_row.Family, wrapper: Wrapper) -> family_row.Family:
   """The text tower's family, under the names of the whole model's modules."""
-  names = {
-    path: family_row.Name(_renamed(name.hf, _TEXT_MODEL, MODULES), "")
-    for path, name in family.names.items()
-  }
-  return family._replace(architecture=wrapper.architecture, names=names, wrapped=True)
+
+  def whole_model(names: Mapping[str, family_row.Name]) -> dict[str, family_row.Name]:
+    return {
+      path: name._replace(hf=_renamed(name.hf, _TEXT_MODEL, MODULES), gguf="")
+      for path, name in names.items()
+    }
+
+  return family._replace(
+    architecture=wrapper.architecture,
+    names=whole_model(family.names),
+    stacked=whole_model(family.stacked),
+    wrapped=True,
+  )
 
 
 _TEXT_MODEL = Naming("model.", "lm_head.")

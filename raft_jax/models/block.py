@@ -141,7 +141,8 @@ class Block(nnx.Module):
 
   def init_experts(self, rngs: nnx.Rngs) -> None:
     """Makes the parameters of a mixture of experts."""
-    for name, shape in experts.shapes(self.config).items():
+    shapes = experts.shapes(self.config) | experts.shared_shapes(self.config)
+    for name, shape in shapes.items():
       value = jnp.zeros(shape)
       if not name.endswith("bias"):
         value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
@@ -177,7 +178,7 @@ class Block(nnx.Module):
   ) -> tuple[Array, experts.Load | None]:
     """The dense feed-forward or the mixture of experts, and the experts' load."""
     if self.config.n_experts:
-      return experts.mixture(
+      fed_BTD, load = experts.mixture(
         x_BTD,
         {name: getattr(self, name)[...] for name in experts.shapes(self.config)},
         per_token=self.config.experts_per_token,
@@ -185,6 +186,9 @@ class Block(nnx.Module):
         gating=self.gated,
         counted_BT=inputs.counted_BT,
       )
+      if self.config.shared_d_ff:
+        fed_BTD += self.shared_expert(x_BTD)
+      return fed_BTD, load
     if self.config.gated_mlp:
       gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
       up = layer_functions.project(x_BTD, self.up, lora.get("up"))
@@ -192,6 +196,16 @@ class Block(nnx.Module):
     else:
       units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
     return layer_functions.project(units, self.down, lora.get("down")), None
+
+  def shared_expert(self, x_BTD: Array) -> Array:
+    """The output of the expert that every token goes through."""
+    shapes = experts.shared_shapes(self.config)
+    kernels = {name: getattr(self, name)[...] for name in shapes}
+    gate = layer_functions.project(x_BTD, kernels["shared_gate"])
+    up = layer_functions.project(x_BTD, kernels["shared_up"])
+    out_BTD = layer_functions.project(self.gated(gate, up), kernels["shared_down"])
+    score_BT1 = layer_functions.project(x_BTD, kernels["shared_router"])
+    return jax.nn.sigmoid(score_BT1) * out_BTD
 
   def gated(self, gate: Array, up: Array) -> Array:
     """What the feed-forward computes between its projections."""

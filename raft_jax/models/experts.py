@@ -40,6 +40,10 @@ AXES = {
   "gate_bias": ("layers", "experts", "expert_mlp"),
   "up_bias": ("layers", "experts", "expert_mlp"),
   "down_bias": ("layers", "experts", "embed"),
+  "shared_gate": ("layers", "mlp", "embed"),
+  "shared_up": ("layers", "mlp", "embed"),
+  "shared_down": ("layers", "embed", "mlp"),
+  "shared_router": ("layers", "routes", "embed"),
 }
 """Logical axes of a mixture's parameters, as in `param_sharding.axes`."""
 
@@ -84,6 +88,19 @@ def shapes(config: transformer.DecoderConfig) -> dict[str, tuple[int, ...]]:
   if not config.expert_biases:
     return kernels
   return kernels | {f"{name}_bias": kernels[name][:-1] for name in tuple(kernels)}
+
+
+def shared_shapes(config: transformer.DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """Shapes of the parameters of one layer's shared expert, if it has one."""
+  width, inner = config.d_model, config.shared_d_ff
+  if not inner:
+    return {}
+  return {
+    "shared_gate": (inner, width),
+    "shared_up": (inner, width),
+    "shared_down": (width, inner),
+    "shared_router": (1, width),
+  }
 
 
 def active_parameters(config: transformer.DecoderConfig, total: int) -> int:

@@ -10,7 +10,7 @@ nothing here is used.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -106,8 +106,10 @@ def scan(
   stacks: tuple[Any, Any, Any],
   config: transformer.DecoderConfig,
   unroll: int,
-) -> Any:
+) -> tuple[Any, Any]:
   """Applies `body` layer by layer, in a scan over periods of layers.
+
+  Returns the last carry and, stacked over layers, what each returned beside its own.
 
   Args:
     body: as in `transformer.forward`; takes the parameters of one layer, its adapters,
@@ -128,26 +130,39 @@ def scan(
 
   linear = set(linear_layers(config))
 
-  def one_period(carry: Any, inputs: Any) -> tuple[Any, None]:
-    trees, number = inputs
+  def one_period(carry: Any, inputs: Any) -> tuple[Any, Any]:
+    (trees, number), outputs = inputs, []
     for layer in range(size):
       rows = sum((layer in linear) == (other in linear) for other in range(size))
       row = number * rows + cache_row(config, layer)
       layer_params, lora, data = (of_layer(tree, config, layer) for tree in trees)
-      carry, _ = body(carry, (layer_params, lora, row, data))
-    return carry, None
+      carry, output = body(carry, (layer_params, lora, row, data))
+      outputs.append(output)
+    return carry, stack_rows(outputs)
 
   trees = tuple(
     {name: in_scan(stack, name) for name, stack in tree.items()} for tree in stacks
   )
-  carry, _ = jax.lax.scan(
+  carry, of_periods = jax.lax.scan(
     one_period,
     carry,
     (trees, jnp.arange(count)),
     unroll=max(1, unroll // size) if unroll else count,
   )
+  rest = []
   for layer in range(whole, config.n_layers):
     layer_params, lora, data = (of_layer(tree, config, layer) for tree in stacks)
     row = cache_row(config, layer)
-    carry, _ = body(carry, (layer_params, lora, row, data))
-  return carry
+    carry, output = body(carry, (layer_params, lora, row, data))
+    rest.append(output)
+  outputs = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), of_periods)
+  if rest:
+    outputs = jax.tree.map(
+      lambda *leaves: jnp.concatenate(leaves), outputs, stack_rows(rest)
+    )
+  return carry, outputs
+
+
+def stack_rows(trees: Sequence[Any]) -> Any:
+  """One tree from several of the same kind, stacked on a new first axis."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

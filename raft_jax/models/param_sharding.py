@@ -23,7 +23,8 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   if config.gated_mlp:
     layers["gate"] = up
   if config.n_experts:
-    layers |= {name: experts.AXES[name] for name in experts.shapes(config)}
+    shapes = experts.shapes(config) | experts.shared_shapes(config)
+    layers |= {name: experts.AXES[name] for name in shapes}
   if config.activation == "xielu":
     layers |= dict.fromkeys(("xielu_p", "xielu_n"), ("layers", "width"))
   if config.pre_norms or config.delta is not None:

@@ -82,6 +82,8 @@ class DecoderConfig:
     experts_per_token: number of experts that the router chooses for a token.
     experts_normalized: whether the weights of the chosen experts sum to 1.
     expert_biases: whether the router and the projections of the experts have biases.
+    shared_d_ff: width of an expert that every token goes through beside the chosen
+      ones, multiplied by the sigmoid of a projection of its own; 0: there is none.
     gate_limit: bound of both factors of the gated activation, which is then
       `layer_functions.clamped_gate`; None: `activation` without a bound.
     o_bias: whether the projection of the attended values has a bias.
@@ -125,6 +127,7 @@ class DecoderConfig:
   experts_per_token: int = 0
   experts_normalized: bool = False
   expert_biases: bool = False
+  shared_d_ff: int = 0
   gate_limit: float | None = None
   o_bias: bool = False
   attention_sinks: bool = False
@@ -394,7 +397,7 @@ def _through_layers(
   layers, data, count = params["layers"], _layer_data(config), config.n_layers
   lora: Any = params.get("lora", {})
   if config.delta is not None and not isinstance(layers, tuple):
-    return hybrid.scan(body, carry, (layers, lora, data), config, unroll), None
+    return hybrid.scan(body, carry, (layers, lora, data), config, unroll)
   if not isinstance(layers, tuple):
     stacked = layers, lora, jnp.arange(count), data
     return jax.lax.scan(body, carry, stacked, unroll=unroll or count)
@@ -404,7 +407,7 @@ def _through_layers(
   for layer_inputs in unstacked:
     carry, output = body(carry, layer_inputs)
     outputs.append(output)
-  return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+  return carry, hybrid.stack_rows(outputs)
 
 
 def _layer_data(config: DecoderConfig) -> dict[str, Array]:

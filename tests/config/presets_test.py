@@ -369,6 +369,26 @@ PRESETS = {
     | {"full_attention_interval": 4, "max_position_embeddings": 262144}
     | {"attn_output_gate": True, "rope_parameters": QWEN35_ROPE},
   ),
+  "Qwen/Qwen3.5-35B-A3B": Preset(
+    "qwen3_5_moe_text",
+    35e9,
+    1e9,
+    HUB + "Qwen/Qwen3.5-35B-A3B",
+    shape(2048, 512, 40, 16, 2, vocab_size=248320, num_experts=256)
+    | {"num_experts_per_tok": 8, "moe_intermediate_size": 512}
+    | {"shared_expert_intermediate_size": 512, "full_attention_interval": 4}
+    | {"attn_output_gate": True, "rope_parameters": QWEN35_ROPE},
+  ),
+  "Qwen/Qwen3-Next-80B-A3B-Instruct": Preset(
+    "qwen3_next",
+    80e9,
+    1e9,
+    HUB + "Qwen/Qwen3-Next-80B-A3B-Instruct",
+    shape(2048, 5120, 48, 16, 2, vocab_size=151936, num_experts=512)
+    | {"num_experts_per_tok": 10, "moe_intermediate_size": 512}
+    | {"shared_expert_intermediate_size": 512, "full_attention_interval": 4}
+    | {"rope_parameters": {"rope_theta": 1e7, "rope_type": "default"}},
+  ),
   "allenai/Olmo-Hybrid-7B": Preset(
     "olmo_hybrid",
     7e9,

@@ -89,6 +89,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "image_token_id": IMAGE,
   },
 }
+CONFIGS["qwen3_5_moe"] = {
+  **CONFIGS["qwen3_5"],
+  "text_config": {
+    **CONFIGS["qwen3_5"]["text_config"],
+    "model_type": "qwen3_5_moe_text",
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "shared_expert_intermediate_size": 8,
+  },
+  "vision_config": {
+    **CONFIGS["qwen3_5"]["vision_config"],
+    "model_type": "qwen3_5_moe_vision",
+  },
+}
 
 
 def make(kind: str, **fields: Any) -> transformers.PreTrainedModel:
@@ -183,7 +196,7 @@ def image_inputs(kind: str) -> dict[str, torch.Tensor]:
   ids = torch.randint(3, 80, (1, 12), generator=generator)
   size = (8, 16) if kind == "mistral3" else (8, 8)
   ids[0, 4 : 4 + size[1] // 8] = IMAGE
-  shape = (4, 2 * 3 * 4 * 4) if kind == "qwen3_5" else (1, 3, *size)
+  shape = (4, 2 * 3 * 4 * 4) if kind.startswith("qwen3_5") else (1, 3, *size)
   pixels = torch.randn(shape, generator=generator)
   inputs = {"input_ids": ids, "pixel_values": pixels}
   if kind == "gemma3":

@@ -65,13 +65,21 @@ REFUSED = {
     "linear attention with 3 key heads, 32 value heads",
   ),
   "another gate": ({**QWEN35, "output_gate_type": "sigmoid"}, "output_gate_type"),
-  "experts": (
-    {**QWEN35, "model_type": "qwen3_next", "num_experts": 512},
-    "num_experts = 512 is not",
+  "layers without experts": (
+    {**QWEN35, "model_type": "qwen3_next", "mlp_only_layers": [0]},
+    "mlp_only_layers = .0. is not",
   ),
-  "experts of a config that does not mention them": (
-    {**QWEN35, "model_type": "qwen3_next"},
-    "num_experts = 512 is not",
+  "no experts": (
+    {**QWEN35, "model_type": "qwen3_next", "num_experts": 0},
+    "num_experts is 0, not a positive number",
+  ),
+  "no shared expert": (
+    {
+      **QWEN35,
+      "model_type": "qwen3_5_moe_text",
+      "shared_expert_intermediate_size": 0,
+    },
+    "shared_expert_intermediate_size is 0, not a positive number",
   ),
   "an interval that is no number": (
     {**QWEN35, "full_attention_interval": 0},

@@ -258,14 +258,21 @@ CASES = {
 }
 
 
+CASES["qwen3_5_moe_text"] = Case(
+  {
+    **CASES["qwen3_5_text"].fields,
+    **{"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+    "shared_expert_intermediate_size": 12,
+  },
+  ("experts_normalized",),
+)
 # Differs from another family in the layout of its files alone.
 LAYOUTS = {
   "qwen3_next": Case(
     {
-      **CASES["qwen3_5_text"].fields,
+      **CASES["qwen3_5_moe_text"].fields,
       "num_hidden_layers": 2,
       "layer_types": ["linear_attention", "full_attention"],
-      "num_experts": 0,
     }
   ),
 }
@@ -528,7 +535,7 @@ def test_a_row_is_turned_by_the_length_it_may_come_to(made, reach):
   assert (gap([ours], [alone]) <= 2e-5) == (reach == 26)
 
 
-HYBRIDS = ["qwen3_5_text", "olmo_hybrid"]
+HYBRIDS = ["qwen3_5_text", "olmo_hybrid", "qwen3_5_moe_text"]
 
 
 def packed(rows: list[tuple[np.ndarray, ...]]) -> tuple[batching.Batch, Any]:
@@ -630,6 +637,70 @@ def test_projections_that_are_fused_head_by_head(made, tmp_path):
     for folder in (made.folder, tmp_path / "out")
   )
   jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize("made", ["qwen3_5_moe_text"], indirect=True)
+def test_files_that_stack_a_layers_experts(made, tmp_path):
+  """As the published models have them; transformers writes one by one."""
+  shutil.copytree(made.folder, tmp_path / "stacked")
+  file = tmp_path / "stacked/model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  for layer in range(made.config.n_layers):
+    prefix = f"model.layers.{layer}.mlp.experts"
+    parts = {
+      kind: np.stack(
+        [
+          tensors.pop(f"{prefix}.{expert}.{kind}_proj.weight")
+          for expert in range(made.config.n_experts)
+        ]
+      )
+      for kind in ("gate", "up", "down")
+    }
+    both = np.concatenate([parts["gate"], parts["up"]], axis=1)
+    tensors |= {f"{prefix}.gate_up_proj": both, f"{prefix}.down_proj": parts["down"]}
+  safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+  again = hf_load.load_params(str(file.parent), made.config)
+  jax.tree.map(np.testing.assert_array_equal, again, made.params)
+  hf_save.save(tmp_path / "out", again, made.config, str(file.parent), card="")
+  after = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
+  jax.tree.map(np.testing.assert_array_equal, after, tensors)
+
+
+@pytest.mark.parametrize("made", ["qwen3_5_moe_text"], indirect=True)
+@pytest.mark.parametrize("unroll", [1, 0])
+def test_every_layer_of_a_hybrid_measures_its_load(made, unroll):
+  """Two periods and a rest; each counted token chooses two experts in each layer."""
+  ids_BT, valid_BT = padded(made.rows, left=False)
+  compute = transformer.FLOAT32._replace(unroll=unroll)
+  load = jax.jit(
+    lambda params: (
+      transformer.run(
+        params,
+        made.config,
+        ids_BT,
+        transformer.positions(jnp.asarray(valid_BT)),
+        transformer.causal_mask(jnp.asarray(valid_BT)),
+        compute=compute,
+        counted_BT=valid_BT,
+      ).load
+    ),
+    compiler_options=FAST,
+  )(made.params)
+  assert load.chosen_E.shape == (5, 5)
+  np.testing.assert_allclose(load.chosen_E.sum(axis=1), 2 * valid_BT.sum())
+  (blocks,) = ([layer.mlp for layer in made.reference.model.layers],)
+  seen: list[torch.Tensor] = []
+  hooks = [
+    mlp.gate.register_forward_hook(lambda _, __, out: seen.append(out[2]))
+    for mlp in blocks
+  ]
+  their_logits(made.reference, made.rows)
+  for hook in hooks:
+    hook.remove()
+  for layer in range(5):
+    chosen = torch.cat([ids.reshape(-1) for ids in seen[layer::5]])
+    want = np.bincount(chosen.numpy(), minlength=5)
+    np.testing.assert_array_equal(load.chosen_E[layer], want)
 
 
 def test_norm_rounds_as_in_transformers(made):

@@ -243,7 +243,10 @@ def make_network(family: str):
   else:
     hybrid = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
     hybrid |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
-    hybrid |= {"num_experts": 0} if family == "qwen3_next" else {}
+    if family == "qwen3_next":
+      hybrid |= {"num_experts": 4, "num_experts_per_tok": 2}
+      widths = ("moe_intermediate_size", "shared_expert_intermediate_size")
+      hybrid |= dict.fromkeys(widths, 8)
     hybrid |= {"layer_types": ["linear_attention", "full_attention"]}
     made = transformers.AutoModelForCausalLM.from_config(
       transformers.AutoConfig.for_model(family, **COMMON, **hybrid)
