@@ -18,7 +18,8 @@ from raft_jax.models import param_sharding, sharding, transformer
 from tests.benchmarks import step_collectives
 from tests.helpers import mesh_steps, simulated_devices
 
-MESHES = [name for name in mesh_steps.MESHES if name != mesh_steps.ONE]
+# Compiled by the fast tests; the slow one takes all of `mesh_steps.MESHES`.
+FAST_MESHES = ("tensor", "all")
 
 
 def sized(data, fsdp, tensor):
@@ -123,7 +124,8 @@ def test_batches_are_split_by_rows_and_scalars_are_whole():
 @pytest.fixture(scope="module")
 def arrived(tmp_path_factory):
   """What two steps on each mesh arrive at, from a process with 8 devices."""
-  return run_steps(tmp_path_factory.mktemp("mesh") / "arrived.npz")
+  names = (mesh_steps.ONE, *FAST_MESHES, mesh_steps.ONE_ADAPTERS, mesh_steps.ADAPTERS)
+  return run_steps(tmp_path_factory.mktemp("mesh") / "arrived.npz", *names)
 
 
 def run_steps(path, *meshes):
@@ -166,8 +168,8 @@ def test_the_reference_is_worth_comparing_with(arrived):
     assert moved > 1e-3 * np.linalg.norm(start), name
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_rollouts_are_the_same_tokens_on_any_mesh(arrived, mesh):
+def check_rollouts(arrived, mesh):
+  """The same tokens."""
   ours, theirs = (
     named(arrived, f"{name}: rollout ") for name in (mesh, mesh_steps.ONE)
   )
@@ -176,8 +178,7 @@ def test_rollouts_are_the_same_tokens_on_any_mesh(arrived, mesh):
     np.testing.assert_array_equal(ours[name], tokens, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_and_their_balance_are_the_same_on_any_mesh(arrived, mesh):
+def check_losses_and_their_balance(arrived, mesh):
   ours, theirs = (named(arrived, f"{name}: values ") for name in (mesh, mesh_steps.ONE))
   for index in range(mesh_steps.STEPS):
     assert f"{index} ['kd_weight']" in theirs
@@ -185,8 +186,7 @@ def test_losses_and_their_balance_are_the_same_on_any_mesh(arrived, mesh):
     np.testing.assert_allclose(ours[name], value, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_gradients_are_the_same_on_any_mesh(arrived, mesh):
+def check_gradients(arrived, mesh):
   """Of each tensor, in norm."""
   theirs = named(arrived, f"{mesh_steps.ONE}: first ")
   assert len(theirs) == 11
@@ -196,8 +196,7 @@ def test_gradients_are_the_same_on_any_mesh(arrived, mesh):
     assert error <= 1e-5 * np.linalg.norm(value), name
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_parameters_move_the_same_way_on_any_mesh(arrived, mesh):
+def check_how_parameters_move(arrived, mesh):
   """Each tensor within a hundredth of its own motion (largest measured: 0.001)."""
   for name, start in named(arrived, "start ").items():
     ours, theirs = (
@@ -207,20 +206,47 @@ def test_parameters_move_the_same_way_on_any_mesh(arrived, mesh):
     assert error < 1e-2, (name, error)
 
 
-@pytest.mark.parametrize("kind", ["params", "adam"])
-def test_after_a_step_each_device_still_holds_its_share_only(arrived, kind):
-  q, down, embed = "['layers']['q']", "['layers']['down']", "['embed']"
-  expected = {
-    "data": {q: (2, 32, 32), down: (2, 32, 44), embed: (96, 32)},
-    "fsdp": {q: (2, 32, 4), down: (2, 4, 44), embed: (96, 4)},
-    # 44 does not divide by 8.
-    "tensor": {q: (2, 4, 32), down: (2, 32, 44), embed: (12, 32)},
-    "all": {q: (2, 16, 16), down: (2, 16, 22), embed: (48, 16)},
-  }
-  for mesh, shards in expected.items():
-    for name, shape in shards.items():
-      found = arrived[f"{mesh}: shards ['{kind}']{name}"]
-      assert tuple(found) == shape, (mesh, name)
+Q, DOWN, EMBED = "['layers']['q']", "['layers']['down']", "['embed']"
+SHARDS = {
+  "data": {Q: (2, 32, 32), DOWN: (2, 32, 44), EMBED: (96, 32)},
+  "fsdp": {Q: (2, 32, 4), DOWN: (2, 4, 44), EMBED: (96, 4)},
+  # 44 does not divide by 8.
+  "tensor": {Q: (2, 4, 32), DOWN: (2, 32, 44), EMBED: (12, 32)},
+  "all": {Q: (2, 16, 16), DOWN: (2, 16, 22), EMBED: (48, 16)},
+}
+
+
+def check_shares(arrived, mesh):
+  """After a step each device still holds its share only."""
+  for kind in ("params", "adam"):
+    for name, shape in SHARDS.get(mesh, {}).items():
+      assert tuple(arrived[f"{mesh}: shards ['{kind}']{name}"]) == shape, (mesh, name)
+
+
+CHECKS = (
+  check_rollouts,
+  check_losses_and_their_balance,
+  check_gradients,
+  check_how_parameters_move,
+  check_shares,
+)
+
+
+@pytest.mark.parametrize("mesh", FAST_MESHES)
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_steps_are_the_same_on_one_device_and_on_a_mesh(arrived, mesh, check):
+  check(arrived, mesh)
+
+
+@pytest.mark.slow
+def test_two_steps_are_the_same_on_every_mesh(tmp_path):
+  arrived = run_steps(tmp_path / "arrived.npz")
+  for mesh in mesh_steps.MESHES:
+    if mesh != mesh_steps.ONE:
+      for check in CHECKS:
+        check(arrived, mesh)
+  for how in ("", ", layers apart"):
+    check_adapters(arrived, how)
 
 
 @pytest.mark.slow
@@ -244,8 +270,11 @@ def test_a_mixture_of_experts_trains_the_same_on_any_mesh(tmp_path):
   assert tuple(arrived[f"all, experts: {gate}"]) == (2, 4, 16, 16)
 
 
-@pytest.mark.parametrize("how", ["", ", layers apart"])
-def test_adapters_train_the_same_on_eight_devices(arrived, how):
+def test_adapters_train_the_same_on_eight_devices(arrived):
+  check_adapters(arrived, "")
+
+
+def check_adapters(arrived, how):
   """Rollouts token for token, losses, and each half of an adapter."""
   mesh, one = f"{mesh_steps.ADAPTERS}{how}: ", f"{mesh_steps.ONE_ADAPTERS}: "
   for name, tokens in named(arrived, f"{one}rollout ").items():
