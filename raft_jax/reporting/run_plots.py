@@ -175,10 +175,10 @@ def _distances(scores: Mapping[str, Any]) -> Panel | None:
     return None
 
   def draw(axes: Axes) -> None:
-    axes.hist(moved, bins=30, color=COLOURS[0])
-    axes.axvline(statistics.fmean(moved), color=INK, linewidth=1.2, linestyle="--")
-    axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
-    axes.set_xlabel("relative change of a tensor, ‖θ − θ₀‖ / ‖θ₀‖ (dashed: mean)")
+    percent = [100 * value for value in moved]
+    axes.hist(percent, bins=30, color=COLOURS[0])
+    axes.axvline(statistics.fmean(percent), color=INK, linewidth=1.2, linestyle="--")
+    axes.set_xlabel("change of a tensor, ‖θ − θ₀‖ / ‖θ₀‖ in percent (dashed: mean)")
     axes.set_ylabel("tensors")
 
   return draw
