@@ -97,16 +97,11 @@ def main(config: schema.Config) -> None:
     "seconds": compared.seconds,
   }
   comparison.write(folder, result, compared)
-  summarise(config, step, result)
-  show(result)
-
-
-def summarise(config: schema.Config, step: int, result: Mapping[str, Any]) -> None:
-  """Gives the scores to the run's trackers, as its summary."""
   values = config_load.values(config, trackers.SETTINGS)
-  tracked = trackers.describe(config.train, pathlib.Path(config.output), values)
+  tracked = trackers.describe(config.train, folder.parent, values)
   with metrics_log.tracked(config.train.trackers, tracked) as opened:
     opened.summarise(step, comparison.flat(result))
+  show(result)
 
 
 def run_settings(

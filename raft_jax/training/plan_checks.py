@@ -84,14 +84,18 @@ def check(
     )
 
 
-def check_experts(config: schema.Config, decoder: transformer.DecoderConfig) -> None:
+def check_experts(
+  source: str,
+  decoder: transformer.DecoderConfig,
+  train: schema.Train,
+  soft_mask: schema.SoftMask | None,
+) -> None:
   """Raises UserError for a section that needs experts, or does not know them."""
-  source = config.model.source
-  if config.train.router_loss and not decoder.n_experts:
+  if train.router_loss and not decoder.n_experts:
     raise errors.UserError(
       f"train.router_loss: {source} is not a mixture of experts; delete this line"
     )
-  if config.soft_mask is not None and decoder.n_experts:
+  if soft_mask is not None and decoder.n_experts:
     raise errors.UserError(
       f"soft_mask: {source} is a mixture of experts, whose units are not scored; use "
       "another method"

@@ -118,7 +118,7 @@ def make_plan(
     errors.UserError: a section's values do not fit this model or run.
   """
   train, distill, validation = config.train, config.distill, config.validation
-  plan_checks.check_experts(config, decoder)
+  plan_checks.check_experts(config.model.source, decoder, train, config.soft_mask)
   distils = uses_distillation(distill, config.balance)
   split = make_split(config.lora, config.model.source, decoder, train.seed)
   balancer = optim.make_balancer(config.balance, total_steps)

@@ -173,7 +173,9 @@ def test_sections_that_do_not_suit_the_network_are_refused(experts, changes, mes
   fields = {**FIELDS, "model_type": "olmoe" if experts else "olmo2"}
   decoder = decoder_config.decoder_config(fields, "m/config.json")
   with pytest.raises(errors.UserError, match=message):
-    plan_checks.check_experts(config, decoder)
+    plan_checks.check_experts(
+      config.model.source, decoder, config.train, config.soft_mask
+    )
 
 
 # --- MXFP4 ----------------------------------------------------------------------------
