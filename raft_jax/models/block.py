@@ -96,7 +96,7 @@ class Block(nnx.Module):
       return nnx.Param(jax.random.normal(rngs.params(), (out, inp)) * inp**-0.5)
 
     def norm(width: int) -> nnx.Param:
-      return nnx.Param(jnp.full(width, 1.0 - config.norm_offset))
+      return nnx.Param(jnp.full(width, 1.0 - config.norm_offset, jnp.float32))
 
     self.config, self.linear = config, linear
     if linear:

@@ -158,7 +158,8 @@ class Decoder(nnx.Module):
     self.layers = stack(config.n_layers - linear, linear=False)
     if linear:
       self.linear_layers = stack(linear, linear=True)
-    self.final_norm = nnx.Param(jnp.full(config.d_model, 1.0 - config.norm_offset))
+    scale = jnp.full(config.d_model, 1.0 - config.norm_offset, jnp.float32)
+    self.final_norm = nnx.Param(scale)
     if not config.tie_embeddings:
       self.head = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
 

@@ -61,6 +61,14 @@ def test_logits_equal_transformers(tie):
   np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
+def test_random_parameters_have_the_types_of_loaded_ones():
+  """With a weak type, the second step of a run would compile again."""
+  params = transformer.init(jax.random.key(0), tiny_decoder.CONFIG)
+  for path, leaf in jax.tree.leaves_with_path(params):
+    assert leaf.dtype == jnp.float32, path
+    assert not leaf.weak_type, path
+
+
 def test_padding_on_either_side_is_immaterial():
   params = tiny_decoder.random_params()
   row = jnp.arange(1, 8)[None]
