@@ -69,7 +69,7 @@ def test_an_unknown_command_is_one_line(word, says):
   assert says in line
 
 
-@pytest.mark.parametrize("options", [("-m",), ("-O", "-B", "-m"), ("-Bm",)])
+@pytest.mark.parametrize("options", [("-m",), ("-s", "-B", "-m"), ("-Bm",)])
 def test_a_command_is_what_it_is_under_its_own_name(options):
   named = run("report", "--config", "none.yaml", options=options)
   own = subprocess.run(

@@ -204,6 +204,7 @@ def quiz(tmp_path) -> dict[str, pathlib.Path]:
   return files
 
 
+@pytest.mark.slow
 def test_mmlu_equals_the_harness_item_by_item(tmp_path, quiz, smollm):
   """Prompts and log-probabilities of lm-eval's own Hugging Face model."""
   folder = str(tiny_run.save_model(tmp_path / "model", smollm))

@@ -397,6 +397,7 @@ def test_the_harness_is_an_extra(monkeypatch, model):
     test_sets.read_tasks(schema.Tasks(names=("arc_easy",)), model.config)
 
 
+@pytest.mark.slow
 def test_tasks_in_a_whole_evaluation(tmp_path, tiny, law, folder, alone):
   files = {"questions": str(law / "train.jsonl"), "test": str(law / "test.jsonl")}
   output = tmp_path / "output"

@@ -56,6 +56,7 @@ def test_gguf_weights_are_transformers_bit_for_bit(smollm, reference):
   )
 
 
+@pytest.mark.slow
 def test_gguf_export_is_read_by_transformers(smollm, reference, tmp_path):
   config = hf_load.load_config(smollm)
   params = hf_load.load_params(smollm, config)
