@@ -229,6 +229,7 @@ def test_damaged_model_cards_have_no_license(tmp_path):
 # --- GGUF and the hub -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gguf_and_modelfile_of_a_run(run, tiny, capsys):
   output = pathlib.Path(run.output)
   tiny_run.save_checkpoint(output, tiny, step=7, scale=1.5)

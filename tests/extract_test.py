@@ -206,6 +206,7 @@ def test_windows_line_ends_and_marks_change_no_question(scripted, corpus):
   assert extract_driver.result(pathlib.Path(run.output)) == before
 
 
+@pytest.mark.slow  # the fast tests kill `refine`, whose journal this is
 def test_killed_anywhere_a_second_run_ends_alike_and_asks_nothing_twice(
   tmp_path, corpus
 ):

@@ -134,6 +134,7 @@ def test_a_finished_folder_is_left_alone_and_a_damaged_one_rebuilt(scripted, cap
   assert log.read_text() == logged
 
 
+@pytest.mark.slow  # the fast tests kill `refine`, whose journal this is
 def test_killed_a_second_run_ends_alike_and_asks_nothing_twice(tmp_path):
   plan = [["tear", 12], ["replace before", 2], ["generate before", 3, signal.SIGTERM]]
   command = [
