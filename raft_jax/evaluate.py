@@ -90,7 +90,7 @@ def main(config: schema.Config) -> None:
   result = {
     "model": source,
     "checkpoint_step": step,
-    "edits": trained_model.edits(config.prune, config.interpolate),
+    "edits": trained_model.edits(config),
     "items": len(sets.test.rows),
     **compared.summary,
     "weight_distance": {"mean": mean_distance, "tensors": distances},

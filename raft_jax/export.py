@@ -114,7 +114,7 @@ def export(config: schema.Config) -> Exported:
     data=model_card.describe_data(pathlib.Path(config.output), config.data.answers),
     hyperparameters=config.model_dump(mode="json", include=model_card.HYPERPARAMETERS),
     scores=model_card.read_scores(pathlib.Path(config.output)),
-    edits=trained_model.edits(config.prune, config.interpolate),
+    edits=trained_model.edits(config),
   )
   adapter_alone = config.export.adapter and config.lora is not None
   save = save_adapter if adapter_alone else save_model

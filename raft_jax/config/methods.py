@@ -171,6 +171,12 @@ METHODS = {
     "Huang et al., arXiv 2509.08255",
     _on_questions(prune={}),
   ),
+  "dg_hard": Method(
+    "SFT; afterwards each matrix keeps the singular directions of its change that "
+    "stand out from noise",
+    "DG-Hard, arXiv 2605.20296",
+    _on_questions(hard_threshold={}),
+  ),
   "wise_ft": Method(
     "SFT; afterwards every weight is moved halfway back to the base model's",
     "Wortsman et al., arXiv 2109.01903",

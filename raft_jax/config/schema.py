@@ -18,6 +18,7 @@ from raft_jax.config.schema_baselines import (
   Adaptive,
   Anchor,
   Freeze,
+  HardThreshold,
   Interpolate,
   Prune,
   Recadam,
@@ -78,6 +79,7 @@ __all__ = [
   "Extract",
   "Freeze",
   "Fusion",
+  "HardThreshold",
   "Ifeval",
   "Interpolate",
   "Judge",
@@ -282,6 +284,7 @@ class Config(Section):
   token_weights: TokenWeights | None = None
   replay: Replay | None = None
   prune: Prune | None = None
+  hard_threshold: HardThreshold | None = None
   interpolate: Interpolate | None = None
   validation: Validation | None = None
   mesh: Mesh = Mesh()

@@ -146,10 +146,23 @@ class Prune(Section):
   """Share of the entries that keep their change."""
 
 
+class HardThreshold(Section):
+  """After training (and `prune`), keep of each matrix's change only the singular
+  directions that stand out from noise (DG-Hard); `{}` for the defaults. null: keep all.
+  Read by `evaluate` and `export`."""
+
+  scale: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Factor of the threshold of singular values, which follows their median; 0: keep
+  all."""
+  keep_vectors: bool = True
+  """Whether norms, biases and other tensors that are no matrices keep their change
+  [O]."""
+
+
 class Interpolate(Section):
-  """After training (and `prune`), interpolate every weight between the base model's and
-  the trained one (WiSE-FT); `{}` for the defaults. null: no interpolation. Read by
-  `evaluate` and `export`."""
+  """After training (and the edits above), interpolate every weight between the base
+  model's and the trained one (WiSE-FT); `{}` for the defaults. null: no interpolation.
+  Read by `evaluate` and `export`."""
 
   weight: Probability = 0.5
   """Weight of the trained model: 1 is the trained model, 0 the base model."""

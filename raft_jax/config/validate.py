@@ -70,7 +70,11 @@ def conflicts(config: schema.Config) -> Problems:
   yield from validate_training.adapter(
     config.lora,
     config.export,
-    edits={"prune": config.prune, "interpolate": config.interpolate},
+    edits={
+      "prune": config.prune,
+      "hard_threshold": config.hard_threshold,
+      "interpolate": config.interpolate,
+    },
     base_methods={
       "anchor": config.anchor,
       "recadam": config.recadam,

@@ -153,7 +153,11 @@ def adapter(
       trained.
   """
   if export.adapter:
-    for name, participle in (("prune", "pruned"), ("interpolate", "interpolated")):
+    for name, participle in (
+      ("prune", "pruned"),
+      ("hard_threshold", "thresholded"),
+      ("interpolate", "interpolated"),
+    ):
       if edits[name] is not None:
         yield (
           "export.adapter",

@@ -22,7 +22,10 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HYPERPARAMETERS: Any = {
   "train": True,
   **dict.fromkeys(
-    ("lora", "recadam", "freeze", "soft_mask", "token_weights", "prune", "interpolate"),
+    (
+      *("lora", "recadam", "freeze", "soft_mask", "token_weights"),
+      *("prune", "hard_threshold", "interpolate"),
+    ),
     True,
   ),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},

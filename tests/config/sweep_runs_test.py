@@ -15,10 +15,10 @@ from raft_jax.generation import sentence_encoder
     ("reproduce", 33),
     ("top_k", 7),
     ("ablations", 19),
-    ("methods", 28),
+    ("methods", 29),
     ("long", 3),
     ("factors", 17),
-    ("rivals", 136),
+    ("rivals", 140),
   ],
 )
 def test_the_shipped_sweeps_are_what_their_headers_say(name, count):

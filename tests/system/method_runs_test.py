@@ -378,6 +378,7 @@ NULLS = {
     "train.loss_mean=sequence",
   ],
   "fapm": ["prune.keep=1.0"],
+  "dg_hard": ["hard_threshold.scale=0.0"],
   "wise_ft": ["interpolate.weight=1.0"],
   "l2sp": ["anchor.strength=0.0", "train.weight_decay=0.01"],
   "ewc": ["anchor.strength=0.0", "train.weight_decay=0.01"],
