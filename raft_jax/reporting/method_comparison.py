@@ -42,6 +42,9 @@ GENERAL = (
 """Scores of general abilities, which have a retention."""
 
 DRIFT = Measure("drift", "drift")
+DOMAIN_DRIFT = Measure("domain_drift", "domain drift")
+KEPT = Measure("mmlu_kept", "MMLU kept")
+"""The right answers among the MMLU questions that the base model gets right."""
 
 OF_DOMAIN = (
   FIT,
@@ -84,7 +87,7 @@ def general(domains: Domains) -> list[Measure]:
 
 def forgetting(domains: Domains) -> list[Measure]:
   """The measures of forgetting."""
-  return [DRIFT, *general(domains)]
+  return [DRIFT, DOMAIN_DRIFT, *general(domains), KEPT]
 
 
 def measures(domains: Domains) -> list[Measure]:

@@ -44,7 +44,9 @@ SCORES = (
   Column("ifeval_retention", "retention, %", 1),
   Column("mmlu", "MMLU", 3),
   Column("mmlu_retention", "retention, %", 1),
+  Column("mmlu_kept", "MMLU kept", 3),
   Column("drift", "drift", 3),
+  Column("domain_drift", "domain drift", 3),
   Column("sft_drift", "SFT drift at equal loss", 3),
   Column("weight_distance", "weight distance", 5),
 )
@@ -62,9 +64,8 @@ def table(runs: Sequence[sweep_results.Run]) -> list[dict[str, Any]]:
   """Rows of label, number of seeds and cells; the base model's row comes first."""
   base = runs[0]["scores"]["scores"]["base"]
   zero = {"value": 0.0}
-  rows = [
-    _row(method_comparison.BASE, [{**base, "drift": zero, "weight_distance": zero}])
-  ]
+  unmoved = dict.fromkeys(("drift", "domain_drift", "weight_distance"), zero)
+  rows = [_row(method_comparison.BASE, [{**base, **unmoved}])]
   curve = sft_curve(runs)
   for label, same in sweep_results.settings(runs):
     row = _row(label, [sweep_results.values(run) for run in same])

@@ -95,6 +95,7 @@ def values(run: Run) -> dict[str, Mapping[str, Any]]:
     "ifeval_retention": retention.get("ifeval_prompt_strict") or {},
     "mmlu_retention": retention.get("mmlu") or {},
     "drift": result.get("drift") or {},
+    "domain_drift": result.get("domain_drift") or {},
     "weight_distance": {} if distance is None else {"value": distance},
     "support_mass": {"value": run["support_mass"]} if "support_mass" in run else {},
     "step_seconds": {"value": cost["step_seconds"]} if "step_seconds" in cost else {},
