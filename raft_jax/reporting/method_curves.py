@@ -107,10 +107,12 @@ def points(
 
 
 def _curve(settings: Curve) -> Curve:
-  """The settings whose drift was measured, in the order of their mean drift."""
-  drifts = [(sweep_results.place(same)[1], same) for same in settings]
-  measured = [(drift, same) for drift, same in drifts if drift is not None]
-  return [same for _, same in sorted(measured, key=lambda pair: pair[0])]
+  """The runs whose drift was measured, by setting, in the order of their mean drift."""
+  measured = [
+    [run for run in same if sweep_results.values(run)["drift"]] for same in settings
+  ]
+  drifts = [(sweep_results.place(same)[1] or 0.0, same) for same in measured if same]
+  return [same for _, same in sorted(drifts, key=lambda pair: pair[0])]
 
 
 def _sft(runs: Sequence[sweep_results.Run]) -> Curve:

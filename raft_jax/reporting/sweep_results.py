@@ -121,14 +121,15 @@ def methods(runs: Sequence[Run]) -> dict[str, list[list[Run]]]:
   """The settings of each method, each a list of runs, by the method's label."""
   one_method = (SEED, RATE, *STEPS)
   alike = _alike(runs, set(one_method))
-  # A group that repeats over more keys has several methods, each with its own label.
   groups = [same[0]["group"] for same in alike]
-  return {
-    group if groups.count(group) == 1 else _label(same[0], one_method): _alike(
-      same, {SEED}
-    )
-    for group, same in zip(groups, alike)
-  }
+  labelled: dict[str, list[list[Run]]] = {}
+  for group, same in zip(groups, alike):
+    # A group that repeats over more keys has several methods, each with its own label.
+    label = group if groups.count(group) == 1 else _label(same[0], one_method)
+    if label in labelled:  # keys that are no part of the name tell them apart
+      label = _label(same[0], [SEED])
+    labelled[label] = _alike(same, {SEED})
+  return labelled
 
 
 def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:

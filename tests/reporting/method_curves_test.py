@@ -160,6 +160,24 @@ def test_rates_and_steps_are_one_method_and_other_keys_are_others():
   }
 
 
+def test_methods_of_one_name_are_told_apart():
+  one = [_run("raft", 1e-5, 3.0, 0.1), _run("raft", 2e-5, 3.0, 0.1)]
+  other = _run("raft", 5e-5, 3.0, 0.1)
+  other["set"] |= {"balance.mode": "fixed"}
+  methods = sweep_results.methods([*one, other])
+  assert {label: len(settings) for label, settings in methods.items()} == {
+    "raft": 2,
+    "raft-learning_rate_5e-05": 1,
+  }
+
+
+def test_a_seed_without_drift_does_not_count():
+  extra = json.loads(json.dumps(_run("sft", 2e-5, 2.0, 0.0, seed=2)))
+  del extra["items"]["drift"]
+  extra["scores"]["drift"] = {}
+  assert _headlines(extra)["sft"] == _headlines()["sft"]
+
+
 def test_the_frontier_joins_the_means_in_the_order_of_drift():
   curves = method_curves.points({"law": [*SFT, *RAFT]})
   assert curves["raft"] == [(0.0, 3.0), (0.06, 2.3), (0.1, 2.0)]
