@@ -111,7 +111,11 @@ def export(config: schema.Config) -> Exported:
     tower=tower,
     method=config.method,
     adapter=config.export.adapter,
-    data=model_card.describe_data(pathlib.Path(config.output), config.data.answers),
+    data=model_card.describe_data(
+      pathlib.Path(config.output),
+      config.data.answers,
+      sentences=config.sentences is not None,
+    ),
     hyperparameters=config.model_dump(mode="json", include=model_card.HYPERPARAMETERS),
     scores=model_card.read_scores(pathlib.Path(config.output)),
     edits=trained_model.edits(config),

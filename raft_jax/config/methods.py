@@ -149,6 +149,17 @@ METHODS = {
       train={"cross_entropy": False},
     ),
   ),
+  "disc": Method(
+    "forward KL on sentences of documents, alone, to the base model that has read the "
+    "document up to there; learns without questions",
+    "DiSC, arXiv 2602.16093",
+    _on_questions(
+      distill={**_ON_ANSWERS, "temperature": 2.0},
+      balance=_WEIGHT_1,
+      train={"cross_entropy": False, "learning_rate": 3e-6},
+      sentences={},
+    ),
+  ),
   "sdpo": Method(
     "Jensen-Shannon divergence from the student's average, which reads a successful "
     "rollout of the same question",

@@ -23,6 +23,7 @@ from raft_jax.config.schema_baselines import (
   Prune,
   Recadam,
   Replay,
+  Sentences,
   SoftMask,
   TokenWeights,
 )
@@ -96,6 +97,7 @@ __all__ = [
   "Replay",
   "Rollout",
   "Section",
+  "Sentences",
   "Server",
   "Servers",
   "Shares",
@@ -283,6 +285,7 @@ class Config(Section):
   soft_mask: SoftMask | None = None
   token_weights: TokenWeights | None = None
   replay: Replay | None = None
+  sentences: Sentences | None = None
   prune: Prune | None = None
   hard_threshold: HardThreshold | None = None
   interpolate: Interpolate | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from raft_jax.config.schema_base import Positive, Probability, Section
+from raft_jax.config.schema_base import Positive, Probability, Section, Seed
 
 
 class Anchor(Section):
@@ -136,6 +136,18 @@ class Replay(Section):
   domain's rows, so the batch grows [O]. With `adaptive`: their share in the batch of an
   event, which does not grow."""
   adaptive: Adaptive | None = None
+
+
+class Sentences(Section):
+  """Learn from the documents of `extract`, without questions and answers (DiSC): the
+  student predicts a sentence alone as the base model does after the document up to
+  there; `{}` for the defaults. null: learn from `data.questions`."""
+
+  splits: Positive = 5
+  """Sentences to learn from each chunk of a document: its last one, and others drawn
+  once."""
+  seed: Seed = 0
+  """Seed of the draw."""
 
 
 class Prune(Section):
