@@ -5,8 +5,8 @@ similarity of greedy answers, and, if the config has them, multiple choice among
 test set's answers and the paper's judged accuracy (D-Acc). On general abilities, if the
 config names their items: IFEval, MMLU, any task of lm-evaluation-harness and judged
 open-ended requests, with their retention (trained in percent of base), and the drift on
-general prompts. Every mean over items has a 95 % interval, and the two models are
-compared item by item.
+general prompts and on those of the test questions. Every mean over items has a 95 %
+interval, and the two models are compared item by item.
 
 Finished items are kept in `evaluation/journal.jsonl`, keyed by the model's parameters,
 the item and the settings. A second run recomputes nothing, and a run on a new
@@ -90,7 +90,7 @@ def main(config: schema.Config) -> None:
   result = {
     "model": source,
     "checkpoint_step": step,
-    "edits": trained_model.edits(config.prune, config.interpolate),
+    "edits": trained_model.edits(config),
     "items": len(sets.test.rows),
     **compared.summary,
     "weight_distance": {"mean": mean_distance, "tensors": distances},
@@ -170,9 +170,10 @@ def show(result: Mapping[str, Any]) -> None:
       cell(paired["difference"], paired),
       f"{cell(retention['value'], retention, 1)} %" if retention else "",
     )
-  if result["drift"]:
-    score = result["drift"]
-    rows.add_row("drift (nats)", "0", cell(score["value"], score), "", "")
+  for name in comparison.DRIFTS:
+    if score := result[name]:
+      title = f"{name.replace('_', ' ')} (nats)"
+      rows.add_row(title, "0", cell(score["value"], score), "", "")
   if result["weight_distance"]:
     mean = result["weight_distance"]["mean"]
     rows.add_row("weight distance", "0", f"{mean:.2e}", "", "")

@@ -111,10 +111,14 @@ def export(config: schema.Config) -> Exported:
     tower=tower,
     method=config.method,
     adapter=config.export.adapter,
-    data=model_card.describe_data(pathlib.Path(config.output), config.data.answers),
+    data=model_card.describe_data(
+      pathlib.Path(config.output),
+      config.data.answers,
+      sentences=config.sentences is not None,
+    ),
     hyperparameters=config.model_dump(mode="json", include=model_card.HYPERPARAMETERS),
     scores=model_card.read_scores(pathlib.Path(config.output)),
-    edits=trained_model.edits(config.prune, config.interpolate),
+    edits=trained_model.edits(config),
   )
   adapter_alone = config.export.adapter and config.lora is not None
   save = save_adapter if adapter_alone else save_model

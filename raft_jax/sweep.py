@@ -29,7 +29,12 @@ from raft_jax.evaluation import test_sets
 from raft_jax.generation import sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
-from raft_jax.reporting import sweep_collection, sweep_results
+from raft_jax.reporting import (
+  method_curves,
+  sweep_collection,
+  sweep_page,
+  sweep_results,
+)
 from raft_jax.runtime import interrupts, stage_process
 from raft_jax.storage import atomic, journal
 from raft_jax.training import trackers
@@ -56,6 +61,7 @@ def main(base: schema.Config) -> None:
     with atomic.replacing(output / sweep_results.FILE) as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
     show(rows)
+    show_curves(output.name, rows)
   print(f"{len(rows)} of {len(runs)} runs have scores: {output / sweep_results.FILE}")
   missing = {run.name for run in runs} - {row["name"] for row in rows}
   if rows and missing:
@@ -192,6 +198,29 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
   for row, scores in zip(rows, trained):
     cells = [cell(scores.get(name, {})) for name in names]
     shown.add_row(row["name"], *cells, cell(row["scores"]["drift"]))
+  console.Console().print(shown)
+
+
+def show_curves(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Prints the numbers of each method's curve; nothing if no drift was measured."""
+  domains = {name: rows}
+  headlines = method_curves.headlines(domains)
+  if not headlines:
+    return
+  shown = table.Table(
+    title="methods as curves over learning rates and steps",
+    title_justify="left",
+    box=box.SIMPLE_HEAD,
+    pad_edge=False,
+    collapse_padding=True,
+  )
+  shown.add_column("method", overflow="fold")
+  columns = sweep_page.curve_columns(domains)[:4]
+  for column in columns:
+    shown.add_column(column.heading, justify="right")
+  for row in headlines:
+    cells = (sweep_page.cell_text(row.cells.get(c.name, {}), c.digits) for c in columns)
+    shown.add_row(row.label, *cells)
   console.Console().print(shown)
 
 

@@ -152,6 +152,7 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   same = json.loads((output / "evaluation/scores.json").read_text())
   # The checkpoint is the base model: nothing moved.
   assert same["drift"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 3}
+  assert same["domain_drift"] == same["drift"] | {"n": same["items"]}
   assert set(same["weight_distance"]["tensors"].values()) == {0.0}
   assert same["scores"]["base"]["ifeval_instruction_loose"]["n"] == 3
   assert same["retention"]["ifeval_prompt_strict"] == {}  # nothing is quoted
@@ -167,15 +168,33 @@ def test_general_abilities_beside_the_domain(tmp_path, tiny, law):
   assert "Choices are among 3 answers" in page
   assert "Open-ended requests, good by majority" in page
   assert "Drift on 3 general prompts" in page
+  assert f"On the prompts of the {same['items']} test questions it is" in page
 
   tiny_run.save_checkpoint(output, tiny, step=2, scale=1.5)
   evaluate.main(run)
   moved = json.loads((output / "evaluation/scores.json").read_text())
   assert moved["drift"]["value"] > 0
+  assert moved["domain_drift"]["value"] > 0
+  _check_kept(output / "evaluation", moved)
   assert moved["scores"]["base"] == same["scores"]["base"]
   # Every tensor is one and a half times the base model's.
   assert moved["weight_distance"]["mean"] == pytest.approx(0.5, rel=1e-5)
   _check_choices(output / "evaluation", moved)
+
+
+def _check_kept(folder: pathlib.Path, scores: dict):
+  """The MMLU questions that the base model got right."""
+  items = json.loads((folder / "items.json").read_text())
+  right = [i for i, passed in enumerate(items["mmlu"]["base"]) if passed]
+  assert right
+  assert scores["scores"]["base"]["mmlu_kept"]["value"] == 1.0
+  trained = [items["mmlu"]["trained"][i] for i in right]
+  assert items["mmlu_kept"]["trained"] == trained
+  assert scores["scores"]["trained"]["mmlu_kept"]["value"] == np.mean(trained)
+  digests = {items[name]["items"] for name in ("mmlu", "mmlu_kept")}
+  assert len(digests) == 2
+  # Of the domain's drift the items are the test questions.
+  assert items["domain_drift"]["items"] == items["held_out_loss"]["items"]
 
 
 def _check_choices(folder: pathlib.Path, scores: dict):

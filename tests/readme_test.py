@@ -179,6 +179,7 @@ def test_methods_name_the_keys_that_they_require():
   required = {name: required_keys(name) for name in methods.METHODS}
   assert {name: keys for name, keys in required.items() if keys} == {
     "opd_recover": ["distill.source"],
+    "disc": ["extract.documents"],
     "ewc": ["anchor.questions"],
     "replay": ["replay.questions"],
     "ssr": ["synthesise.seeds"],

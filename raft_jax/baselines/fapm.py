@@ -6,12 +6,13 @@ Huang et al., *FAPM*, EMNLP 2025, arXiv 2509.08255.
 from __future__ import annotations
 
 import fractions
+import functools
 import math
 
-import jax
 import numpy as np
 
-from raft_jax.models import experts, transformer
+from raft_jax.baselines import tensor_edits
+from raft_jax.models import transformer
 
 
 def scores(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
@@ -63,10 +64,6 @@ def prune(
 ) -> transformer.Params:
   """A tuned model in which every tensor keeps ⌊keep · n⌋ of its changes.
 
-  The tensors are those of the checkpoint on the hub: one per layer, or per expert of a
-  layer, and tied embeddings once. If a family fuses projections (Phi), each part is a
-  tensor of its own.
-
   Args:
     base: the model before training, float32.
     tuned: the model after it.
@@ -81,14 +78,5 @@ def prune(
   """
   if not 0 <= keep <= 1:
     raise ValueError(f"keep={keep} must be in 0..1")
-
-  def of_leaf(path, base_leaf, tuned_leaf):
-    stacked = experts.stacked_axes(path[-1].key, base) if path[0].key == "layers" else 0
-    return of_stack(np.asarray(base_leaf), np.asarray(tuned_leaf), stacked)
-
-  def of_stack(before: np.ndarray, after: np.ndarray, axes: int) -> np.ndarray:
-    if not axes:
-      return prune_tensor(before, after, keep)
-    return np.stack([of_stack(b, t, axes - 1) for b, t in zip(before, after)])
-
-  return jax.tree_util.tree_map_with_path(of_leaf, base, tuned)
+  one = functools.partial(prune_tensor, keep=keep)
+  return tensor_edits.of_each(one, base, tuned)

@@ -149,6 +149,17 @@ METHODS = {
       train={"cross_entropy": False},
     ),
   ),
+  "disc": Method(
+    "forward KL on sentences of documents, alone, to the base model that has read the "
+    "document up to there; learns without questions",
+    "DiSC, arXiv 2602.16093",
+    _on_questions(
+      distill={**_ON_ANSWERS, "temperature": 2.0},
+      balance=_WEIGHT_1,
+      train={"cross_entropy": False, "learning_rate": 3e-6},
+      sentences={},
+    ),
+  ),
   "sdpo": Method(
     "Jensen-Shannon divergence from the student's average, which reads a successful "
     "rollout of the same question",
@@ -170,6 +181,12 @@ METHODS = {
     "model least",
     "Huang et al., arXiv 2509.08255",
     _on_questions(prune={}),
+  ),
+  "dg_hard": Method(
+    "SFT; afterwards each matrix keeps the singular directions of its change that "
+    "stand out from noise",
+    "DG-Hard, arXiv 2605.20296",
+    _on_questions(hard_threshold={}),
   ),
   "wise_ft": Method(
     "SFT; afterwards every weight is moved halfway back to the base model's",

@@ -18,10 +18,12 @@ from raft_jax.config.schema_baselines import (
   Adaptive,
   Anchor,
   Freeze,
+  HardThreshold,
   Interpolate,
   Prune,
   Recadam,
   Replay,
+  Sentences,
   SoftMask,
   TokenWeights,
 )
@@ -78,6 +80,7 @@ __all__ = [
   "Extract",
   "Freeze",
   "Fusion",
+  "HardThreshold",
   "Ifeval",
   "Interpolate",
   "Judge",
@@ -94,6 +97,7 @@ __all__ = [
   "Replay",
   "Rollout",
   "Section",
+  "Sentences",
   "Server",
   "Servers",
   "Shares",
@@ -281,7 +285,9 @@ class Config(Section):
   soft_mask: SoftMask | None = None
   token_weights: TokenWeights | None = None
   replay: Replay | None = None
+  sentences: Sentences | None = None
   prune: Prune | None = None
+  hard_threshold: HardThreshold | None = None
   interpolate: Interpolate | None = None
   validation: Validation | None = None
   mesh: Mesh = Mesh()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from raft_jax.config.schema_base import Positive, Probability, Section
+from raft_jax.config.schema_base import Positive, Probability, Section, Seed
 
 
 class Anchor(Section):
@@ -138,6 +138,18 @@ class Replay(Section):
   adaptive: Adaptive | None = None
 
 
+class Sentences(Section):
+  """Learn from the documents of `extract`, without questions and answers (DiSC): the
+  student predicts a sentence alone as the base model does after the document up to
+  there; `{}` for the defaults. null: learn from `data.questions`."""
+
+  splits: Positive = 5
+  """Sentences to learn from each chunk of a document: its last one, and others drawn
+  once."""
+  seed: Seed = 0
+  """Seed of the draw."""
+
+
 class Prune(Section):
   """After training, keep only a part of each tensor's change (FAPM); `{}` for the
   defaults. null: keep all. Read by `evaluate` and `export`."""
@@ -146,10 +158,23 @@ class Prune(Section):
   """Share of the entries that keep their change."""
 
 
+class HardThreshold(Section):
+  """After training (and `prune`), keep of each matrix's change only the singular
+  directions that stand out from noise (DG-Hard); `{}` for the defaults. null: keep all.
+  Read by `evaluate` and `export`."""
+
+  scale: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
+  """Factor of the threshold of singular values, which follows their median; 0: keep
+  all."""
+  keep_vectors: bool = True
+  """Whether norms, biases and other tensors that are no matrices keep their change
+  [O]."""
+
+
 class Interpolate(Section):
-  """After training (and `prune`), interpolate every weight between the base model's and
-  the trained one (WiSE-FT); `{}` for the defaults. null: no interpolation. Read by
-  `evaluate` and `export`."""
+  """After training (and the edits above), interpolate every weight between the base
+  model's and the trained one (WiSE-FT); `{}` for the defaults. null: no interpolation.
+  Read by `evaluate` and `export`."""
 
   weight: Probability = 0.5
   """Weight of the trained model: 1 is the trained model, 0 the base model."""

@@ -59,7 +59,8 @@ class Choice(Section):
 
 
 class Drift(Section):
-  """Drift from the base model's distribution, KL(base ‖ trained)."""
+  """Drift from the base model's distribution, KL(base ‖ trained). `evaluate` measures
+  it on the prompts of the test questions, too."""
 
   prompts: str | None = None
   """General prompts, JSONL or Parquet {prompt}; null: not measured."""

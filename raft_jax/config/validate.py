@@ -63,6 +63,8 @@ def conflicts(config: schema.Config) -> Problems:
       yield from validate_training.adaptive_replay(
         config.replay.adaptive, config.train, config.rollout, config.distill
       )
+  if config.sentences is not None:
+    yield from validate_training.sentences(config.data, config.extract, config.distill)
   if config.token_weights is not None:
     yield from validate_training.token_weights(config.token_weights, config.train)
   yield from _validation(config.validation, config.data)
@@ -70,7 +72,11 @@ def conflicts(config: schema.Config) -> Problems:
   yield from validate_training.adapter(
     config.lora,
     config.export,
-    edits={"prune": config.prune, "interpolate": config.interpolate},
+    edits={
+      "prune": config.prune,
+      "hard_threshold": config.hard_threshold,
+      "interpolate": config.interpolate,
+    },
     base_methods={
       "anchor": config.anchor,
       "recadam": config.recadam,

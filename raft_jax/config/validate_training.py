@@ -138,6 +138,27 @@ def updates(
     yield "freeze.layers", "is read with freeze.mode=bottom only; set that or delete it"
 
 
+def sentences(
+  data: schema.Data, extract: schema.Extract | None, distill: schema.Distill
+) -> Problems:
+  """Learning from documents, which have no answers of their own."""
+  if extract is None:
+    yield "extract.documents", "not set; `sentences` learns from these documents"
+  if data.answers != "original":
+    yield (
+      "data.answers",
+      f"{data.answers} answers are of questions, and `sentences` learns from documents;"
+      " set data.answers=original",
+    )
+  for key, value in (("trajectory", "answer"), ("teacher_context", "none")):
+    if distill.teacher != "none" and getattr(distill, key) != value:
+      yield (
+        f"distill.{key}",
+        f"{getattr(distill, key)} needs questions, and `sentences` learns from "
+        f"documents; set distill.{key}={value}",
+      )
+
+
 def adapter(
   lora: schema.Lora | None,
   export: schema.Export,
@@ -153,7 +174,11 @@ def adapter(
       trained.
   """
   if export.adapter:
-    for name, participle in (("prune", "pruned"), ("interpolate", "interpolated")):
+    for name, participle in (
+      ("prune", "pruned"),
+      ("hard_threshold", "thresholded"),
+      ("interpolate", "interpolated"),
+    ):
       if edits[name] is not None:
         yield (
           "export.adapter",

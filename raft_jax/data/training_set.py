@@ -10,7 +10,7 @@ from typing import NamedTuple
 from raft_jax import errors
 from raft_jax.config import data_layout, run_lock, schema
 from raft_jax.curation import refined_folder, refinement, synthesis_run
-from raft_jax.data import token_rows
+from raft_jax.data import document_sentences, token_rows
 from raft_jax.hf import chat
 from raft_jax.storage import question_files, records, sealed_folder, shards
 from raft_jax.storage import rejects as rejects_lib
@@ -82,14 +82,7 @@ def load(
   """
   data, replay, anchor = config.data, config.replay, config.anchor
   context = context_of(config.distill) if distil else "none"
-  set_aside: list[rejects_lib.Reject] = []
-  if data.answers == "original":
-    examples, set_aside = _read_examples(data.questions, data)
-  else:  # refinement has listed the rows that it set aside
-    examples = read_refined(config, tokenizer)
-  rows, refused = _encode(examples, tokenizer, context, data)
-  set_aside += refused
-  questions_by_row = {i: (e.messages, e.answer) for i, e in enumerate(examples)}
+  rows, set_aside, questions_by_row = _domain_rows(config, tokenizer, context)
   replayed: list[token_rows.Row] = []
   general: list[token_rows.Row] = []
   if replay is not None and replay.share:
@@ -109,6 +102,30 @@ def load(
   parts = [part for part in (rows, replayed, general) if part]
   digest = hashlib.sha256(b"".join(repr(part).encode() for part in parts)).hexdigest()
   return TrainingSet(rows, replayed, general, set_aside, digest, questions_by_row)
+
+
+def _domain_rows(
+  config: schema.Config, tokenizer: chat.ChatTokenizer, context: str
+) -> tuple[
+  list[token_rows.Row],
+  list[rejects_lib.Reject],
+  dict[int, token_rows.Conversation],
+]:
+  """The rows of the domain, what was set aside, and the questions by row id."""
+  data, extract = config.data, config.extract
+  if config.sentences is not None and extract is not None:
+    rows, rejects = document_sentences.load(config.sentences, extract, data, tokenizer)
+    return rows, rejects, {}
+  set_aside: list[rejects_lib.Reject] = []
+  if data.answers == "original":
+    examples, set_aside = _read_examples(data.questions, data)
+  else:  # refinement has listed the rows that it set aside
+    examples = read_refined(config, tokenizer)
+  rows, refused = _encode(examples, tokenizer, context, data)
+  questions_by_row: dict[int, token_rows.Conversation] = {
+    i: (e.messages, e.answer) for i, e in enumerate(examples)
+  }
+  return rows, [*set_aside, *refused], questions_by_row
 
 
 def context_of(distill: schema.Distill) -> str:

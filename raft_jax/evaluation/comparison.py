@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from raft_jax.config import schema
 from raft_jax.evaluation import (
   answer_choice,
@@ -32,6 +34,12 @@ RETAINED = (
   "mmlu",
 )
 """General scores with a retention, trained in percent of base, as in the paper."""
+
+DRIFTS = ("drift", "domain_drift")
+"""KL(base ‖ trained) on general prompts, and on the prompts of the test questions."""
+
+KEPT = "mmlu_kept"
+"""Right answers among the MMLU questions that the base model gets right, as a share."""
 
 
 class Comparison(NamedTuple):
@@ -77,6 +85,9 @@ def compare(
   base_scores, trained_scores = intervals.comparable(
     base.domain | base.general, trained.domain | trained.general
   )
+  digests = item_digests(sets) | trained.task_digests
+  if sets.general.mmlu is not None:
+    digests |= add_kept(base_scores, trained_scores, sets.general.mmlu.prompts)
   summary = {
     **summarise(base_scores, trained_scores),
     "retention": {
@@ -85,13 +96,11 @@ def compare(
       if name in RETAINED or trained.directions.get(name) == 1
     },
     "directions": trained.directions,
-    "drift": {},
+    **{name: {} for name in DRIFTS},
   }
-  if sets.general.drift is not None:
-    new = settings.drift.max_new_tokens
-    drift = drift_lib.from_base(base_model, trained_model, sets.general.drift, new, log)
-    summary["drift"] = intervals.describe(drift)
-    trained_scores["drift"] = drift
+  moved = drifts(base_model, trained_model, sets, settings.drift.max_new_tokens, log)
+  summary |= {name: intervals.describe(drift) for name, drift in moved.items()}
+  trained_scores |= moved
   choices = []
   if sets.choices is not None:
     summary["choice"] = {
@@ -103,7 +112,6 @@ def compare(
     choices = answer_choice.described(
       sets.choices, sets.test.questions, base.choices, trained.choices
     )
-  digests = item_digests(sets) | trained.task_digests
   questions = sets.test.questions[: settings.samples]
   return Comparison(
     summary,
@@ -112,6 +120,54 @@ def compare(
     choices=choices,
     seconds={"base": base.seconds, "trained": trained.seconds},
   )
+
+
+def add_kept(
+  base: dict[str, intervals.Score],
+  trained: dict[str, intervals.Score],
+  prompts: Sequence[Sequence[int]],
+) -> dict[str, str]:
+  """Adds `KEPT` to both models' scores, unless the base model gets nothing right.
+
+  Args:
+    prompts: of all MMLU questions.
+
+  Returns:
+    The digest of the questions that count, by the score's name.
+  """
+  before, after = base["mmlu"], trained["mmlu"]
+  assert isinstance(before, intervals.ItemScores)
+  assert isinstance(after, intervals.ItemScores)
+  right_K = np.flatnonzero(before.values_N == 1)
+  if not right_K.size:
+    return {}
+  base[KEPT] = before._replace(values_N=before.values_N[right_K])
+  trained[KEPT] = after._replace(values_N=after.values_N[right_K])
+  return {KEPT: journal.content_key(items=[prompts[i] for i in right_K.tolist()])}
+
+
+def drifts(
+  base_model: scoring.EvalModel,
+  trained_model: scoring.EvalModel,
+  sets: test_sets.TestSets,
+  max_new_tokens: int,
+  log: journal.Journal,
+) -> dict[str, intervals.ItemScores]:
+  """The `DRIFTS`; {} if the config names no general prompts."""
+  if sets.general.drift is None:
+    return {}
+  of_domain: Sequence[Sequence[int]] = [row.prompt for row in sets.test.rows]
+  return {
+    name: drift_lib.from_base(
+      base_model,
+      trained_model,
+      prompts,
+      max_new_tokens,
+      log,
+      name=name.replace("_", " "),
+    )
+    for name, prompts in zip(DRIFTS, (sets.general.drift, of_domain))
+  }
 
 
 def summarise(
@@ -201,7 +257,7 @@ def flat(result: Mapping[str, Any]) -> dict[str, float]:
     **result["scores"],
     "retention": result["retention"],
     "difference": {name: {"value": pair["difference"]} for name, pair in paired},
-    "drift": {"mean": result["drift"]},
+    "drift": {"mean": result["drift"], "domain": result["domain_drift"]},
   }
   return {
     f"evaluation/{table}/{name}": float(score["value"])

@@ -89,13 +89,19 @@ def from_base(
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   log: journal.Journal,
+  *,
+  name: str = "drift",
 ) -> intervals.ItemScores:
-  """KL(base ‖ trained) on the base model's own greedy answers to general prompts."""
+  """KL(base ‖ trained) on the base model's own greedy answers to prompts, [prompts].
+
+  Args:
+    name: for the progress bar and for errors.
+  """
   answers = greedy_answers.generate(
-    base, prompts, log, max_new_tokens=max_new_tokens, name="answers for the drift"
+    base, prompts, log, max_new_tokens=max_new_tokens, name=f"answers for the {name}"
   )
   rows = [(prompt, answer.ids) for prompt, answer in zip(prompts, answers)]
-  values = row_drifts(base, trained, rows, log, name="drift")
+  values = row_drifts(base, trained, rows, log, name=name)
   return intervals.ItemScores(np.array(values))
 
 

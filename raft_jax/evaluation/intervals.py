@@ -244,6 +244,24 @@ def _resample_counts(items: str, count: int) -> tuple[np.ndarray, ...]:
   return tuple(rng.multinomial(count, share_M, size=n).astype(np.uint8) for n in sizes)
 
 
+def resampled_runs(means_RS: np.ndarray, seeds: Sequence[int | None]) -> np.ndarray:
+  """The mean over runs that differ in their seed, then over resamples of them, [S].
+
+  Few seeds vary less in a bootstrap than they would if they were drawn anew: the
+  variance is (R - 1) / R of that. One run does not vary.
+
+  Args:
+    means_RS: each run's `resampled_means`.
+    seeds: the runs' seeds, [R]; equal seeds share their resamples.
+  """
+  count = len(seeds)
+  rng = np.random.default_rng(list(f"seeds {list(seeds)}".encode()))
+  share_R = np.full(count, 1 / count)
+  weight_SR = rng.multinomial(count, share_R, size=means_RS.shape[1]) / count
+  weight_SR[0] = share_R
+  return np.einsum("rs,sr->s", means_RS, weight_SR)
+
+
 def describe_samples(samples_S: np.ndarray) -> dict[str, float]:
   """The value over all items and its 95 % interval, for JSON; {} if the value is NaN.
 
@@ -277,3 +295,30 @@ def interpolate_samples(
   if not x_PS[0, 0] <= x_S[0] <= x_PS[-1, 0]:
     result_S[0] = np.nan
   return result_S
+
+
+def lowest_on_line(
+  line: Sequence[tuple[np.ndarray, np.ndarray]], most_S: np.ndarray
+) -> np.ndarray:
+  """The lowest height of a line where x is at most a bound, float64 [S].
+
+  The line is straight between each (x [S], height [S]) and the next, and may turn back.
+  NaN where x is above the bound everywhere.
+
+  Args:
+    most_S: the bound on x, sample by sample.
+  """
+  x_PS, height_PS = (np.stack(part) for part in zip(*line))
+  within_PS = x_PS <= most_S
+  crosses_QS = within_PS[1:] != within_PS[:-1]  # Q = P - 1 pieces
+  rise_QS = np.divide(
+    np.diff(height_PS, axis=0),
+    np.diff(x_PS, axis=0),
+    out=np.zeros_like(x_PS[1:]),
+    where=crosses_QS,
+  )
+  crossing_QS = height_PS[:-1] + (most_S - x_PS[:-1]) * rise_QS
+  heights_S = np.concatenate(
+    [np.where(within_PS, height_PS, np.inf), np.where(crosses_QS, crossing_QS, np.inf)]
+  ).min(axis=0)
+  return np.where(np.isinf(heights_S), np.nan, heights_S)

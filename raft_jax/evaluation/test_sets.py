@@ -345,6 +345,10 @@ def lengths(
   tokens |= general_lengths(
     settings, section="evaluate", ifeval=general.ifeval, drift=general.drift
   )
+  if general.drift is not None:
+    new = settings.drift.max_new_tokens
+    key = f"evaluate.drift.max_new_tokens={new}, data.max_prompt_tokens"
+    tokens[key] = max(len(row.prompt) for row in test.rows) + new
   if general.mmlu is not None:
     key = f"evaluate.mmlu.shots={settings.mmlu.shots}"
     tokens[key] = max(map(len, general.mmlu.prompts))

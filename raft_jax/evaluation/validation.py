@@ -228,6 +228,7 @@ def during_training(
         reference.frozen,
         reference.base,
         prune=config.prune,
+        hard_threshold=config.hard_threshold,
         interpolate=config.interpolate,
       )
       return measure(validation_set, eval_model(model), base, settings, log)

@@ -1,8 +1,8 @@
 """Comparison of methods on the same items: side by side, and at equal loss.
 
-Side by side, each method has the learning rate that validation chose, and is compared
-with the base model and with SFT. At equal loss, every setting is compared with the SFT
-that fits the domain equally well. All numbers have 95 % intervals over items
+Side by side, each method has the learning rate and steps that validation chose, and is
+compared with the base model and with SFT. At equal loss, every setting is compared with
+the SFT that fits the domain equally well. All numbers have 95 % intervals over items
 (`evaluation.intervals`). With several seeds, an item's score is its mean over the seeds
 that measured it. With several domains, the numbers are means over the domains, for
 settings that all domains have.
@@ -42,6 +42,9 @@ GENERAL = (
 """Scores of general abilities, which have a retention."""
 
 DRIFT = Measure("drift", "drift")
+DOMAIN_DRIFT = Measure("domain_drift", "domain drift")
+KEPT = Measure("mmlu_kept", "MMLU kept")
+"""The right answers among the MMLU questions that the base model gets right."""
 
 OF_DOMAIN = (
   FIT,
@@ -56,11 +59,14 @@ BASE = "base model"
 
 
 class Row(NamedTuple):
-  """A row of a table: label, number of seeds, and {value, low, high} by measure."""
+  """A row of a table: label, number of seeds, and {value, low, high} by measure.
+
+  A cell may have a `note` to its number, or a `text` in place of one.
+  """
 
   label: str
   seeds: int
-  cells: dict[str, dict[str, float]]
+  cells: dict[str, dict[str, Any]]
 
 
 def general(domains: Domains) -> list[Measure]:
@@ -81,7 +87,7 @@ def general(domains: Domains) -> list[Measure]:
 
 def forgetting(domains: Domains) -> list[Measure]:
   """The measures of forgetting."""
-  return [DRIFT, *general(domains)]
+  return [DRIFT, DOMAIN_DRIFT, *general(domains), KEPT]
 
 
 def measures(domains: Domains) -> list[Measure]:
@@ -90,40 +96,43 @@ def measures(domains: Domains) -> list[Measure]:
 
 
 def methods(domains: Domains) -> list[Row]:
-  """The scores of the base model, and of each method at its chosen learning rate."""
+  """The scores of the base model, and of each method at its chosen setting."""
   chosen = [sweep_results.chosen(runs) for runs in domains.values()]
   compared = measures(domains)
   base = {
-    m.name: _mean([_base(runs, m) for runs in domains.values()]) for m in compared
+    m.name: mean_over_domains([base_samples(runs, m) for runs in domains.values()])
+    for m in compared
   }
   rows = [Row(BASE, 1, _cells(base))]
-  for label in _in_all(chosen):
+  for label in in_all(chosen):
     parts = [by_label[label] for by_label in chosen]
-    scores = {m.name: _mean([_trained(runs, m) for runs in parts]) for m in compared}
-    rows.append(Row(label, _seeds(parts), _cells(scores)))
+    scores = {
+      m.name: mean_over_domains([_trained(runs, m) for runs in parts]) for m in compared
+    }
+    rows.append(Row(label, fewest_seeds(parts), _cells(scores)))
   return rows
 
 
 def against_sft(domains: Domains) -> list[Row]:
-  """Each method minus SFT, and its retention; all at their chosen learning rates.
+  """Each method minus SFT, and its retention; all at their chosen settings.
 
   The cell `retained_<measure>` is 100 · method / base.
   """
   chosen = [sweep_results.chosen(runs) for runs in domains.values()]
   sft = [_first_sft(by_label) for by_label in chosen]
   rows = []
-  for label in _in_all(chosen):
+  for label in in_all(chosen):
     parts = [by_label[label] for by_label in chosen]
     differences = {
-      m.name: _mean(
+      m.name: mean_over_domains(
         [_difference(_trained(a, m), _trained(b, m)) for a, b in zip(parts, sft)]
       )
       for m in measures(domains)
     }
     retained = {
-      f"retained_{m.name}": _mean(
+      f"retained_{m.name}": mean_over_domains(
         [
-          _retention(_trained(a, m), _base(b, m))
+          _retention(_trained(a, m), base_samples(b, m))
           for a, b in zip(parts, domains.values())
         ]
       )
@@ -132,7 +141,7 @@ def against_sft(domains: Domains) -> list[Row]:
     is_sft = all(a is b for a, b in zip(parts, sft))
     cells = _cells(retained if is_sft else differences | retained)
     if cells:
-      rows.append(Row(label, _seeds(parts), cells))
+      rows.append(Row(label, fewest_seeds(parts), cells))
   return rows
 
 
@@ -161,7 +170,7 @@ def at_equal_fit(domains: Domains) -> list[Row]:
   }
   on_line = {run["name"] for sft in rates for same in sft for run in same}
   rows = []
-  for label in _in_all(settings):
+  for label in in_all(settings):
     parts = [by_label[label] for by_label in settings]
     if any(runs[0]["name"] in on_line for runs in parts):
       continue
@@ -172,10 +181,10 @@ def at_equal_fit(domains: Domains) -> list[Row]:
       sft = [_at_loss(line, fit) for line, fit in zip(lines[m.name], fits)]
       gaps = [_difference(score, at_loss) for score, at_loss in zip(own, sft)]
       for name, values in (("", own), ("fit_", fits), ("sft_", sft), ("gap_", gaps)):
-        samples[name + m.name] = _mean(values)
+        samples[name + m.name] = mean_over_domains(values)
     cells = _cells(samples)
     if cells:
-      rows.append(Row(label, _seeds(parts), cells))
+      rows.append(Row(label, fewest_seeds(parts), cells))
   return rows
 
 
@@ -189,7 +198,7 @@ def _line(
   measure: Measure,
 ) -> Line:
   """The points of the base model and of SFT that have both scores."""
-  points = [(_base(runs, FIT), _base(runs, measure))]
+  points = [(base_samples(runs, FIT), base_samples(runs, measure))]
   points += [(_fit(same, measure), _trained(same, measure)) for same in sft]
   return [(x, y) for x, y in points if x is not None and y is not None]
 
@@ -209,7 +218,7 @@ def _fit(runs: Sequence[sweep_results.Run], measure: Measure) -> Samples:
   return _trained(sweep_results.having(runs, measure.name), FIT)
 
 
-def _base(runs: Sequence[sweep_results.Run], measure: Measure) -> Samples:
+def base_samples(runs: Sequence[sweep_results.Run], measure: Measure) -> Samples:
   """The base model's score, from the first run that measured it."""
   first = sweep_results.having(runs, measure.name)[:1]
   return sweep_results.samples(first, measure.name, "base")
@@ -229,7 +238,7 @@ def _retention(score: Samples, base: Samples) -> Samples:
   return retention_S
 
 
-def _mean(parts: Sequence[Samples]) -> Samples:
+def mean_over_domains(parts: Sequence[Samples]) -> Samples:
   """The mean over domains; None unless all of them have the score."""
   values = [part for part in parts if part is not None]
   return np.mean(values, axis=0) if values and len(values) == len(parts) else None
@@ -245,11 +254,11 @@ def _cells(scores: Mapping[str, Samples]) -> dict[str, dict[str, float]]:
   return {name: cell for name, cell in cells.items() if cell}
 
 
-def _seeds(parts: Sequence[Sequence[sweep_results.Run]]) -> int:
+def fewest_seeds(parts: Sequence[Sequence[sweep_results.Run]]) -> int:
   return min(len(runs) for runs in parts)
 
 
-def _in_all(domains: Sequence[Mapping[str, Any]]) -> list[str]:
+def in_all(domains: Sequence[Mapping[str, Any]]) -> list[str]:
   """The labels that all domains have, in the order of the first domain."""
   first, *others = domains
   return [label for label in first if all(label in other for other in others)]

@@ -22,7 +22,10 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HYPERPARAMETERS: Any = {
   "train": True,
   **dict.fromkeys(
-    ("lora", "recadam", "freeze", "soft_mask", "token_weights", "prune", "interpolate"),
+    (
+      *("lora", "recadam", "freeze", "soft_mask", "token_weights", "sentences"),
+      *("prune", "hard_threshold", "interpolate"),
+    ),
     True,
   ),
   "anchor": schema.Anchor.model_fields.keys() - {"questions"},
@@ -143,8 +146,16 @@ def read_license(source: str) -> str | None:
   return value if isinstance(value, str) else None
 
 
-def describe_data(output: pathlib.Path, answers: str) -> str:
-  """The number and the digest of the refined records that the run was trained on."""
+def describe_data(
+  output: pathlib.Path, answers: str, *, sentences: bool = False
+) -> str:
+  """The number and the digest of the refined records that the run was trained on.
+
+  Args:
+    sentences: whether it was trained on sentences of documents instead.
+  """
+  if sentences:
+    return "Trained on sentences of documents, without questions and answers."
   folder = output / "refined"
   if answers == "original" or not (folder / sealed_folder.MANIFEST).is_file():
     return "Trained on the original answers; there are no refined records."

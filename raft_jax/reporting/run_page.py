@@ -38,6 +38,7 @@ SCORES = {
   "ifeval_instruction_loose": ("IFEval, instructions, loose", 1),
   "ifeval_answer_tokens": ("Tokens per IFEval answer", 0),
   "mmlu": ("MMLU", 1),
+  "mmlu_kept": ("MMLU, right before training and after it", 1),
 }
 """Name of a score -> its label, and 1 if higher is better, -1 if lower is, else 0."""
 

@@ -184,14 +184,15 @@ def _distances(scores: Mapping[str, Any]) -> Panel | None:
   return draw
 
 
-def svg(draw: Panel) -> markupsafe.Markup:
+SIZE = (4.9, 2.7)
+"""Inches, of a panel."""
+
+Size = tuple[float, float]
+
+
+def svg(draw: Panel, size: Size = SIZE) -> markupsafe.Markup:
   """One panel as inline SVG in the colours of the page."""
-  interrupts.check()
-  with matplotlib.rc_context(STYLE):
-    figure = _figure(draw)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-  text = buffer.getvalue()
+  text = _svg(draw, size, transparent=True)
   text = text[text.index("<svg") :]
   text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
   text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', text)
@@ -201,11 +202,29 @@ def svg(draw: Panel) -> markupsafe.Markup:
   return markupsafe.Markup(text)
 
 
-def png(draw: Panel) -> bytes:
+def svg_file(draw: Panel, size: Size = SIZE) -> str:
+  """One panel as an SVG file in the colours of the light page."""
+  text = _svg(draw, size, facecolor="white")
+  for colour, shown in LIGHT.items():
+    text = text.replace(colour, shown)
+  return text
+
+
+def _svg(draw: Panel, size: Size, **background: Any) -> str:
+  """One panel as SVG with placeholders for its colours."""
+  interrupts.check()
+  with matplotlib.rc_context(STYLE):
+    figure = _figure(draw, size)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, **background)
+  return buffer.getvalue()
+
+
+def png(draw: Panel, size: Size = SIZE) -> bytes:
   """One panel as a PNG in the colours of the light page."""
   interrupts.check()
   with matplotlib.rc_context(STYLE):
-    figure = _figure(draw)
+    figure = _figure(draw, size)
     for artist in figure.findobj():
       for kind in ("color", "facecolor", "edgecolor"):
         read = getattr(artist, f"get_{kind}", None)
@@ -220,9 +239,9 @@ def png(draw: Panel) -> bytes:
   return buffer.getvalue()
 
 
-def _figure(draw: Panel) -> matplotlib.figure.Figure:
+def _figure(draw: Panel, size: Size) -> matplotlib.figure.Figure:
   # Not pyplot, which has global state and may need a display.
-  figure = matplotlib.figure.Figure(figsize=(4.9, 2.7))
+  figure = matplotlib.figure.Figure(figsize=size)
   draw(figure.add_subplot())
   return figure
 

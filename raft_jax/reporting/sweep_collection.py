@@ -31,7 +31,9 @@ ITEM_SCORES = (
   "ifeval_prompt_strict",
   "ifeval_instruction_strict_but_no_comma",
   "mmlu",
+  "mmlu_kept",
   "drift",
+  "domain_drift",
 )
 """Scores that are compared item by item; those of tasks are, too."""
 

@@ -7,10 +7,18 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import markupsafe
 import numpy as np
 
 from raft_jax.evaluation import intervals
-from raft_jax.reporting import html_page, method_comparison, sweep_plots, sweep_results
+from raft_jax.reporting import (
+  html_page,
+  method_comparison,
+  method_curves,
+  run_plots,
+  sweep_plots,
+  sweep_results,
+)
 from raft_jax.storage import atomic
 
 
@@ -36,7 +44,9 @@ SCORES = (
   Column("ifeval_retention", "retention, %", 1),
   Column("mmlu", "MMLU", 3),
   Column("mmlu_retention", "retention, %", 1),
+  Column("mmlu_kept", "MMLU kept", 3),
   Column("drift", "drift", 3),
+  Column("domain_drift", "domain drift", 3),
   Column("sft_drift", "SFT drift at equal loss", 3),
   Column("weight_distance", "weight distance", 5),
 )
@@ -54,9 +64,8 @@ def table(runs: Sequence[sweep_results.Run]) -> list[dict[str, Any]]:
   """Rows of label, number of seeds and cells; the base model's row comes first."""
   base = runs[0]["scores"]["scores"]["base"]
   zero = {"value": 0.0}
-  rows = [
-    _row(method_comparison.BASE, [{**base, "drift": zero, "weight_distance": zero}])
-  ]
+  unmoved = dict.fromkeys(("drift", "domain_drift", "weight_distance"), zero)
+  rows = [_row(method_comparison.BASE, [{**base, **unmoved}])]
   curve = sft_curve(runs)
   for label, same in sweep_results.settings(runs):
     row = _row(label, [sweep_results.values(run) for run in same])
@@ -120,8 +129,22 @@ class Table(NamedTuple):
   rows: Sequence[Mapping[str, Any]]
 
 
+def curve_columns(domains: method_comparison.Domains) -> list[Column]:
+  """The columns of methods as curves; the first four fit into a terminal."""
+  loss = method_curves.fit_measure(domains).heading
+  limit = method_curves.DRIFT_LIMIT
+  return [
+    Column("settings", "settings", 0),
+    Column("best_fit", f"lowest {loss}", 3),
+    Column("drift_at_best", f"drift at SFT's lowest {loss}", 3),
+    Column("loss_at_limit", f"held-out loss at drift ≤ {limit:g}", 3),
+    Column("seconds", "seconds a step, × SFT", 2),
+    Column("memory", "peak memory, × SFT", 2),
+  ]
+
+
 def tables(domains: method_comparison.Domains) -> list[Table]:
-  """Methods side by side, against SFT, and at equal loss; only what was measured."""
+  """Methods as curves, side by side, against SFT, at equal loss; what was measured."""
   where = "" if len(domains) == 1 else f", mean of {len(domains)} domains"
   scores = [Column(*measure) for measure in method_comparison.measures(domains)]
   retained = [
@@ -129,6 +152,12 @@ def tables(domains: method_comparison.Domains) -> list[Table]:
     for m in method_comparison.general(domains)
   ]
   compared = [
+    (
+      "curves",
+      "Methods as curves",
+      curve_columns(domains),
+      method_curves.headlines(domains),
+    ),
     ("methods", "Methods", scores, method_comparison.methods(domains)),
     (
       "against",
@@ -176,17 +205,21 @@ def markdown(one: Table) -> str:
   for row in one.rows:
     cells = []
     for column in one.columns:
-      score = row["cells"].get(column.name) or {}
-      text = html_page.number(score.get("value"), column.digits)
-      if "low" in score:
-        low, high = (
-          html_page.number(score[end], column.digits) for end in ("low", "high")
-        )
-        text += f" ({low} to {high})"
-      cells.append(text)
+      cells.append(cell_text(row["cells"].get(column.name) or {}, column.digits))
     label = row["label"] + (f" ({row['seeds']} seeds)" if row["seeds"] > 1 else "")
     lines.append("| " + " | ".join([label, *cells]) + " |")
   return "\n".join(lines) + "\n"
+
+
+def cell_text(score: Mapping[str, Any], digits: int) -> str:
+  """A cell as Markdown: a text, or a number with its interval and a note."""
+  if "text" in score:
+    return str(score["text"])
+  shown = html_page.number(score.get("value"), digits)
+  if "low" in score:
+    low, high = (html_page.number(score[end], digits) for end in ("low", "high"))
+    shown += f" ({low} to {high})"
+  return f"{shown}; {score['note']}" if "note" in score else shown
 
 
 def _part(name: str, runs: Sequence[sweep_results.Run]) -> dict[str, Any]:
@@ -196,6 +229,7 @@ def _part(name: str, runs: Sequence[sweep_results.Run]) -> dict[str, Any]:
   return {
     "name": name,
     "tables": [*tables({name: runs}), *all_settings(runs)],
+    "frontier": _drawn(sweep_plots.frontier({name: runs})),
     "figures": sweep_plots.drawings(runs),
     "anchors": {label: f"{name}/{same[0]['name']}" for label, same in labelled},
     "sources": [
@@ -209,26 +243,45 @@ def _part(name: str, runs: Sequence[sweep_results.Run]) -> dict[str, Any]:
   }
 
 
+def _drawn(frontier: sweep_plots.Draw | None) -> list[markupsafe.Markup]:
+  """The frontier as inline SVG; empty if no drift was measured."""
+  size = sweep_plots.FRONTIER_SIZE
+  return [] if frontier is None else [run_plots.svg(frontier, size)]
+
+
 def write(output: pathlib.Path) -> pathlib.Path:
-  """Writes `comparison.html` and `comparison.md`; returns the page's path."""
+  """Writes the comparison and its frontier; returns the page's path.
+
+  They are `comparison.html`, `comparison.md`, `frontier.png` and `frontier.svg`.
+  """
   domains = sweep_results.read(output)
   together = tables(domains) if len(domains) > 1 else []
+  frontier = sweep_plots.frontier(domains)
   parts = [_part(name, runs) for name, runs in domains.items()]
   page = html_page.template("comparison.html").render(
     title=output.name,
     together=together,
+    frontier=_drawn(frontier) if together else [],
     parts=parts,
     runs=sum(map(len, domains.values())),
     most_curves=sweep_plots.MOST_CURVES,
   )
   path = output / "comparison.html"
   html_page.write(path, page)
+  if frontier is not None:
+    size = sweep_plots.FRONTIER_SIZE
+    with atomic.replacing(output / "frontier.png") as temporary:
+      temporary.write_bytes(run_plots.png(frontier, size))
+    with atomic.replacing(output / "frontier.svg") as temporary:
+      temporary.write_text(run_plots.svg_file(frontier, size), encoding="utf-8")
   sections = [("", together), *((part["name"], part["tables"]) for part in parts)]
   lines = [
     "\n".join([f"### {name + ': ' if name else ''}{one.title}", "", markdown(one)])
     for name, shown in sections
     for one in shown
   ]
+  if frontier is not None:
+    lines.insert(0, "![held-out loss over drift](frontier.png)\n")
   with atomic.replacing(output / "comparison.md") as temporary:
     temporary.write_text("\n".join(lines), encoding="utf-8")
   return path

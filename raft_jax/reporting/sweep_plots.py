@@ -1,4 +1,4 @@
-"""The figures of a comparison: forgetting over fit, curves of training, swept keys."""
+"""The figures of a comparison: fit over forgetting, curves of training, swept keys."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import markupsafe
 import numpy as np
 from matplotlib.axes import Axes
 
-from raft_jax.reporting import run_folder, run_plots, sweep_results
+from raft_jax.reporting import (
+  method_comparison,
+  method_curves,
+  run_folder,
+  run_plots,
+  sweep_results,
+)
 
-PANELS = (
-  ("drift", "Drift from the base model, nats per token"),
+ABILITIES = (
   ("ifeval_prompt_strict", "IFEval, prompts, strict"),
   ("ifeval_instruction_strict_but_no_comma", "IFEval, except commas, strict"),
   ("mmlu", "MMLU"),
@@ -26,13 +31,13 @@ def drawings(runs: Sequence[sweep_results.Run]) -> dict[str, list[markupsafe.Mar
   """The panels of each figure; only what was measured.
 
   Returns:
-    "kept": a panel for each general measure, over the held-out loss; "looks": drift
+    "kept": a panel for each general ability, over the held-out loss; "looks": drift
     over the validation loss during training; "ratios": the ratio of the losses over the
     steps; "distances": how far tensors moved; "keys": measures over each key that the
     sweep varies.
   """
   panels: dict[str, list[Draw | None]] = {
-    "kept": [_panel(runs, name, title) for name, title in PANELS],
+    "kept": [_panel(runs, name, title) for name, title in ABILITIES],
     "looks": [_validations(runs)],
     "ratios": [_ratios(runs)],
     "distances": [_distances(runs)],
@@ -45,6 +50,47 @@ def drawings(runs: Sequence[sweep_results.Run]) -> dict[str, list[markupsafe.Mar
 
 
 MOST_CURVES = 2 * len(run_plots.COLOURS)
+
+
+FRONTIER_SIZE = (8.6, 4.6)
+"""Inches."""
+
+
+def frontier(domains: method_comparison.Domains) -> Draw | None:
+  """Held-out loss over drift: a line for each method, from the base model on."""
+  curves = method_curves.points(domains)
+  if not curves:
+    return None
+
+  def draw(axes: Axes) -> None:
+    markers, styles = "osD^vPX", ("-", "--", ":", "-.")
+    for number, (label, points) in enumerate(curves.items()):
+      rank, colour = divmod(number, len(run_plots.COLOURS))
+      shade = run_plots.COLOURS[colour]
+      axes.plot(*zip(*points[:2]), color=shade, linewidth=0.8, alpha=0.45)
+      axes.plot(
+        *zip(*points[1:]),
+        color=shade,
+        marker=markers[rank % len(markers)], linestyle=styles[rank % len(styles)],
+        markersize=4.5, linewidth=1.2, label=label,
+      )  # fmt: skip
+    places = [place for points in curves.values() for place in points]
+    base = places[0][1]
+    axes.plot(0.0, base, "*", color=run_plots.INK, markersize=9, label="base model")
+    limit = method_curves.DRIFT_LIMIT
+    axes.axvline(limit, color=run_plots.INK, linewidth=1.0, linestyle=":")
+    # What fits worse than the base model would leave little room for all others.
+    fits = [(drift, loss) for drift, loss in places if loss <= base]
+    widest, lowest = max(drift for drift, _ in fits), min(loss for _, loss in fits)
+    axes.set_xlim(0.0, 1.05 * max(widest, limit))
+    room = 0.05 * (base - lowest) or 0.1
+    axes.set_ylim(lowest - room, base + room)
+    axes.set_title("Held-out loss over drift, nats per token")
+    axes.set_xlabel("drift from the base model (left is better)")
+    axes.set_ylabel("held-out loss (lower is better)")
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+  return draw
 
 
 def _validations(runs: Sequence[sweep_results.Run]) -> Draw | None:
@@ -104,7 +150,8 @@ def _lines(axes: Axes, curves: Curves, marker: str | None = None) -> None:
 
 MEASURES = (
   ("held_out_loss", "Held-out loss, nats per token"),
-  *PANELS,
+  ("drift", "Drift from the base model, nats per token"),
+  *ABILITIES,
   ("support_mass", "Teacher's probability in the top K"),
   ("step_seconds", "Seconds per step"),
 )
@@ -171,7 +218,7 @@ def _over_key(swept_key: Swept) -> Draw:
 
 
 def _panel(runs: Sequence[sweep_results.Run], name: str, title: str) -> Draw | None:
-  """A general measure over the held-out loss; each name in the sweep has a line."""
+  """A general ability over the held-out loss; each name in the sweep has a line."""
   groups: dict[str, list[list[Point]]] = {}
   for _, same in sweep_results.settings(runs):
     points = [point for point in (_point(run, name) for run in same) if point]
@@ -218,8 +265,7 @@ def _base_point(runs: Sequence[sweep_results.Run], name: str) -> Point:
   """The base model's scores, from a run that measured them."""
   having = next(run for run in runs if sweep_results.values(run).get(name))
   base = having["scores"]["scores"]["base"]
-  score = 0.0 if name == "drift" else base[name]["value"]
-  return base["held_out_loss"]["value"], score
+  return base["held_out_loss"]["value"], base[name]["value"]
 
 
 def _distances(runs: Sequence[sweep_results.Run]) -> Draw | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,9 @@ Run = Mapping[str, Any]
 FILE = "sweep.json"
 
 SEED, RATE = "train.seed", "train.learning_rate"
-"""Runs that differ only in the seed are one setting. Among settings that differ only in
-the learning rate, one is chosen."""
+STEPS = ("train.epochs", "train.max_steps")
+"""Runs that differ only in the seed are one setting. Settings that differ only in the
+learning rate and the number of steps are one method, of which one is chosen."""
 
 SFT = "sft"
 """The method of SFT runs."""
@@ -93,6 +95,7 @@ def values(run: Run) -> dict[str, Mapping[str, Any]]:
     "ifeval_retention": retention.get("ifeval_prompt_strict") or {},
     "mmlu_retention": retention.get("mmlu") or {},
     "drift": result.get("drift") or {},
+    "domain_drift": result.get("domain_drift") or {},
     "weight_distance": {} if distance is None else {"value": distance},
     "support_mass": {"value": run["support_mass"]} if "support_mass" in run else {},
     "step_seconds": {"value": cost["step_seconds"]} if "step_seconds" in cost else {},
@@ -102,31 +105,41 @@ def values(run: Run) -> dict[str, Mapping[str, Any]]:
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
   """Label and runs of each setting; the runs of a setting differ only in their seed."""
-  labelled = []
-  for same in _alike(runs, {SEED}):
-    words = same[0]["name"].split("-")
-    word = f"seed_{same[0]['set'].get(SEED)}"
-    if word in words:  # the seeds of other keys belong to the setting
-      words.remove(word)
-    labelled.append(("-".join(words), same))
+  return [(_label(same[0], [SEED]), same) for same in _alike(runs, {SEED})]
+
+
+def _label(run: Run, without: Sequence[str]) -> str:
+  """The name of a run without the words of some keys."""
+  name = run["name"]
+  for key in without:
+    word = re.escape(f"-{key.rsplit('.', 1)[-1]}_{run['set'].get(key)}")
+    name = re.sub(rf"{word}(?=-|$)", "", name, count=1)
+  return name
+
+
+def methods(runs: Sequence[Run]) -> dict[str, list[list[Run]]]:
+  """The settings of each method, each a list of runs, by the method's label."""
+  one_method = (SEED, RATE, *STEPS)
+  alike = _alike(runs, set(one_method))
+  groups = [same[0]["group"] for same in alike]
+  labelled: dict[str, list[list[Run]]] = {}
+  for group, same in zip(groups, alike):
+    # A group that repeats over more keys has several methods, each with its own label.
+    label = group if groups.count(group) == 1 else _label(same[0], one_method)
+    if label in labelled:  # keys that are no part of the name tell them apart
+      label = _label(same[0], [SEED])
+    labelled[label] = _alike(same, {SEED})
   return labelled
 
 
 def chosen(runs: Sequence[Run]) -> dict[str, list[Run]]:
-  """The runs at the best learning rate, by the label of their setting.
+  """The runs of each method's best setting, by the method's label.
 
-  The best rate has the lowest mean loss on the validation questions. If none was
-  measured, the first rate counts as the best.
+  The best setting has the lowest mean loss on the validation questions. If none was
+  measured, the first counts as the best.
   """
-  best_runs = [
-    min(_alike(alike, {SEED}), key=_validation_loss)
-    for alike in _alike(runs, {SEED, RATE})
-  ]
-  # A group that repeats over more keys has several settings, each with its own label.
-  groups = [best[0]["group"] for best in best_runs]
   return {
-    group if groups.count(group) == 1 else settings(best)[0][0]: best
-    for group, best in zip(groups, best_runs)
+    label: min(alike, key=_validation_loss) for label, alike in methods(runs).items()
   }
 
 
@@ -207,3 +220,13 @@ def samples(
   values_M = np.mean([score[model] or [0.0] * count for score in scores], axis=0)
   weights_M = None if first["weights"] is None else np.array(first["weights"])
   return intervals.resampled_means(values_M, first["items"], weights_M)
+
+
+def samples_over_seeds(runs: Sequence[Run], name: str) -> np.ndarray | None:
+  """A setting's score, resampled over items and seeds, [S]; None if not measured."""
+  measured = having(runs, name)
+  if not measured:
+    return None
+  means = [mean for run in measured if (mean := samples([run], name)) is not None]
+  seeds = [run["set"].get(SEED) for run in measured]
+  return intervals.resampled_runs(np.stack(means), seeds)

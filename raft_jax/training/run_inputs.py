@@ -62,6 +62,7 @@ IDENTITY_KEYS = (
   "soft_mask",
   "token_weights",
   "replay",
+  "sentences",
   *(
     f"validation.{key}"
     for key in schema.Validation.model_fields

@@ -130,7 +130,8 @@ def make_plan(
   platform = sharding.platform(mesh)
   settings = make_settings(config, decoder, teacher_decoder, eos_ids, platform)
   rollouts = make_rollouts(config.rollout, distill, train.seed, pad_id)
-  edits = config.prune is not None or config.interpolate is not None
+  sections = (config.prune, config.hard_threshold, config.interpolate)
+  edits = any(section is not None for section in sections)
   return RunPlan(
     mesh=mesh,
     split=split,

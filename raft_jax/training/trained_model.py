@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from raft_jax.baselines import fapm
+from raft_jax.baselines import dg_hard, fapm
 from raft_jax.config import schema
 from raft_jax.hf import load as hf_load
 from raft_jax.models import lora, partition, transformer
@@ -28,12 +28,17 @@ def load(
   params, step = load_trained_tree(
     config.output, config.validation, identity, split.shapes
   )
-  if split.freeze is None and config.prune is None and config.interpolate is None:
+  if split.freeze is None and not edits(config):
     return params, step
   base = hf_load.load_params(source, decoder)
   frozen = split.freeze(base) if split.freeze is not None else {}
   model = assemble(
-    params, frozen, base, prune=config.prune, interpolate=config.interpolate
+    params,
+    frozen,
+    base,
+    prune=config.prune,
+    hard_threshold=config.hard_threshold,
+    interpolate=config.interpolate,
   )
   return model, step
 
@@ -77,16 +82,13 @@ def load_trained_tree(
   return params, step
 
 
-def edits(
-  prune: schema.Prune | None, interpolate: schema.Interpolate | None
-) -> dict[str, Any]:
+EDITS = ("prune", "hard_threshold", "interpolate")
+"""The sections that edit the model after training, in the order in which they do."""
+
+
+def edits(config: schema.Config) -> dict[str, Any]:
   """The sections that edit the model after training, as plain values."""
-  sections = {"prune": prune, "interpolate": interpolate}
-  return {
-    name: section.model_dump(mode="json", exclude_none=True)
-    for name, section in sections.items()
-    if section is not None
-  }
+  return config.model_dump(mode="json", include=set(EDITS), exclude_none=True)
 
 
 def assemble(
@@ -95,24 +97,33 @@ def assemble(
   base: transformer.Params | None,
   *,
   prune: schema.Prune | None,
+  hard_threshold: schema.HardThreshold | None,
   interpolate: schema.Interpolate | None,
 ) -> transformer.Params:
-  """The model that a trained tree stands for: merged, then pruned and interpolated.
+  """The model that a trained tree stands for: merged, then edited.
 
   Args:
     frozen: the tree beside the trained one; `{}` if the trained tree is the model.
-    base: the base model, whose devices pruned parameters are put on; None only without
-      `prune` and `interpolate`.
+    base: the base model, on whose devices edited parameters are put; None only without
+      edits.
   """
   if frozen:
     params = lora.merge(partition.combine(frozen, params))
   if prune is not None:
     assert base is not None
-    pruned = fapm.prune(base, params, prune.keep)
-    params = jax.tree.map(
-      lambda leaf, like: jax.device_put(leaf, like.sharding), pruned, base
-    )
+    params = _like(base, fapm.prune(base, params, prune.keep))
+  if hard_threshold is not None:
+    assert base is not None
+    settings = hard_threshold.model_dump()
+    params = _like(base, dg_hard.threshold(base, params, **settings))
   if interpolate is not None:
     assert base is not None
     params = optax.incremental_update(params, base, interpolate.weight)
   return params
+
+
+def _like(base: transformer.Params, edited: transformer.Params) -> transformer.Params:
+  """Parameters from the host, on the devices of the base model's."""
+  return jax.tree.map(
+    lambda leaf, like: jax.device_put(leaf, like.sharding), edited, base
+  )

@@ -19,6 +19,7 @@ NEEDED = {
   "replay": [f"replay.questions={GENERAL}"],
   "mssr": [f"replay.questions={GENERAL}"],
   "ewc": [f"anchor.questions={GENERAL}"],
+  "disc": ["extract.documents=configs/data/wordnet"],
   "opd_recover": ["distill.source=the/original"],
   "ssr": ["synthesise.seeds=configs/data/seeds.jsonl"],
 }
@@ -109,6 +110,9 @@ def test_the_users_own_values_win(load):
     ("sdpo", ["distill.temperature=1.5"], "distill.max_importance: compares"),
     ("opd", ["distill.success=0.7"], "distill.success: is read with"),
     ("sft", ["replay.questions=/no"], "replay.questions: '/no' is not a file"),
+    ("disc", ["extract=null"], "extract.documents: not set; `sentences` learns"),
+    ("disc", ["data.answers=refined"], "set data.answers=original"),
+    ("disc", ["distill.trajectory=rollout"], "set distill.trajectory=answer"),
     ("lora", ["interpolate={}", "export.adapter=true"], "interpolated weights cannot"),
     ("lora", ["prune={}", "export.adapter=true"], "pruned weights cannot"),
     ("lora", ["anchor={}"], "anchor: pulls to the base model's parameters, and `lora`"),

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from raft_jax.config import load as config_load
-from raft_jax.config import schema, sweep_runs
+from raft_jax.config import methods, schema, sweep_runs
 from raft_jax.generation import sentence_encoder
 
 
@@ -15,9 +15,10 @@ from raft_jax.generation import sentence_encoder
     ("reproduce", 33),
     ("top_k", 7),
     ("ablations", 19),
-    ("methods", 28),
+    ("methods", 29),
     ("long", 3),
     ("factors", 17),
+    ("rivals", 140),
   ],
 )
 def test_the_shipped_sweeps_are_what_their_headers_say(name, count):
@@ -70,3 +71,19 @@ sweep: {{runs: [{{name: sft, set: {{method: sft}}, over: {{train.seed: [0, 1]}}}
   assert groups() == {None}  # nothing changes for a sweep without trackers
   assert groups(named) == {"week7"}
   assert groups(named, "train.tracker_group=mine") == {"mine"}
+
+
+def test_the_rivals_are_all_methods_at_four_rates():
+  runs = sweep_runs.expand(config_load.load("configs/sweeps/rivals.yaml"))
+  left_out = {"opd_pure", "opd_recover", "ssr", "disc"}
+  assert {run.config.method for run in runs} == set(methods.METHODS) - left_out
+  rates: dict[tuple[str, int], set[float]] = {}
+  for run in runs:
+    key = (run.group, run.config.train.seed)
+    rates.setdefault(key, set()).add(run.config.train.learning_rate)
+  assert set(map(len, rates.values())) == {4}
+  tuned = config_load.load("configs/raft_tuned.yaml")
+  for run in runs:
+    if run.group == "raft_tuned":
+      for section in ("distill", "balance", "rollout"):
+        assert getattr(run.config, section) == getattr(tuned, section)

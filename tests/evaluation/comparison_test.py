@@ -35,6 +35,7 @@ def test_the_means_as_flat_names_for_trackers():
   result = comparison.summarise(base, trained) | {
     "retention": {"rouge_l": {"value": 150.0}, "ifeval": {}},
     "drift": {"value": 0.125},
+    "domain_drift": {"value": 0.25},
   }
   assert comparison.flat(result) == {
     "evaluation/base/rouge_l": 0.375,
@@ -42,4 +43,25 @@ def test_the_means_as_flat_names_for_trackers():
     "evaluation/difference/rouge_l": 0.25,
     "evaluation/retention/rouge_l": 150.0,
     "evaluation/drift/mean": 0.125,
+    "evaluation/drift/domain": 0.25,
   }
+
+
+def test_what_is_kept_is_counted_where_the_base_model_is_right():
+  def score(*passed):
+    return {"mmlu": intervals.ItemScores(np.array(passed, float), share=True)}
+
+  base, trained = score(1, 0, 1, 1), score(1, 1, 0, 1)
+  prompts = [[1], [2], [3], [4]]
+  digests = comparison.add_kept(base, trained, prompts)
+  result = comparison.summarise(base, trained)
+  assert result["scores"]["trained"]["mmlu_kept"]["value"] == pytest.approx(2 / 3)
+  assert result["scores"]["trained"]["mmlu_kept"]["n"] == 3
+  assert result["scores"]["base"]["mmlu_kept"]["value"] == 1.0
+  # Two base models that are right on different questions are not compared.
+  other = comparison.add_kept(score(1, 1, 1, 0), score(1, 1, 0, 1), prompts)
+  assert digests.keys() == other.keys() == {"mmlu_kept"}
+  assert digests != other
+  wrong = score(0, 0, 0, 0)
+  assert comparison.add_kept(wrong, score(1, 1, 1, 1), prompts) == {}
+  assert "mmlu_kept" not in wrong

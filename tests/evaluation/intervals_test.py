@@ -169,3 +169,34 @@ def test_a_curve_is_read_off_in_every_sample():
   outside = intervals.interpolate_samples(curve, np.array([1.9, 1.9]))
   assert np.isnan(outside[0])
   assert outside[1] == pytest.approx(0.4)
+
+
+def test_the_lowest_height_of_a_line_within_a_bound_is_interpolated():
+  line = [
+    (np.array([0.0, 0.0]), np.array([4.0, 4.0])),
+    (np.array([2.0, 1.0]), np.array([2.0, 3.0])),
+    (np.array([1.0, 5.0]), np.array([3.5, 1.0])),
+  ]
+  actual = intervals.lowest_on_line(line, np.array([1.5, 4.0]))
+  # First sample: up to 1.5 on the way from 0 (4) to 2 (2) is 2.5, and from 2 back to 1
+  # (3.5) it is 2.75. Second: three quarters of the way from 1 (3) to 5 (1).
+  np.testing.assert_allclose(actual, [2.5, 1.5])
+  nowhere = intervals.lowest_on_line(line[1:], np.array([0.5, 1.0]))
+  assert np.isnan(nowhere[0])
+  assert nowhere[1] == pytest.approx(3.0)
+
+
+def test_seeds_are_resampled_with_their_items():
+  means_RS = np.stack([np.full(4001, 1.0), np.full(4001, 3.0)])
+  mean_S = intervals.resampled_runs(means_RS, [0, 1])
+  assert mean_S[0] == pytest.approx(2.0)
+  # Both draws are the same seed in half of the resamples.
+  values, counts = np.unique(mean_S[1:], return_counts=True)
+  np.testing.assert_allclose(values, [1.0, 2.0, 3.0])
+  np.testing.assert_allclose(counts / 4000, [0.25, 0.5, 0.25], atol=0.03)
+  # The same seeds of another setting are drawn together, one run does not vary.
+  np.testing.assert_array_equal(
+    intervals.resampled_runs(2 * means_RS, [0, 1]), 2 * mean_S
+  )
+  one_S = np.arange(4001.0)
+  np.testing.assert_array_equal(intervals.resampled_runs(one_S[None], [0]), one_S)

@@ -225,5 +225,5 @@ def test_a_folder_of_domains_is_one_comparison(tmp_path):
   assert 'href="#law/raft-low"' in page
   assert 'id="law/raft-low"' in page
   lines = (tmp_path / "comparison.md").read_text().splitlines()
-  assert lines[0] == "### Methods, mean of 2 domains"
+  assert "### Methods as curves, mean of 2 domains" in lines
   assert "### web: All settings" in lines

@@ -86,18 +86,18 @@ def test_page_and_markdown_show_what_was_measured(tmp_path):
   page = (folder / "comparison.html").read_text()
   assert "&lt;far&gt;" in page
   assert "<far>" not in page
-  # Over the loss drift and MMLU (IFEval was not measured); over the learning rate loss,
-  # drift and MMLU; no ratio of losses.
+  # The frontier; over the loss MMLU (IFEval was not measured); over the learning rate
+  # loss, drift and MMLU; no ratio of losses.
   assert page.count("<svg") == 5
   assert "Balance of the two losses" not in page
   lines = (folder / "comparison.md").read_text().splitlines()
-  assert lines[0].endswith(": All settings")
-  assert lines[2] == (
+  assert lines[2].endswith(": All settings")
+  assert lines[4] == (
     "| run | held-out loss | MMLU | retention, % | drift | SFT drift at equal loss |"
     " weight distance |"
   )
-  assert lines[7].startswith("| raft (2 seeds) | 3.250 (3.200 to 3.300) |")
-  assert "| – | – |" in lines[8]  # no drift, and none of SFT at that fit
+  assert lines[9].startswith("| raft (2 seeds) | 3.250 (3.200 to 3.300) |")
+  assert "| – | – |" in lines[10]  # no drift, and none of SFT at that fit
 
 
 def test_settings_of_one_group_are_told_apart_and_a_group_of_rates_is_one():

@@ -96,6 +96,7 @@ def _needs(law, other):
       *("anchor.batch_size=4", "anchor.max_new_tokens=5"),
     ],
     "opd_recover": [f"distill.source={other}"],
+    "disc": [f"extract.documents={law}", "extract.text_field=answer"],
     "das": ["soft_mask.limit=4", "soft_mask.batch_size=2"],
     "recadam": ["recadam.gamma=100.0"],
     "sdft_cl": ["distill.average_rate=0.5"],
@@ -297,6 +298,37 @@ def test_wise_ft_is_between_the_base_model_and_sft(make, base, sft):
 
 
 @pytest.mark.slow
+def test_disc_is_the_scaled_kl_of_sentences_by_transformers(make, source, tmp_path):
+  text = "A writ orders an act. It is issued by a court. Nobody may ignore it. "
+  for number in range(4):
+    (tmp_path / f"{number}.txt").write_text(text * (2 + number))
+  # All tokens of the vocabulary are compared.
+  settings = make("disc", f"extract.documents={tmp_path}", "distill.top_k=49152")
+  params, (first, *_) = fitted(settings)
+  _, inputs = run_inputs.prepare(settings)
+  batch = inputs.dataset[0]
+  network = transformers.AutoModelForCausalLM.from_pretrained(source).eval()
+
+  def log_p(tokens_T, length, answer):
+    ids = torch.tensor([[*tokens_T[:length], *answer]])
+    with torch.no_grad():
+      logits = network(ids).logits[0].double()
+    return torch.log_softmax(logits[length - 1 : -1] / 2, -1)
+
+  expected = []
+  for row in range(len(batch.row_id_B)):
+    answer = batch.answer_BA[row, : batch.answer_length_B[row]]
+    student = log_p(batch.prompt_BP[row], 1, answer)
+    teacher = log_p(batch.teacher_BC[row], batch.teacher_length_B[row], answer)
+    assert batch.prompt_length_B[row] == 1
+    assert batch.teacher_length_B[row] > 5
+    kl = (teacher.exp() * (teacher - student)).sum(-1)
+    expected.append(4 * float(kl.mean()))
+  assert first["loss_kd"] == pytest.approx(np.mean(expected), rel=1e-3)
+  assert distance(params, hf_load.load_params(source, hf_load.load_config(source))) > 0
+
+
+@pytest.mark.slow
 def test_mssr_whose_first_event_comes_after_the_end_is_sft(make, law, sft):
   """To the bit, with questions to replay that need no wider batches."""
   domain = f"replay.questions={law / 'train.jsonl'}"
@@ -378,6 +410,7 @@ NULLS = {
     "train.loss_mean=sequence",
   ],
   "fapm": ["prune.keep=1.0"],
+  "dg_hard": ["hard_threshold.scale=0.0"],
   "wise_ft": ["interpolate.weight=1.0"],
   "l2sp": ["anchor.strength=0.0", "train.weight_decay=0.01"],
   "ewc": ["anchor.strength=0.0", "train.weight_decay=0.01"],

@@ -7,7 +7,7 @@ from raft_jax.training import run_inputs
 # and files, or what is done with the trained model.
 MAY_CHANGE = {
   *("extract", "refine", "synthesise", "evaluate", "export", "chat", "sweep"),
-  *("mesh", "cluster", "output", "prune", "interpolate"),
+  *("mesh", "cluster", "output", "prune", "hard_threshold", "interpolate"),
 }
 
 
