@@ -178,14 +178,17 @@ def test_every_config_that_is_printed_is_one(path, tmp_path):
 OTHER_OPTIONS = {
   *("--served-model-name", "--generation-config", "--model", "--help"),
   *("--no-enable-chunked-prefill", "--constraint", "--editable", "--no-deps"),
-  *("--upgrade", "--recurse", "--ntasks", "--merge"),
+  *("--upgrade", "--recurse", "--ntasks", "--merge", "--build-arg"),
 }
 
 
 def test_every_option_that_is_named_is_one():
   option = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?![\w.])")
   known = set(OTHER_OPTIONS)
-  for path in instructions.tracked("raft_jax/*.py"):
+  for path in (
+    *instructions.tracked("raft_jax/*.py"),
+    *instructions.tracked("tests/benchmarks/*.py"),
+  ):
     known |= {text for _, text in instructions.strings(path) if option.fullmatch(text)}
   for path in instructions.tracked("launch/*"):
     code = re.sub(r"^#.*", "", path.read_text(), flags=re.MULTILINE)
