@@ -188,7 +188,7 @@ def test_every_option_that_is_named_is_one():
   for path in instructions.tracked("raft_jax/*.py"):
     known |= {text for _, text in instructions.strings(path) if option.fullmatch(text)}
   for path in instructions.tracked("tests/benchmarks/*.py"):
-    known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', path.read_text()))
+    known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text()))
   for path in instructions.tracked("launch/*"):
     code = re.sub(r"^#.*", "", path.read_text(), flags=re.MULTILINE)
     known |= set(option.findall(code))
