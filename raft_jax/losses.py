@@ -178,6 +178,9 @@ def topk_distillation(
 ) -> jax.Array:
   """RAFT's distillation loss at each token (Eq. 8-10 of arXiv 2606.00147).
 
+  For other programs, in one call from whole logits. A run of this project never has
+  whole logits, and computes the same with `divergence_on_support`.
+
   .. math::
     L_t = T^2 \\, KL(\\tilde q_t \\| \\tilde p_t), \\quad
     \\tilde q_t = \\mathrm{softmax}(u_t / T)_{|S}, \\;

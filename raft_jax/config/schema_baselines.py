@@ -75,9 +75,9 @@ class TokenWeights(Section):
 
   rule: Literal["eaft", "dft", "talr", "stm", "flow"] = "eaft"
   """What a token's weight follows. `eaft`: the model's uncertainty before the token;
-  `dft`: the token's probability; `talr`: the same, tempered; `stm`: 0 for tokens that
-  the base model finds improbable, else 1; `flow`: one weight for the whole answer, by
-  its loss under the base model."""
+  `dft`: the token's probability; `talr`: that probability, tempered; `stm`: 0 for
+  tokens that the base model finds improbable, else 1; `flow`: one weight for the whole
+  answer, by its loss under the base model."""
   exponent: Annotated[float, pydantic.Field(ge=0.0)] = 1.0
   """`eaft`, `dft`: exponent of the weight; 0: all weights are 1."""
   top_k: Positive = 20

@@ -76,6 +76,8 @@ def with_weights(
     return nll_BA, batch.token_weight_BA
   if rule.name == "dft":
     return nll_BA, token_weights.dft(nll_BA, exponent=rule.exponent)
+  if rule.name != "talr":
+    raise ValueError(f"no function for the rule {rule.name!r} of token_weights")
   temperature: Any = median if rule.temperature is None else rule.temperature
   if temperature is None:
     row_loss_B = mean_by_row(nll_BA, batch.answer_length_B)

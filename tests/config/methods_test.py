@@ -50,6 +50,7 @@ def test_every_method_is_a_valid_config_that_can_be_written_out(name, load, tmp_
 
 
 def test_raft_is_the_defaults_and_every_other_method_is_not(load):
+  assert methods.METHODS["raft"].settings == {}
   plain = load("raft")
   for name in methods.METHODS:
     changed = set(config_load.diff(plain, load(name))) - {"method"}

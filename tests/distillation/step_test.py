@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from raft_jax.config import schema
 from raft_jax.data import batching
 from raft_jax.distillation import objective, sequences, step
 from raft_jax.models import transformer
-from raft_jax.training import optim, run_plan
+from raft_jax.training import base_losses, optim, run_plan
 from tests.helpers import tiny_step
 
 RATE = 1e-3
@@ -284,6 +285,12 @@ RULES = {
 }
 
 
+def test_every_rule_that_the_step_knows_is_tested():
+  """The others are weights of the batch, from the base model's losses."""
+  known = typing.get_args(schema.TokenWeights.model_fields["rule"].annotation)
+  assert {rule for rule, _ in RULES.values()} == set(known) - set(base_losses.RULES)
+
+
 def weighing(name):
   """The step's settings with a rule that weighs tokens."""
   rule, numbers = RULES[name]
@@ -309,7 +316,10 @@ def expected_weights(name, logits, loss, row_losses):
 
 @pytest.mark.parametrize(
   "name",
-  [*list(RULES)[:3], pytest.param(list(RULES)[3], marks=pytest.mark.slow)],
+  [
+    pytest.param(name, marks=pytest.mark.slow) if "fixed" in name else name
+    for name in RULES
+  ],
 )
 def test_a_rule_weighs_the_answers_tokens_by_constants(name):
   """Against whole logits; the gradient is that of the loss with fixed weights."""

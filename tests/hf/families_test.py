@@ -50,7 +50,8 @@ class Case(NamedTuple):
 
   Attributes:
     fields: of the config, beside `TINY`.
-    matters: fields of our config that must change the logits when set to Llama's.
+    matters: fields of our config that must change the logits when set to Llama's; not
+      those, like norms and biases, with which the tree of parameters changes.
   """
 
   fields: dict[str, Any]

@@ -432,6 +432,15 @@ NULLS = {
 }
 
 
+# Without a null setting: they differ from SFT in their data or their first model alone,
+# or learn from no answers.
+WITHOUT_NULL = {"sft", "sdft", "opd_recover", "disc"}
+
+
+def test_every_method_has_a_null_setting_or_none_for_a_reason():
+  assert NULLS.keys() | WITHOUT_NULL == methods.METHODS.keys()
+
+
 @pytest.mark.parametrize("name", NULLS)
 @pytest.mark.slow
 def test_its_null_setting_is_sft_bit_for_bit(name, make, needs, sft):
