@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, family_row, hybrid_families, rope_scaling, wrappers
+from raft_jax.hf import (
+  families,
+  family_row,
+  gemma4_families,
+  hybrid_families,
+  rope_scaling,
+  wrappers,
+)
 
 if TYPE_CHECKING:
-  from raft_jax.models import gated_delta, rotary, transformer
+  from raft_jax.models import gated_delta, hybrid, rotary, transformer
 
 
 def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
@@ -133,13 +140,10 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     tie_embeddings=bool(fields["tie_word_embeddings"]),
     **_expert_counts(fields, family, place),
     delta=_delta(fields, family, place),
+    global_attention=_global_attention(fields, family, place),
     **family.extra(fields),
   )
-  if config.n_heads % config.n_kv_heads or config.head_dim % 2:
-    raise errors.UserError(
-      f"{place}: {config.n_heads} heads, {config.n_kv_heads} key/value heads of width "
-      f"{config.head_dim} do not fit together; fetch the file again"
-    )
+  _check_heads(config.n_heads, config.n_kv_heads, config.head_dim, place)
   # A field of the rope section counts more than one of the same name beside it, except
   # for this one (transformers' standardize_rope_params).
   length = fields.get("original_max_position_embeddings")
@@ -199,6 +203,49 @@ def _delta(
       "tokens is not read; use another model"
     )
   return config
+
+
+def _global_attention(
+  fields: family_row.Fields, family: family_row.Family, place: str
+) -> hybrid.GlobalAttention | None:
+  """The layers with heads of another shape, without their rotary embedding."""
+  if not family.has_global_attention:
+    return None
+  from raft_jax.models import hybrid, rotary
+
+  assert family.slides is not None
+  count = fields["num_hidden_layers"]
+  layers = tuple(layer for layer in range(count) if not family.slides(fields, layer))
+  if len(layers) == count:
+    raise errors.UserError(
+      f"{place}: model_type {fields['model_type']} is read with layers of both kinds, "
+      f"and all of its {count} have full attention; use another model"
+    )
+  shape = gemma4_families.global_shape(fields)
+  if shape is None or set(shape) - {"head_dim", "num_key_value_heads"}:
+    raise errors.UserError(
+      f"{place}: per_layer_config gives its layers with full attention different "
+      "shapes, or more than heads; use another model"
+    )
+  shape = {**fields, **shape}
+  heads = fields["num_attention_heads"]
+  own = hybrid.GlobalAttention(
+    layers,
+    n_kv_heads=_number(shape, place, "num_key_value_heads", int),
+    head_dim=_number(shape, place, "head_dim", int),
+    rope=rotary.Rope(1.0),  # until `_layer_ropes`
+    keys_are_values=bool(fields["attention_k_eq_v"]),
+  )
+  _check_heads(heads, own.n_kv_heads, own.head_dim, place)
+  return own
+
+
+def _check_heads(heads: int, kv_heads: int, width: int, place: str) -> None:
+  if heads % kv_heads or width % 2:
+    raise errors.UserError(
+      f"{place}: {heads} heads, {kv_heads} key/value heads of width {width} do not fit "
+      "together; fetch the file again"
+    )
 
 
 def _number(
@@ -297,7 +344,8 @@ def _rope(
     raise errors.UserError(
       f"{place}: rope scaling {kind!r} is not supported; use a model without it"
     )
-  width = int(config.head_dim * (fields.get("partial_rotary_factor") or 1))
+  share = fields.get("partial_rotary_factor") or 1
+  width = config.head_dim if kind == "proportional" else int(config.head_dim * share)
   rope = rotary.Rope(config.rope_theta, None if width == config.head_dim else width)
   fields = {"original_max_position_embeddings": config.max_positions, **fields}
   scaling = _scaling(fields, kind, config, width, f"{place}: rope scaling {kind!r}")
@@ -347,6 +395,12 @@ def _scaling(
     return {"divisors": (math.inf,)}
   if kind == "linear":
     return {"divisors": (number("factor"),)}
+  if kind == "proportional":
+    share = number("partial_rotary_factor", default=1.0)
+    factor = number("factor", default=1.0)
+    return {
+      "divisors": rope_scaling.proportional_divisors(width, share=share, factor=factor)
+    }
   if kind == "llama3":
     numbers = {name: number(name) for name in rope_scaling.LLAMA3_NUMBERS}
     periods = config.rope_theta**exponents
@@ -397,9 +451,16 @@ def _layer_ropes(
   config: transformer.DecoderConfig,
   place: str,
 ) -> dict[str, Any]:
-  """`ropes` and `layer_ropes` of the decoder's config."""
-  from raft_jax.models import rotary
+  """`ropes` and `layer_ropes` of the decoder's config, or both kinds of layers' own."""
+  from raft_jax.models import hybrid, rotary
 
+  if config.global_attention is not None:
+    own = hybrid.global_config(config)
+    rope = _rope(fields, family, own, place)
+    return {
+      "ropes": (rotary.Rope(_local_theta(fields, place)),),
+      "global_attention": dataclasses.replace(config.global_attention, rope=rope),
+    }
   main = _rope(fields, family, config, place)
   layers = range(config.n_layers)
   if family.rotates is not None:

@@ -247,6 +247,27 @@ CASES = {
     },
     ("ropes", "norm_offset"),
   ),
+  # Two periods of two layers, and a rest. In the layers without a window, 2 of the 8
+  # frequencies turn.
+  "gemma4_text": Case(
+    {
+      "num_hidden_layers": 5,
+      "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+      **{"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1},
+      **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+      **{"sliding_window": 6, "final_logit_softcapping": 3.0},
+      "tie_word_embeddings": True,
+    },
+    (
+      "ropes",
+      "windows",
+      "value_norm",
+      "activation",
+      "embed_scale",
+      "query_scale",
+      "logit_softcap",
+    ),
+  ),
   # Its published models have no rotary positions.
   "olmo_hybrid": Case(
     {
@@ -341,6 +362,9 @@ def made(request, tokenizer_folder, tmp_path_factory) -> Made:
         parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
       if name.endswith("bias") or "alpha" in name:
         parameter.normal_()
+    for name, buffer in reference.named_buffers():
+      if name.endswith("layer_scalar"):
+        buffer.uniform_(0.5, 1.5)
   reference.save_pretrained(folder)
   if request.param == "olmo_hybrid":
     part_convolutions(folder, reference)
