@@ -441,6 +441,16 @@ def test_every_feature_acts(made):
     assert gap(our_logits(made.params, plain, made.rows), theirs) > 1e-3, name
 
 
+@pytest.mark.parametrize("made", ["gemma4_text"], indirect=True)
+def test_global_layers_have_a_rotation_of_their_own(made):
+  own = made.config.global_attention
+  theirs = their_logits(made.reference, made.rows)
+  for rope in (dataclasses.replace(own.rope, divisors=()), made.config.ropes[0]):
+    other = dataclasses.replace(own, rope=rope)
+    plain = dataclasses.replace(made.config, global_attention=other)
+    assert gap(our_logits(made.params, plain, made.rows), theirs) > 1e-3
+
+
 def greedy(
   made: Made, rows: list[np.ndarray], *, new: int, unroll: int = 1
 ) -> np.ndarray:
@@ -522,7 +532,9 @@ def test_two_turns_of_a_chat_equal_transformers(made):
     np.testing.assert_array_equal(answer, want)
 
 
-@pytest.mark.parametrize("made", ["olmo3", "ministral3", "exaone4"], indirect=True)
+@pytest.mark.parametrize(
+  "made", ["olmo3", "ministral3", "exaone4", "gemma4_text"], indirect=True
+)
 def test_two_answers_in_one_row_equal_separate_passes(made):
   """Both follow the prompt in their positions, and neither sees the other."""
   prompt, first, second = made.rows[1], made.rows[0][:20], made.rows[0][20:]
@@ -825,6 +837,9 @@ def test_tree_is_shardable_and_trainable(made):
 
   for path, leaf in jax.tree.leaves_with_path(gradient(made.params)):
     largest = jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim)))
+    if "layer_scale" in str(path):  # it is a buffer, and stays as it is
+      assert (largest == 0).all(), path
+      continue
     if "layers" in str(path):
       assert (largest > 0).all(), path
     assert jnp.isfinite(leaf).all(), path
