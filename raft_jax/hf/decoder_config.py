@@ -14,16 +14,16 @@ import numpy as np
 
 from raft_jax import errors
 from raft_jax.hf import (
+  config_checks,
   families,
   family_row,
-  gemma4_families,
-  hybrid_families,
+  layer_kinds,
   rope_scaling,
   wrappers,
 )
 
 if TYPE_CHECKING:
-  from raft_jax.models import gated_delta, hybrid, rotary, transformer
+  from raft_jax.models import rotary, transformer
 
 
 def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
@@ -121,11 +121,11 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     rope = {**rope, "rope_type": "none"}
 
   def number(name: str, kind: type, default: Any = None) -> Any:
-    return _number(fields, place, name, kind, default)
+    return config_checks.number(fields, place, name, kind, default)
 
   heads, width = number("num_attention_heads", int), number("hidden_size", int)
   layers = number("num_hidden_layers", int)
-  _check_lists(fields, layers, place)
+  config_checks.lists(fields, layers, place)
   config = transformer.DecoderConfig(
     vocab_size=number("vocab_size", int),
     d_model=width,
@@ -139,11 +139,11 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     max_positions=number("max_position_embeddings", int),
     tie_embeddings=bool(fields["tie_word_embeddings"]),
     **_expert_counts(fields, family, place),
-    delta=_delta(fields, family, place),
-    global_attention=_global_attention(fields, family, place),
+    delta=layer_kinds.delta(fields, family, place),
+    global_attention=layer_kinds.global_attention(fields, family, place),
     **family.extra(fields),
   )
-  _check_heads(config.n_heads, config.n_kv_heads, config.head_dim, place)
+  config_checks.heads(config.n_heads, config.n_kv_heads, config.head_dim, place)
   # A field of the rope section counts more than one of the same name beside it, except
   # for this one (transformers' standardize_rope_params).
   length = fields.get("original_max_position_embeddings")
@@ -157,110 +157,6 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   )
 
 
-def _delta(
-  fields: family_row.Fields, family: family_row.Family, place: str
-) -> gated_delta.DeltaConfig | None:
-  """The layers of Gated DeltaNet."""
-  if family.delta is None:
-    return None
-  from raft_jax.models import gated_delta
-
-  layers = range(fields["num_hidden_layers"])
-  if not fields.get("layer_types"):
-    _number(fields, place, "full_attention_interval", int)
-  for kind in fields.get("layer_types") or ():
-    if kind not in ("linear_attention", "full_attention"):
-      raise errors.UserError(
-        f"{place}: model_type {fields['model_type']}: layers of kind {kind!r} are not "
-        "read; use another model"
-      )
-  linear = tuple(layer for layer in layers if hybrid_families.is_linear(fields, layer))
-  if len(linear) in (0, len(layers)):
-    raise errors.UserError(
-      f"{place}: model_type {fields['model_type']} is read with layers of both kinds, "
-      f"and {len(linear)} of its {len(layers)} are linear; use another model"
-    )
-
-  def number(name: str, default: int | None = None) -> int:
-    return _number(fields, place, f"linear_{name}", int, default)
-
-  heads = fields["num_attention_heads"]
-  key_heads = number("num_key_heads", heads)
-  key_width = number("key_head_dim", int(0.75 * fields["hidden_size"] / key_heads))
-  config = gated_delta.DeltaConfig(
-    layers=linear,
-    key_heads=key_heads,
-    value_heads=number("num_value_heads", heads),
-    key_width=key_width,
-    value_width=number("value_head_dim", 2 * key_width),
-    conv_width=number("conv_kernel_dim"),
-    **family.delta(fields),
-  )
-  if config.value_heads % config.key_heads or config.conv_width < 2:
-    raise errors.UserError(
-      f"{place}: linear attention with {config.key_heads} key heads, "
-      f"{config.value_heads} value heads and a convolution over {config.conv_width} "
-      "tokens is not read; use another model"
-    )
-  return config
-
-
-def _global_attention(
-  fields: family_row.Fields, family: family_row.Family, place: str
-) -> hybrid.GlobalAttention | None:
-  """The layers with heads of another shape, without their rotary embedding."""
-  if not family.has_global_attention:
-    return None
-  from raft_jax.models import hybrid, rotary
-
-  assert family.slides is not None
-  count = fields["num_hidden_layers"]
-  layers = tuple(layer for layer in range(count) if not family.slides(fields, layer))
-  if len(layers) == count:
-    raise errors.UserError(
-      f"{place}: model_type {fields['model_type']} is read with layers of both kinds, "
-      f"and all of its {count} have full attention; use another model"
-    )
-  shape = gemma4_families.global_shape(fields)
-  if shape is None or set(shape) - {"head_dim", "num_key_value_heads"}:
-    raise errors.UserError(
-      f"{place}: per_layer_config gives its layers with full attention different "
-      "shapes, or more than heads; use another model"
-    )
-  shape = {**fields, **shape}
-  heads = fields["num_attention_heads"]
-  own = hybrid.GlobalAttention(
-    layers,
-    n_kv_heads=_number(shape, place, "num_key_value_heads", int),
-    head_dim=_number(shape, place, "head_dim", int),
-    rope=rotary.Rope(1.0),  # until `_layer_ropes`
-    keys_are_values=bool(fields["attention_k_eq_v"]),
-  )
-  _check_heads(heads, own.n_kv_heads, own.head_dim, place)
-  return own
-
-
-def _check_heads(heads: int, kv_heads: int, width: int, place: str) -> None:
-  if heads % kv_heads or width % 2:
-    raise errors.UserError(
-      f"{place}: {heads} heads, {kv_heads} key/value heads of width {width} do not fit "
-      "together; fetch the file again"
-    )
-
-
-def _number(
-  fields: family_row.Fields, place: str, name: str, kind: type, default: Any = None
-) -> Any:
-  value = fields.get(name)
-  value = default if value is None else value
-  is_number = isinstance(value, int if kind is int else int | float)
-  if not is_number or isinstance(value, bool) or not 0 < value < 2**63:
-    raise errors.UserError(
-      f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
-    )
-  return kind(value)
-
-
 def _expert_counts(
   fields: family_row.Fields, family: family_row.Family, place: str
 ) -> dict[str, Any]:
@@ -268,8 +164,8 @@ def _expert_counts(
     return {}
   # The same model may be saved with either name (transformers' attribute_map).
   name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
-  count = _number(fields, place, name, int)
-  per_token = _number(fields, place, "num_experts_per_tok", int)
+  count = config_checks.number(fields, place, name, int)
+  per_token = config_checks.number(fields, place, "num_experts_per_tok", int)
   if per_token > count:
     raise errors.UserError(
       f"{place}: num_experts_per_tok is {per_token}, of {count} experts; fetch the "
@@ -277,19 +173,9 @@ def _expert_counts(
     )
   counts = {"n_experts": count, "experts_per_token": per_token}
   if "layers/shared_router" in family.names:
-    width = _number(fields, place, "shared_expert_intermediate_size", int)
+    width = config_checks.number(fields, place, "shared_expert_intermediate_size", int)
     counts["shared_d_ff"] = width
   return counts
-
-
-def _check_lists(fields: family_row.Fields, layers: int, place: str) -> None:
-  for name in ("layer_types", "no_rope_layers"):
-    items = fields.get(name)
-    if items is not None and (not isinstance(items, list) or len(items) < layers):
-      raise errors.UserError(
-        f"{place}: {name} does not name each of the {layers} layers; fetch the file "
-        "again"
-      )
 
 
 def _windows(
@@ -381,7 +267,7 @@ def _scaling(
   exponents = np.arange(0, width, 2) / width
 
   def number(name: str, kind_: type = float, default: float | None = None) -> Any:
-    return _number(fields, place, name, kind_, default)
+    return config_checks.number(fields, place, name, kind_, default)
 
   def factors(name: str) -> tuple[float, ...]:
     values = fields.get(name)
@@ -442,7 +328,7 @@ def _local_theta(fields: family_row.Fields, place: str) -> float:
     )
   if local:
     fields = {**fields, "rope_local_base_freq": local.get("rope_theta")}
-  return _number(fields, place, "rope_local_base_freq", float)
+  return config_checks.number(fields, place, "rope_local_base_freq", float)
 
 
 def _layer_ropes(

@@ -99,7 +99,7 @@ def global_shape(fields: family_row.Fields) -> dict[str, int] | None:
     }
     shapes = list(by_layer.values())
     same = {*map(str, by_layer)} == layers and all(s == shapes[0] for s in shapes)
-    return shapes[0] if same else None
+    return shapes[0] if same and isinstance(shapes[0], dict) else None
   shape = {"head_dim": fields["global_head_dim"]}
   heads = fields.get("num_global_key_value_heads")
   if fields["attention_k_eq_v"] and heads is not None:
@@ -109,7 +109,7 @@ def global_shape(fields: family_row.Fields) -> dict[str, int] | None:
 
 FAMILIES = {
   "gemma4_text": family_row.Family(
-    models="Gemma 4 (dense, text)",
+    models="Gemma 4 (text)",
     architecture="Gemma4ForCausalLM",
     names=_names(),
     defaults={
@@ -124,7 +124,7 @@ FAMILIES = {
     slides=slides,
   ),
   "gemma4_unified_text": family_row.Family(
-    models="Gemma 4 12B (text)",
+    models="Gemma 4 (text)",
     architecture="Gemma4UnifiedForCausalLM",
     names=_names(),
     defaults={
