@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Cache = dict[str, Array]
 """{"k", "v"} of all layers, each [L, B, S, N, h]; see `init` for the others."""
-GLOBAL = ("global_k", "global_v")
+GLOBAL_KV = ("global_k", "global_v")
 """Keys and values of the global layers."""
 STATES = ("conv", "matrix")
 """The fields of `gated_delta.State`, each stacked over the layers that have it."""
@@ -42,7 +42,7 @@ def init(
   cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
   if own := config.global_attention:
     shape = (len(own.layers), batch, length, own.n_kv_heads, own.head_dim)
-    cache |= {name: jnp.zeros(shape, dtype) for name in GLOBAL}
+    cache |= {name: jnp.zeros(shape, dtype) for name in GLOBAL_KV}
   if config.reads_key_positions:
     cache["positions"] = jnp.zeros((batch, length), jnp.int32)
   if config.delta is not None:
@@ -60,7 +60,7 @@ def of_layers(cache: Cache) -> Cache:
 
 def lengthened(cache: Cache, more: int) -> Cache:
   """The cache with more empty columns behind its own."""
-  axes = {**dict.fromkeys(("k", "v", *GLOBAL), 2), "positions": 1}
+  axes = {**dict.fromkeys(("k", "v", *GLOBAL_KV), 2), "positions": 1}
 
   def pad(leaf: Array, axis: int) -> Array:
     widths = [(0, 0)] * leaf.ndim
@@ -81,14 +81,14 @@ def without_states(cache: Cache) -> Cache:
 
 def of_global(cache: Cache) -> Cache:
   """The cache as a global layer reads and writes it: its own kind's `k` and `v`."""
-  return hybrid.plain({name: cache[name] for name in GLOBAL})
+  return hybrid.plain({name: cache[name] for name in GLOBAL_KV})
 
 
 def with_global(cache: Cache, written: Cache) -> Cache:
   """The cache with what a global layer made of `of_global` of it."""
   return {
     **cache,
-    **{name: written[name.removeprefix(hybrid.GLOBAL)] for name in GLOBAL},
+    **{name: written[name.removeprefix(hybrid.GLOBAL)] for name in GLOBAL_KV},
   }
 
 

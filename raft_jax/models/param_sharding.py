@@ -47,18 +47,17 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
     layers["layer_scale"] = ("layers", "width")
   if config.global_attention is not None:
     own = axes(hybrid.global_config(config))["layers"]
-    names = (name for name in own if name in hybrid.ATTENTION)
-    layers |= {hybrid.GLOBAL + name: own[name] for name in names}
+    layers |= {hybrid.GLOBAL + name: own[name] for name in hybrid.ATTENTION & {*own}}
   if config.delta is not None:
     layers |= {name: ("layers", *names) for name, names in gated_delta.AXES.items()}
-  tree: transformer.Params = {
+  names: transformer.Params = {
     "embed": ("vocab", "embed"),
     "final_norm": ("embed",),
     "layers": layers,
   }
   if not config.tie_embeddings:
-    tree["head"] = ("vocab", "embed")
-  return tree
+    names["head"] = ("vocab", "embed")
+  return names
 
 
 def gathered_head(params: transformer.Params, dtype: str) -> Array:

@@ -66,7 +66,8 @@ def make_balancer(
 # --- The chain ------------------------------------------------------------------------
 
 _EXEMPT = re.compile(
-  r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$|^layer_scale$|^(delta_)?a_log$"
+  r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$|^(delta_)?a_log$"
+  r"|^layer_scale$"
 )
 
 
@@ -74,8 +75,8 @@ def decays(params: Any) -> Any:
   """Mask tree of bools: weight decay applies to all but norm scales and biases.
 
   The numbers of an activation (`xielu_p`) and attention's `sinks` are exempt, too, and
-  so is `a_log`, the decay of a state (`gated_delta`), as in its authors' code; and
-  `layer_scale`, which never changes.
+  so is `a_log`, the decay of a state (`gated_delta`), as in its authors' code.
+  `layer_scale` never changes.
 
   The names in a parameter's path decide, in the spelling of this package, of Flax and
   of transformers: a name that contains `norm` (`input_norm`, `LayerNorm_0`), or is
