@@ -38,7 +38,12 @@ def split(
   alpha: float,
   key: Array,
 ) -> partition.Split:
-  """The split that trains adapters of these kernels and nothing else."""
+  """The split that trains adapters of these kernels and nothing else.
+
+  `global_v` is passed over where the values of global layers are their keys.
+  """
+  own = transformer.shapes(config)["layers"]
+  kernels = [name for name in kernels if name in own or name != "global_v"]
   start = functools.partial(init, key, config, kernels, rank)
   axes = param_sharding.axes(config)["layers"]
 

@@ -403,7 +403,7 @@ def test_peft_lays_an_adapter_over_the_whole_model(made, tmp_path):
     for name, _ in adapted.named_modules()
     if name.endswith("lora_A.default")
   }
-  counts = [len(hybrid.layers_of(made.config, kernel)) for kernel in kernels]
+  counts = [len(hybrid.layers_of(made.config, kernel)) for kernel in adapters["lora"]]
   assert len(adapted_modules) == sum(counts)
   assert all("language_model.layers" in name for name in adapted_modules)
 
