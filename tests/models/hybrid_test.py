@@ -141,6 +141,13 @@ def test_half_of_the_attention_projections_is_refused(config):
     optim.make_mask(schema.Freeze(mode="half"), SHAPES, config, seed=0)
 
 
+def test_the_scale_of_a_layer_does_not_decay():
+  decays = optim.decays(transformer.shapes(GLOBAL))["layers"]
+  assert not decays["layer_scale"]
+  assert decays["global_q"]
+
+
+@pytest.mark.slow
 def test_the_scale_of_a_layer_never_changes():
   """Under a loss that wants it smaller, and weight decay; bit for bit."""
   params = transformer.init(jax.random.key(0), GLOBAL)
