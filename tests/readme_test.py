@@ -116,10 +116,11 @@ def model_table() -> str:
 
 
 def model_sentence() -> str:
-  """All models, in one sentence."""
-  names = (family.models for family in families.FAMILIES.values())
-  text = f"Text models: {', '.join(names)}. Text towers: "
-  text += ", ".join(wrapper.models for wrapper in wrappers.WRAPPERS.values())
+  """All models, each once."""
+  names = dict.fromkeys(family.models for family in families.FAMILIES.values())
+  towers = dict.fromkeys(wrapper.models for wrapper in wrappers.WRAPPERS.values())
+  text = f"Text models: {', '.join(names)}. Text towers, whose other parts are "
+  text += f"exported unchanged: {', '.join(towers)}"
   return textwrap.fill(f"{text}.", 88, break_on_hyphens=False) + "\n"
 
 

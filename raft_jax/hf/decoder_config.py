@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raft_jax import errors
-from raft_jax.hf import families, family_row, hybrid_families, rope_scaling, wrappers
+from raft_jax.hf import (
+  config_checks,
+  families,
+  family_row,
+  layer_kinds,
+  rope_scaling,
+  wrappers,
+)
 
 if TYPE_CHECKING:
-  from raft_jax.models import gated_delta, rotary, transformer
+  from raft_jax.models import rotary, transformer
 
 
 def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
@@ -114,11 +121,11 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     rope = {**rope, "rope_type": "none"}
 
   def number(name: str, kind: type, default: Any = None) -> Any:
-    return _number(fields, place, name, kind, default)
+    return config_checks.number(fields, place, name, kind, default)
 
   heads, width = number("num_attention_heads", int), number("hidden_size", int)
   layers = number("num_hidden_layers", int)
-  _check_lists(fields, layers, place)
+  config_checks.lists(fields, layers, place)
   config = transformer.DecoderConfig(
     vocab_size=number("vocab_size", int),
     d_model=width,
@@ -132,14 +139,11 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     max_positions=number("max_position_embeddings", int),
     tie_embeddings=bool(fields["tie_word_embeddings"]),
     **_expert_counts(fields, family, place),
-    delta=_delta(fields, family, place),
+    delta=layer_kinds.delta(fields, family, place),
+    global_attention=layer_kinds.global_attention(fields, family, place),
     **family.extra(fields),
   )
-  if config.n_heads % config.n_kv_heads or config.head_dim % 2:
-    raise errors.UserError(
-      f"{place}: {config.n_heads} heads, {config.n_kv_heads} key/value heads of width "
-      f"{config.head_dim} do not fit together; fetch the file again"
-    )
+  config_checks.heads(config.n_heads, config.n_kv_heads, config.head_dim, place)
   # A field of the rope section counts more than one of the same name beside it, except
   # for this one (transformers' standardize_rope_params).
   length = fields.get("original_max_position_embeddings")
@@ -153,67 +157,6 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   )
 
 
-def _delta(
-  fields: family_row.Fields, family: family_row.Family, place: str
-) -> gated_delta.DeltaConfig | None:
-  """The layers of Gated DeltaNet."""
-  if family.delta is None:
-    return None
-  from raft_jax.models import gated_delta
-
-  layers = range(fields["num_hidden_layers"])
-  if not fields.get("layer_types"):
-    _number(fields, place, "full_attention_interval", int)
-  for kind in fields.get("layer_types") or ():
-    if kind not in ("linear_attention", "full_attention"):
-      raise errors.UserError(
-        f"{place}: model_type {fields['model_type']}: layers of kind {kind!r} are not "
-        "read; use another model"
-      )
-  linear = tuple(layer for layer in layers if hybrid_families.is_linear(fields, layer))
-  if len(linear) in (0, len(layers)):
-    raise errors.UserError(
-      f"{place}: model_type {fields['model_type']} is read with layers of both kinds, "
-      f"and {len(linear)} of its {len(layers)} are linear; use another model"
-    )
-
-  def number(name: str, default: int | None = None) -> int:
-    return _number(fields, place, f"linear_{name}", int, default)
-
-  heads = fields["num_attention_heads"]
-  key_heads = number("num_key_heads", heads)
-  key_width = number("key_head_dim", int(0.75 * fields["hidden_size"] / key_heads))
-  config = gated_delta.DeltaConfig(
-    layers=linear,
-    key_heads=key_heads,
-    value_heads=number("num_value_heads", heads),
-    key_width=key_width,
-    value_width=number("value_head_dim", 2 * key_width),
-    conv_width=number("conv_kernel_dim"),
-    **family.delta(fields),
-  )
-  if config.value_heads % config.key_heads or config.conv_width < 2:
-    raise errors.UserError(
-      f"{place}: linear attention with {config.key_heads} key heads, "
-      f"{config.value_heads} value heads and a convolution over {config.conv_width} "
-      "tokens is not read; use another model"
-    )
-  return config
-
-
-def _number(
-  fields: family_row.Fields, place: str, name: str, kind: type, default: Any = None
-) -> Any:
-  value = fields.get(name)
-  value = default if value is None else value
-  is_number = isinstance(value, int if kind is int else int | float)
-  if not is_number or isinstance(value, bool) or not 0 < value < 2**63:
-    raise errors.UserError(
-      f"{place}: {name} is {value!r}, not a positive number; fetch the file again"
-    )
-  return kind(value)
-
-
 def _expert_counts(
   fields: family_row.Fields, family: family_row.Family, place: str
 ) -> dict[str, Any]:
@@ -221,8 +164,8 @@ def _expert_counts(
     return {}
   # The same model may be saved with either name (transformers' attribute_map).
   name = "num_local_experts" if "num_local_experts" in fields else "num_experts"
-  count = _number(fields, place, name, int)
-  per_token = _number(fields, place, "num_experts_per_tok", int)
+  count = config_checks.number(fields, place, name, int)
+  per_token = config_checks.number(fields, place, "num_experts_per_tok", int)
   if per_token > count:
     raise errors.UserError(
       f"{place}: num_experts_per_tok is {per_token}, of {count} experts; fetch the "
@@ -230,19 +173,9 @@ def _expert_counts(
     )
   counts = {"n_experts": count, "experts_per_token": per_token}
   if "layers/shared_router" in family.names:
-    width = _number(fields, place, "shared_expert_intermediate_size", int)
+    width = config_checks.number(fields, place, "shared_expert_intermediate_size", int)
     counts["shared_d_ff"] = width
   return counts
-
-
-def _check_lists(fields: family_row.Fields, layers: int, place: str) -> None:
-  for name in ("layer_types", "no_rope_layers"):
-    items = fields.get(name)
-    if items is not None and (not isinstance(items, list) or len(items) < layers):
-      raise errors.UserError(
-        f"{place}: {name} does not name each of the {layers} layers; fetch the file "
-        "again"
-      )
 
 
 def _windows(
@@ -297,7 +230,8 @@ def _rope(
     raise errors.UserError(
       f"{place}: rope scaling {kind!r} is not supported; use a model without it"
     )
-  width = int(config.head_dim * (fields.get("partial_rotary_factor") or 1))
+  share = fields.get("partial_rotary_factor") or 1
+  width = config.head_dim if kind == "proportional" else int(config.head_dim * share)
   rope = rotary.Rope(config.rope_theta, None if width == config.head_dim else width)
   fields = {"original_max_position_embeddings": config.max_positions, **fields}
   scaling = _scaling(fields, kind, config, width, f"{place}: rope scaling {kind!r}")
@@ -333,7 +267,7 @@ def _scaling(
   exponents = np.arange(0, width, 2) / width
 
   def number(name: str, kind_: type = float, default: float | None = None) -> Any:
-    return _number(fields, place, name, kind_, default)
+    return config_checks.number(fields, place, name, kind_, default)
 
   def factors(name: str) -> tuple[float, ...]:
     values = fields.get(name)
@@ -347,6 +281,12 @@ def _scaling(
     return {"divisors": (math.inf,)}
   if kind == "linear":
     return {"divisors": (number("factor"),)}
+  if kind == "proportional":
+    share = number("partial_rotary_factor", default=1.0)
+    factor = number("factor", default=1.0)
+    return {
+      "divisors": rope_scaling.proportional_divisors(width, share=share, factor=factor)
+    }
   if kind == "llama3":
     numbers = {name: number(name) for name in rope_scaling.LLAMA3_NUMBERS}
     periods = config.rope_theta**exponents
@@ -388,7 +328,7 @@ def _local_theta(fields: family_row.Fields, place: str) -> float:
     )
   if local:
     fields = {**fields, "rope_local_base_freq": local.get("rope_theta")}
-  return _number(fields, place, "rope_local_base_freq", float)
+  return config_checks.number(fields, place, "rope_local_base_freq", float)
 
 
 def _layer_ropes(
@@ -397,9 +337,16 @@ def _layer_ropes(
   config: transformer.DecoderConfig,
   place: str,
 ) -> dict[str, Any]:
-  """`ropes` and `layer_ropes` of the decoder's config."""
-  from raft_jax.models import rotary
+  """`ropes` and `layer_ropes` of the decoder's config, or both kinds of layers' own."""
+  from raft_jax.models import hybrid, rotary
 
+  if config.global_attention is not None:
+    own = hybrid.global_config(config)
+    rope = _rope(fields, family, own, place)
+    return {
+      "ropes": (rotary.Rope(_local_theta(fields, place)),),
+      "global_attention": dataclasses.replace(config.global_attention, rope=rope),
+    }
   main = _rope(fields, family, config, place)
   layers = range(config.n_layers)
   if family.rotates is not None:

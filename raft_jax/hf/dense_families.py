@@ -76,12 +76,6 @@ def _glm(fields: family_row.Fields) -> dict[str, Any]:
   return {"qkv_bias": bool(fields["attention_bias"]), "rope_interleaved": True}
 
 
-_GEMMA_NORMS = {
-  "attn_norm": "input_layernorm",
-  "attn_post_norm": "post_attention_layernorm",
-  "mlp_norm": "pre_feedforward_layernorm",
-  "mlp_post_norm": "post_feedforward_layernorm",
-}
 _GEMMA = {
   **family_parts.COMMON,
   "head_dim": 256,
@@ -457,7 +451,7 @@ FAMILIES = {
     models="Gemma 2",
     architecture="Gemma2ForCausalLM",
     names=family_parts.names(
-      _GEMMA_NORMS, family_parts.ATTENTION, family_parts.MLP, in_gguf=_GGUF
+      family_parts.GEMMA_NORMS, family_parts.ATTENTION, family_parts.MLP, in_gguf=_GGUF
     ),
     defaults={
       **_GEMMA,
@@ -474,7 +468,7 @@ FAMILIES = {
     models="Gemma 3 (text)",
     architecture="Gemma3ForCausalLM",
     names=family_parts.names(
-      _GEMMA_NORMS,
+      family_parts.GEMMA_NORMS,
       family_parts.ATTENTION,
       family_parts.QK_NORMS,
       family_parts.MLP,

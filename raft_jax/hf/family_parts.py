@@ -23,6 +23,12 @@ POST_NORMS = {
   "attn_post_norm": "post_attention_layernorm",
   "mlp_post_norm": "post_feedforward_layernorm",
 }
+GEMMA_NORMS = {
+  "attn_norm": "input_layernorm",
+  "attn_post_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
 

@@ -114,6 +114,11 @@ class Family(NamedTuple):
     """Whether its feed-forward is a mixture of experts."""
     return "layers/router" in self.names
 
+  @property
+  def has_global_attention(self) -> bool:
+    """Whether layers without a window have attention of another shape."""
+    return "layers/global_q" in self.names
+
   def as_stored(self, stored: Iterable[str]) -> Family:
     """The family under the names of a checkpoint that has the tensors `stored`."""
     stacks = tuple(name.hf.rpartition("{}")[2] for name in self.stacked.values())

@@ -41,8 +41,8 @@ def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
   modules = _modules(family)
   own = {kernel for kernels in modules.values() for kernel in kernels}
   kernels_by_name = {f"{kernel}_proj": {kernel} & own for kernel in lora.KERNELS}
-  for module, kernels in modules.items():
-    kernels_by_name[_target(family, module)] = set(kernels)
+  for (module, _), kernels in modules.items():
+    kernels_by_name.setdefault(_target(family, module), set()).update(kernels)
   unknown = [name for name in names if name not in kernels_by_name]
   targeted = set().union(*(kernels_by_name.get(name, ()) for name in names))
   if unknown or not targeted:
@@ -54,13 +54,17 @@ def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
   return tuple(kernel for kernel in lora.ALL_KERNELS if kernel in targeted)
 
 
-def _modules(family: family_row.Family) -> dict[str, tuple[str, ...]]:
-  """Module `model.layers.{}.self_attn.q_proj` -> its kernels, in order of its rows."""
-  modules: dict[str, tuple[str, ...]] = {}
+def _modules(family: family_row.Family) -> dict[tuple[str, bool], tuple[str, ...]]:
+  """Module `model.layers.{}.self_attn.q_proj` -> its kernels, in order of its rows.
+
+  Beside the name stands whether it is the module of that name in global layers
+  (`hybrid.GlobalAttention`), which has kernels of its own.
+  """
+  modules: dict[tuple[str, bool], tuple[str, ...]] = {}
   for path, name in family.names.items():
     kernel = path.removeprefix("layers/")
     if kernel in lora.ALL_KERNELS and not name.of_experts:
-      module = name.hf.removesuffix(".weight")
+      module = name.hf.removesuffix(".weight"), kernel.startswith(hybrid.GLOBAL)
       modules[module] = (*modules.get(module, ()), kernel)
   return modules
 
@@ -82,17 +86,19 @@ def config(
   family: family_row.Family, kernels: Sequence[str], *, rank: int, alpha: float
 ) -> dict[str, Any]:
   """The content of `adapter_config.json`, without the base model's name."""
-  adapted = {
-    _target(family, module): tuple(part for part in parts if part in kernels)
-    for module, parts in _modules(family).items()
-  }
-  adapted = {name: parts for name, parts in adapted.items() if parts}
+  adapted = [
+    (module, own)
+    for (module, _), parts in _modules(family).items()
+    if (own := [part for part in parts if part in kernels])
+  ]
   # Adapters of kernels that are fused into one module are stacked, and so are their
   # ranks; alpha grows with the rank, so that alpha / rank stays the same.
-  stacked = {name: len(parts) for name, parts in adapted.items() if len(parts) > 1}
-  target_modules: str | list[str] = list(adapted)
+  stacked = {
+    _target(family, module): len(parts) for module, parts in adapted if len(parts) > 1
+  }
+  modules = list(dict.fromkeys(module for module, _ in adapted))
+  target_modules: str | list[str] = [_target(family, module) for module in modules]
   if family.wrapped:  # an image encoder has modules of the same names
-    modules = [m for m, parts in _modules(family).items() if {*parts} & {*kernels}]
     target_modules = "|".join(
       re.escape(module).replace(r"\{\}", r"\d+") for module in modules
     )
@@ -128,7 +134,7 @@ def tensors(
     if name in lora.ALL_KERNELS
   }
   groups = decoder_config.row_groups(family, decoder)
-  for module, parts in _modules(family).items():
+  for (module, _), parts in _modules(family).items():
     on_host = {
       name: {half: np.asarray(leaf) for half, leaf in adapters[name].items()}
       for name in parts

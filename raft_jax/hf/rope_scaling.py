@@ -41,6 +41,17 @@ def llama3_divisors(
   return tuple((1 / ((1 - share) / factor + share)).tolist())
 
 
+def proportional_divisors(
+  width: int, *, share: float, factor: float
+) -> tuple[float, ...]:
+  """Divisors of the rotary frequencies in the rope scaling `proportional`.
+
+  The first frequencies, a share of all, are slowed by `factor`; the others do not turn.
+  """
+  turning = int(share * width // 2)
+  return (factor,) * turning + (math.inf,) * (width // 2 - turning)
+
+
 def yarn_divisors(
   theta: float,
   width: int,

@@ -41,6 +41,16 @@ WRAPPERS = {
       "num_key_value_heads": 4,
     },
   ),
+  "gemma4": Wrapper(
+    models="Gemma 4 31B",
+    architecture="Gemma4ForConditionalGeneration",
+    tower="gemma4_text",
+  ),
+  "gemma4_unified": Wrapper(
+    models="Gemma 4 12B",
+    architecture="Gemma4UnifiedForConditionalGeneration",
+    tower="gemma4_unified_text",
+  ),
   "mistral3": Wrapper(
     models="Mistral Small 3.1 and later, Ministral 3 with images",
     architecture="Mistral3ForConditionalGeneration",

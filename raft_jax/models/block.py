@@ -115,6 +115,8 @@ class Block(nnx.Module):
       self.attn_norm, self.mlp_norm = norm(d), norm(d)
     if config.post_norms and not linear:
       self.attn_post_norm, self.mlp_post_norm = norm(d), norm(d)
+    if config.layer_scales:
+      self.layer_scale = nnx.Param(jnp.ones(1))
 
   def init_attention(
     self,
@@ -125,7 +127,9 @@ class Block(nnx.Module):
     config, d = self.config, self.config.d_model
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     queries = 2 * heads if config.attention_gate else heads
-    self.q, self.k, self.v = kernel(queries, d), kernel(kv, d), kernel(kv, d)
+    self.q, self.k = kernel(queries, d), kernel(kv, d)
+    if not config.keys_are_values:
+      self.v = kernel(kv, d)
     self.o = kernel(d, heads)
     if config.qkv_bias:
       self.q_bias = nnx.Param(jnp.zeros(heads))
@@ -171,6 +175,10 @@ class Block(nnx.Module):
     x_BTD = x_BTD + times(self.norm(attended, "attn_post_norm"), scale)
     fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
     x_BTD = x_BTD + times(self.norm(fed, "mlp_post_norm"), scale)
+    if self.config.layer_scales:
+      # It is no parameter of the published models (a buffer in transformers).
+      layer_scale = jax.lax.stop_gradient(self.layer_scale[...])
+      x_BTD = x_BTD * layer_scale.astype(x_BTD.dtype)
     return LayerOutputs(x_BTD, cache, load)
 
   def feed_forward(
@@ -227,15 +235,19 @@ class Block(nnx.Module):
     parts = x if parts.shape[-2] == 1 else parts
     return rms_norm(parts, scale, self.config).reshape(x.shape)
 
-  def heads(
-    self, x_BTD: Array, name: str, count: int, lora: transformer.Params
-  ) -> Array:
-    """Queries, keys or values [B, T, count, h]."""
+  def projected(self, x_BTD: Array, name: str, lora: transformer.Params) -> Array:
+    """All heads of queries, keys or values beside each other, without a norm."""
     x = layer_functions.project(x_BTD, getattr(self, name), lora.get(name))
     if self.config.qkv_bias:
       x = x + getattr(self, f"{name}_bias")[...].astype(x.dtype)
-    x = self.norm(x, f"{name}_norm")
-    return x.reshape(*x.shape[:-1], count, self.config.head_dim)
+    return x
+
+  def heads(self, x_BTI: Array, name: str, count: int) -> Array:
+    """Queries, keys or values [B, T, count, h] from what `projected` gives."""
+    x = self.norm(x_BTI, f"{name}_norm").reshape(*x_BTI.shape[:-1], count, -1)
+    if name == "v" and self.config.value_norm:
+      x = layer_functions.rms_norm(x, None, eps=self.config.rms_eps)
+    return x
 
   def gated_queries(
     self, x_BTD: Array, lora: transformer.Params
@@ -269,9 +281,12 @@ class Block(nnx.Module):
     if c.attention_gate:
       q_BTHh, gate_BTI = self.gated_queries(x_BTD, lora)
     else:
-      q_BTHh, gate_BTI = self.heads(x_BTD, "q", c.n_heads, lora), None
-    k_BTNh = self.heads(x_BTD, "k", c.n_kv_heads, lora)
-    v_BTNh = self.heads(x_BTD, "v", c.n_kv_heads, lora)
+      q_BTI, gate_BTI = self.projected(x_BTD, "q", lora), None
+      q_BTHh = self.heads(q_BTI, "q", c.n_heads)
+    k_BTI = self.projected(x_BTD, "k", lora)
+    k_BTNh = self.heads(k_BTI, "k", c.n_kv_heads)
+    v_BTI = k_BTI if c.keys_are_values else self.projected(x_BTD, "v", lora)
+    v_BTNh = self.heads(v_BTI, "v", c.n_kv_heads)
     q_BTHh, k_BTNh = (
       rotary.rotate(x, *inputs.rotation, interleaved=c.rope_interleaved)
       for x in (q_BTHh, k_BTNh)

@@ -1,16 +1,18 @@
-"""Networks whose layers are of two kinds: attention, and Gated DeltaNet.
+"""Networks whose layers are of two kinds: attention, and another one.
 
-A layer has the parameters of its kind, so not every leaf has a row for each layer: a
-leaf is stacked over the layers that have it, in their order, and `layers_of` names
-them. The scan runs over periods of layers (three linear ones and one with attention),
-and a rest that is not a whole period follows it. Where all layers have attention,
-nothing here is used.
+The other kind is Gated DeltaNet ("linear" layers), or attention whose heads have
+another shape ("global" layers, `GlobalAttention`). A layer has the parameters of its
+kind, so not every leaf has a row for each layer: a leaf is stacked over the layers that
+have it, in their order, and `layers_of` names them. The scan runs over periods of
+layers (three linear ones and one with attention), and a rest that is not a whole period
+follows it. Where all layers are of one kind, nothing here is used.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raft_jax.models import gated_delta
+from raft_jax.models import gated_delta, rotary
 
 if TYPE_CHECKING:
   from raft_jax.models import transformer
@@ -27,19 +29,64 @@ ATTENTION = frozenset(
   ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
 )
 """Parameters that only a layer with attention has."""
+GLOBAL = "global_"
+"""Begins the names of what global layers have in place of other layers' attention."""
 POST_NORMS = frozenset(("attn_post_norm", "mlp_post_norm"))
 PRE_NORMS = frozenset(("attn_norm", "mlp_norm"))
 
 
-def linear_layers(config: transformer.DecoderConfig) -> tuple[int, ...]:
-  """Numbers of the layers without attention."""
-  return config.delta.layers if config.delta else ()
+@dataclasses.dataclass(frozen=True)
+class GlobalAttention:
+  """The layers that attend to all positions, with heads of their own shape.
+
+  Attributes:
+    layers: their numbers, in ascending order.
+    n_kv_heads, head_dim: as in `DecoderConfig`, for these layers.
+    rope: their rotary embedding.
+    keys_are_values: as in `DecoderConfig`, for these layers.
+  """
+
+  layers: tuple[int, ...]
+  n_kv_heads: int
+  head_dim: int
+  rope: rotary.Rope
+  keys_are_values: bool = False
 
 
-def attention_layers(config: transformer.DecoderConfig) -> tuple[int, ...]:
-  """Numbers of the layers with attention."""
-  linear = set(linear_layers(config))
-  return tuple(layer for layer in range(config.n_layers) if layer not in linear)
+def global_config(config: transformer.DecoderConfig) -> transformer.DecoderConfig:
+  """The config whose attention is that of the global layers."""
+  own = config.global_attention
+  assert own is not None
+  return dataclasses.replace(
+    config,
+    n_kv_heads=own.n_kv_heads,
+    head_dim=own.head_dim,
+    keys_are_values=own.keys_are_values,
+    ropes=(own.rope,),
+    global_attention=None,
+  )
+
+
+def plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """What a global layer has, under the names that other layers have for it."""
+  return {name.removeprefix(GLOBAL): value for name, value in tree.items()}
+
+
+def is_hybrid(config: transformer.DecoderConfig) -> bool:
+  """Whether the layers are of two kinds."""
+  return config.delta is not None or config.global_attention is not None
+
+
+def second_layers(config: transformer.DecoderConfig) -> tuple[int, ...]:
+  """Numbers of the layers of the second kind: linear or global ones."""
+  second = config.delta or config.global_attention
+  return second.layers if second else ()
+
+
+def first_layers(config: transformer.DecoderConfig) -> tuple[int, ...]:
+  """Numbers of the other layers, which have the config's own attention."""
+  second = set(second_layers(config))
+  return tuple(layer for layer in range(config.n_layers) if layer not in second)
 
 
 def layers_of(config: transformer.DecoderConfig, name: str) -> tuple[int, ...]:
@@ -48,28 +95,35 @@ def layers_of(config: transformer.DecoderConfig, name: str) -> tuple[int, ...]:
   A linear layer has norms before its mixer and its feed-forward, and none after them;
   the config's norms are those of the layers with attention.
   """
-  if name in gated_delta.AXES:
-    return linear_layers(config)
-  if name in PRE_NORMS and not config.pre_norms:
-    return linear_layers(config)
-  if name in ATTENTION | POST_NORMS:
-    return attention_layers(config)
+  if name in gated_delta.AXES or name.startswith(GLOBAL):
+    return second_layers(config)
+  if name in ATTENTION:
+    return first_layers(config)
+  if config.delta is not None:
+    if name in PRE_NORMS and not config.pre_norms:
+      return second_layers(config)
+    if name in POST_NORMS:
+      return first_layers(config)
   return tuple(range(config.n_layers))
 
 
 def joined(
-  attention: dict[str, Array],
-  linear: dict[str, Array],
+  first: dict[str, Array],
+  second: dict[str, Array],
   config: transformer.DecoderConfig,
 ) -> dict[str, Array]:
   """One dict of stacks from those of the layers of each kind."""
-  numbers = (*attention_layers(config), *linear_layers(config))
-  order = np.argsort(numbers)
+  if config.global_attention is not None:
+    second = {
+      GLOBAL + name if name in ATTENTION else name: leaf
+      for name, leaf in second.items()
+    }
+  order = np.argsort((*first_layers(config), *second_layers(config)))
   both = {
-    name: jnp.concatenate([attention[name], linear[name]])[order]
-    for name in attention.keys() & linear.keys()
+    name: jnp.concatenate([first[name], second[name]])[order]
+    for name in first.keys() & second.keys()
   }
-  return {**attention, **linear, **both}
+  return {**first, **second, **both}
 
 
 def of_layer(
@@ -86,15 +140,15 @@ def of_layer(
 
 def cache_row(config: transformer.DecoderConfig, layer: int) -> int:
   """The layer's row in the cache of its kind."""
-  linear = linear_layers(config)
-  same = linear if layer in linear else attention_layers(config)
+  second = second_layers(config)
+  same = second if layer in second else first_layers(config)
   return same.index(layer)
 
 
 def period(config: transformer.DecoderConfig) -> int:
   """The least number of layers after which their kinds repeat."""
-  linear = set(linear_layers(config))
-  kinds = [layer in linear for layer in range(config.n_layers)]
+  second = set(second_layers(config))
+  kinds = [layer in second for layer in range(config.n_layers)]
   return next(
     size for size in range(1, len(kinds) + 1) if kinds[size:] == kinds[:-size]
   )
@@ -128,12 +182,12 @@ def scan(
       lambda leaf: leaf[: rows * count].reshape(count, rows, *leaf.shape[1:]), stack
     )
 
-  linear = set(linear_layers(config))
+  second = set(second_layers(config))
 
   def one_period(carry: Any, inputs: Any) -> tuple[Any, Any]:
     (trees, number), outputs = inputs, []
     for layer in range(size):
-      rows = sum((layer in linear) == (other in linear) for other in range(size))
+      rows = sum((layer in second) == (other in second) for other in range(size))
       row = number * rows + cache_row(config, layer)
       layer_params, lora, data = (of_layer(tree, config, layer) for tree in trees)
       carry, output = body(carry, (layer_params, lora, row, data))

@@ -2,7 +2,9 @@
 
 Shapes: L layers, B rows, T tokens of this pass, S columns, N key/value heads, h head
 width. Where some layers have a state instead (`gated_delta`), the keys and values have
-a row for each layer with attention, and the states one for each of the others.
+a row for each layer with attention, and the states one for each of the others. Layers
+whose heads have a shape of their own (`hybrid.GlobalAttention`) have stacks of their
+own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 Cache = dict[str, Array]
 """{"k", "v"} of all layers, each [L, B, S, N, h]; see `init` for the others."""
+GLOBAL_KV = ("global_k", "global_v")
+"""Keys and values of the global layers."""
 STATES = ("conv", "matrix")
 """The fields of `gated_delta.State`, each stacked over the layers that have it."""
 
@@ -30,11 +34,15 @@ def init(
   """An empty cache of `length` columns.
 
   Where the config reads key positions, it also has {"positions"}, int32 [B, S]; where
-  layers have states, also those ({"conv", "matrix"}).
+  layers have states, also those ({"conv", "matrix"}), and the keys and values of global
+  layers ({"global_k", "global_v"}).
   """
-  layers = len(hybrid.attention_layers(config))
+  layers = len(hybrid.first_layers(config))
   shape = (layers, batch, length, config.n_kv_heads, config.head_dim)
   cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+  if own := config.global_attention:
+    shape = (len(own.layers), batch, length, own.n_kv_heads, own.head_dim)
+    cache |= {name: jnp.zeros(shape, dtype) for name in GLOBAL_KV}
   if config.reads_key_positions:
     cache["positions"] = jnp.zeros((batch, length), jnp.int32)
   if config.delta is not None:
@@ -52,7 +60,7 @@ def of_layers(cache: Cache) -> Cache:
 
 def lengthened(cache: Cache, more: int) -> Cache:
   """The cache with more empty columns behind its own."""
-  axes = {"k": 2, "v": 2, "positions": 1}
+  axes = {**dict.fromkeys(("k", "v", *GLOBAL_KV), 2), "positions": 1}
 
   def pad(leaf: Array, axis: int) -> Array:
     widths = [(0, 0)] * leaf.ndim
@@ -69,6 +77,19 @@ def without_states(cache: Cache) -> Cache:
   """The cache with states as before the first token."""
   empty = {name: jnp.zeros_like(cache[name]) for name in STATES if name in cache}
   return {**cache, **empty}
+
+
+def of_global(cache: Cache) -> Cache:
+  """The cache as a global layer reads and writes it: its own kind's `k` and `v`."""
+  return hybrid.plain({name: cache[name] for name in GLOBAL_KV})
+
+
+def with_global(cache: Cache, written: Cache) -> Cache:
+  """The cache with what a global layer made of `of_global` of it."""
+  return {
+    **cache,
+    **{name: written[name.removeprefix(hybrid.GLOBAL)] for name in GLOBAL_KV},
+  }
 
 
 def write_layer(

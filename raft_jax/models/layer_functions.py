@@ -25,13 +25,19 @@ XIELU_EPS = -1e-6
 
 
 def rms_norm(
-  x: Array, scale: Array, *, eps: float, offset: float = 0.0, rounds_last: bool = False
+  x: Array,
+  scale: Array | None,
+  *,
+  eps: float,
+  offset: float = 0.0,
+  rounds_last: bool = False,
 ) -> Array:
   """Root mean square normalisation over the last axis, computed in float32.
 
   Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467.
 
   Args:
+    scale: factor of each component; None: there is none.
     eps: added to the mean square.
     offset: added to the scale.
     rounds_last: whether to multiply by the scale before rounding to the dtype of x.
@@ -39,6 +45,8 @@ def rms_norm(
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
   normed = x32 * jax.lax.rsqrt(mean_square + eps)
+  if scale is None:
+    return normed.astype(x.dtype)
   if rounds_last:
     return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
   return normed.astype(x.dtype) * (offset + scale).astype(x.dtype)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from raft_jax.models import param_sharding, partition, transformer
+from raft_jax.models import hybrid, param_sharding, partition, transformer
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 """Names of a layer's linear projections in the parameter tree."""
@@ -25,7 +25,9 @@ DELTA_KERNELS = tuple(
   f"delta_{name}" for name in ("q", "k", "v", "gate", "b", "a", "o")
 )
 """The projections of a layer of Gated DeltaNet."""
-ALL_KERNELS = (*KERNELS, *DELTA_KERNELS)
+GLOBAL_KERNELS = tuple(hybrid.GLOBAL + name for name in ("q", "k", "v", "o"))
+"""The projections of attention in global layers."""
+ALL_KERNELS = (*KERNELS, *DELTA_KERNELS, *GLOBAL_KERNELS)
 
 
 def split(
@@ -36,7 +38,12 @@ def split(
   alpha: float,
   key: Array,
 ) -> partition.Split:
-  """The split that trains adapters of these kernels and nothing else."""
+  """The split that trains adapters of these kernels and nothing else.
+
+  `global_v` is passed over where the values of global layers are their keys.
+  """
+  own = transformer.shapes(config)["layers"]
+  kernels = [name for name in kernels if name in own or name != "global_v"]
   start = functools.partial(init, key, config, kernels, rank)
   axes = param_sharding.axes(config)["layers"]
 

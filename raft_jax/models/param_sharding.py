@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from jax import Array
 
-from raft_jax.models import experts, gated_delta, sharding, transformer
+from raft_jax.models import experts, gated_delta, hybrid, sharding, transformer
 
 
 def axes(config: transformer.DecoderConfig) -> transformer.Params:
@@ -41,6 +41,13 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
     layers |= dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim"))
   if config.qk_norm == "projection":
     layers |= {"q_norm": queries, "k_norm": keys}
+  if config.keys_are_values:
+    del layers["v"]
+  if config.layer_scales:
+    layers["layer_scale"] = ("layers", "width")
+  if config.global_attention is not None:
+    own = axes(hybrid.global_config(config))["layers"]
+    layers |= {hybrid.GLOBAL + name: own[name] for name in hybrid.ATTENTION & {*own}}
   if config.delta is not None:
     layers |= {name: ("layers", *names) for name, names in gated_delta.AXES.items()}
   names: transformer.Params = {

@@ -90,7 +90,13 @@ class DecoderConfig:
     attention_sinks: whether each head has a score of no key, to which attention goes.
     attention_gate: whether the projection to queries also gives, after the query of
       each head, a gate, whose sigmoid multiplies the head's output.
+    keys_are_values: whether values are what keys are before their norm and rotation.
+    value_norm: whether values have an RMS norm over each head, without a scale.
+    layer_scales: whether the output of each layer is multiplied by a stored number,
+      which training never changes.
     delta: the layers that have Gated DeltaNet instead of attention; None: none.
+    global_attention: the layers whose attention has heads of another shape; None: none.
+      `n_kv_heads`, `head_dim`, `ropes` and `keys_are_values` are those of the others.
   """
 
   vocab_size: int
@@ -132,7 +138,11 @@ class DecoderConfig:
   o_bias: bool = False
   attention_sinks: bool = False
   attention_gate: bool = False
+  keys_are_values: bool = False
+  value_norm: bool = False
+  layer_scales: bool = False
   delta: gated_delta.DeltaConfig | None = None
+  global_attention: hybrid.GlobalAttention | None = None
 
   @property
   def reads_key_positions(self) -> bool:
@@ -144,20 +154,22 @@ class Decoder(nnx.Module):
   """Names and shapes of all parameters; `forward` computes with them."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    def stack(count: int, linear: bool) -> block.Block:
+    def stack(count: int, own: DecoderConfig, linear: bool) -> block.Block:
       @nnx.split_rngs(splits=count)
       @nnx.vmap(in_axes=0, out_axes=0)
       def layers(rngs: nnx.Rngs) -> block.Block:
-        return block.Block(config, linear=linear, rngs=rngs)
+        return block.Block(own, linear=linear, rngs=rngs)
 
       return layers(rngs)
 
     vocabulary = (config.vocab_size, config.d_model)
     self.embed = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
-    linear = len(hybrid.linear_layers(config))
-    self.layers = stack(config.n_layers - linear, linear=False)
-    if linear:
-      self.linear_layers = stack(linear, linear=True)
+    second = len(hybrid.second_layers(config))
+    self.layers = stack(config.n_layers - second, config, linear=False)
+    if config.delta is not None:
+      self.second_layers = stack(second, config, linear=True)
+    if config.global_attention is not None:
+      self.second_layers = stack(second, hybrid.global_config(config), linear=False)
     scale = jnp.full(config.d_model, 1.0 - config.norm_offset, jnp.float32)
     self.final_norm = nnx.Param(scale)
     if not config.tie_embeddings:
@@ -167,9 +179,9 @@ class Decoder(nnx.Module):
 def init(key: Array, config: DecoderConfig) -> Params:
   """Random float32 parameters, for tests and for training from scratch."""
   params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
-  if config.delta is not None:
-    linear = params.pop("linear_layers")
-    params["layers"] = hybrid.joined(params["layers"], linear, config)
+  if hybrid.is_hybrid(config):
+    second = params.pop("second_layers")
+    params["layers"] = hybrid.joined(params["layers"], second, config)
   return params
 
 
@@ -202,6 +214,9 @@ def _apply_block(
   x_BTD: Array,
   inputs: block.LayerInputs,
 ) -> block.LayerOutputs:
+  if "global_q" in layer_params:
+    config = hybrid.global_config(config)
+    layer_params, lora = hybrid.plain(layer_params), hybrid.plain(lora)
   definition, state = _block_definition(config, linear="delta_o" in layer_params)
   state = jax.tree.map(lambda leaf: leaf, state)
   nnx.replace_by_pure_dict(state, layer_params)
@@ -302,7 +317,8 @@ def run(
   """
   x_BTD = _embed(params, config, tokens_BT, compute.dtype)
   key_positions_BS, cache = kv_cache.write_positions(cache, positions_BT, column)
-  rotations = _rotations(config, positions_BT, key_positions_BS, mask_BTS, reach_B)
+  turns = positions_BT, key_positions_BS, mask_BTS, reach_B
+  rotations = _rotations(config, *turns)
   tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
   distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
   query_factor = None
@@ -311,10 +327,15 @@ def run(
   columns = None
   if config.delta is not None:
     columns = gated_delta.columns(_valid(mask_BTS, column), branches)
+  if config.global_attention is not None:
+    (global_rotation,) = _rotations(hybrid.global_config(config), *turns)
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
     rotation, layer_mask_BTS = rotations[0], mask_BTS
+    is_global = "global_q" in layer_params
+    if is_global:
+      rotation = global_rotation
     if "rope" in data:
       rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
     if "window" in data:
@@ -322,7 +343,7 @@ def run(
     inputs = block.LayerInputs(
       rotation,
       layer_mask_BTS,
-      kv,
+      kv_cache.of_global(kv) if is_global and kv is not None else kv,
       index,
       column,
       compute.attention,
@@ -330,8 +351,10 @@ def run(
       counted_BT,
       columns,
     )
-    x_BTD, kv, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
-    return (sharding.constrain(x_BTD, *ACTIVATION_AXES), kv), load
+    x_BTD, written, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
+    if is_global and kv is not None and written is not None:
+      written = kv_cache.with_global(kv, written)
+    return (sharding.constrain(x_BTD, *ACTIVATION_AXES), written), load
 
   body = jax.checkpoint(layer) if compute.remat else layer
   kv = kv_cache.of_layers(cache) if cache is not None else None
@@ -397,7 +420,7 @@ def _through_layers(
   """
   layers, data, count = params["layers"], _layer_data(config), config.n_layers
   lora: Any = params.get("lora", {})
-  if config.delta is not None and not isinstance(layers, tuple):
+  if hybrid.is_hybrid(config) and not isinstance(layers, tuple):
     return hybrid.scan(body, carry, (layers, lora, data), config, unroll)
   if not isinstance(layers, tuple):
     stacked = layers, lora, jnp.arange(count), data
@@ -423,7 +446,7 @@ def _layer_data(config: DecoderConfig) -> dict[str, Array]:
 
 def unstack(stacked: Any, config: DecoderConfig) -> tuple[Any, ...]:
   """A tree of stacked leaves as one tree for each layer."""
-  if config.delta is not None:
+  if hybrid.is_hybrid(config):
     return tuple(
       hybrid.of_layer(stacked, config, layer) for layer in range(config.n_layers)
     )

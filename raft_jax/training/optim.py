@@ -67,6 +67,7 @@ def make_balancer(
 
 _EXEMPT = re.compile(
   r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$|^(delta_)?a_log$"
+  r"|^layer_scale$"
 )
 
 
@@ -75,6 +76,7 @@ def decays(params: Any) -> Any:
 
   The numbers of an activation (`xielu_p`) and attention's `sinks` are exempt, too, and
   so is `a_log`, the decay of a state (`gated_delta`), as in its authors' code.
+  `layer_scale` never changes.
 
   The names in a parameter's path decide, in the spelling of this package, of Flax and
   of transformers: a name that contains `norm` (`input_norm`, `LayerNorm_0`), or is
@@ -232,11 +234,13 @@ def skip_empty(
 
 
 def _refuse_hybrid(decoder: transformer.DecoderConfig, what: str) -> None:
-  if decoder.delta is not None:
+  if hybrid.is_hybrid(decoder):
+    linear = decoder.delta is not None
+    kind = "linear attention" if linear else "attention heads of another shape"
     raise errors.UserError(
-      f"{what} is not defined for layers with linear attention, and "
-      f"{len(decoder.delta.layers)} of the model's {decoder.n_layers} layers have it; "
-      "use another model or method"
+      f"{what} is not defined for layers with {kind}, and "
+      f"{len(hybrid.second_layers(decoder))} of the model's {decoder.n_layers} layers "
+      "have it; use another model or method"
     )
 
 

@@ -105,16 +105,19 @@ def check_experts(
 def check_cudnn(source: str, decoder: transformer.DecoderConfig, mesh: Mesh) -> None:
   """Raises UserError if cuDNN's attention cannot run this model on these devices."""
   platform = sharding.platform(mesh)
+  widths = [decoder.head_dim]
+  if decoder.global_attention is not None:
+    widths.append(decoder.global_attention.head_dim)
   if platform != "gpu":
     reason = f"runs on NVIDIA GPUs, and the devices here are of platform {platform}"
   elif decoder.attention_softcap is not None:
     reason = f"cannot cap the attention scores, as {source} does"
   elif decoder.attention_sinks:
     reason = f"has no attention sinks, as {source} does"
-  elif decoder.head_dim % 8 or decoder.head_dim > 256:
+  elif any(width % 8 for width in widths) or max(widths) > 256:
     reason = (
       "needs a head size that is a multiple of 8 and at most 256 (128 on GPUs before "
-      f"H100), and {source} has {decoder.head_dim}"
+      f"H100), and {source} has {max(widths)}"
     )
   else:
     return

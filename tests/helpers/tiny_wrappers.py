@@ -102,6 +102,37 @@ CONFIGS["qwen3_5_moe"] = {
     "model_type": "qwen3_5_moe_vision",
   },
 }
+CONFIGS["gemma4"] = {
+  "text_config": {
+    **_TEXT,
+    "model_type": "gemma4_text",
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    **{"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1},
+    **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+    "sliding_window": 6,
+    "use_bidirectional_attention": "vision",
+  },
+  "vision_config": {
+    **_VISION,
+    "model_type": "gemma4_vision",
+    **{"num_key_value_heads": 2, "head_dim": 8},
+    **{"pooling_kernel_size": 2, "position_embedding_size": 8, "standardize": True},
+  },
+  **{"image_token_id": IMAGE, "video_token_id": 87, "audio_token_id": 86},
+}
+CONFIGS["gemma4_unified"] = {
+  **CONFIGS["gemma4"],
+  "text_config": {
+    **CONFIGS["gemma4"]["text_config"],
+    "model_type": "gemma4_unified_text",
+  },
+  "vision_config": {
+    "model_type": "gemma4_unified_vision",
+    **{"patch_size": 2, "pooling_kernel_size": 2, "initializer_range": 0.2},
+    **{"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16},
+  },
+}
+del CONFIGS["gemma4_unified"]["text_config"]["hidden_size_per_layer_input"]
 
 
 def make(kind: str, **fields: Any) -> transformers.PreTrainedModel:
@@ -117,6 +148,9 @@ def make(kind: str, **fields: Any) -> transformers.PreTrainedModel:
         parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
       if name.endswith("bias") or "projector" in name or "position" in name:
         parameter.normal_(std=0.3)
+    for name, buffer in network.named_buffers():
+      if name.endswith(("layer_scalar", "std_bias", "std_scale")):
+        buffer.uniform_(0.5, 1.5)
   return network
 
 
@@ -140,6 +174,9 @@ def load(folder: pathlib.Path, **options: Any) -> transformers.PreTrainedModel:
   )
   for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
     assert not report[kind], (kind, report[kind])
+  # The file is mapped, and torch rounds otherwise where a tensor is not aligned.
+  for tensor in (*network.parameters(), *network.buffers()):
+    tensor.data = tensor.data.clone()
   return network.eval()
 
 
@@ -190,19 +227,25 @@ def image_inputs(kind: str) -> dict[str, torch.Tensor]:
   """Arguments of a forward pass with an image in the text.
 
   One of 8 x 8 pixels, which is one token; or of 8 x 16 for Mistral 3: two tokens.
-  Qwen 3.5 takes patches of 4 x 4 pixels and two frames.
+  Qwen 3.5 takes patches of 4 x 4 pixels and two frames; Gemma 4 also their places.
   """
   generator = torch.Generator().manual_seed(1)
   ids = torch.randint(3, 80, (1, 12), generator=generator)
   size = (8, 16) if kind == "mistral3" else (8, 8)
   ids[0, 4 : 4 + size[1] // 8] = IMAGE
   shape = (4, 2 * 3 * 4 * 4) if kind.startswith("qwen3_5") else (1, 3, *size)
+  if kind.startswith("gemma4"):
+    shape = (1, 4 if kind == "gemma4" else 1, 3 * 4 * 4)
   pixels = torch.randn(shape, generator=generator)
   inputs = {"input_ids": ids, "pixel_values": pixels}
   if kind == "gemma3":
     inputs["token_type_ids"] = (ids == IMAGE).long()
   elif kind == "mistral3":
     inputs["image_sizes"] = torch.tensor([size])
+  elif kind.startswith("gemma4"):
+    places = torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]])
+    inputs["image_position_ids"] = places[:, -shape[1] :]
+    inputs["mm_token_type_ids"] = (ids == IMAGE).int()
   else:
     inputs["image_grid_thw"] = torch.tensor([[1, 2, 2]])
     inputs["mm_token_type_ids"] = (ids == IMAGE).int()

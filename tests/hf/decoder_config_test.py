@@ -12,7 +12,49 @@ LLAMA = {**tiny_families.TINY, "model_type": "llama"}
 PHI = {**tiny_families.TINY, "model_type": "phi3"}
 GEMMA = {**tiny_families.TINY, "model_type": "gemma2"}
 QWEN35 = {**tiny_families.TINY, "model_type": "qwen3_5_text"}
+GEMMA4 = {
+  **tiny_families.TINY,
+  "model_type": "gemma4_text",
+  "hidden_size_per_layer_input": 0,
+}
 REFUSED = {
+  "embeddings of each layer": (
+    {**tiny_families.TINY, "model_type": "gemma4_text"},
+    "hidden_size_per_layer_input = 256 is not supported",
+  ),
+  "keys that layers share": (
+    {**GEMMA4, "num_kv_shared_layers": 1},
+    "num_kv_shared_layers = 1",
+  ),
+  "a mixture in Gemma 4": ({**GEMMA4, "enable_moe_block": True}, "enable_moe_block"),
+  "wider layers": ({**GEMMA4, "use_double_wide_mlp": True}, "use_double_wide_mlp"),
+  "all tokens both ways": (
+    {**GEMMA4, "use_bidirectional_attention": "all"},
+    "use_bidirectional_attention = 'all'",
+  ),
+  "rotation of another kind": (
+    {
+      **GEMMA4,
+      "rope_parameters": {"full_attention": {"rope_type": "default"}},
+    },
+    "scaling 'default'",
+  ),
+  "global layers alone": (
+    {**GEMMA4, "layer_types": ["full_attention"] * 3},
+    "all of its 3 have full attention",
+  ),
+  "global layers of two shapes": (
+    {
+      **GEMMA4,
+      "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+      "per_layer_config": {"0": {"head_dim": 16}, "2": {"head_dim": 8}},
+    },
+    "per_layer_config gives its layers with full attention different shapes",
+  ),
+  "global heads that do not divide": (
+    {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 3},
+    "4 heads, 3 key/value heads of width 512",
+  ),
   "unknown scaling": ({**LLAMA, "rope_scaling": {"type": "mrope"}}, "scaling 'mrope'"),
   "YaRN without its length": (
     {
@@ -103,6 +145,28 @@ def test_refused_by_name(name):
     decoder_config.decoder_config(fields, "m/config.json")
   assert str(caught.value).startswith("m/config.json")
   assert "\n" not in str(caught.value)
+
+
+def test_global_heads_as_published_and_as_transformers_writes_them():
+  """transformers moves the fields of the published configs to `per_layer_config`."""
+  fields = {**GEMMA4, "attention_k_eq_v": True, "head_dim": 8}
+  fields |= {"global_head_dim": 16, "num_global_key_value_heads": 1}
+  written = transformers.AutoConfig.for_model(**fields).to_dict()
+  assert "global_head_dim" not in written
+  ours, theirs = (
+    decoder_config.decoder_config(each, "m/config.json") for each in (fields, written)
+  )
+  assert ours == theirs
+  assert ours.global_attention is not None
+  assert ours.global_attention.layers == (2,)  # the last one, whatever the period is
+  # Without shared projections, transformers ignores their number of heads.
+  fields["attention_k_eq_v"] = False
+  config = decoder_config.decoder_config(fields, "m/config.json")
+  written = transformers.AutoConfig.for_model(**fields)
+  assert config.global_attention is not None
+  assert config.global_attention.n_kv_heads == (
+    written.per_layer_config[2].num_key_value_heads
+  )
 
 
 def test_a_field_with_another_name_in_config_json(monkeypatch):

@@ -247,6 +247,27 @@ CASES = {
     },
     ("ropes", "norm_offset"),
   ),
+  # Two periods of two layers, and a rest. In the layers without a window, 2 of the 8
+  # frequencies turn.
+  "gemma4_text": Case(
+    {
+      "num_hidden_layers": 5,
+      "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+      **{"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1},
+      **{"attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+      **{"sliding_window": 6, "final_logit_softcapping": 3.0},
+      "tie_word_embeddings": True,
+    },
+    (
+      "ropes",
+      "windows",
+      "value_norm",
+      "activation",
+      "embed_scale",
+      "query_scale",
+      "logit_softcap",
+    ),
+  ),
   # Its published models have no rotary positions.
   "olmo_hybrid": Case(
     {
@@ -341,6 +362,9 @@ def made(request, tokenizer_folder, tmp_path_factory) -> Made:
         parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
       if name.endswith("bias") or "alpha" in name:
         parameter.normal_()
+    for name, buffer in reference.named_buffers():
+      if name.endswith("layer_scalar"):
+        buffer.uniform_(0.5, 1.5)
   reference.save_pretrained(folder)
   if request.param == "olmo_hybrid":
     part_convolutions(folder, reference)
@@ -415,6 +439,16 @@ def test_every_feature_acts(made):
     plain = dataclasses.replace(made.config, **{name: defaults[name]})
     assert plain != made.config, name
     assert gap(our_logits(made.params, plain, made.rows), theirs) > 1e-3, name
+
+
+@pytest.mark.parametrize("made", ["gemma4_text"], indirect=True)
+def test_global_layers_have_a_rotation_of_their_own(made):
+  own = made.config.global_attention
+  theirs = their_logits(made.reference, made.rows)
+  for rope in (dataclasses.replace(own.rope, divisors=()), made.config.ropes[0]):
+    other = dataclasses.replace(own, rope=rope)
+    plain = dataclasses.replace(made.config, global_attention=other)
+    assert gap(our_logits(made.params, plain, made.rows), theirs) > 1e-3
 
 
 def greedy(
@@ -498,7 +532,9 @@ def test_two_turns_of_a_chat_equal_transformers(made):
     np.testing.assert_array_equal(answer, want)
 
 
-@pytest.mark.parametrize("made", ["olmo3", "ministral3", "exaone4"], indirect=True)
+@pytest.mark.parametrize(
+  "made", ["olmo3", "ministral3", "exaone4", "gemma4_text"], indirect=True
+)
 def test_two_answers_in_one_row_equal_separate_passes(made):
   """Both follow the prompt in their positions, and neither sees the other."""
   prompt, first, second = made.rows[1], made.rows[0][:20], made.rows[0][20:]
@@ -801,6 +837,9 @@ def test_tree_is_shardable_and_trainable(made):
 
   for path, leaf in jax.tree.leaves_with_path(gradient(made.params)):
     largest = jnp.abs(leaf).max(axis=tuple(range(1, leaf.ndim)))
+    if "layer_scale" in str(path):  # it is a buffer, and stays as it is
+      assert (largest == 0).all(), path
+      continue
     if "layers" in str(path):
       assert (largest > 0).all(), path
     assert jnp.isfinite(leaf).all(), path

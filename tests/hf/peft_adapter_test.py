@@ -18,7 +18,8 @@ def test_targets_are_named_as_the_files_name_them():
   dense = [row for row in families.FAMILIES.values() if not row.has_experts]
   assert len(dense) > 10
   for family in dense:  # expert_tensors_test has the others' refusal
-    own = tuple(k for k in lora.KERNELS if f"layers/{k}" in family.names)
+    kernels = (*lora.KERNELS, *lora.GLOBAL_KERNELS)
+    own = tuple(k for k in kernels if f"layers/{k}" in family.names)
     assert peft_adapter.targets(family, schema.Lora().targets) == own
   with pytest.raises(errors.UserError) as caught:
     peft_adapter.targets(llama, ["q_proj", "qkv_proj"])

@@ -75,6 +75,33 @@ def test_rotations_are_those_of_transformers(kind):
       np.testing.assert_allclose(table[0, :, 0], want * scale, atol=2e-5, err_msg=name)
 
 
+def test_proportional_rotation_is_that_of_transformers():
+  """Of Gemma 4's global layers: 3 of the 12 frequencies turn, half as fast."""
+  rope = {"rope_type": "proportional", "rope_theta": 1e3}
+  rope |= {"partial_rotary_factor": 0.3, "factor": 2.0}
+  theirs = transformers.AutoConfig.for_model(
+    "gemma4_text",
+    **tiny_families.TINY,
+    hidden_size_per_layer_input=0,
+    global_head_dim=24,
+    rope_parameters={
+      "full_attention": rope,
+      "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+  )
+  inverse, _ = modeling_rope_utils.ROPE_INIT_FUNCTIONS["proportional"](
+    theirs, layer_type="full_attention"
+  )
+  own = decoder_config.decoder_config(theirs.to_dict(), "m").global_attention
+  assert own is not None
+  positions = jnp.arange(64)[None]
+  cos, sin = rotary.rotation(own.rope, positions, own.head_dim)
+  angle = np.asarray(positions[0, :, None], np.float32) * inverse.numpy()
+  assert (inverse.numpy() > 0).sum() == 3
+  np.testing.assert_allclose(cos[0, :, 0], np.cos(angle), atol=2e-5)
+  np.testing.assert_allclose(sin[0, :, 0], np.sin(angle), atol=2e-5)
+
+
 def test_yarn_lengthens_what_a_model_reads():
   """Qwen's published switch: max_position_embeddings stays that without YaRN."""
   fields = {**tiny_families.TINY, "model_type": "qwen3", "rope_scaling": YARN}

@@ -6,13 +6,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from raft_jax import errors
+from raft_jax import balance, errors
 from raft_jax.baselines import freezing
 from raft_jax.config import schema
 from raft_jax.evaluation import drift
-from raft_jax.models import gated_delta, hybrid, param_sharding, transformer
+from raft_jax.models import (
+  gated_delta,
+  hybrid,
+  kv_cache,
+  param_sharding,
+  rotary,
+  transformer,
+)
 from raft_jax.training import optim
 from tests.helpers import tiny_decoder
 
@@ -29,11 +37,46 @@ CONFIG = dataclasses.replace(
 )
 SHAPES = transformer.shapes(CONFIG)
 LAYERS_OF = functools.partial(hybrid.layers_of, CONFIG)
+GLOBAL = dataclasses.replace(
+  tiny_decoder.CONFIG,
+  n_layers=5,
+  qk_norm="head",
+  post_norms=True,
+  layer_scales=True,
+  global_attention=hybrid.GlobalAttention(
+    layers=(0, 2, 4),
+    n_kv_heads=1,
+    head_dim=12,
+    rope=rotary.Rope(1e6),
+    keys_are_values=True,
+  ),
+)
+both = pytest.mark.parametrize("config", [CONFIG, GLOBAL], ids=["linear", "global"])
 
 
-def test_a_stack_has_a_row_for_each_layer_with_the_parameter():
-  for name, leaf in SHAPES["layers"].items():
-    assert leaf.shape[0] == len(LAYERS_OF(name)), name
+@both
+def test_a_stack_has_a_row_for_each_layer_with_the_parameter(config):
+  for name, leaf in transformer.shapes(config)["layers"].items():
+    assert leaf.shape[0] == len(hybrid.layers_of(config, name)), name
+  assert hybrid.layers_of(config, "q") == (1, 3)
+  assert hybrid.layers_of(config, "attn_post_norm") == (
+    (1, 3) if config is CONFIG else (0, 1, 2, 3, 4)
+  )
+
+
+def test_global_layers_have_heads_of_their_own():
+  layers, c = transformer.shapes(GLOBAL)["layers"], GLOBAL
+  assert layers["q"].shape == (2, c.n_heads * c.head_dim, c.d_model)
+  assert layers["global_q"].shape == (3, c.n_heads * 12, c.d_model)
+  assert layers["global_k"].shape == (3, 12, c.d_model)
+  assert "v" in layers
+  assert "global_v" not in layers  # they are the keys
+  cache = kv_cache.init(GLOBAL, batch=2, length=7)
+  assert cache["k"].shape == (2, 2, 7, c.n_kv_heads, c.head_dim)
+  assert cache["global_v"].shape == (3, 2, 7, 1, 12)
+
+
+def test_names_give_the_layers_of_each_kind():
   assert LAYERS_OF("q") == (1, 3)
   assert LAYERS_OF("delta_q") == (0, 2, 4)
   assert LAYERS_OF("up") == (0, 1, 2, 3, 4)
@@ -48,10 +91,11 @@ def test_norms_of_the_kinds_may_differ():
     assert leaf.shape[0] == len(hybrid.layers_of(config, name)), name
 
 
-def test_axes_name_every_dimension_of_every_parameter():
-  ranks = jax.tree.map(lambda leaf: leaf.ndim, SHAPES)
+@both
+def test_axes_name_every_dimension_of_every_parameter(config):
+  ranks = jax.tree.map(lambda leaf: leaf.ndim, transformer.shapes(config))
   named = jax.tree.map(
-    len, param_sharding.axes(CONFIG), is_leaf=lambda node: isinstance(node, tuple)
+    len, param_sharding.axes(config), is_leaf=lambda node: isinstance(node, tuple)
   )
   assert ranks == named
 
@@ -89,9 +133,42 @@ def test_masks_count_layers_and_not_rows():
     freezing.by_name(SHAPES, ["layers.0.q"], LAYERS_OF)
 
 
-def test_half_of_the_attention_projections_is_refused():
-  with pytest.raises(errors.UserError, match="3 of the model's 5 layers have it"):
-    optim.make_mask(schema.Freeze(mode="half"), SHAPES, CONFIG, seed=0)
+@both
+def test_half_of_the_attention_projections_is_refused(config):
+  kind = "linear attention" if config is CONFIG else "heads of another shape"
+  says = f"{kind}, and 3 of the model's 5 layers have it"
+  with pytest.raises(errors.UserError, match=says):
+    optim.make_mask(schema.Freeze(mode="half"), SHAPES, config, seed=0)
+
+
+def test_the_scale_of_a_layer_does_not_decay():
+  decays = optim.decays(transformer.shapes(GLOBAL))["layers"]
+  assert not decays["layer_scale"]
+  assert decays["global_q"]
+
+
+@pytest.mark.slow
+def test_the_scale_of_a_layer_never_changes():
+  """Under a loss that wants it smaller, and weight decay; bit for bit."""
+  params = transformer.init(jax.random.key(0), GLOBAL)
+  scale = jnp.linspace(0.03, 1.7, GLOBAL.n_layers)[:, None]
+  params["layers"]["layer_scale"] = scale
+  tx = optim.chain(
+    balance.balance_fixed(1.0), optax.constant_schedule(0.1), weight_decay=1.0, clip=1.0
+  )
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    row, valid = jnp.arange(6)[None], jnp.ones((1, 6), bool)
+    mask = transformer.causal_mask(valid)
+    hidden, _ = transformer.forward(params, GLOBAL, row, row, mask)
+    return jnp.sum(jnp.abs(hidden))
+
+  updates, _ = tx.update(gradient(params), tx.init(params), params)
+  after = optax.apply_updates(params, updates)
+  np.testing.assert_array_equal(after["layers"]["layer_scale"], scale)
+  assert jnp.abs(updates["layers"]["global_q"]).min(axis=(1, 2)).min() > 0
 
 
 def test_scales_biases_and_decays_of_a_state_are_not_decayed():

@@ -1,0 +1,140 @@
+"""Gemma 4's dense models: layers with a window, and global ones with wider heads.
+
+Models whose layers have embeddings of their own or share keys and values (E2B, E4B),
+and the mixture of experts (26B), are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raft_jax.hf import family_parts, family_row
+
+
+def _names() -> dict[str, family_row.Name]:
+  """The name table. Files call the attention of both kinds of layers the same."""
+  attention = {**family_parts.ATTENTION, **family_parts.QK_NORMS}
+  table = family_parts.names(
+    family_parts.GEMMA_NORMS,
+    attention,
+    family_parts.MLP,
+    {f"global_{name}": module for name, module in attention.items()},
+  )
+  scale = family_row.Name("model.layers.{}.layer_scalar", "")
+  return {**table, "layers/layer_scale": scale}
+
+
+_ROPES = {
+  "full_attention": {
+    "rope_type": "proportional",
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 1000000.0,
+  },
+  "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_DEFAULTS = {
+  **family_parts.COMMON,
+  "vocab_size": 262144,
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 30,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "global_head_dim": 512,
+  "tie_word_embeddings": True,
+  "attention_k_eq_v": False,
+  "final_logit_softcapping": None,
+  "rope_parameters": _ROPES,
+  "rope_theta": 1000000.0,
+  "rope_local_base_freq": 10000.0,
+}
+_ONLY = {
+  "hidden_size_per_layer_input": (0, None),
+  "num_kv_shared_layers": (0, None),
+  "enable_moe_block": (False, None),
+  "use_double_wide_mlp": (False, None),
+  "hidden_activation": ("gelu_pytorch_tanh",),
+  "attention_bias": (False, None),
+  # With "vision", only the tokens of an image see those behind them.
+  "use_bidirectional_attention": (None, "vision"),
+}
+
+
+def _extra(fields: family_row.Fields) -> dict[str, Any]:
+  return {
+    "qk_norm": "head",
+    "value_norm": True,
+    "layer_scales": True,
+    "post_norms": True,
+    "norm_rounds_last": True,
+    "activation": "gelu_tanh",
+    "embed_scale": float(fields["hidden_size"]) ** 0.5,
+    "query_scale": 1.0,
+    "logit_softcap": fields["final_logit_softcapping"],
+  }
+
+
+_by_kind = family_parts.by_layer_type(lambda fields, layer: (layer + 1) % 6 != 0)
+
+
+def slides(fields: family_row.Fields, layer: int) -> bool:
+  """Whether a layer has a window. The last one never has, whatever the config says."""
+  return layer != fields["num_hidden_layers"] - 1 and _by_kind(fields, layer)
+
+
+def global_shape(fields: family_row.Fields) -> dict[str, int] | None:
+  """The fields in which the layers without a window differ from the others.
+
+  transformers 5 writes them for each layer (`per_layer_config`); published configs name
+  them once. None: they are not the same for all of these layers and for no other.
+  """
+  by_layer = fields.get("per_layer_config")
+  if isinstance(by_layer, Mapping):
+    layers = {
+      str(layer)
+      for layer in range(fields["num_hidden_layers"])
+      if not slides(fields, layer)
+    }
+    shapes = list(by_layer.values())
+    same = {*map(str, by_layer)} == layers and all(s == shapes[0] for s in shapes)
+    return shapes[0] if same and isinstance(shapes[0], dict) else None
+  shape = {"head_dim": fields["global_head_dim"]}
+  heads = fields.get("num_global_key_value_heads")
+  if fields["attention_k_eq_v"] and heads is not None:
+    shape["num_key_value_heads"] = heads
+  return shape
+
+
+FAMILIES = {
+  "gemma4_text": family_row.Family(
+    models="Gemma 4 (text)",
+    architecture="Gemma4ForCausalLM",
+    names=_names(),
+    defaults={
+      **_DEFAULTS,
+      "max_position_embeddings": 131072,
+      "sliding_window": 512,
+      "hidden_size_per_layer_input": 256,
+    },
+    only=_ONLY,
+    extra=_extra,
+    ropes=("proportional",),
+    slides=slides,
+  ),
+  "gemma4_unified_text": family_row.Family(
+    models="Gemma 4 (text)",
+    architecture="Gemma4UnifiedForCausalLM",
+    names=_names(),
+    defaults={
+      **_DEFAULTS,
+      "max_position_embeddings": 262144,
+      "sliding_window": 1024,
+    },
+    only=_ONLY,
+    extra=_extra,
+    ropes=("proportional",),
+    slides=slides,
+  ),
+}
