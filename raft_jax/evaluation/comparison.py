@@ -7,7 +7,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from raft_jax.config import schema
+from raft_jax.data import token_rows
 from raft_jax.evaluation import (
   answer_choice,
   greedy_answers,
@@ -112,6 +115,28 @@ def compare(
     choices=choices,
     seconds={"base": base.seconds, "trained": trained.seconds},
   )
+
+
+def losses_as_trained(
+  models: Mapping[str, scoring.EvalModel],
+  rows: Sequence[token_rows.Row],
+  log: journal.Journal,
+  *,
+  form: str,
+) -> dict[str, Any]:
+  """Held-out losses on a quantised base, as a part of `scores.json`.
+
+  The other scores are those of the export, whose kernels are not quantised.
+
+  Args:
+    models: "base" and "trained".
+    form: of the quantised kernels.
+  """
+  means = {
+    name: float(np.mean(scoring.losses(model, rows, log, name="held-out loss")))
+    for name, model in models.items()
+  }
+  return {"as_trained": {"form": form, **means}}
 
 
 def summarise(
