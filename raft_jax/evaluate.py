@@ -84,6 +84,16 @@ def main(config: schema.Config) -> None:
     compared = comparison.compare(
       base, trained, sets, judges=judges, settings=settings, log=log, embed=embed
     )
+    as_trained = {}
+    if config.lora is not None and config.lora.base is not None:
+      quantised = trained_model.load_as_trained(config, decoder, config.lora.base)
+      models = {
+        name: scoring.eval_model(model, decoder, tokenizer, how, title=None)
+        for name, model in quantised.items()
+      }
+      as_trained = comparison.losses_as_trained(
+        models, sets.test.rows, log, form=config.lora.base
+      )
   interrupts.check()
   distances = drift.weight_distances(base_params, params, decoder)
   mean_distance = float(np.mean(list(distances.values())))
@@ -93,6 +103,7 @@ def main(config: schema.Config) -> None:
     "edits": trained_model.edits(config),
     "items": len(sets.test.rows),
     **compared.summary,
+    **as_trained,
     "weight_distance": {"mean": mean_distance, "tensors": distances},
     "seconds": compared.seconds,
   }
@@ -178,6 +189,12 @@ def show(result: Mapping[str, Any]) -> None:
     mean = result["weight_distance"]["mean"]
     rows.add_row("weight distance", "0", f"{mean:.2e}", "", "")
   console.Console().print(rows)
+  if "as_trained" in result:
+    losses = result["as_trained"]
+    print(
+      f"on the {losses['form']} base that was trained on, held-out loss: base "
+      f"{losses['base']:.3f}, trained {losses['trained']:.3f}"
+    )
 
 
 if __name__ == "__main__":

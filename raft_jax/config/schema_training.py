@@ -71,6 +71,11 @@ class Lora(Section):
     *("gate_proj", "up_proj", "down_proj"),
   )
   """The projections that get an update, by their Hugging Face names."""
+  base: Literal["int8", "nf4"] | None = None
+  """Keep the projections of the frozen model, which is also the teacher, in 8 bits
+  (`int8`) or 4 (`nf4`, arXiv 2305.14314); null: in `model.dtype`. `evaluate`, `chat`
+  and `export` add the updates to the source's own weights. Not for mixtures of
+  experts."""
 
 
 class Rollout(Section):

@@ -83,6 +83,7 @@ def conflicts(config: schema.Config) -> Problems:
       "freeze": config.freeze,
       "soft_mask": config.soft_mask,
     },
+    validates=config.validation is not None,
   )
   yield from _export(config.export, config.sweep)
   yield from validate_training.unused(config.distill, config.balance, config.rollout)

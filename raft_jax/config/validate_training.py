@@ -165,6 +165,7 @@ def adapter(
   *,
   edits: Mapping[str, schema.Section | None],
   base_methods: Mapping[str, schema.Section | None],
+  validates: bool,
 ) -> Problems:
   """LoRA beside other methods, and the export of an adapter.
 
@@ -172,7 +173,9 @@ def adapter(
     edits: the sections that edit the model after training.
     base_methods: the sections of methods that need the base model's parameters to be
       trained.
+    validates: whether there is a `validation` section.
   """
+  edits_while_training = validates and any(edits.values())
   if export.adapter:
     for name, participle in (
       ("prune", "pruned"),
@@ -186,6 +189,12 @@ def adapter(
           "two",
         )
   if lora is not None:
+    if lora.base is not None and edits_while_training:
+      yield (
+        "lora.base",
+        "keeps no whole weights, which `validation` with `prune` or `interpolate` "
+        "would edit; delete one of them",
+      )
     for name, verb in (
       ("anchor", "pulls to the base model's parameters"),
       ("recadam", "pulls to the base model's parameters"),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raft_jax.config import schema
+from raft_jax.data import token_rows
 from raft_jax.evaluation import (
   answer_choice,
   greedy_answers,
@@ -168,6 +169,28 @@ def drifts(
     )
     for name, prompts in zip(DRIFTS, (sets.general.drift, of_domain))
   }
+
+
+def losses_as_trained(
+  models: Mapping[str, scoring.EvalModel],
+  rows: Sequence[token_rows.Row],
+  log: journal.Journal,
+  *,
+  form: str,
+) -> dict[str, Any]:
+  """Held-out losses on a quantised base, as a part of `scores.json`.
+
+  The other scores are those of the export, whose kernels are not quantised.
+
+  Args:
+    models: "base" and "trained".
+    form: of the quantised kernels.
+  """
+  means = {
+    name: float(np.mean(scoring.losses(model, rows, log, name="held-out loss")))
+    for name, model in models.items()
+  }
+  return {"as_trained": {"form": form, **means}}
 
 
 def summarise(

@@ -123,14 +123,16 @@ def load_params(
   *,
   dtype: str = "float32",
   shardings: Any = None,
+  form: str | None = None,
 ) -> transformer.Params:
-  """The model's parameters, as the tree `transformer.shapes(config)`.
+  """The model's parameters, as the tree `quantised_base.shapes(config, form)`.
 
   Loading is strict: each tensor of the checkpoint is used once, none is missing, shapes
   agree, and all values are finite. A `lm_head.weight` beside tied embeddings must equal
   the embedding. Only the blocks that this host's devices need are read, in strips. A
   layer's tensor goes directly to its row of the stacked leaf on the devices, so the
-  host holds at most one tensor of the embedding's size or two of a layer's.
+  host holds at most one tensor of the embedding's size or two of a layer's. A tensor
+  that is quantised goes to the devices in float32 first, by itself.
 
   Args:
     source: as for `model_source.resolve`.
@@ -138,32 +140,49 @@ def load_params(
     dtype: of the parameters, "float32" or "bfloat16".
     shardings: tree of `jax.sharding.NamedSharding`, one for each parameter; None: the
       default device.
+    form: of quantised kernels ("int8" or "nf4"); None: there are none.
 
   Raises:
     UserError: the checkpoint is damaged, a pickle, or does not fit; tensors are named.
   """
+  import jax
   from flax import traverse_util
+
+  from raft_jax.models import quantised, quantised_base
 
   path = model_source.resolve(source)
   stored, pieces, leaves = _matched(path, config)
   places = traverse_util.flatten_dict(shardings or {}, sep="/")
+  axes = quantised_base.kernel_axes(config) if form else {}
+  quantise = jax.jit(quantised.quantise, static_argnames=("form", "axes"))
 
-  def load_leaf(name: str, shape: tuple[int, ...]) -> jax.Array:
+  def load_leaf(name: str, shape: tuple[int, ...]) -> Any:
     parts = [piece for piece in pieces if name in piece.paths]
     place = places.get(name)
     if parts[0].layer is None:
-      return load_tensor(parts[0], name, shape, place)
+      return load_tensor(parts[0], name, shape, place, dtype)
     rows = (
-      functools.partial(load_tensor, part, name, shape[1:], _of_layer(place))
+      functools.partial(load_row, part, name, shape[1:], _of_layer(place))
       for part in parts
     )
-    return _stacked(rows, shape, DTYPES[dtype], place)
+    return _stacked(rows, len(parts), place)
+
+  def load_row(
+    piece: tensor_layout.Piece, name: str, shape: tuple[int, ...], place: Any
+  ) -> Any:
+    kernel = name.removeprefix("layers/")
+    if kernel not in axes:
+      return load_tensor(piece, name, shape, place, dtype)
+    exact = load_tensor(piece, name, shape, place, "float32")
+    return quantise(exact, form=form, axes=axes[kernel])
 
   def load_tensor(
-    piece: tensor_layout.Piece, name: str, shape: tuple[int, ...], place: Any
+    piece: tensor_layout.Piece,
+    name: str,
+    shape: tuple[int, ...],
+    place: Any,
+    dtype: str,
   ) -> jax.Array:
-    import jax
-
     interrupts.check()
     tensor = tensor_layout.part(tensor_layout.whole(stored, piece), piece, name)
 
@@ -181,34 +200,45 @@ def load_params(
 
 
 def _of_layer(place: Any) -> Any:
-  """The sharding of one row of a leaf that is stacked on axis 0."""
+  """The sharding of one row of a leaf that is stacked on axis 0.
+
+  Of a quantised kernel it is that of the row before it is quantised.
+  """
   import jax
+
+  from raft_jax.models import quantised
 
   if place is None:
     return None
+  if quantised.is_quantised(place):
+    place = place.codes
+    return jax.sharding.NamedSharding(place.mesh, jax.P(*place.spec[1:3]))
   return jax.sharding.NamedSharding(place.mesh, jax.P(*place.spec[1:]))
 
 
-def _stacked(
-  rows: Iterable[Callable[[], jax.Array]],
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-  place: Any,
-) -> jax.Array:
-  """Stacks the arrays that the functions return, without a second copy of them."""
+def _stacked(rows: Iterable[Callable[[], Any]], count: int, place: Any) -> Any:
+  """Stacks the trees that `count` functions return, without a second copy of them."""
   import jax
   import jax.numpy as jnp
 
-  fill = jax.jit(
-    jax.lax.dynamic_update_index_in_dim,
-    static_argnums=3,
-    donate_argnums=0,
-    out_shardings=place,
-  )
-  stack = jnp.zeros(shape, dtype, device=place)
-  for layer, row in enumerate(rows):
+  @functools.partial(jax.jit, out_shardings=place)
+  def empty(row: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), row)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=place)
+  def fill(stack: Any, row: Any, layer: np.int32) -> Any:
+    return jax.tree.map(
+      lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, layer, 0),
+      stack,
+      row,
+    )
+
+  stack = None
+  for layer, read in enumerate(rows):
+    row = read()
+    stack = empty(row) if stack is None else stack
     # Wait for each row before reading the next, so that jax can free it meanwhile.
-    stack = fill(stack, row(), np.int32(layer), 0).block_until_ready()
+    stack = jax.block_until_ready(fill(stack, row, np.int32(layer)))
   return stack
 
 

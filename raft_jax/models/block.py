@@ -267,7 +267,7 @@ class Block(nnx.Module):
     assert delta is not None
     assert inputs.columns is not None
     state = None if cache is None else kv_cache.read_state(cache, inputs.layer)
-    weights = {name: getattr(self, name)[...] for name in gated_delta.AXES}
+    weights = {name: getattr(self, name).get_value() for name in gated_delta.AXES}
     out_BTD, state = gated_delta.mix(delta, weights, lora, x_BTD, inputs.columns, state)
     if cache is not None:
       cache = kv_cache.write_state(cache, state, inputs.layer)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from raft_jax.models import quantised
+
 Implementation = Literal["xla", "cudnn"]
 """Implementations of `jax.nn.dot_product_attention`."""
 GATE_SLOPE = 1.702
@@ -74,14 +76,21 @@ def xielu(x: Array, p: Array, n: Array) -> Array:
 
 
 def project(
-  x_BTI: Array, kernel_OI: Array | nnx.Param, adapter: Mapping[str, Array] | None = None
+  x_BTI: Array,
+  kernel: Array | quantised.QuantisedKernel | nnx.Param,
+  adapter: Mapping[str, Array] | None = None,
 ) -> Array:
   """Linear map by a Hugging Face kernel [out, in], in the dtype of the activations.
 
   With an adapter {"a": [r, in], "b": [out, r], "scale": []}, the map by kernel +
   scale * b a, without forming that sum (Hu et al., "LoRA", arXiv 2106.09685).
   """
-  out_BTO = jnp.einsum("...i,oi->...o", x_BTI, kernel_OI[...].astype(x_BTI.dtype))
+  if isinstance(kernel, nnx.Param):
+    kernel = kernel.get_value()
+  if isinstance(kernel, quantised.QuantisedKernel):
+    out_BTO = quantised.product(x_BTI, kernel)
+  else:
+    out_BTO = jnp.einsum("...i,oi->...o", x_BTI, kernel.astype(x_BTI.dtype))
   if adapter is None:
     return out_BTO
   adapter = {name: leaf.astype(x_BTI.dtype) for name, leaf in adapter.items()}

@@ -48,14 +48,17 @@ def split(
   axes = param_sharding.axes(config)["layers"]
 
   def freeze(base: transformer.Params) -> transformer.Params:
-    layers, scales = base["layers"], {}
-    for name in ("q", *kernels):
-      count = layers[name].shape[0]
-      if count not in scales:
+    scales: dict[int, Array] = {}
+    # The first array of each kernel, which may be quantised.
+    stacks = {
+      name: jax.tree.leaves(base["layers"][name])[0] for name in ("q", *kernels)
+    }
+    for stack in stacks.values():
+      if len(stack) not in scales:
         # Derived from a parameter, so that it is on the same devices.
-        kernel_L = layers[name][:, 0, 0]
-        scales[count] = jnp.full_like(kernel_L, alpha / rank, jnp.float32)
-    adapters = {name: {"scale": scales[layers[name].shape[0]]} for name in kernels}
+        of_layers = stack[:, *(0,) * (stack.ndim - 1)]
+        scales[len(stack)] = jnp.full_like(of_layers, alpha / rank, jnp.float32)
+    adapters = {name: {"scale": scales[len(stacks[name])]} for name in kernels}
     return {**base, "lora": adapters}
 
   return partition.Split(

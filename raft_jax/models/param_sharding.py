@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import Array
 
-from raft_jax.models import experts, gated_delta, hybrid, sharding, transformer
+from raft_jax.models import (
+  experts,
+  gated_delta,
+  hybrid,
+  quantised,
+  sharding,
+  transformer,
+)
 
 
 def axes(config: transformer.DecoderConfig) -> transformer.Params:
@@ -75,6 +84,7 @@ def gathered(
 ) -> transformer.Params:
   """All parameters gathered over `fsdp` once, before a loop; kernels in `dtype`.
 
+  Quantised kernels stay quantised: each product in the loop restores its own.
   Vectors keep their dtype, because a norm adds its offset to the scale in float32; so
   do routers, which choose experts in float32.
 
@@ -83,7 +93,9 @@ def gathered(
       tuples with one tree for each layer.
   """
 
-  def gather(leaf: Array, names: tuple[str, ...]) -> Array:
+  def gather(leaf: Any, names: tuple[str, ...]) -> Any:
+    if quantised.is_quantised(leaf):
+      return quantised.gathered(leaf)
     is_kernel = len(names) - ("layers" in names) > 1
     rounds = is_kernel and "routes" not in names
     return sharding.gathered(leaf.astype(dtype) if rounds else leaf, *names)
@@ -101,5 +113,5 @@ def gathered(
     adapters = {
       name: transformer.unstack(tree, config) for name, tree in adapters.items()
     }
-  base = jax.tree.map(gather, base, base_axes)
+  base = jax.tree.map(gather, base, base_axes, is_leaf=quantised.is_quantised)
   return {**base, **jax.tree.map(sharding.everywhere, adapters)}

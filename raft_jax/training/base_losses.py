@@ -144,6 +144,9 @@ def identity(run: Mapping[str, Any], dtype: str) -> str:
     dtype: type of the activations.
   """
   facts = {name: run[name] for name in ("model", "data", "tokenizer")}
+  form = (run.get("lora") or {}).get("base")
+  if form is not None:  # else as before models were quantised
+    facts["base"] = form
   text = json.dumps({**facts, "dtype": dtype}, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 

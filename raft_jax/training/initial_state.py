@@ -17,7 +17,7 @@ from raft_jax.data import batching
 from raft_jax.distillation import objective
 from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
-from raft_jax.models import sharding, transformer
+from raft_jax.models import quantised, sharding, transformer
 from raft_jax.runtime import distributed, progress
 from raft_jax.training import (
   base_losses,
@@ -65,7 +65,13 @@ def start(
   base = None
   if reads_base(plan) or measures or not resumes:
     source = config.model.source
-    base = load_params(source, plan.decoder, plan.base_dtype, plan.base_shardings)
+    base = load_params(
+      source,
+      plan.decoder,
+      plan.base_dtype,
+      plan.base_shardings,
+      form=plan.base_form,
+    )
   if resumes:
     state, memory, step = restore(checkpoints, plan, inputs, on_corrupt)
     print(f"resuming after step {step} of {plan.schedule.total_steps}")
@@ -102,10 +108,18 @@ def load_params(
   decoder: transformer.DecoderConfig,
   dtype: str,
   shardings: transformer.Params,
+  *,
+  form: str | None = None,
 ) -> transformer.Params:
-  """A model's parameters in their shards; each process reads those of its devices."""
+  """A model's parameters in their shards; each process reads those of its devices.
+
+  Args:
+    form: of quantised kernels; None: there are none.
+  """
   return distributed.run_on_all(
-    lambda: hf_load.load_params(source, decoder, dtype=dtype, shardings=shardings)
+    lambda: hf_load.load_params(
+      source, decoder, dtype=dtype, shardings=shardings, form=form
+    )
   )
 
 
@@ -139,7 +153,11 @@ def reference_params(
     return step_lib.ReferenceParams({}, source_teacher, None)
   rounded = base
   if _reads_rounded_base(plan):
-    rounded = jax.tree.map(lambda leaf: _cast(leaf, plan.settings.compute.dtype), base)
+    rounded = jax.tree.map(
+      lambda leaf: _cast(leaf, plan.settings.compute.dtype),
+      base,
+      is_leaf=quantised.is_quantised,
+    )
   teacher = source_teacher
   if plan.frozen_teacher and plan.teacher_decoder is None:
     teacher = rounded
@@ -153,8 +171,11 @@ def reference_params(
 
 
 def _cast(leaf: Any, dtype: str) -> Any:
-  """An array or a placed shape in a dtype; the same object if it has that dtype."""
-  if leaf.dtype == jnp.dtype(dtype):
+  """An array or a placed shape in a dtype; the same object if it has that dtype.
+
+  Quantised kernels are left as they are.
+  """
+  if quantised.is_quantised(leaf) or leaf.dtype == jnp.dtype(dtype):
     return leaf
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)

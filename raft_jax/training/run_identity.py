@@ -15,7 +15,8 @@ def model_identity(source: str, lora: schema.Lora | None) -> dict[str, Any]:
   """What trained parameters belong to, as checkpoints store it."""
   return {
     "model": engines.identity(source),
-    "lora": lora and lora.model_dump(mode="json"),
+    # Without None, as before `lora.base` existed.
+    "lora": lora and lora.model_dump(mode="json", exclude_none=True),
   }
 
 

@@ -23,8 +23,8 @@ from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
 from raft_jax.models import (
   lora,
-  param_sharding,
   partition,
+  quantised_base,
   sampling,
   sharding,
   transformer,
@@ -50,6 +50,7 @@ class RunPlan(NamedTuple):
     anchored: whether updates read the base model's parameters.
     compares_base: whether validation reads the base model.
     weighs_by_base: whether the base model's losses weigh the answers' tokens.
+    base_form: of the quantised kernels of the frozen model; None: it has none.
     edits_base: whether validation edits trained weights towards the base model's, as
       `evaluate` does, and so needs them in float32.
   """
@@ -73,6 +74,7 @@ class RunPlan(NamedTuple):
   compares_base: bool
   weighs_by_base: bool
   edits_base: bool
+  base_form: str | None = None
 
   @property
   def decoder(self) -> transformer.DecoderConfig:
@@ -87,7 +89,7 @@ class RunPlan(NamedTuple):
   @property
   def base_shardings(self) -> transformer.Params:
     """Shardings of the base model's parameters."""
-    return param_shardings(self.mesh, self.decoder)
+    return param_shardings(self.mesh, self.decoder, self.base_form)
 
   @property
   def base_dtype(self) -> str:
@@ -159,6 +161,7 @@ def make_plan(
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
     weighs_by_base=base_losses.are_read(config.token_weights),
     edits_base=validation is not None and edits,
+    base_form=config.lora.base if config.lora is not None else None,
   )
 
 
@@ -301,9 +304,14 @@ def make_split(
   decoder: transformer.DecoderConfig,
   seed: int,
 ) -> partition.Split:
-  """Which parameters are trained: all, or the adapters of the `lora` section."""
+  """Which parameters are trained: all, or the adapters of the `lora` section.
+
+  Raises:
+    errors.UserError: the section does not fit the model.
+  """
   if settings is None:
     return partition.everything(decoder)
+  quantised_base.check(decoder, settings.base, source)
   # Apart from the keys of the rollouts, which fold a step into the seed.
   key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
   kernels = peft_adapter.targets(hf_load.family(source), settings.targets)
@@ -314,10 +322,16 @@ def make_split(
 
 
 def param_shardings(
-  mesh: Mesh, decoder: transformer.DecoderConfig
+  mesh: Mesh, decoder: transformer.DecoderConfig, form: str | None = None
 ) -> transformer.Params:
-  """Shardings of all parameters of a model."""
-  return sharding.tree(mesh, param_sharding.axes(decoder), transformer.shapes(decoder))
+  """Shardings of all parameters of a model.
+
+  Args:
+    form: of quantised kernels; None: there are none.
+  """
+  return sharding.tree(
+    mesh, quantised_base.axes(decoder, form), quantised_base.shapes(decoder, form)
+  )
 
 
 def state_shardings(

@@ -19,7 +19,7 @@ from raft_jax import errors
 from raft_jax.data import batching
 from raft_jax.distillation import sequences
 from raft_jax.distillation import step as step_lib
-from raft_jax.models import sharding, transformer
+from raft_jax.models import quantised_base, sharding, transformer
 from raft_jax.training import initial_state, run_plan
 from raft_jax.training import programs as programs_lib
 
@@ -39,17 +39,19 @@ FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 def reference_shapes(plan: run_plan.RunPlan) -> step_lib.ReferenceParams:
   """The shapes of the parameters that the steps read and never change."""
 
-  def shapes(decoder: transformer.DecoderConfig, dtype: str) -> transformer.Params:
+  def shapes(
+    decoder: transformer.DecoderConfig, dtype: str, form: str | None = None
+  ) -> transformer.Params:
     return jax.tree.map(
-      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
-      transformer.shapes(decoder),
-      run_plan.param_shardings(plan.mesh, decoder),
+      lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+      quantised_base.shapes(decoder, form, dtype),
+      run_plan.param_shardings(plan.mesh, decoder, form),
     )
 
   source_teacher = None
   if plan.frozen_teacher and plan.teacher_decoder is not None:
     source_teacher = shapes(plan.teacher_decoder, plan.settings.compute.dtype)
-  base = shapes(plan.decoder, plan.base_dtype)
+  base = shapes(plan.decoder, plan.base_dtype, plan.base_form)
   return initial_state.reference_params(plan, base, source_teacher)
 
 

@@ -10,7 +10,7 @@ import optax
 from raft_jax.baselines import dg_hard, fapm
 from raft_jax.config import schema
 from raft_jax.hf import load as hf_load
-from raft_jax.models import lora, partition, transformer
+from raft_jax.models import lora, partition, quantised_base, transformer
 from raft_jax.training import checkpoint, run_identity, run_plan
 
 
@@ -41,6 +41,31 @@ def load(
     interpolate=config.interpolate,
   )
   return model, step
+
+
+def load_as_trained(
+  config: schema.Config, decoder: transformer.DecoderConfig, form: str
+) -> dict[str, transformer.Params]:
+  """The quantised base model, and "trained": the same with the adapters beside it.
+
+  Args:
+    form: `lora.base`.
+
+  Raises:
+    errors.UserError: as `load`.
+  """
+  source = config.model.source
+  split = run_plan.make_split(config.lora, source, decoder, config.train.seed)
+  assert split.freeze is not None
+  adapters, _ = checkpoint.restore_params(
+    config.output,
+    split.shapes,
+    run_identity.model_identity(source, config.lora),
+    checkpoint_folder(config.output, config.validation),
+  )
+  base = hf_load.load_params(source, decoder, dtype=config.model.dtype, form=form)
+  trained = partition.combine(split.freeze(base), adapters)
+  return {"base": base, "trained": trained}
 
 
 def checkpoint_folder(output: str, validation: schema.Validation | None) -> str:
@@ -102,13 +127,17 @@ def assemble(
 ) -> transformer.Params:
   """The model that a trained tree stands for: merged, then edited.
 
+  On a quantised base the adapters stay beside it.
+
   Args:
     frozen: the tree beside the trained one; `{}` if the trained tree is the model.
     base: the base model, on whose devices edited parameters are put; None only without
       edits.
   """
   if frozen:
-    params = lora.merge(partition.combine(frozen, params))
+    params = partition.combine(frozen, params)
+    if not quantised_base.is_quantised(params):
+      params = lora.merge(params)
   if prune is not None:
     assert base is not None
     params = _like(base, fapm.prune(base, params, prune.keep))

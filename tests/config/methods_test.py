@@ -120,6 +120,11 @@ def test_the_users_own_values_win(load):
     ("lora", ["recadam={}"], "recadam: pulls"),
     ("lora", ["soft_mask={}"], "soft_mask: masks the base model's"),
     ("lora", ["freeze={}"], "freeze: names the base model's"),
+    (
+      "lora",
+      ["lora.base=nf4", "prune={}", "validation={}", f"data.validation={GENERAL}"],
+      "lora.base: keeps no whole weights, which",
+    ),
     ("eaft", ["token_weights.floor=0.5"], "token_weights.floor: is read with token_"),
     ("dft", ["token_weights.top_k=5"], "token_weights.top_k: is read with"),
     ("stm", ["token_weights.temperature=1.0"], "token_weights.rule=talr or flow only"),

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh
 from raft_jax import balance
 from raft_jax.data import batching
 from raft_jax.distillation import objective, step
-from raft_jax.models import lora, param_sharding, partition, sharding, transformer
+from raft_jax.models import lora, partition, quantised_base, sharding, transformer
 from raft_jax.runtime import distributed
 from raft_jax.training import optim, run_plan
 from raft_jax.training import programs as programs_lib
@@ -69,6 +69,17 @@ EXPERT_MESHES = {
   "all, experts, layers apart": ((2, 2, 2), 1),
 }
 """The same, for a mixture of experts; run only if they are named."""
+# Of nf4, 2 blocks are spread over 2 devices, and 3 stay whole.
+WIDE = dataclasses.replace(DECODER, d_model=128, d_ff=192)
+QUANTISED_MESHES = {
+  form: {
+    f"one device, {form}": ((1, 1, 1), 1),
+    f"all, {form}": ((2, 2, 2), 1),
+    f"all, {form}, layers apart": ((2, 2, 2), 1),
+  }
+  for form in ("int8", "nf4")
+}
+"""The same, to train adapters of a quantised model; run only if they are named."""
 
 
 ROLLOUTS = programs_lib.Rollouts(
@@ -113,9 +124,11 @@ def flat(name: str, tree) -> dict[str, np.ndarray]:
   }
 
 
-def adapter_split() -> partition.Split:
+def adapter_split(
+  decoder: transformer.DecoderConfig = DECODER,
+) -> partition.Split:
   """Adapters that start away from 0, so that both halves have a gradient."""
-  split = lora.split(DECODER, lora.KERNELS, rank=4, alpha=8.0, key=jax.random.key(0))
+  split = lora.split(decoder, lora.KERNELS, rank=4, alpha=8.0, key=jax.random.key(0))
   rng = np.random.default_rng(0)
   start = jax.tree.map(
     lambda leaf: np.float32(0.2 * rng.normal(size=leaf.shape)), split.shapes
@@ -130,6 +143,7 @@ def steps(
   *,
   apart: bool,
   decoder: transformer.DecoderConfig = DECODER,
+  form: str | None = None,
 ) -> dict[str, np.ndarray]:
   """Trains as the loop does; what came out, by name."""
   if sizes == (1, 1, 1):
@@ -152,10 +166,9 @@ def steps(
   )
   out = {}
   with jax.set_mesh(mesh):
-    placed = sharding.tree(
-      mesh, param_sharding.axes(decoder), transformer.shapes(decoder)
-    )
-    teacher = jax.device_put(base_params(decoder), placed)
+    placed = run_plan.param_shardings(mesh, decoder, form)
+    base = quantised_base.quantise(base_params(decoder), decoder, form)
+    teacher = jax.device_put(base, placed)
     frozen = split.freeze(teacher) if split.freeze else {}
     reference = step.ReferenceParams(frozen, teacher, None)
     params = split.start(base_params(decoder))
@@ -195,14 +208,22 @@ def main() -> None:
   path, *names = sys.argv[1:]
   out = flat("start ", base_params())
   out |= flat("adapters at start ", adapter_split().start({}))
-  for meshes, split, decoder in (
-    (MESHES, partition.everything(DECODER), DECODER),
-    (ADAPTER_MESHES, adapter_split(), DECODER),
-    (EXPERT_MESHES if names else {}, partition.everything(EXPERTS), EXPERTS),
+  wide = adapter_split(WIDE)
+  for meshes, split, decoder, form in (
+    (MESHES, partition.everything(DECODER), DECODER, None),
+    (ADAPTER_MESHES, adapter_split(), DECODER, None),
+    (EXPERT_MESHES if names else {}, partition.everything(EXPERTS), EXPERTS, None),
+    (QUANTISED_MESHES["int8"] if names else {}, wide, WIDE, "int8"),
+    (QUANTISED_MESHES["nf4"] if names else {}, wide, WIDE, "nf4"),
   ):
     for name, (sizes, micro_batches) in chosen(meshes, names):
       arrived = steps(
-        sizes, micro_batches, split, apart="layers apart" in name, decoder=decoder
+        sizes,
+        micro_batches,
+        split,
+        apart="layers apart" in name,
+        decoder=decoder,
+        form=form,
       )
       out |= {f"{name}: {key}": value for key, value in arrived.items()}
   if distributed.is_primary():

@@ -20,6 +20,7 @@ from raft_jax import errors
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import model_source, tensor_layout
 from raft_jax.hf import save as hf_save
+from raft_jax.models import quantised, quantised_base
 from tests.helpers import simulated_devices, tiny_llama
 
 
@@ -68,7 +69,12 @@ def test_bfloat16(complete, tmp_path):
 
 
 def test_sharded_over_eight_devices(tmp_path):
-  folder, out = tiny_llama.save(tmp_path / "m", tied=False), tmp_path / "params.npz"
+  # Of the 4 blocks of nf4 each of 4 devices has one; 3 blocks stay whole on all.
+  wide = {"hidden_size": 256, "intermediate_size": 192, "head_dim": 16}
+  folder, out = (
+    tiny_llama.save(tmp_path / "m", tied=False, **wide),
+    tmp_path / "params.npz",
+  )
   flags = simulated_devices.flags(8)
   done = subprocess.run(
     [sys.executable, "-m", "tests.helpers.mesh_load", str(folder), str(out)],
@@ -79,8 +85,20 @@ def test_sharded_over_eight_devices(tmp_path):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  params = traverse_util.unflatten_dict(dict(np.load(out)), sep="/")
+  loaded = traverse_util.unflatten_dict(dict(np.load(out)), sep="/")
+  params = loaded.pop("float")
   tiny_llama.assert_same(params, tiny_llama.theirs(folder))
+  decoder = hf_load.load_config(str(folder))
+  assert loaded.keys() == {"int8", "nf4"}
+  for form, arrays in loaded.items():
+    alone = quantised_base.quantise(params, decoder, form)
+    alone["layers"] = {
+      name: {"codes": leaf.codes, "scale": leaf.scale}
+      if quantised.is_quantised(leaf)
+      else leaf
+      for name, leaf in alone["layers"].items()
+    }
+    jax.tree.map(np.testing.assert_array_equal, arrays, alone)
 
 
 def test_a_block_is_read_alone_and_in_strips(monkeypatch):

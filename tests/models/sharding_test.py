@@ -296,6 +296,24 @@ def check_adapters(arrived, how):
     assert tuple(arrived[f"{mesh}shards ['{kind}']{b}"]) == (2, 16, 4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_adapters_of_a_quantised_model_train_the_same_on_eight_devices(tmp_path, form):
+  """Rollouts token for token, losses and gradients."""
+  one, *meshes = mesh_steps.QUANTISED_MESHES[form]
+  arrived = run_steps(tmp_path / "arrived.npz", one, *meshes)
+  for mesh in meshes:
+    for name, tokens in named(arrived, f"{one}: rollout ").items():
+      np.testing.assert_array_equal(arrived[f"{mesh}: rollout {name}"], tokens, name)
+    for name, value in named(arrived, f"{one}: values ").items():
+      ours = arrived[f"{mesh}: values {name}"]
+      np.testing.assert_allclose(ours, value, rtol=1e-5, err_msg=f"{mesh}: {name}")
+    for name, value in named(arrived, f"{one}: first ").items():
+      error = np.linalg.norm(arrived[f"{mesh}: first {name}"] - value)
+      assert np.linalg.norm(value) > 0, name
+      assert error <= 1e-5 * np.linalg.norm(value), (mesh, name)
+
+
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_a_tensor_parallel_step_sends_neither_logits_nor_the_vocabulary(tmp_path, head):
   """Sums of partial products, and of the top K each device's own candidates."""

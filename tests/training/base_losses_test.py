@@ -50,6 +50,9 @@ def test_those_of_another_model_template_or_set_of_rows_are_not_read(changed, tm
   # LoRA trains other parameters of the same base model.
   lora = base_losses.identity({**RUN, "lora": {"rank": 4}}, "float32")
   assert base_losses.read(tmp_path, lora) is not None
+  # With a quantised base it is another model.
+  coded = base_losses.identity({**RUN, "lora": {"rank": 4, "base": "int8"}}, "float32")
+  assert base_losses.read(tmp_path, coded) is None
 
 
 def test_damaged_and_unfinished_files_count_as_absent(tmp_path):

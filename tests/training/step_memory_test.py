@@ -91,6 +91,25 @@ def test_a_base_model_that_only_validation_reads_counts(tmp_path):
   assert sizes == [0, 4 * bare_model.COUNT]
 
 
+@pytest.mark.parametrize(
+  ("form", "kernel_bytes"),
+  [
+    (None, 2 * 36_864),
+    # A scale for each output of q, o, k, v, gate, up and down, or of 64 inputs each.
+    ("int8", 36_864 + 4 * (64 + 64 + 32 + 32 + 128 + 128 + 64)),
+    ("nf4", 36_864 // 2 + 4 * 36_864 // 64),
+  ],
+)
+def test_a_quantised_base_counts_by_its_codes_and_scales(tmp_path, form, kernel_bytes):
+  """Once, though it is the frozen model and the teacher; the rest is in bfloat16."""
+  plan = make_plan(tmp_path, model={"dtype": "bfloat16"}, lora={"base": form})
+  reference = step_memory.reference_shapes(plan)
+  adapters = step_memory.bytes_per_device(reference.frozen["lora"])
+  assert step_memory.bytes_per_device(reference) - adapters == (
+    3 * kernel_bytes + 2 * (bare_model.COUNT - 3 * 36_864)
+  )
+
+
 def test_a_containers_limit_counts_where_it_is_less(tmp_path, monkeypatch):
   machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   files = [tmp_path / name for name in ("memory.max", "limit_in_bytes")]
