@@ -84,16 +84,13 @@ def main(config: schema.Config) -> None:
     compared = comparison.compare(
       base, trained, sets, judges=judges, settings=settings, log=log, embed=embed
     )
-    as_trained = {}
-    if config.lora is not None and config.lora.base is not None:
-      quantised = trained_model.load_as_trained(config, decoder, config.lora.base)
+    as_trained: dict[str, Any] = {}
+    if config.lora is not None and (form := config.lora.base) is not None:
       models = {
         name: scoring.eval_model(model, decoder, tokenizer, how, title=None)
-        for name, model in quantised.items()
+        for name, model in trained_model.load_as_trained(config, decoder, form).items()
       }
-      as_trained = comparison.losses_as_trained(
-        models, sets.test.rows, log, form=config.lora.base
-      )
+      as_trained = comparison.losses_as_trained(models, sets.test.rows, log, form=form)
   interrupts.check()
   distances = drift.weight_distances(base_params, params, decoder)
   mean_distance = float(np.mean(list(distances.values())))

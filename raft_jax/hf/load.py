@@ -177,26 +177,33 @@ def load_params(
     return quantise(exact, form=form, axes=axes[kernel])
 
   def load_tensor(
-    piece: tensor_layout.Piece,
-    name: str,
-    shape: tuple[int, ...],
-    place: Any,
-    dtype: str,
+    piece: tensor_layout.Piece, name: str, shape: tuple[int, ...], place: Any, kind: str
   ) -> jax.Array:
     interrupts.check()
     tensor = tensor_layout.part(tensor_layout.whole(stored, piece), piece, name)
-
-    def block(index: tensor_layout.Index | None) -> np.ndarray:
-      index = index or (slice(None),) * len(shape)
-      shown = piece.name.replace("{}", "*")  # of all experts
-      return _read_block(tensor, index, DTYPES[dtype], f"{path}: {shown}")
-
-    if place is None:
-      return jax.device_put(block(None))
-    return jax.make_array_from_callback(shape, place, block)
+    shown = f"{path}: {piece.name.replace('{}', '*')}"  # of all experts
+    return _placed(tensor, shape, place, DTYPES[kind], shown)
 
   loaded = {name: load_leaf(name, leaf.shape) for name, leaf in leaves.items()}
   return traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def _placed(
+  tensor: tensor_layout.Stored,
+  shape: tuple[int, ...],
+  place: Any,
+  dtype: np.dtype,
+  shown: str,
+) -> jax.Array:
+  """A tensor on its devices, each of which reads its own block."""
+  import jax
+
+  def block(index: tensor_layout.Index | None) -> np.ndarray:
+    return _read_block(tensor, index or (slice(None),) * len(shape), dtype, shown)
+
+  if place is None:
+    return jax.device_put(block(None))
+  return jax.make_array_from_callback(shape, place, block)
 
 
 def _of_layer(place: Any) -> Any:
@@ -221,25 +228,31 @@ def _stacked(rows: Iterable[Callable[[], Any]], count: int, place: Any) -> Any:
   import jax
   import jax.numpy as jnp
 
-  @functools.partial(jax.jit, out_shardings=place)
-  def empty(row: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), row)
+  # Of functions of the module, so that leaves of one shape share a program.
+  fill = jax.jit(_filled, donate_argnums=0, out_shardings=place)
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=place)
-  def fill(stack: Any, row: Any, layer: np.int32) -> Any:
-    return jax.tree.map(
-      lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, layer, 0),
-      stack,
-      row,
-    )
+  def empty(leaf: jax.Array, where: Any = None) -> jax.Array:
+    return jnp.zeros((count, *leaf.shape), leaf.dtype, device=where)
 
   stack = None
   for layer, read in enumerate(rows):
     row = read()
-    stack = empty(row) if stack is None else stack
+    if stack is None:
+      stack = jax.tree.map(empty, row, *(() if place is None else (place,)))
     # Wait for each row before reading the next, so that jax can free it meanwhile.
     stack = jax.block_until_ready(fill(stack, row, np.int32(layer)))
   return stack
+
+
+def _filled(stack: Any, row: Any, layer: np.int32) -> Any:
+  """The stack with a row in its place."""
+  import jax
+
+  return jax.tree.map(
+    lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, layer, 0),
+    stack,
+    row,
+  )
 
 
 def check_params(source: str, config: transformer.DecoderConfig) -> None:
