@@ -22,17 +22,20 @@ def save_model(
   """A Llama of 2 layers with SmolLM2's tokenizer, as transformers saves it."""
   tokenizer = hf_tokenizer.load(smollm)
   torch.manual_seed(seed)
+  sizes = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+  }
   network = transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
       vocab_size=len(tokenizer),
-      hidden_size=32,
-      intermediate_size=48,
-      num_hidden_layers=2,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      max_position_embeddings=512,
       eos_token_id=chat.load(smollm).eos_ids[0],
-      **{"tie_word_embeddings": True, **fields},
+      **{**sizes, **fields},
     )
   )
   network.save_pretrained(folder)

@@ -46,6 +46,7 @@ def overrides(law: pathlib.Path, form: str) -> list[str]:
     *(f"data.{name}={law / name}.jsonl" for name in ("test", "validation")),
     "validation={every: 3, limit: 4}",
     "evaluate={limit: 6, max_new_tokens: 4, batch_size: 4, samples: 2}",
+    "balance.max_weight=1.0",
   ]
 
 
@@ -73,17 +74,19 @@ def copy_of(settings, output, **changes):
 
 def test_it_learns_and_resumes_bit_for_bit_on_its_own_base_only(trained, tmp_path):
   rows = short_run.rows(pathlib.Path(trained.output))
-  assert rows[-1][1]["loss_sft"] < rows[0][1]["loss_sft"]
-  assert rows[2][1]["validation_loss"] > 0
+  first, last = (rows[step - 1][1]["validation_loss"] for step in (3, 6))
+  assert last < first
   settings = copy_of(trained, tmp_path / "resumed")
   output = pathlib.Path(settings.output)
   shutil.rmtree(output / "checkpoints" / str(short_run.STEPS))
   other = trained.lora.model_copy(update={"base": "int8"})
   with pytest.raises(errors.UserError, match=r"lora\.base: nf4 -> int8"):
     train.fit(settings.model_copy(update={"lora": other}))
-  (output / "config/train.yaml").unlink()  # checkpoints know it, too
-  with pytest.raises(errors.UserError, match="base"):
+  lock = output / "config/train.yaml"
+  lock.unlink()  # checkpoints know it, too
+  with pytest.raises(errors.UserError, match="saved by a run whose lora was"):
     train.fit(settings.model_copy(update={"lora": other}))
+  lock.unlink()
   train.fit(settings)
   jax.tree.map(
     np.testing.assert_array_equal, adapters_of(settings)[0], adapters_of(trained)[0]
@@ -184,7 +187,7 @@ def test_the_export_is_the_source_with_the_updates(trained, source):
 
 @pytest.mark.parametrize("form", [None, "int8", "nf4"])
 def test_the_real_model_learns_on_each_base(tmp_path, smollm, law, form):
-  """SFT of SmolLM2-135M-Instruct; bytes, losses on 24 held-out questions, export.
+  """SFT of SmolLM2-135M-Instruct; bytes, losses on 16 held-out questions, export.
 
   Its projections have 106,168,320 numbers in 155,520 rows, the rest is 28,346,688.
   """
@@ -195,8 +198,8 @@ def test_the_real_model_learns_on_each_base(tmp_path, smollm, law, form):
     smollm,
     law,
     f"lora={{base: {form or 'null'}}}",
-    *("method=sft", "train.batch_size=8", "train.max_steps=8", "data.buckets=1"),
-    *("train.learning_rate=5.0e-4", "train.checkpoint_every=8"),
+    *("method=sft", "train.batch_size=8", "train.max_steps=6", "data.buckets=1"),
+    *("train.learning_rate=5.0e-4", "train.checkpoint_every=6"),
     *("data.max_prompt_tokens=96", "data.max_answer_tokens=128", "data.too_long=skip"),
   )
   plan, _ = run_inputs.prepare(settings)
@@ -223,7 +226,7 @@ def test_the_real_model_learns_on_each_base(tmp_path, smollm, law, form):
     on_codes = trained_model.load_as_trained(settings, decoder, form)
     models |= {f"{name} on {form}": tree for name, tree in on_codes.items()}
   held_out = settings.data.model_copy(update={"validation": str(law / "test.jsonl")})
-  questions = test_sets.read_validation(held_out, tokenizer, 24).rows
+  questions = test_sets.read_validation(held_out, tokenizer, 16).rows
   losses = {}
   with journal.open_journal(tmp_path / "losses.jsonl") as log:
     for name, params in models.items():
