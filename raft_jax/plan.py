@@ -29,6 +29,7 @@ def plan(
   config: schema.Config,
   topology: Sequence[str],
   questions: int | None = None,
+  compare_rollouts: bool = False,
 ) -> None:
   """Prints what the run needs on each machine.
 
@@ -47,7 +48,9 @@ def plan(
   for index, machine in enumerate(chosen):
     interrupts.check()
     print(f"compiling for {machine.topology} ...", file=sys.stderr, flush=True)
-    costs = estimate.measure(config.model_dump(mode="json"), machine)
+    costs = estimate.measure(
+      config.model_dump(mode="json"), machine, compare_rollouts=compare_rollouts
+    )
     if not index:
       print(header(config.model, tokens, costs))
       tower = carried_tensors.describe(config.model.source, costs["parameters"])
@@ -148,6 +151,10 @@ def main() -> None:
         "type": int,
         "metavar": "N",
         "help": "how many questions the run will learn from (default: data.questions)",
+      },
+      "--compare-rollouts": {
+        "action": "store_true",
+        "help": "also compile rollouts for other values of rollout.tensor",
       },
     },
     without_data=True,

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -48,14 +49,14 @@ def planned(tmp_path_factory):
   run = write(folder, bare_model.save(folder / "model"))
   answers, printed = [], io.StringIO()
 
-  def measure(*args):
-    answers.append(real_measure(*args))
+  def measure(*args, **options):
+    answers.append(real_measure(*args, **options))
     return answers[-1]
 
   with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
     real_measure = estimate.measure
     patch.setattr(estimate, "measure", measure)
-    plan.plan(run, ["cpu:8"], questions=100)
+    plan.plan(run, ["cpu:8"], questions=100, compare_rollouts=True)
   return run, answers[0], printed.getvalue()
 
 
@@ -112,6 +113,20 @@ def test_weights_are_gathered_once_and_activations_stay(planned):
   assert 2 * whole <= sent(answer["phases"]["update"]) <= 4 * whole + 6 * activations
 
 
+def test_a_rollout_whose_weights_two_devices_share(planned):
+  """The model has 2 key/value heads, so nothing but 2 is compared with 1."""
+  _, answer, _ = planned
+  assert [*answer["other rollouts"]] == ["2"]
+  gathered, shared = answer["phases"]["rollout"], answer["other rollouts"]["2"]
+  # Each layer sums its attention and its MLP, and the look-up its halves, at 12 passes.
+  assert shared["collectives"]["all-reduce"][0] == 12 * (2 * 3 + 1)
+  # A device gathers a half, of which it has an eighth, and holds no more.
+  activations = 4 * 16 * (32 + 12) * 64
+  wire = shared["collectives"]["all-gather"][1]
+  assert 0 <= wire - 4 * COUNT * 3 / 8 <= 3 * activations
+  assert gathered["temporaries"] - shared["temporaries"] > 4 * COUNT / 3
+
+
 def test_what_is_printed(planned):
   run, answer, printed = planned
   lines = printed.splitlines()
@@ -123,6 +138,12 @@ def test_what_is_printed(planned):
   assert any(line.startswith("  fits: ") for line in lines)
   assert "  run: 18 steps, 0:00:00 to 0:00:00 (a roofline, not a measurement)" in lines
   assert "  smallest that fits: cpu:1 (at most " in printed
+  number = r"\d+ ms, [\d.]+ MiB; "
+  (fastest,) = re.findall(
+    rf"  rollout.tensor 1: {number}2: {number}the fastest that fits: (\d)", printed
+  )
+  # 84 sums of 12 µs outweigh the bytes of a model this small.
+  assert fastest == "1"
   update = next(line for line in lines if line.startswith("│ update"))
   model_flops = 6 * COUNT * 16 * (16 + 10 + 12)
   share = answer["phases"]["update"]["flops"] * 8 / model_flops

@@ -86,7 +86,11 @@ def _parser(
     usage=" ".join(
       [
         "%(prog)s --config FILE" if needs_config else "%(prog)s [--config FILE]",
-        *(f"[{name} {how['metavar']}]" for name, how in options.items()),
+        # A switch has no value, and so no name for one.
+        *(
+          f"[{name} {how.get('metavar', '')}".rstrip() + "]"
+          for name, how in options.items()
+        ),
         "[key=value ...] [--print-config]",
       ]
     ),

@@ -93,6 +93,10 @@ class Rollout(Section):
   """Layers per iteration of the scan over layers; 0 means no scan, with each layer's
   weights in arrays of their own. null: 0 on GPUs, where a scan copies the weights for
   every token, and `model.unroll` elsewhere."""
+  tensor: Positive | None = None
+  """Number of neighbouring devices that share the weights while the student samples, in
+  place of `mesh.tensor`; null: `mesh.tensor`. Weights that are sharded over `mesh.fsdp`
+  are then not gathered on every device."""
 
 
 class Distill(Section):

@@ -84,6 +84,8 @@ def gathered(
 ) -> transformer.Params:
   """All parameters gathered over `fsdp` once, before a loop; kernels in `dtype`.
 
+  Parameters from another mesh than the program's `sharding.decode_mesh` move to it.
+
   Quantised kernels stay quantised: each product in the loop restores its own.
   Vectors keep their dtype, because a norm adds its offset to the scale in float32; so
   do routers, which choose experts in float32.
@@ -92,13 +94,15 @@ def gathered(
     apart: whether each layer has its own arrays: "layers" and the adapters are then
       tuples with one tree for each layer.
   """
+  mesh, own = jax.sharding.get_abstract_mesh(), sharding.mesh_of(params["embed"])
+  put = sharding.gathered if own.shape == mesh.shape else sharding.moved
 
   def gather(leaf: Any, names: tuple[str, ...]) -> Any:
     if quantised.is_quantised(leaf):
-      return quantised.gathered(leaf)
+      return quantised.placed(leaf, put)
     is_kernel = len(names) - ("layers" in names) > 1
     rounds = is_kernel and "routes" not in names
-    return sharding.gathered(leaf.astype(dtype) if rounds else leaf, *names)
+    return put(leaf.astype(dtype) if rounds else leaf, *names)
 
   base_axes = axes(config)
   base = {name: params[name] for name in base_axes}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -164,9 +165,14 @@ def logical_axes(kernel: QuantisedKernel) -> QuantisedKernel:
 
 def gathered(kernel: QuantisedKernel) -> QuantisedKernel:
   """The kernel gathered over `fsdp` as codes, which are smaller than the kernel."""
+  return placed(kernel, sharding.gathered)
+
+
+def placed(kernel: QuantisedKernel, put: Callable[..., jax.Array]) -> QuantisedKernel:
+  """The kernel whose codes and scales went through `put(array, *logical axes)`."""
   axes = logical_axes(kernel)
   return QuantisedKernel(
-    codes=sharding.gathered(kernel.codes, *axes.codes),
-    scale=sharding.gathered(kernel.scale, *axes.scale),
+    codes=put(kernel.codes, *axes.codes),
+    scale=put(kernel.scale, *axes.scale),
     axes=kernel.axes,
   )

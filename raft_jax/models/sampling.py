@@ -305,6 +305,9 @@ def generate(
 ) -> Rollout:
   """Samples up to `max_new_tokens` tokens in each row, until the row's first EOS.
 
+  On a `sharding.decode_mesh` it reads parameters and prompts from the mesh that it was
+  made of, and its result lies there, too.
+
   Args:
     prompt_BP: int32, right-padded; every row has at least one token.
     prompt_length_B: int32, number of tokens of each prompt.
@@ -320,9 +323,12 @@ def generate(
   Returns:
     A `Rollout`; no gradient flows through it.
   """
-  batch, width = prompt_BP.shape
+  (batch, width), mesh = prompt_BP.shape, sharding.mesh_of(prompt_BP)
   # Cast and gathered once: inside the loop this would be repeated for every token.
   params = param_sharding.gathered(params, config, dtype, apart=unroll == 0)
+  prompt_BP, prompt_length_B, row_id_B = sharding.constrain_rows(
+    (prompt_BP, prompt_length_B, row_id_B)
+  )
   embedding_VD = transformer.output_embedding(params)
   head = functools.partial(
     vocab_head.head_logits, embedding_VD=embedding_VD, softcap=config.logit_softcap
@@ -344,4 +350,6 @@ def generate(
   )
   keys_B = row_keys(seed, step, row_id_B)
   rule = TokenRule(temperature, top_p, eos_ids, pad_id)
-  return decode_rows(first, run, head, prompt_length_B, keys_B, rule)
+  rollout = decode_rows(first, run, head, prompt_length_B, keys_B, rule)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return sharding.constrain_rows(rollout)

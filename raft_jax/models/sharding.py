@@ -111,6 +111,11 @@ def everywhere(x: jax.Array) -> jax.Array:
   return constrain(x, *("width",) * x.ndim)
 
 
+def constrain_rows(tree: Any) -> Any:
+  """Constrains arrays [B, ...] to be sharded by rows, as a batch is."""
+  return jax.tree.map(lambda x: constrain(x, "batch", *("width",) * (x.ndim - 1)), tree)
+
+
 def gathered(weight: jax.Array, *axes: str) -> jax.Array:
   """A weight gathered over `fsdp` here, and not wherever it is read.
 
@@ -129,6 +134,50 @@ def gathered(weight: jax.Array, *axes: str) -> jax.Array:
     lambda _, gradient: (constrain(gradient, *axes),),
   )
   return gather(weight)
+
+
+# --- Rollouts on a mesh of their own --------------------------------------------------
+
+
+def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
+  """A mesh for rollouts: neighbouring devices share the weights, groups the rows.
+
+  It has the devices of `mesh` in the same order, so that a program on one of them can
+  read arrays of the other.
+
+  Args:
+    tensor: devices that share the weights. A multiple of `mesh`'s own `tensor`, by a
+      number that divides its `fsdp`.
+  """
+  devices = mesh.devices.reshape(-1, 1, tensor)
+  return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_of(x: jax.Array) -> AbstractMesh:
+  """The mesh on which an argument of a program lies; that of the program by default."""
+  own, mesh = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+  return mesh if own.empty or mesh.empty else own
+
+
+def moved(weight: jax.Array, *axes: str) -> jax.Array:
+  """A weight moved from its mesh to the program's, which `decode_mesh` made of it.
+
+  In two hops, because the compiler would do it in one by gathering the whole weight on
+  every device: first gathered over the groups, then exchanged within each group.
+  """
+  mesh, tensor = mesh_of(weight), jax.sharding.get_abstract_mesh().shape["tensor"]
+  inner = tensor // mesh.shape["tensor"]
+  sizes = (mesh.shape["data"], mesh.shape["fsdp"] // inner, inner, mesh.shape["tensor"])
+  between = AbstractMesh(
+    sizes, ("data", "groups", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4
+  )
+  for hop in (mesh, between):
+    with jax.sharding.use_abstract_mesh(hop):
+      weight = constrain(weight, *axes)
+  return constrain(weight, *axes)
+
+
+# --- Trees and batches ----------------------------------------------------------------
 
 
 def tree(mesh: Mesh, axes: Any, shapes: Any) -> Any:

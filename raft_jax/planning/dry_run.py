@@ -1,15 +1,17 @@
 """Compiles a training step for an absent machine; `plan` runs it as a process.
 
-`python -m raft_jax.planning.dry_run` reads {"config", "topology"} as JSON and prints
-the costs as JSON. It needs the environment of `machines.environment`, but no weights
-and no data: every array is a shape with a sharding, as wide as the config's budgets
-allow, and goes through `programs.run_step`, the step of a run.
+`python -m raft_jax.planning.dry_run` reads {"config", "topology", "compare_rollouts"}
+as JSON and prints the costs as JSON. It needs the environment of
+`machines.environment`, but no weights and no data: every array is a shape with a
+sharding, as wide as the config's budgets allow, and goes through `programs.run_step`,
+the step of a run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from raft_jax import errors
 from raft_jax.config import schema
@@ -37,13 +40,19 @@ TPU_OPTIONS = {
 }
 
 
-def measure(config: schema.Config, topology: str) -> dict[str, Any]:
+def measure(
+  config: schema.Config, topology: str, *, compare_rollouts: bool = False
+) -> dict[str, Any]:
   """The cost of a run on a machine.
+
+  Args:
+    compare_rollouts: also compile rollouts for other values of `rollout.tensor`.
 
   Returns:
     Plain values: `parameters` of the model, those `active` for a token and those
-    `trained`, `mesh`, bytes per device of each class in `memory`, and per phase the
-    values of `compile_cost`.
+    `trained`, `mesh` and that of `rollouts`, bytes per device of each class in
+    `memory`, per phase the values of `compile_cost`, and in `other rollouts` these by
+    `rollout.tensor`.
 
   Raises:
     errors.UserError: the config does not suit the model or the machine.
@@ -60,26 +69,70 @@ def measure(config: schema.Config, topology: str) -> dict[str, Any]:
   state = plan.abstract_state
   with jax.set_mesh(plan.mesh):
     phases = compile_steps(plan, reference, batch, machine)
-  rows = batch.row_id_B.sharding.shard_shape(batch.row_id_B.shape)[0]
+  others: dict[str, Any] = {}
+  for tensor in other_tensors(plan, machine) if compare_rollouts else ():
+    with jax.set_mesh(sharding.decode_mesh(plan.mesh, tensor)):
+      record_cost(others, str(tensor), plan.programs.roll_out, machine)(
+        state.params, reference.frozen, batch, 0
+      )
+  rollout_mesh = plan.programs.rollout_mesh or plan.mesh
   length = config.data.max_prompt_tokens + plan.rollouts.max_new_tokens
-  cache = jax.eval_shape(
-    lambda: kv_cache.init(plan.decoder, rows, length, plan.settings.compute.dtype)
-  )
   parameters = transformer.parameter_count(plan.decoder)
   return {
     "parameters": parameters,
     "active": experts.active_parameters(plan.decoder, parameters),
     "trained": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     "mesh": dict(plan.mesh.shape),
+    "rollouts": dict(rollout_mesh.shape),
     "memory": {
       "parameters": step_memory.bytes_per_device(state.params),
       "optimizer": step_memory.bytes_per_device(state.opt_state),
       "base model": step_memory.bytes_per_device(reference),
       "batch": step_memory.bytes_per_device(batch),
-      "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)),
+      "cache": cache_bytes(plan, rollout_mesh, length),
     },
     "phases": phases,
+    "other rollouts": others,
   }
+
+
+def other_tensors(plan: run_plan.RunPlan, machine: machines.Machine) -> list[int]:
+  """Values of `rollout.tensor` worth a comparison, but for the run's own.
+
+  Devices of one node share the weights, and as many as divide the key/value heads:
+  otherwise these are exchanged at every layer.
+  """
+  if plan.programs.roll_out is None:
+    return []
+  fsdp, tensor = plan.mesh.shape["fsdp"], plan.mesh.shape["tensor"]
+  own = (plan.programs.rollout_mesh or plan.mesh).shape["tensor"]
+  within = machine.shape[-1] if machine.chip.platform == "cuda" else machine.devices
+  values = [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0]
+  return [
+    value
+    for value in values
+    if value != own and within % value == 0 and plan.decoder.n_kv_heads % value == 0
+  ]
+
+
+def cache_bytes(plan: run_plan.RunPlan, mesh: Mesh, length: int) -> int:
+  """Bytes of a rollout's cache on one device."""
+  cache = jax.eval_shape(
+    lambda: kv_cache.init(
+      plan.decoder, plan.batch_rows, length, plan.settings.compute.dtype
+    )
+  )
+
+  def bytes_of(name: str, leaf: jax.ShapeDtypeStruct) -> int:
+    axes = ["layers", "batch", *["width"] * (leaf.ndim - 2)]
+    if name in ("k", "v", *kv_cache.GLOBAL_KV):
+      axes[3] = "kv_heads"
+    elif name == "positions":
+      axes = ["batch", "width"]
+    shard = sharding.place(mesh, tuple(axes), leaf.shape).shard_shape(leaf.shape)
+    return math.prod(shard) * leaf.dtype.itemsize
+
+  return sum(bytes_of(name, leaf) for name, leaf in cache.items())
 
 
 def make_plan(config: schema.Config, machine: machines.Machine) -> run_plan.RunPlan:
@@ -166,7 +219,8 @@ def compile_cost(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any]
   Returns:
     A dict of `flops`; `temporaries`, `output` (without what overwrites arguments) and
     `code` in bytes; memory `traffic` in bytes; `collectives`, which maps each kind to
-    [times, bytes sent]; `largest`, pairs of an array's type and its bytes; `seconds` of
+    [times, bytes sent]; `latency`, the seconds that these would take without bytes;
+    `largest`, pairs of an array's type and its bytes; `seconds` of
     compiling. For a program that the TPU compiler refuses it holds `flops` and the
     message `refused`, and the shardings are None.
   """
@@ -186,10 +240,12 @@ def compile_cost(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any]
     text = dumped[-1].read_text(encoding="utf-8") if dumped else program.as_text()
   module = hlo_cost.parse(text)
   by_kind: dict[str, list[float]] = {}
+  latency = 0.0
   for collective in hlo_cost.collectives(module, machine.devices):
     total = by_kind.setdefault(collective.kind, [0, 0.0])
     total[0] += collective.times
     total[1] += collective.wire
+    latency += collective.times * machine.latency(collective.kind, collective.group)
   memory = program.memory_analysis()
   return {
     "flops": flops,
@@ -198,6 +254,7 @@ def compile_cost(traced: Any, machine: machines.Machine) -> tuple[dict[str, Any]
     "code": memory.generated_code_size_in_bytes,
     "traffic": hlo_cost.traffic(module),
     "collectives": by_kind,
+    "latency": latency,
     "largest": hlo_cost.largest(module, 5),
     "seconds": time.perf_counter() - began,
   }, program.output_shardings
@@ -217,7 +274,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = json.load(sys.stdin)
     config = schema.Config.model_validate_json(json.dumps(request["config"]))
     try:
-      answer = measure(config, request["topology"])
+      answer = measure(
+        config,
+        request["topology"],
+        compare_rollouts=request["compare_rollouts"],
+      )
     except errors.UserError as error:
       answer = {"error": str(error)}
     print(json.dumps(answer), file=out)

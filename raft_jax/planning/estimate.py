@@ -39,16 +39,26 @@ def check_installed(machine: machines.Machine) -> None:
       )
 
 
-def measure(config: Mapping[str, Any], machine: machines.Machine) -> dict[str, Any]:
+def measure(
+  config: Mapping[str, Any],
+  machine: machines.Machine,
+  *,
+  compare_rollouts: bool = False,
+) -> dict[str, Any]:
   """The costs that `dry_run.measure` finds, in a process of its own.
 
   Args:
     config: the run's, as plain values.
+    compare_rollouts: as there.
 
   Raises:
     errors.UserError: the config does not suit the machine, or the process died.
   """
-  request = {"config": config, "topology": machine.topology}
+  request = {
+    "config": config,
+    "topology": machine.topology,
+    "compare_rollouts": compare_rollouts,
+  }
   process = subprocess.Popen(
     [sys.executable, "-m", "raft_jax.planning.dry_run"],
     stdin=subprocess.PIPE,
@@ -81,28 +91,32 @@ class Phase(NamedTuple):
   Attributes:
     peak: bytes held while it runs, including what waits for other phases.
     compute: seconds that its FLOPs take at least; `memory` and `wire`, the same for
-      memory traffic and collectives.
+      memory traffic and for the bytes of collectives.
+    latency: seconds of the collectives if they sent nothing. A layer waits for its sums
+      over devices, so nothing hides them.
   """
 
   peak: float
   compute: float
   memory: float
   wire: float
+  latency: float
 
   @property
   def seconds(self) -> float:
-    """Time if everything overlaps."""
-    return max(self.compute, self.memory, self.wire)
+    """Time if everything but latency overlaps."""
+    return max(self.compute, self.memory, self.wire) + self.latency
 
   @property
   def serial_seconds(self) -> float:
     """Time if collectives wait for the computation."""
-    return max(self.compute, self.memory) + self.wire
+    return max(self.compute, self.memory) + self.wire + self.latency
 
   @property
   def bound(self) -> str:
-    """The resource that takes the longest."""
-    return max(("compute", "memory", "wire"), key=lambda name: getattr(self, name))
+    """What takes the longest."""
+    parts = ("compute", "memory", "wire", "latency")
+    return max(parts, key=lambda name: getattr(self, name))
 
 
 def resident(costs: Mapping[str, Any]) -> float:
@@ -117,7 +131,14 @@ def phase(
   costs: Mapping[str, Any], name: str, machine: machines.Machine
 ) -> Phase | None:
   """Memory and times of one phase; None if the compiler refused it."""
-  own, chip = costs["phases"][name], machine.chip
+  return program(costs, costs["phases"][name], machine)
+
+
+def program(
+  costs: Mapping[str, Any], own: Mapping[str, Any], machine: machines.Machine
+) -> Phase | None:
+  """As `phase`, of a program whose own costs are given."""
+  chip = machine.chip
   if "refused" in own:
     return None
   sent = sum(wire for _, wire in own["collectives"].values())
@@ -126,6 +147,7 @@ def phase(
     compute=own["flops"] / chip.peak,
     memory=own["traffic"] / chip.bandwidth,
     wire=sent / machine.link,
+    latency=own["latency"],
   )
 
 
@@ -221,6 +243,17 @@ def judge(
         run[1] + times * (measured.serial_seconds - update.serial_seconds),
       )
   return Verdict(max(one.peak for one in phases.values()), limit, step, run)
+
+
+def compare_rollouts(
+  costs: Mapping[str, Any], machine: machines.Machine
+) -> dict[int, Phase | None]:
+  """The rollouts that were compiled, by `rollout.tensor`."""
+  programs = {int(tensor): own for tensor, own in costs["other rollouts"].items()}
+  programs[costs["rollouts"]["tensor"]] = costs["phases"]["rollout"]
+  return {
+    tensor: program(costs, programs[tensor], machine) for tensor in sorted(programs)
+  }
 
 
 def smallest_fit(

@@ -183,7 +183,13 @@ def batch_size(
     try:
       layout = plan_checks.batch_layout(size, replay, rollout, distils=True)
       plan_checks.check(
-        model, decoder, mesh, top_k=None, rows=layout.rows, micro_batches=1
+        model,
+        decoder,
+        mesh,
+        top_k=None,
+        rows=layout.rows,
+        micro_batches=1,
+        rollout_tensor=None,
       )
     except errors.UserError:
       continue

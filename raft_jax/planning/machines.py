@@ -7,6 +7,10 @@ Sources: NVIDIA's data sheets of A100 (312 TFLOP/s, NVLink 600 GB/s both ways) a
 SXM (989 TFLOP/s dense, 900 GB/s), with one 200 or 400 Gbit/s network card per GPU as in
 DGX A100 and DGX H100; Cloud TPU's pages on v5e, v5p and v6e. A slice smaller than a pod
 has no wrap-around links, so a ring uses half of a chip's links.
+
+Latencies of collectives are those by which NCCL 2.30 chooses its algorithm (ring with
+protocol LL on NVLink, src/graph/tuning.cc) and, on TPUs, 1 µs a hop ("How to Scale Your
+Model", part 3, jax-ml.github.io/scaling-book).
 """
 
 from __future__ import annotations
@@ -56,6 +60,9 @@ CHIPS = {
   "cpu": Chip("cpu", 16 * _GIB, 1e12, 100e9, 10e9, 0, ("1", "2", "4", "8", "16")),
 }
 
+LATENCIES = {"cuda": (6.6e-6, 0.6e-6), "tpu": (0.0, 1e-6), "cpu": (10e-6, 1e-6)}
+"""By platform: seconds of any collective, and of each step of its ring."""
+
 
 class Machine(NamedTuple):
   """Devices of one kind, connected."""
@@ -78,6 +85,17 @@ class Machine(NamedTuple):
     if self.chip.platform != "cuda" or len(self.shape) == 1:
       return self.chip.link
     return min(self.chip.link, self.chip.network * self.shape[1])
+
+  def latency(self, kind: str, group: int) -> float:
+    """Seconds of a collective that sends next to nothing, within a node or slice.
+
+    Args:
+      kind: one of `hlo_cost.KINDS`.
+      group: devices that take part.
+    """
+    steps = {"all-reduce": 2 * (group - 1), "collective-permute": 1}
+    base, step = LATENCIES[self.chip.platform]
+    return base + steps.get(kind, group - 1) * step
 
   def usable(self, share: float) -> float:
     """Bytes of a device that a program may use; JAX takes `share` of a GPU's memory."""

@@ -22,7 +22,9 @@ def show(
   total_steps: int | None,
 ) -> None:
   """Prints the table and the lines of one machine."""
-  mesh = " x ".join(f"{name} {size}" for name, size in costs["mesh"].items())
+  mesh = describe(costs["mesh"])
+  if costs["rollouts"] != costs["mesh"]:
+    mesh += f"; rollouts on {describe(costs['rollouts'])}"
   need = "refused by the compiler" if verdict.peak is None else gib(verdict.peak)
   of_memory = f" ({share:.0%} of it)" if machine.chip.platform == "cuda" else ""
   memory = costs["memory"]
@@ -35,11 +37,39 @@ def show(
   rich.console.Console(width=112).print(phase_table(tokens, machine, costs))
   for name, own in costs["phases"].items():
     print(f"  {name}: {own.get('refused') or details(own)}")
+  if costs["other rollouts"]:
+    print(f"  {rollouts_line(costs, machine, verdict.limit)}")
   if verdict.step is not None:
     print(f"  step: {span(verdict.step)}")
     print(f"  run: {run_line(verdict, total_steps)}")
   smallest = estimate.smallest_fit(costs, machine, share, tokens.batch_size)
   print(f"  smallest that fits: {smallest}")
+
+
+def rollouts_line(
+  costs: Mapping[str, Any], machine: machines.Machine, limit: float
+) -> str:
+  """Times and memory by `rollout.tensor`, and the fastest one that fits."""
+  compared = estimate.compare_rollouts(costs, machine)
+  fitting = {
+    tensor: one.seconds
+    for tensor, one in compared.items()
+    if one is not None and one.peak <= limit
+  }
+  parts = [
+    f"{tensor}: refused"
+    if one is None
+    else f"{tensor}: {1e3 * one.seconds:,.0f} ms, {gib(one.peak)}"
+    for tensor, one in compared.items()
+  ]
+  best = min(fitting, key=lambda tensor: fitting[tensor], default=None)
+  advice = "none fits" if best is None else f"the fastest that fits: {best}"
+  return f"rollout.tensor {'; '.join(parts)}; {advice}"
+
+
+def describe(mesh: Mapping[str, int]) -> str:
+  """The sizes of a mesh."""
+  return " x ".join(f"{name} {size}" for name, size in mesh.items())
 
 
 def details(own: Mapping[str, Any]) -> str:
@@ -60,7 +90,7 @@ def phase_table(
   table = rich.table.Table()
   table.add_column("a device")
   heads = ("peak GiB", "temps GiB", "TFLOP", "x model", "memory GB", "wire GB")
-  for head in (*heads, "least ms"):
+  for head in (*heads, "waits ms", "least ms"):
     table.add_column(head, justify="right")
   table.add_column("bound by")
   expected = estimate.model_flops(tokens, costs["active"])
@@ -79,6 +109,7 @@ def phase_table(
       *flops,
       f"{own['traffic'] / 1e9:,.1f}",
       f"{sent / 1e9:,.1f}",
+      f"{1e3 * phase.latency:,.0f}",
       f"{1e3 * phase.seconds:,.0f}",
       phase.bound,
     )

@@ -28,6 +28,7 @@ from raft_jax.training import (
   run_inputs,
   run_plan,
   step_schedule,
+  throughput,
 )
 from raft_jax.training import programs as programs_lib
 
@@ -168,6 +169,9 @@ def read_metrics(
   if replayer is not None:
     values |= replayer.observe(dispatched.step, row_losses_B)
   values["step_seconds"] = stopwatch.lap()
+  if ended_B is not None:
+    tokens["rollout"] += batch.prompt_length_B.sum()
+  values |= throughput.of_step(plan.meter, tokens, values["step_seconds"])
   values["learning_rate"] = float(plan.rates[dispatched.step])
   return values
 

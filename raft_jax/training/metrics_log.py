@@ -168,18 +168,18 @@ def run_log(
 
 def note(values: dict[str, float]) -> str:
   """The few metrics to show beside the progress bar."""
-  short_names = {
-    "loss_sft": "sft",
-    "loss_kd": "kd",
-    "kd_weight": "λ",
-    "rollout_length": "len",
-    "validation_loss": "val",
-    "validation_drift": "drift",
+  shown = {
+    "loss_sft": "sft {:.3g}",
+    "loss_kd": "kd {:.3g}",
+    "kd_weight": "λ {:.3g}",
+    "rollout_length": "len {:.3g}",
+    "validation_loss": "val {:.3g}",
+    "validation_drift": "drift {:.3g}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
   }
   return "  ".join(
-    f"{short} {values[name]:.3g}"
-    for name, short in short_names.items()
-    if name in values
+    text.format(values[name]) for name, text in shown.items() if name in values
   )
 
 

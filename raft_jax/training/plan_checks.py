@@ -57,6 +57,7 @@ def check(
   top_k: int | None,
   rows: int,
   micro_batches: int,
+  rollout_tensor: int | None,
 ) -> None:
   """Checks a config against its model and mesh, before weights or rows are read.
 
@@ -64,6 +65,7 @@ def check(
     top_k: tokens on which teacher and student are compared; None if nothing is
       distilled.
     rows: of every batch, from `batch_layout`.
+    rollout_tensor: `rollout.tensor`.
 
   Raises:
     errors.UserError: they do not fit together.
@@ -82,6 +84,8 @@ def check(
       f"divide into {parts} parts (mesh.data x mesh.fsdp x train.micro_batches); "
       "change one of them"
     )
+  if rollout_tensor is not None:
+    check_rollout_tensor(rollout_tensor, mesh)
 
 
 def check_experts(
@@ -99,6 +103,17 @@ def check_experts(
     raise errors.UserError(
       f"soft_mask: {source} is a mixture of experts, whose units are not scored; use "
       "another method"
+    )
+
+
+def check_rollout_tensor(rollout_tensor: int, mesh: Mesh) -> None:
+  """Raises UserError if the mesh cannot be regrouped for rollouts."""
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  allowed = [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0]
+  if rollout_tensor not in allowed:
+    raise errors.UserError(
+      f"rollout.tensor: {rollout_tensor} devices cannot share the weights on a mesh of "
+      f"fsdp={fsdp} x tensor={tensor}; set {' or '.join(map(str, allowed))}, or null"
     )
 
 

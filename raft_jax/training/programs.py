@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from raft_jax.baselines import sdpo
 from raft_jax.config import schema
@@ -36,12 +38,14 @@ class Programs(NamedTuple):
     score_teacher: see `objective.score_teacher`.
     teacher_params: (frozen teacher or None, state, frozen tree) -> the teacher's
       parameters.
+    rollout_mesh: on which `roll_out` runs, if not on the run's mesh.
   """
 
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
   roll_out: Callable[..., tuple[sequences.Trajectory, jax.Array | None]] | None = None
   score_teacher: Callable[..., objective.Support] | None = None
   teacher_params: Callable[..., transformer.Params] | None = None
+  rollout_mesh: Mesh | None = None
 
 
 class Dispatched(NamedTuple):
@@ -119,7 +123,10 @@ def run_step(
     clock.lap("update", metrics)
     return state, Dispatched(step, metrics, batch, None, None, clock.seconds)
 
-  rollout, ended_B = programs.roll_out(state.params, reference.frozen, batch, step)
+  with contextlib.ExitStack() as stack:
+    if programs.rollout_mesh is not None:
+      stack.enter_context(jax.set_mesh(programs.rollout_mesh))
+    rollout, ended_B = programs.roll_out(state.params, reference.frozen, batch, step)
   clock.lap("rollout", rollout)
   interrupts.check()
 
@@ -233,12 +240,14 @@ def compile_programs(
   balancer: optax.GradientTransformationExtraArgs,
   state_shardings: step_lib.TrainState,
   teacher: str | None,
+  rollout_mesh: Mesh | None = None,
 ) -> Programs:
   """Jits rollout, teacher and update; each compiles once per batch width.
 
   Args:
     state_shardings: where the update leaves the state.
     teacher: a key of `TEACHERS`; None distils nothing.
+    rollout_mesh: see `Programs`.
   """
   update = jax.jit(
     functools.partial(
@@ -255,4 +264,5 @@ def compile_programs(
     functools.partial(roll_out, settings=settings, rollouts=rollouts),
     jax.jit(functools.partial(objective.score_teacher, settings=settings)),
     TEACHERS[teacher],
+    rollout_mesh,
   )

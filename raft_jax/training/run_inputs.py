@@ -128,6 +128,7 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     top_k=None if distill is None else distill.top_k,
     rows=layout.rows,
     micro_batches=train.micro_batches,
+    rollout_tensor=config.rollout.tensor,
   )
   examples = training_set.load(config, tokenizer, distil=distils)
   rows = [*examples.rows, *examples.replayed]

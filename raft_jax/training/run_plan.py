@@ -29,7 +29,13 @@ from raft_jax.models import (
   sharding,
   transformer,
 )
-from raft_jax.training import base_losses, optim, plan_checks, step_schedule
+from raft_jax.training import (
+  base_losses,
+  optim,
+  plan_checks,
+  step_schedule,
+  throughput,
+)
 from raft_jax.training import programs as programs_lib
 
 
@@ -51,6 +57,7 @@ class RunPlan(NamedTuple):
     compares_base: whether validation reads the base model.
     weighs_by_base: whether the base model's losses weigh the answers' tokens.
     base_form: of the quantised kernels of the frozen model; None: it has none.
+    meter: what the speed of a step is measured by.
     edits_base: whether validation edits trained weights towards the base model's, as
       `evaluate` does, and so needs them in float32.
   """
@@ -74,6 +81,7 @@ class RunPlan(NamedTuple):
   compares_base: bool
   weighs_by_base: bool
   edits_base: bool
+  meter: throughput.Meter
   base_form: str | None = None
 
   @property
@@ -151,6 +159,7 @@ def make_plan(
       balancer=balancer,
       state_shardings=shardings,
       teacher=distill.teacher if distils else None,
+      rollout_mesh=make_rollout_mesh(mesh, config.rollout),
     ),
     batch_rows=batch_rows,
     widest=widest,
@@ -161,6 +170,7 @@ def make_plan(
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
     weighs_by_base=base_losses.are_read(config.token_weights),
     edits_base=validation is not None and edits,
+    meter=throughput.make_meter(decoder, mesh, trains_weights=split.trains_base),
     base_form=config.lora.base if config.lora is not None else None,
   )
 
@@ -187,6 +197,7 @@ def make_budget_plan(
     top_k=config.distill.top_k if distils else None,
     rows=layout.rows,
     micro_batches=config.train.micro_batches,
+    rollout_tensor=config.rollout.tensor,
   )
   prompt, answer, teacher = map(batching.padded_width, token_rows.budgets(config.data))
   return make_plan(
@@ -215,6 +226,13 @@ def make_rollouts(
     top_p=rollout.top_p,
     pad_id=pad_id,
   )
+
+
+def make_rollout_mesh(mesh: Mesh, rollout: schema.Rollout) -> Mesh | None:
+  """The mesh on which the student samples; None: that of the run."""
+  if rollout.tensor in (None, mesh.shape["tensor"]):
+    return None
+  return sharding.decode_mesh(mesh, rollout.tensor)
 
 
 def make_siblings(

@@ -31,11 +31,9 @@ from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
 from raft_jax.models import layer_functions, sharding, transformer
 from raft_jax.planning import dry_run, hlo_cost
-from raft_jax.training import initial_state, run_plan, step_memory
+from raft_jax.training import initial_state, run_plan, step_memory, throughput
 from raft_jax.training import programs as programs_lib
 
-# Dense bfloat16 products, from NVIDIA's data sheets.
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 LLAMA_1B = {
   **{"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048},
   **{"intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
@@ -87,14 +85,8 @@ def timed(call: Callable[[], Any]) -> Timed:
   return Timed(statistics.median(seconds), min(seconds), max(seconds))
 
 
-def peak_flops() -> float | None:
-  """FLOP/s of the device's bfloat16 products; None if it is not in `PEAKS`."""
-  kind = jax.devices()[0].device_kind
-  return next((peak for name, peak in PEAKS.items() if name in kind), None)
-
-
 def share_of_peak(flops: float, seconds: float) -> str:
-  peak = peak_flops()
+  peak = throughput.peak_flops(jax.devices()[0].device_kind)
   reached = f"{flops / seconds / 1e12:,.1f} TFLOP/s"
   return reached if peak is None else f"{reached}, {flops / seconds / peak:.0%} of peak"
 

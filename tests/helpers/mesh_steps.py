@@ -11,6 +11,7 @@ small, and in a model that is steep round-off grows to per cents within two step
 """
 
 import dataclasses
+import re
 import sys
 
 import jax
@@ -48,8 +49,12 @@ MESHES = {
   "all": ((2, 2, 2), 1),
   "all, batch in two parts": ((2, 2, 2), 2),
   "all, layers apart": ((2, 2, 2), 1),
+  "fsdp, rollouts over 4": ((1, 8, 1), 1),
+  "fsdp, rollouts over 8, layers apart": ((1, 8, 1), 1),
+  "all, rollouts over 4, layers apart": ((2, 2, 2), 1),
 }
-"""Name: sizes of the axes, micro-batches. Layers apart: rollouts as on GPUs."""
+"""Name: sizes of the axes, micro-batches. Layers apart: rollouts as on GPUs. Rollouts
+over n: `rollout.tensor`."""
 ADAPTER_MESHES = {
   ONE_ADAPTERS: ((1, 1, 1), 1),
   ADAPTERS: ((2, 2, 2), 1),
@@ -67,15 +72,17 @@ EXPERT_MESHES = {
   "tensor, experts": ((1, 1, 8), 1),
   "all, experts": ((2, 2, 2), 1),
   "all, experts, layers apart": ((2, 2, 2), 1),
+  "fsdp, experts, rollouts over 4": ((1, 8, 1), 1),
 }
 """The same, for a mixture of experts; run only if they are named."""
 # Of nf4, 2 blocks are spread over 2 devices, and 3 stay whole.
-WIDE = dataclasses.replace(DECODER, d_model=128, d_ff=192)
+WIDE = dataclasses.replace(DECODER, d_model=128, head_dim=16, d_ff=192)
 QUANTISED_MESHES = {
   form: {
     f"one device, {form}": ((1, 1, 1), 1),
     f"all, {form}": ((2, 2, 2), 1),
     f"all, {form}, layers apart": ((2, 2, 2), 1),
+    f"all, {form}, rollouts over 4": ((2, 2, 2), 1),
   }
   for form in ("int8", "nf4")
 }
@@ -142,6 +149,7 @@ def steps(
   split: partition.Split,
   *,
   apart: bool,
+  tensor: int | None = None,
   decoder: transformer.DecoderConfig = DECODER,
   form: str | None = None,
 ) -> dict[str, np.ndarray]:
@@ -163,6 +171,7 @@ def steps(
     balancer=balancer,
     state_shardings=shardings,
     teacher="base",
+    rollout_mesh=sharding.decode_mesh(mesh, tensor) if tensor else None,
   )
   out = {}
   with jax.set_mesh(mesh):
@@ -222,6 +231,7 @@ def main() -> None:
         micro_batches,
         split,
         apart="layers apart" in name,
+        tensor=int(over[1]) if (over := re.search(r"over (\d)", name)) else None,
         decoder=decoder,
         form=form,
       )

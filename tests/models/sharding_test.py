@@ -19,7 +19,7 @@ from tests.benchmarks import step_collectives
 from tests.helpers import mesh_steps, simulated_devices
 
 # Compiled by the fast tests; the slow one takes all of `mesh_steps.MESHES`.
-FAST_MESHES = ("tensor", "all")
+FAST_MESHES = ("tensor", "all", "fsdp, rollouts over 4")
 
 
 def sized(data, fsdp, tensor):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raft_jax.planning import estimate, machines
+from raft_jax.planning import estimate, machines, tables
 
 
 def made_up(**own) -> dict:
@@ -14,6 +14,7 @@ def made_up(**own) -> dict:
     "code": 0,
     "traffic": 2 * 2039e9,
     "collectives": {"all-gather": [1, 300e9], "all-reduce": [9, 150e9]},
+    "latency": 0.25,
     "largest": [],
   } | own
   memory = dict.fromkeys(
@@ -22,26 +23,48 @@ def made_up(**own) -> dict:
   return {
     "parameters": 1000,
     "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
+    "rollouts": {"data": 1, "fsdp": 8, "tensor": 1},
+    "other rollouts": {},
     "memory": {**memory, "cache": 0},
     "phases": {"update": phase, "measured update": {**phase, "flops": 4 * 312e12}},
   }
 
 
 def test_the_roofline_by_hand():
-  """1 s of FLOPs (the measured step: 4 s), 2 s of memory, 1.5 s of sending."""
+  """1 s of FLOPs (the measured step: 4 s), 2 s of memory, 1.5 s of sending, and a
+  quarter of a second of latency."""
   machine = machines.parse("a100_80:8")
   update = estimate.phase(made_up(), "update", machine)
   assert (update.compute, update.memory, update.wire) == (1.0, 2.0, 1.5)
-  assert (update.seconds, update.serial_seconds, update.bound) == (2.0, 3.5, "memory")
+  assert (update.seconds, update.serial_seconds, update.bound) == (2.25, 3.75, "memory")
   assert update.peak == 14 * estimate.GIB
   verdict = estimate.judge(
     made_up(), machine, share=0.75, total_steps=100, gradient_stats_every=20
   )
   assert verdict.fits
   assert verdict.limit == 0.75 * 85100068864
-  assert verdict.step == (2.0, 3.5)
-  # Five of the 100 steps are measured: 4 s, or 5.5 s, each instead.
-  assert verdict.run == (2.0 * 100 + 5 * 2.0, 3.5 * 100 + 5 * 2.0)
+  assert verdict.step == (2.25, 3.75)
+  # Five of the 100 steps are measured: 4.25 s, or 5.75 s, each instead.
+  assert verdict.run == (2.25 * 100 + 5 * 2.0, 3.75 * 100 + 5 * 2.0)
+
+
+def test_the_fastest_rollout_that_fits_is_named():
+  """2.25 s on the run's own mesh; over 2 devices 1.25 s; over 4 it needs too much."""
+  machine = machines.parse("a100_80:8")
+  costs = made_up()
+  own = costs["phases"]["update"]
+  costs["phases"]["rollout"] = own
+  halved = own | {"traffic": 2039e9, "flops": 0, "collectives": {}}
+  costs["other rollouts"] = {
+    "2": halved,
+    "4": halved | {"traffic": 0, "temporaries": 90 * estimate.GIB},
+    "8": {"flops": 1.0, "refused": "RESOURCE_EXHAUSTED: 90.00G"},
+  }
+  assert tables.rollouts_line(costs, machine, limit=60 * estimate.GIB) == (
+    "rollout.tensor 1: 2,250 ms, 14.00 GiB; 2: 1,250 ms, 14.00 GiB; "
+    "4: 250 ms, 94.00 GiB; 8: refused; the fastest that fits: 2"
+  )
+  assert tables.rollouts_line(costs, machine, limit=1).endswith("; none fits")
 
 
 def test_a_refused_or_too_large_program_does_not_fit():
