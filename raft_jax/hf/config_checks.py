@@ -7,6 +7,24 @@ from typing import Any
 from raft_jax import errors
 from raft_jax.hf import family_row
 
+SECTIONS = ("rope_parameters", "rope_scaling", "auto_map", "per_layer_config")
+"""Fields of a config.json that are JSON objects, if they are there."""
+ROPE_SECTIONS = ("full_attention", "sliding_attention")
+"""Fields of `rope_parameters` that are JSON objects, if they are there."""
+
+
+def sections(fields: family_row.Fields, place: str) -> None:
+  """Raises UserError for a field that should be a JSON object and is not."""
+  rope = fields.get("rope_parameters")
+  inner = rope if isinstance(rope, dict) else {}
+  for names, values in ((SECTIONS, fields), (ROPE_SECTIONS, inner)):
+    for name in names:
+      if not isinstance(values.get(name) or {}, dict):
+        raise errors.UserError(
+          f"{place}: {name} is {values[name]!r}, not a JSON object; fetch the file "
+          "again"
+        )
+
 
 def number(
   fields: family_row.Fields, place: str, name: str, kind: type, default: Any = None

@@ -42,6 +42,8 @@ def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
     UserError: the family or a feature of it is not supported; the message names it.
   """
   text, wrapper = wrappers.text_fields(fields), wrappers.find(fields)
+  config_checks.sections(fields, place)
+  config_checks.sections(text, place)
   family = families.FAMILIES.get(str(text.get("model_type", "")))
   for name in ("quantization_config", "quantization"):  # MLX writes the second
     coding = fields.get(name) or text.get(name)

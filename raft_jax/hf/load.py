@@ -105,7 +105,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The JSON object of a file. Raises UserError if there is none."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise errors.UserError(
       f"{path}: not readable as JSON ({error}); fetch the file again"
     ) from error

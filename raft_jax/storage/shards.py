@@ -10,6 +10,7 @@ import array
 import dataclasses
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
@@ -122,6 +123,9 @@ def _write_shard(path: pathlib.Path, chunk: Sequence[bytes]) -> ShardFile:
   )
 
 
+_NAME = re.compile(r"shard-\d+-of-\d+\.array_record")
+
+
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
   """The manifest of a folder of shards, after checking every shard against it.
 
@@ -152,8 +156,8 @@ def _parse_manifest(path: pathlib.Path) -> Manifest:
       raise ValueError("it has no shards, or `meta` is not a JSON object")
     if manifest.records != sum(file.records for file in files):
       raise ValueError("its record counts do not add up")
-    if any(pathlib.PurePath(file.name).name != file.name for file in files):
-      raise ValueError("a shard's name is a path")
+    if not all(_NAME.fullmatch(file.name) for file in files):
+      raise ValueError("a file is no shard")
   except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
     raise errors.UserError(f"{path}: damaged ({e}); {_REDO}") from e
   return manifest

@@ -140,7 +140,7 @@ def test_missing_shard_and_damaged_manifest(tmp_path):
     manifest.write_text(json.dumps(tree))
     assert f"{manifest}: damaged" in broken(tmp_path)
   manifest.write_text(json.dumps(good | {"files": evil}))
-  assert "is a path" in broken(tmp_path)
+  assert "a file is no shard" in broken(tmp_path)
   manifest.write_text(json.dumps(good)[:50])
   assert f"{manifest}: damaged" in broken(tmp_path)
 
