@@ -438,6 +438,17 @@ def test_masked_mean_equals_dropping(seed, per):
   np.testing.assert_array_equal(gradient[~mask], 0)
 
 
+def test_importance_weights_are_ratios_up_to_a_bound():
+  """0.5 / 0.4 below the bound, 0.9 / 0.1 above it, and a token that has become rare."""
+  now, then = jnp.log(jnp.array([0.5, 0.9, 1e-4])), jnp.log(jnp.array([0.4, 0.1, 0.5]))
+  weights = losses.truncated_importance_weights(now, then, max_weight=2.0)
+  np.testing.assert_allclose(weights, [1.25, 2.0, 2e-4], rtol=1e-5)
+  slope = jax.grad(
+    lambda x: jnp.sum(losses.truncated_importance_weights(x, then, max_weight=2.0))
+  )(now)
+  np.testing.assert_array_equal(slope, 0)
+
+
 @pytest.mark.parametrize("per", losses.MEANS)
 def test_mean_of_nothing_is_zero_with_zero_gradient(per):
   value, gradient = jax.value_and_grad(losses.masked_mean)(

@@ -97,7 +97,7 @@ def main(words: Sequence[str]) -> int:
       rows.add_row(
         fault.kind, fault.file, " ".join(fault.right.split()), noticed, f"{seconds:.0f}"
       )
-  console.Console(width=160).print(rows)
+  console.Console(width=160, markup=False).print(rows)
   print(f"{len(chosen) - missed} of {len(chosen)} faults were noticed")
   return 1 if missed else 0
 
