@@ -34,7 +34,7 @@ def show(
   print(f"{gib(verdict.limit)}{of_memory}")
   print(f"  always held: {', '.join(held)}")
   print(f"  the rollout's KV cache: {gib(memory['cache'])} of its temporaries")
-  rich.console.Console(width=112).print(phase_table(tokens, machine, costs))
+  rich.console.Console(width=124).print(phase_table(tokens, machine, costs))
   for name, own in costs["phases"].items():
     print(f"  {name}: {own.get('refused') or details(own)}")
   if costs["other rollouts"]:
