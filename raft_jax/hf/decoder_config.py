@@ -128,6 +128,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   heads, width = number("num_attention_heads", int), number("hidden_size", int)
   layers = number("num_hidden_layers", int)
   config_checks.lists(fields, layers, place)
+  layer_kinds.check_per_layer_inputs(fields, place)
   config = transformer.DecoderConfig(
     vocab_size=number("vocab_size", int),
     d_model=width,
@@ -143,6 +144,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     **_expert_counts(fields, family, place),
     delta=layer_kinds.delta(fields, family, place),
     global_attention=layer_kinds.global_attention(fields, family, place),
+    kv_sharing=layer_kinds.kv_sharing(fields, family, place),
     **family.extra(fields),
   )
   config_checks.heads(config.n_heads, config.n_kv_heads, config.head_dim, place)

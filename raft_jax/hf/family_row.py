@@ -119,6 +119,11 @@ class Family(NamedTuple):
     """Whether layers without a window have attention of another shape."""
     return "layers/global_q" in self.names
 
+  @property
+  def has_kv_sharing(self) -> bool:
+    """Whether the last layers may share the keys and values of earlier ones."""
+    return "layers/kv_shared_q" in self.names
+
   def as_stored(self, stored: Iterable[str]) -> Family:
     """The family under the names of a checkpoint that has the tensors `stored`."""
     stacks = tuple(name.hf.rpartition("{}")[2] for name in self.stacked.values())

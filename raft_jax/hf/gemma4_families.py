@@ -1,28 +1,51 @@
 """Gemma 4's dense models: layers with a window, and global ones with wider heads.
 
-Models whose layers have embeddings of their own or share keys and values (E2B, E4B),
-and the mixture of experts (26B), are refused.
+In E2B and E4B, layers also have embeddings of their own, and the last ones share the
+keys and values of earlier ones. The mixture of experts (26B) is refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from raft_jax.hf import family_parts, family_row
 
 
+_PER_LAYER = {
+  "per_layer_gate": "per_layer_input_gate",
+  "per_layer_out": "per_layer_projection",
+  "per_layer_norm": "post_per_layer_input_norm",
+}
+_PER_LAYER_OUTER = {
+  "per_layer_embed": "embed_tokens_per_layer",
+  "per_layer_proj": "per_layer_model_projection",
+  "per_layer_proj_norm": "per_layer_projection_norm",
+}
+
+
 def _names() -> dict[str, family_row.Name]:
-  """The name table. Files call the attention of both kinds of layers the same."""
+  """The name table. Files call the parameters of all kinds of layers the same."""
   attention = {**family_parts.ATTENTION, **family_parts.QK_NORMS}
   table = family_parts.names(
     family_parts.GEMMA_NORMS,
     attention,
     family_parts.MLP,
+    _PER_LAYER,
     {f"global_{name}": module for name, module in attention.items()},
   )
-  scale = family_row.Name("model.layers.{}.layer_scalar", "")
-  return {**table, "layers/layer_scale": scale}
+  table["layers/layer_scale"] = family_row.Name("model.layers.{}.layer_scalar", "")
+  shared = {
+    path.replace("layers/", "layers/kv_shared_"): name
+    for path, name in table.items()
+    if path.startswith("layers/") and not re.search("/(global_)?(k|v|k_norm)$", path)
+  }
+  outer = {
+    path: family_row.Name(f"model.{module}.weight", "")
+    for path, module in _PER_LAYER_OUTER.items()
+  }
+  return {**table, **shared, **outer}
 
 
 _ROPES = {
@@ -49,12 +72,11 @@ _DEFAULTS = {
   "rope_parameters": _ROPES,
   "rope_theta": 1000000.0,
   "rope_local_base_freq": 10000.0,
+  "num_kv_shared_layers": 0,
+  "use_double_wide_mlp": False,
 }
 _ONLY = {
-  "hidden_size_per_layer_input": (0, None),
-  "num_kv_shared_layers": (0, None),
   "enable_moe_block": (False, None),
-  "use_double_wide_mlp": (False, None),
   "hidden_activation": ("gelu_pytorch_tanh",),
   "attention_bias": (False, None),
   # With "vision", only the tokens of an image see those behind them.
@@ -73,6 +95,7 @@ def _extra(fields: family_row.Fields) -> dict[str, Any]:
     "embed_scale": float(fields["hidden_size"]) ** 0.5,
     "query_scale": 1.0,
     "logit_softcap": fields["final_logit_softcapping"],
+    "per_layer_inputs": fields.get("hidden_size_per_layer_input") or 0,
   }
 
 
@@ -117,6 +140,7 @@ FAMILIES = {
       "max_position_embeddings": 131072,
       "sliding_window": 512,
       "hidden_size_per_layer_input": 256,
+      "vocab_size_per_layer_input": 262144,
     },
     only=_ONLY,
     extra=_extra,
@@ -132,7 +156,7 @@ FAMILIES = {
       "max_position_embeddings": 262144,
       "sliding_window": 1024,
     },
-    only=_ONLY,
+    only={**_ONLY, "hidden_size_per_layer_input": (0, None)},
     extra=_extra,
     ropes=("proportional",),
     slides=slides,

@@ -11,6 +11,7 @@ from raft_jax.models import (
   experts,
   gated_delta,
   hybrid,
+  layer_inputs,
   quantised,
   sharding,
   transformer,
@@ -57,6 +58,15 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   if config.global_attention is not None:
     own = axes(hybrid.global_config(config))["layers"]
     layers |= {hybrid.GLOBAL + name: own[name] for name in hybrid.ATTENTION & {*own}}
+  if config.per_layer_inputs:
+    gate, out = ("layers", "mlp", "embed"), ("layers", "embed", "mlp")
+    layers |= {"per_layer_gate": gate, "per_layer_out": out, "per_layer_norm": wide}
+  if config.kv_sharing is not None:
+    layers |= {
+      hybrid.KV_SHARED + name: own
+      for name, own in layers.items()
+      if name.removeprefix(hybrid.GLOBAL) not in hybrid.KEYS_VALUES
+    }
   if config.delta is not None:
     layers |= {name: ("layers", *names) for name, names in gated_delta.AXES.items()}
   names: transformer.Params = {
@@ -66,6 +76,8 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   }
   if not config.tie_embeddings:
     names["head"] = ("vocab", "embed")
+  if config.per_layer_inputs:
+    names |= layer_inputs.AXES
   return names
 
 

@@ -268,6 +268,20 @@ CASES = {
       "logit_softcap",
     ),
   ),
+  # Of each kind, one period of two layers or two of them, and a rest. The last three
+  # layers share the keys and values of the fourth and the fifth.
+  "gemma-4-e2b": Case(
+    {
+      "model_type": "gemma4_text",
+      "num_hidden_layers": 8,
+      "layer_types": ["sliding_attention", "full_attention"] * 4,
+      **{"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+      **{"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 90},
+      **{"head_dim": 8, "global_head_dim": 16, "num_key_value_heads": 1},
+      **{"sliding_window": 6, "final_logit_softcapping": 3.0},
+      "tie_word_embeddings": True,
+    }
+  ),
   # Its published models have no rotary positions.
   "olmo_hybrid": Case(
     {
