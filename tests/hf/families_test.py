@@ -489,8 +489,8 @@ def greedy(
   return np.asarray(program(made.params, *arrays, seed=0, step=0).tokens_BR)
 
 
-@pytest.mark.parametrize("made", ["qwen3_5_text"], indirect=True)
-def test_a_state_is_kept_beside_keys_and_values(made):
+@pytest.mark.parametrize("made", ["qwen3_5_text", "gemma-4-e2b"], indirect=True)
+def test_layers_of_several_kinds_have_parts_of_the_cache(made):
   """Ragged prompts, with layers apart, as rollouts on GPUs have them."""
   check_greedy(made, made.rows[1:], new=6, unroll=0)
 
@@ -600,7 +600,7 @@ def packed(rows: list[tuple[np.ndarray, ...]]) -> tuple[batching.Batch, Any]:
   return batch, sequences.Trajectory(*trajectory)
 
 
-@pytest.mark.parametrize("made", HYBRIDS, indirect=True)
+@pytest.mark.parametrize("made", [*HYBRIDS, "gemma-4-e2b"], indirect=True)
 def test_packed_row_equals_separate_passes(made):
   """[prompt | answer | trajectory], of which the last two do not see each other."""
   rng = np.random.default_rng(1)
