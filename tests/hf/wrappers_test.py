@@ -21,10 +21,12 @@ import transformers
 
 from raft_jax import errors
 from raft_jax.generation import engines
-from raft_jax.hf import carried_tensors, decoder_config, peft_adapter, wrappers
+from raft_jax.hf import carried_tensors, chat, decoder_config, peft_adapter, wrappers
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
+from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.models import hybrid, lora, partition, transformer
+from raft_jax.storage import records
 from tests.helpers import tiny_decoder, tiny_families, tiny_wrappers
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -477,3 +479,48 @@ def test_description_counts_as_transformers_does(made):
 
 def test_a_text_model_has_no_description(complete):
   assert carried_tensors.describe(str(complete), 1) is None
+
+
+# --- The chat template ----------------------------------------------------------------
+
+CHAT = [
+  ("system", "Answer in one word."),
+  ("user", "What is a tort?  It has 2 kinds:\n<image_soft_token> no more."),
+  ("assistant", "A wrong."),
+  ("user", "Naïve? <|im_end|>"),
+]
+
+
+def templated(tokenizer: Any, turns: int) -> list[int]:
+  messages = [{"role": role, "content": text} for role, text in CHAT[:turns]]
+  return tokenizer.apply_chat_template(
+    messages, tokenize=True, add_generation_prompt=True, return_dict=False
+  )
+
+
+def ours_templated(folder: pathlib.Path, turns: int) -> list[int]:
+  messages = [records.Message(role, text) for role, text in CHAT[:turns]]
+  return chat.prompt_ids(chat.load(str(folder)), messages)
+
+
+def test_a_chat_has_transformers_ids(made, tmp_path):
+  """From the folder of the whole model, and from its export."""
+  theirs = templated(transformers.AutoTokenizer.from_pretrained(made.folder), 3)
+  assert len(theirs) > 40
+  for folder in (made.folder, export(made, tmp_path / "out")):
+    assert ours_templated(folder, 3) == theirs
+
+
+def test_a_chat_has_the_ids_of_a_whole_processor(smollm, tmp_path):
+  """Its template is the tokenizer's; the spelling of an image's token stays text."""
+  hf_tokenizer.load(smollm).save_pretrained(tmp_path / "tokenizer")
+  source = tiny_wrappers.save_gemma3(tmp_path / "source", tmp_path / "tokenizer")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+  processor = transformers.AutoProcessor.from_pretrained(source)
+  (of_processor,) = templated(processor, 1)  # it makes batches
+  assert ours_templated(source, 1) == templated(tokenizer, 1) == of_processor
+  image = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+  assert image in templated(tokenizer, 2)
+  ours = ours_templated(source, 4)
+  assert image not in ours
+  assert tokenizer.decode(ours) == tokenizer.decode(templated(tokenizer, 4))
