@@ -12,7 +12,6 @@ from typing import Any
 
 from raft_jax.hf import family_parts, family_row
 
-
 _PER_LAYER = {
   "per_layer_gate": "per_layer_input_gate",
   "per_layer_out": "per_layer_projection",

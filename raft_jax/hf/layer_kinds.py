@@ -139,6 +139,6 @@ def check_per_layer_inputs(fields: family_row.Fields, place: str) -> None:
   own = fields.get("vocab_size_per_layer_input", vocabulary)
   if fields.get("hidden_size_per_layer_input") and own != vocabulary:
     raise errors.UserError(
-      f"{place}: vocab_size_per_layer_input is {own}, and vocab_size {vocabulary}; this "
-      "is not read: use a model in which they are the same"
+      f"{place}: vocab_size_per_layer_input is {own}, and vocab_size {vocabulary}; use "
+      "a model in which they are the same"
     )

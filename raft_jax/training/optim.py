@@ -235,12 +235,17 @@ def skip_empty(
 
 def _refuse_hybrid(decoder: transformer.DecoderConfig, what: str) -> None:
   if hybrid.is_hybrid(decoder):
-    linear = decoder.delta is not None
-    kind = "linear attention" if linear else "attention heads of another shape"
+    count, kind = len(hybrid.second_layers(decoder)), "attention heads of another shape"
+    if decoder.delta is not None:
+      kind = "linear attention"
+    elif not count:
+      count, kind = (
+        decoder.n_layers - hybrid.first_sharing(decoder),
+        "the keys and values of another layer",
+      )
     raise errors.UserError(
-      f"{what} is not defined for layers with {kind}, and "
-      f"{len(hybrid.second_layers(decoder))} of the model's {decoder.n_layers} layers "
-      "have it; use another model or method"
+      f"{what} is not defined for layers with {kind}, and {count} of the model's "
+      f"{decoder.n_layers} layers have it; use another model or method"
     )
 
 

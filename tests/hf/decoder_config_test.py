@@ -28,7 +28,7 @@ REFUSED = {
   ),
   "keys shared with no layer": (
     {**GEMMA4, "num_kv_shared_layers": 1},
-    "the last 1 of 3 layers share keys and values, and some have no layer of their kind",
+    "the last 1 of 3 layers share keys and values, and some have no layer of",
   ),
   "keys shared by all layers": (
     {**GEMMA4, "num_kv_shared_layers": 3},
