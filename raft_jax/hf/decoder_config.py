@@ -45,6 +45,8 @@ def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
   config_checks.sections(fields, place)
   config_checks.sections(text, place)
   family = families.FAMILIES.get(str(text.get("model_type", "")))
+  if family is not None and family.mixture and text.get("enable_moe_block"):
+    family = family.mixture
   for name in ("quantization_config", "quantization"):  # MLX writes the second
     coding = fields.get(name) or text.get(name)
     if coding and not _is_read(coding, family):
@@ -176,7 +178,7 @@ def _expert_counts(
       "file again"
     )
   counts = {"n_experts": count, "experts_per_token": per_token}
-  if "layers/shared_router" in family.names:
+  if "layers/shared_gate" in family.names:
     width = config_checks.number(fields, place, "shared_expert_intermediate_size", int)
     counts["shared_d_ff"] = width
   return counts

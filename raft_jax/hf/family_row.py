@@ -83,6 +83,8 @@ class Family(NamedTuple):
       tensor, where other files have a tensor for each expert.
     mxfp4: whether kernels of experts may be stored as MXFP4, which is read and not
       written.
+    mixture: the row of those of its models that are a mixture of experts beside a
+      dense feed-forward, as their config's `enable_moe_block` says; None: none is.
     wrapped: whether it is the text tower of a model with other parts, as `wrappers`
       makes it; then `architecture` and `names` are the whole model's.
   """
@@ -107,6 +109,7 @@ class Family(NamedTuple):
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
   stacked: Mapping[str, Name] = {}
   mxfp4: bool = False
+  mixture: Any = None
   wrapped: bool = False
 
   @property

@@ -1,7 +1,7 @@
-"""Gemma 4's dense models: layers with a window, and global ones with wider heads.
+"""Gemma 4: layers with a window, and global ones with wider heads.
 
 In E2B and E4B, layers also have embeddings of their own, and the last ones share the
-keys and values of earlier ones. The mixture of experts (26B) is refused.
+keys and values of earlier ones. In the 26B, experts stand beside a dense feed-forward.
 """
 
 from __future__ import annotations
@@ -24,17 +24,45 @@ _PER_LAYER_OUTER = {
 }
 
 
-def _names() -> dict[str, family_row.Name]:
-  """The name table. Files call the parameters of all kinds of layers the same."""
+_PARALLEL = {
+  **{f"shared_{name}": module for name, module in family_parts.MLP.items()},
+  "shared_post_norm": "post_feedforward_layernorm_1",
+  "experts_norm": "pre_feedforward_layernorm_2",
+  "experts_post_norm": "post_feedforward_layernorm_2",
+  "router": "router.proj",
+}
+"""A dense feed-forward and what it has beside it of experts, without their kernels."""
+
+
+def _table(*parts: Mapping[str, str]) -> dict[str, family_row.Name]:
+  """Names of what all models have, and of the parts in which they differ."""
   attention = {**family_parts.ATTENTION, **family_parts.QK_NORMS}
   table = family_parts.names(
     family_parts.GEMMA_NORMS,
     attention,
-    family_parts.MLP,
-    _PER_LAYER,
     {f"global_{name}": module for name, module in attention.items()},
+    *parts,
   )
   table["layers/layer_scale"] = family_row.Name("model.layers.{}.layer_scalar", "")
+  return table
+
+
+def _mixture_names() -> dict[str, family_row.Name]:
+  """The name table of a mixture of experts; files stack those of a layer."""
+  table, prefix = _table(_PARALLEL), "model.layers.{}."
+  scales = {"router_scale": "scale", "router_expert_scale": "per_expert_scale"}
+  for path, name in scales.items():
+    table[f"layers/{path}"] = family_row.Name(f"{prefix}router.{name}", "")
+  for path, name in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down")):
+    table[f"layers/{path}"] = family_row.Name(
+      f"{prefix}experts.{name}_proj", "", family_row.Form()
+    )
+  return table
+
+
+def _names() -> dict[str, family_row.Name]:
+  """The name table. Files call the parameters of all kinds of layers the same."""
+  table = _table(family_parts.MLP, _PER_LAYER)
   shared = {
     path.replace("layers/", "layers/kv_shared_"): name
     for path, name in table.items()
@@ -73,6 +101,12 @@ _DEFAULTS = {
   "rope_local_base_freq": 10000.0,
   "num_kv_shared_layers": 0,
   "use_double_wide_mlp": False,
+}
+# Here they name the experts' width, and Llama's name is that of the dense part's.
+_RENAMED = {
+  "intermediate_size": "moe_intermediate_size",
+  "shared_expert_intermediate_size": "intermediate_size",
+  "num_experts_per_tok": "top_k_experts",
 }
 _ONLY = {
   "enable_moe_block": (False, None),
@@ -129,35 +163,48 @@ def global_shape(fields: family_row.Fields) -> dict[str, int] | None:
   return shape
 
 
+_TEXT = family_row.Family(
+  models="Gemma 4 (text)",
+  architecture="Gemma4ForCausalLM",
+  names=_names(),
+  defaults={
+    **_DEFAULTS,
+    "max_position_embeddings": 131072,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144,
+  },
+  only=_ONLY,
+  extra=_extra,
+  ropes=("proportional",),
+  slides=slides,
+)
+_MIXTURE = _TEXT._replace(
+  names=_mixture_names(),
+  defaults={
+    **{name: value for name, value in _TEXT.defaults.items() if name not in _RENAMED},
+    "shared_expert_intermediate_size": _DEFAULTS["intermediate_size"],
+  },
+  only={
+    **{name: values for name, values in _ONLY.items() if name != "enable_moe_block"},
+    # No published mixture has them.
+    **{"hidden_size_per_layer_input": (0, None), "num_kv_shared_layers": (0, None)},
+  },
+  renamed=_RENAMED,
+  extra=lambda fields: {
+    **_extra(fields),
+    **{"experts_normalized": True, "parallel_experts": True},
+  },
+)
 FAMILIES = {
-  "gemma4_text": family_row.Family(
-    models="Gemma 4 (text)",
-    architecture="Gemma4ForCausalLM",
-    names=_names(),
-    defaults={
-      **_DEFAULTS,
-      "max_position_embeddings": 131072,
-      "sliding_window": 512,
-      "hidden_size_per_layer_input": 256,
-      "vocab_size_per_layer_input": 262144,
-    },
-    only=_ONLY,
-    extra=_extra,
-    ropes=("proportional",),
-    slides=slides,
-  ),
-  "gemma4_unified_text": family_row.Family(
-    models="Gemma 4 (text)",
+  "gemma4_text": _TEXT._replace(mixture=_MIXTURE),
+  "gemma4_unified_text": _TEXT._replace(
     architecture="Gemma4UnifiedForCausalLM",
-    names=_names(),
     defaults={
       **_DEFAULTS,
       "max_position_embeddings": 262144,
       "sliding_window": 1024,
     },
     only={**_ONLY, "hidden_size_per_layer_input": (0, None)},
-    extra=_extra,
-    ropes=("proportional",),
-    slides=slides,
   ),
 }

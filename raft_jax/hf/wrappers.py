@@ -42,7 +42,7 @@ WRAPPERS = {
     },
   ),
   "gemma4": Wrapper(
-    models="Gemma 4 (E2B, E4B, 31B)",
+    models="Gemma 4 (E2B, E4B, 26B, 31B)",
     architecture="Gemma4ForConditionalGeneration",
     tower="gemma4_text",
   ),

@@ -111,6 +111,9 @@ class Block(nnx.Module):
       self.init_attention(kernel, norm)
     if config.n_experts:
       self.init_experts(rngs)
+      if config.parallel_experts:
+        self.shared_post_norm = norm(d)
+        self.experts_norm, self.experts_post_norm = norm(d), norm(d)
     else:
       if config.gated_mlp:
         self.gate = kernel(f, d)
@@ -161,8 +164,8 @@ class Block(nnx.Module):
     """Makes the parameters of a mixture of experts."""
     shapes = experts.shapes(self.config) | experts.shared_shapes(self.config)
     for name, shape in shapes.items():
-      value = jnp.zeros(shape)
-      if not name.endswith("bias"):
+      value = jnp.ones(shape) if name.endswith("scale") else jnp.zeros(shape)
+      if not name.endswith(("bias", "scale")):
         value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
       setattr(self, name, nnx.Param(value))
 
@@ -187,7 +190,7 @@ class Block(nnx.Module):
     attended, cache = mixer(self.norm(x_BTD, "attn_norm"), lora, inputs)
     scale = self.config.residual_scale
     x_BTD = x_BTD + times(self.norm(attended, "attn_post_norm"), scale)
-    fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
+    fed, load = self.feed_forward(x_BTD, lora, inputs)
     x_BTD = x_BTD + times(self.norm(fed, "mlp_post_norm"), scale)
     if self.config.per_layer_inputs:
       embedded = self.embedded(x_BTD, lora, inputs)
@@ -201,19 +204,13 @@ class Block(nnx.Module):
   def feed_forward(
     self, x_BTD: Array, lora: transformer.Params, inputs: LayerInputs
   ) -> tuple[Array, experts.Load | None]:
-    """The dense feed-forward or the mixture of experts, and the experts' load."""
+    """The dense feed-forward or the mixture of experts, and the experts' load.
+
+    Their norm is applied here, because not all parts may read what it gives.
+    """
+    before_BTD, x_BTD = x_BTD, self.norm(x_BTD, "mlp_norm")
     if self.config.n_experts:
-      fed_BTD, load = experts.mixture(
-        x_BTD,
-        {name: getattr(self, name)[...] for name in experts.shapes(self.config)},
-        per_token=self.config.experts_per_token,
-        normalized=self.config.experts_normalized,
-        gating=self.gated,
-        counted_BT=inputs.counted_BT,
-      )
-      if self.config.shared_d_ff:
-        fed_BTD += self.shared_expert(x_BTD)
-      return fed_BTD, load
+      return self.mixture(before_BTD, x_BTD, inputs)
     if self.config.gated_mlp:
       gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
       up = layer_functions.project(x_BTD, self.up, lora.get("up"))
@@ -221,6 +218,37 @@ class Block(nnx.Module):
     else:
       units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
     return layer_functions.project(units, self.down, lora.get("down")), None
+
+  def mixture(
+    self, before_BTD: Array, x_BTD: Array, inputs: LayerInputs
+  ) -> tuple[Array, experts.Load | None]:
+    """The mixture of experts, what stands beside it, and the experts' load.
+
+    Args:
+      before_BTD: the input before its norm.
+    """
+    c = self.config
+    weights = {name: getattr(self, name)[...] for name in experts.shapes(c)}
+    routed_BTD, own_BTD = None, x_BTD
+    if c.parallel_experts:
+      # In float32 like the router, which a rounded input may lead to another expert.
+      scale = weights.pop("router_scale").astype(jnp.float32) * c.d_model**-0.5
+      before_32 = before_BTD.astype(jnp.float32)
+      routed_BTD = layer_functions.rms_norm(before_32, scale, eps=c.rms_eps)
+      own_BTD = self.norm(before_BTD, "experts_norm")
+    fed_BTD, load = experts.mixture(
+      own_BTD,
+      weights,
+      per_token=c.experts_per_token,
+      normalized=c.experts_normalized,
+      gating=self.gated,
+      routed_BTD=routed_BTD,
+      counted_BT=inputs.counted_BT,
+    )
+    fed_BTD = self.norm(fed_BTD, "experts_post_norm")
+    if c.shared_d_ff:
+      fed_BTD += self.norm(self.shared_expert(x_BTD), "shared_post_norm")
+    return fed_BTD, load
 
   def embedded(
     self, x_BTD: Array, lora: transformer.Params, inputs: LayerInputs
@@ -233,12 +261,14 @@ class Block(nnx.Module):
     return layer_functions.project(units_BTP, self.per_layer_out, lora.get(out_name))
 
   def shared_expert(self, x_BTD: Array) -> Array:
-    """The output of the expert that every token goes through."""
+    """The output of the expert, or the dense part, that every token goes through."""
     shapes = experts.shared_shapes(self.config)
     kernels = {name: getattr(self, name)[...] for name in shapes}
     gate = layer_functions.project(x_BTD, kernels["shared_gate"])
     up = layer_functions.project(x_BTD, kernels["shared_up"])
     out_BTD = layer_functions.project(self.gated(gate, up), kernels["shared_down"])
+    if "shared_router" not in kernels:
+      return out_BTD
     score_BT1 = layer_functions.project(x_BTD, kernels["shared_router"])
     return jax.nn.sigmoid(score_BT1) * out_BTD
 

@@ -35,6 +35,9 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   if config.n_experts:
     shapes = experts.shapes(config) | experts.shared_shapes(config)
     layers |= {name: experts.AXES[name] for name in shapes}
+    if config.parallel_experts:
+      norms = ("shared_post_norm", "experts_norm", "experts_post_norm")
+      layers |= dict.fromkeys(norms, wide)
   if config.activation == "xielu":
     layers |= dict.fromkeys(("xielu_p", "xielu_n"), ("layers", "width"))
   if config.pre_norms or config.delta is not None:

@@ -85,6 +85,9 @@ class DecoderConfig:
     expert_biases: whether the router and the projections of the experts have biases.
     shared_d_ff: width of an expert that every token goes through beside the chosen
       ones, multiplied by the sigmoid of a projection of its own; 0: there is none.
+    parallel_experts: whether a dense feed-forward of width `shared_d_ff` stands beside
+      the experts, instead of a shared one, each with norms of its own; the router's
+      input is then normed and scaled, and so are the weights of the experts scaled.
     gate_limit: bound of both factors of the gated activation, which is then
       `layer_functions.clamped_gate`; None: `activation` without a bound.
     o_bias: whether the projection of the attended values has a bias.
@@ -139,6 +142,7 @@ class DecoderConfig:
   experts_normalized: bool = False
   expert_biases: bool = False
   shared_d_ff: int = 0
+  parallel_experts: bool = False
   gate_limit: float | None = None
   o_bias: bool = False
   attention_sinks: bool = False

@@ -38,7 +38,26 @@ REFUSED = {
     {**GEMMA4, "num_kv_shared_layers": "two"},
     "num_kv_shared_layers is 'two', not a positive number",
   ),
-  "a mixture in Gemma 4": ({**GEMMA4, "enable_moe_block": True}, "enable_moe_block"),
+  "experts without a number": (
+    {**GEMMA4, "enable_moe_block": True, "moe_intermediate_size": 8},
+    "num_experts is None, not a positive number",
+  ),
+  "experts and shared keys": (
+    {**GEMMA4, "enable_moe_block": True, "num_kv_shared_layers": 1},
+    "num_kv_shared_layers = 1",
+  ),
+  "experts and embeddings of each layer": (
+    {**tiny_families.TINY, "model_type": "gemma4_text", "enable_moe_block": True},
+    "hidden_size_per_layer_input = 256",
+  ),
+  "experts in Gemma 4 12B": (
+    {
+      **tiny_families.TINY,
+      "model_type": "gemma4_unified_text",
+      "enable_moe_block": True,
+    },
+    "enable_moe_block = True",
+  ),
   "all tokens both ways": (
     {**GEMMA4, "use_bidirectional_attention": "all"},
     "use_bidirectional_attention = 'all'",

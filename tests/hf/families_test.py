@@ -282,6 +282,19 @@ CASES = {
       "tie_word_embeddings": True,
     }
   ),
+  # Experts beside a dense feed-forward; keys are values in the global layer.
+  "gemma-4-26b": Case(
+    {
+      "model_type": "gemma4_text",
+      "num_hidden_layers": 2,
+      "layer_types": ["sliding_attention", "full_attention"],
+      **{"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2},
+      **{"moe_intermediate_size": 20, "hidden_size_per_layer_input": 0},
+      **{"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1},
+      **{"attention_k_eq_v": True, "sliding_window": 6},
+      "tie_word_embeddings": True,
+    }
+  ),
   # Its published models have no rotary positions.
   "olmo_hybrid": Case(
     {
@@ -374,6 +387,8 @@ def made(request, tokenizer_folder, tmp_path_factory) -> Made:
     for name, parameter in reference.named_parameters():
       if "norm" in name:
         parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+      if name.endswith("scale"):  # of a router and of its experts
+        parameter.uniform_(0.5, 1.5)
       if name.endswith("bias") or "alpha" in name:
         parameter.normal_()
     for name, buffer in reference.named_buffers():

@@ -456,6 +456,19 @@ def gemma4(stated: float, unit: float, name: str, global_every: int, **text) -> 
 
 
 PRESETS |= {
+  # The text model alone, of whose config we know the same.
+  "google/gemma-4-26B-A4B": Preset(
+    "gemma4_text",
+    25.2e9,
+    1e8,
+    HUB + "google/gemma-4-26B-A4B",
+    shape(2816, 2112, 30, 16, 8, vocab_size=262144, head_dim=256)
+    | {"global_head_dim": 512, "num_global_key_value_heads": 2}
+    | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
+    | {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8}
+    | {"moe_intermediate_size": 704, "sliding_window": 1024},
+    active=3.8e9,
+  ),
   "google/gemma-4-E2B": gemma4(
     5.1e9,
     1e8,

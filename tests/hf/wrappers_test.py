@@ -353,13 +353,13 @@ WRAPPED = {
   "architectures": ["Mistral3ForConditionalGeneration"],
 }
 REFUSED_CONFIGS = {
-  "a tower with experts beside a dense feed-forward": (
+  "a tower with experts and embeddings of each layer": (
     {
       "model_type": "gemma4",
       "architectures": ["Gemma4ForConditionalGeneration"],
       "text_config": {"enable_moe_block": True},
     },
-    "enable_moe_block = True is not supported",
+    "hidden_size_per_layer_input = 256 is not supported",
   ),
   "tower": (
     {"text_config": {"model_type": "rwkv"}},
