@@ -232,10 +232,22 @@ def test_half_of_the_attention_projections_is_refused(config):
     optim.make_mask(schema.Freeze(mode="half"), SHAPES, config, seed=0)
 
 
-def test_the_scale_of_a_layer_does_not_decay():
-  decays = optim.decays(transformer.shapes(GLOBAL))["layers"]
+def test_the_scales_of_a_layer_and_of_a_router_do_not_decay():
+  decays = optim.decays(transformer.shapes(SHARED))["layers"]
   assert not decays["layer_scale"]
+  assert not decays["kv_shared_layer_scale"]
+  assert not decays["per_layer_norm"]
   assert decays["global_q"]
+  assert decays["kv_shared_per_layer_gate"]
+  mixture = dataclasses.replace(
+    GLOBAL, n_experts=4, experts_per_token=2, shared_d_ff=16, parallel_experts=True
+  )
+  decays = optim.decays(transformer.shapes(mixture))["layers"]
+  assert not decays["router_scale"]
+  assert not decays["router_expert_scale"]
+  assert not decays["experts_post_norm"]
+  assert decays["shared_gate"]
+  assert decays["router"]
 
 
 @pytest.mark.slow
