@@ -374,7 +374,14 @@ def part_convolutions(folder: pathlib.Path, reference) -> None:
   safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.fixture(scope="module", params=CASES)
+# The parts of the first are those of Gemma 4 E2B and 26B, too.
+ALL = [
+  pytest.param(name, marks=pytest.mark.slow) if name == "gemma4_text" else name
+  for name in CASES
+]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def made(request, tokenizer_folder, tmp_path_factory) -> Made:
   case = {**CASES, **LAYOUTS}[request.param]
   folder = tmp_path_factory.mktemp(request.param)
@@ -562,7 +569,14 @@ def test_two_turns_of_a_chat_equal_transformers(made):
 
 
 @pytest.mark.parametrize(
-  "made", ["olmo3", "ministral3", "exaone4", "gemma4_text"], indirect=True
+  "made",
+  [
+    "olmo3",
+    "ministral3",
+    "exaone4",
+    pytest.param("gemma4_text", marks=pytest.mark.slow),
+  ],
+  indirect=True,
 )
 def test_two_answers_in_one_row_equal_separate_passes(made):
   """Both follow the prompt in their positions, and neither sees the other."""
