@@ -7,14 +7,14 @@ every leaf has a row for each layer: a leaf is stacked over the layers that have
 their order, and `layers_of` names them. The scan runs over periods of layers (three
 linear ones and one with attention), and a rest that is not a whole period follows it;
 the layers that share keys and values have a scan of their own. Where all layers are of
-one kind, nothing here is used.
+one kind, they have one scan without periods, and not `scan`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ GLOBAL = "global_"
 KV_SHARED = "kv_shared_"
 """Begins the names of all parameters of layers that share keys and values.
 
-They have stacks of their own: the scan over them would copy a part of a stack.
+They have stacks of their own, because a scan over a part of a stack copies that part.
 """
 DATA = frozenset(("rope", "window", "per_layer"))
 """Names of what `transformer.forward` hands to each layer beside its parameters."""
@@ -106,7 +106,7 @@ class Kind(NamedTuple):
     return KV_SHARED + name if self.shares_kv else name
 
 
-def kind_of(names: Iterable[str]) -> Kind:
+def kind_of(names: Collection[str]) -> Kind:
   """The kind of a layer with parameters of these names."""
   shares_kv = any(name.startswith(KV_SHARED) for name in names)
   own = {name.removeprefix(KV_SHARED) for name in names}
