@@ -18,11 +18,10 @@ _PER_LAYER = {
   "per_layer_norm": "post_per_layer_input_norm",
 }
 _PER_LAYER_OUTER = {
-  "per_layer_embed": "embed_tokens_per_layer",
-  "per_layer_proj": "per_layer_model_projection",
-  "per_layer_proj_norm": "per_layer_projection_norm",
+  "per_layer_embed": "model.embed_tokens_per_layer.weight",
+  "per_layer_proj": "model.per_layer_model_projection.weight",
+  "per_layer_proj_norm": "model.per_layer_projection_norm.weight",
 }
-
 
 _PARALLEL = {
   **{f"shared_{name}": module for name, module in family_parts.MLP.items()},
@@ -68,10 +67,7 @@ def _names() -> dict[str, family_row.Name]:
     for path, name in table.items()
     if path.startswith("layers/") and not re.search("/(global_)?(k|v|k_norm)$", path)
   }
-  outer = {
-    path: family_row.Name(f"model.{module}.weight", "")
-    for path, module in _PER_LAYER_OUTER.items()
-  }
+  outer = {path: family_row.Name(name, "") for path, name in _PER_LAYER_OUTER.items()}
   return {**table, **shared, **outer}
 
 
