@@ -158,7 +158,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   return dataclasses.replace(
     config,
     max_positions=_longest(rope, config, place),
-    windows=_windows(fields, family, config),
+    windows=_windows(fields, family, config, place),
     **_layer_ropes(rope, family, config, place),
   )
 
@@ -188,10 +188,12 @@ def _windows(
   fields: family_row.Fields,
   family: family_row.Family,
   config: transformer.DecoderConfig,
+  place: str,
 ) -> tuple[int, ...]:
   window, slides = fields.get("sliding_window"), family.slides
   if not window or slides is None or not fields.get("use_sliding_window", True):
     return ()
+  window = config_checks.number(fields, place, "sliding_window", int)
   if window >= config.max_positions:  # then it limits no layer
     return ()
   windows = tuple(

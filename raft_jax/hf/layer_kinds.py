@@ -130,14 +130,17 @@ def kv_sharing(
 
 
 def check_per_layer_inputs(fields: family_row.Fields, place: str) -> None:
-  """Checks that each token has an embedding in the second table, too.
+  """Checks that each token has an embedding in the second table, too, if there is one.
 
   Raises:
-    UserError: the tables are not for the same vocabulary.
+    UserError: the tables are not for the same vocabulary, or a width is no number.
   """
+  if not fields.get("hidden_size_per_layer_input"):
+    return
+  config_checks.number(fields, place, "hidden_size_per_layer_input", int)
   vocabulary = fields["vocab_size"]
   own = fields.get("vocab_size_per_layer_input", vocabulary)
-  if fields.get("hidden_size_per_layer_input") and own != vocabulary:
+  if own != vocabulary:
     raise errors.UserError(
       f"{place}: vocab_size_per_layer_input is {own}, and vocab_size {vocabulary}; use "
       "a model in which they are the same"

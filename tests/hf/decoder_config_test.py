@@ -34,6 +34,14 @@ REFUSED = {
     {**GEMMA4, "num_kv_shared_layers": 3},
     "the last 3 of 3 layers",
   ),
+  "a window that is no number": (
+    {**GEMMA4, "sliding_window": "long"},
+    "sliding_window is 'long', not a positive number",
+  ),
+  "a width that is no number": (
+    {**GEMMA4, "hidden_size_per_layer_input": [8]},
+    r"hidden_size_per_layer_input is \[8\], not a positive number",
+  ),
   "a number of layers that is none": (
     {**GEMMA4, "num_kv_shared_layers": "two"},
     "num_kv_shared_layers is 'two', not a positive number",
