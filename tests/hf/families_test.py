@@ -278,7 +278,7 @@ CASES = {
       **{"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
       **{"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 90},
       **{"head_dim": 8, "global_head_dim": 16, "num_key_value_heads": 1},
-      **{"sliding_window": 6, "final_logit_softcapping": 3.0},
+      **{"sliding_window": 6, "final_logit_softcapping": 20.0, "rms_norm_eps": 1e-2},
       "tie_word_embeddings": True,
     }
   ),
