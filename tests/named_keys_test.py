@@ -29,7 +29,7 @@ KEY = re.compile(
 )
 FILES = r"\w+(\.\w+)?\.(jsonl?|safetensors\S*|html|yaml|sh|py|parquet|sbatch|npz|md)"
 # Names of tensors in Hugging Face's files, which begin as our section does.
-TENSORS = r"model\.(layers|embed_tokens|norm|rotary_emb)\b.*"
+TENSORS = r"model\.(layers|embed_tokens\w*|per_layer_\w+|norm|rotary_emb)\b.*"
 
 
 @functools.cache

@@ -60,10 +60,11 @@ def by_name(
 
 
 def bottom(shapes: Any, layers: int, layers_of: LayersOf | None = None) -> Any:
-  """Freezes the embedding (with a tied head) and the lowest layers."""
+  """Freezes the embeddings (with a tied head) and the lowest layers."""
+  tables = ("embed", "per_layer_embed")
   return _each(
     shapes,
-    lambda name, layer: float(name != "embed" if layer is None else layer >= layers),
+    lambda name, layer: float(name not in tables if layer is None else layer >= layers),
     layers_of,
   )
 

@@ -45,6 +45,8 @@ def find_family(fields: family_row.Fields, place: str) -> family_row.Family:
   config_checks.sections(fields, place)
   config_checks.sections(text, place)
   family = families.FAMILIES.get(str(text.get("model_type", "")))
+  if family is not None and family.mixture and text.get("enable_moe_block"):
+    family = family.mixture
   for name in ("quantization_config", "quantization"):  # MLX writes the second
     coding = fields.get(name) or text.get(name)
     if coding and not _is_read(coding, family):
@@ -128,6 +130,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   heads, width = number("num_attention_heads", int), number("hidden_size", int)
   layers = number("num_hidden_layers", int)
   config_checks.lists(fields, layers, place)
+  layer_kinds.check_per_layer_inputs(fields, place)
   config = transformer.DecoderConfig(
     vocab_size=number("vocab_size", int),
     d_model=width,
@@ -143,6 +146,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
     **_expert_counts(fields, family, place),
     delta=layer_kinds.delta(fields, family, place),
     global_attention=layer_kinds.global_attention(fields, family, place),
+    kv_sharing=layer_kinds.kv_sharing(fields, family, place),
     **family.extra(fields),
   )
   config_checks.heads(config.n_heads, config.n_kv_heads, config.head_dim, place)
@@ -154,7 +158,7 @@ def decoder_config(fields: family_row.Fields, place: str) -> transformer.Decoder
   return dataclasses.replace(
     config,
     max_positions=_longest(rope, config, place),
-    windows=_windows(fields, family, config),
+    windows=_windows(fields, family, config, place),
     **_layer_ropes(rope, family, config, place),
   )
 
@@ -174,7 +178,7 @@ def _expert_counts(
       "file again"
     )
   counts = {"n_experts": count, "experts_per_token": per_token}
-  if "layers/shared_router" in family.names:
+  if "layers/shared_gate" in family.names:
     width = config_checks.number(fields, place, "shared_expert_intermediate_size", int)
     counts["shared_d_ff"] = width
   return counts
@@ -184,10 +188,12 @@ def _windows(
   fields: family_row.Fields,
   family: family_row.Family,
   config: transformer.DecoderConfig,
+  place: str,
 ) -> tuple[int, ...]:
   window, slides = fields.get("sliding_window"), family.slides
   if not window or slides is None or not fields.get("use_sliding_window", True):
     return ()
+  window = config_checks.number(fields, place, "sliding_window", int)
   if window >= config.max_positions:  # then it limits no layer
     return ()
   windows = tuple(

@@ -83,6 +83,8 @@ class Family(NamedTuple):
       tensor, where other files have a tensor for each expert.
     mxfp4: whether kernels of experts may be stored as MXFP4, which is read and not
       written.
+    mixture: the row of those of its models that are a mixture of experts beside a
+      dense feed-forward, as their config's `enable_moe_block` says; None: none is.
     wrapped: whether it is the text tower of a model with other parts, as `wrappers`
       makes it; then `architecture` and `names` are the whole model's.
   """
@@ -107,6 +109,7 @@ class Family(NamedTuple):
   ignored: re.Pattern[str] = re.compile("(?!)")  # none
   stacked: Mapping[str, Name] = {}
   mxfp4: bool = False
+  mixture: Any = None
   wrapped: bool = False
 
   @property
@@ -118,6 +121,11 @@ class Family(NamedTuple):
   def has_global_attention(self) -> bool:
     """Whether layers without a window have attention of another shape."""
     return "layers/global_q" in self.names
+
+  @property
+  def has_kv_sharing(self) -> bool:
+    """Whether the last layers may share the keys and values of earlier ones."""
+    return "layers/kv_shared_q" in self.names
 
   def as_stored(self, stored: Iterable[str]) -> Family:
     """The family under the names of a checkpoint that has the tensors `stored`."""

@@ -1,6 +1,7 @@
-"""The layers of a model that are of a second kind, from its config fields.
+"""The layers of a model that are of another kind, from its config fields.
 
-They have Gated DeltaNet instead of attention, or attention with heads of another shape.
+They have Gated DeltaNet instead of attention, or attention with heads of another shape,
+or share the keys and values of earlier layers.
 """
 
 from __future__ import annotations
@@ -98,3 +99,49 @@ def global_attention(
   heads = fields["num_attention_heads"]
   config_checks.heads(heads, own.n_kv_heads, own.head_dim, place)
   return own
+
+
+def kv_sharing(
+  fields: family_row.Fields, family: family_row.Family, place: str
+) -> hybrid.KvSharing | None:
+  """The last layers, which share keys and values, and the width of their feed-forward.
+
+  Errors are as for `decoder_config.find_family`.
+  """
+  if not family.has_kv_sharing or not fields["num_kv_shared_layers"]:
+    return None
+  from raft_jax.models import hybrid
+
+  assert family.slides is not None
+  slides = family.slides
+  count = fields["num_hidden_layers"]
+  first = count - config_checks.number(fields, place, "num_kv_shared_layers", int)
+  own, sharing = (
+    {slides(fields, layer) for layer in layers}
+    for layers in (range(first), range(max(first, 0), count))
+  )
+  if not sharing <= own:
+    raise errors.UserError(
+      f"{place}: the last {count - first} of {count} layers share keys and values, and "
+      "some have no layer of their kind before them; fetch the file again"
+    )
+  width = config_checks.number(fields, place, "intermediate_size", int)
+  return hybrid.KvSharing(first, width * (2 if fields["use_double_wide_mlp"] else 1))
+
+
+def check_per_layer_inputs(fields: family_row.Fields, place: str) -> None:
+  """Checks that each token has an embedding in the second table, too, if there is one.
+
+  Raises:
+    UserError: the tables are not for the same vocabulary, or a width is no number.
+  """
+  if not fields.get("hidden_size_per_layer_input"):
+    return
+  config_checks.number(fields, place, "hidden_size_per_layer_input", int)
+  vocabulary = fields["vocab_size"]
+  own = fields.get("vocab_size_per_layer_input", vocabulary)
+  if own != vocabulary:
+    raise errors.UserError(
+      f"{place}: vocab_size_per_layer_input is {own}, and vocab_size {vocabulary}; use "
+      "a model in which they are the same"
+    )

@@ -290,7 +290,8 @@ def _matched(
     # A file holds only one of two tensors that share memory; this may be the head.
     stored[names["embed"]] = stored.pop(tied)
   constants = tensor_layout.constants(family, config.n_layers)
-  _check_fit(path, stored, pieces, family, {tied, *constants}, head=names["head"])
+  known = {tied, *constants, *unused(config, names)}
+  _check_fit(path, stored, pieces, family, known, head=names["head"])
   _check_constants(path, stored, constants)
   if tied in stored:
     _check_tied(path, stored[names["embed"]], stored[tied], tied)
@@ -319,6 +320,26 @@ def model_pieces(
     forms=tensor_layout.forms(family),
     layers_of=functools.partial(hybrid.layers_of, config),
     groups=decoder_config.row_groups(family, config),
+  )
+
+
+def unused(
+  config: transformer.DecoderConfig, names: Mapping[str, str]
+) -> frozenset[str]:
+  """Tensors that files may hold and that no layer reads, of layers that share keys.
+
+  Published models have them; transformers passes over them, too.
+
+  Args:
+    names: from `tensor_layout.file_names`.
+  """
+  from raft_jax.models import hybrid
+
+  return frozenset(
+    names[f"layers/{path}"].format(layer)
+    for path in hybrid.KEYS_VALUES
+    if f"layers/{path}" in names
+    for layer in range(hybrid.first_sharing(config), config.n_layers)
   )
 
 

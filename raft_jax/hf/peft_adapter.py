@@ -54,17 +54,18 @@ def targets(family: family_row.Family, names: Sequence[str]) -> tuple[str, ...]:
   return tuple(kernel for kernel in lora.ALL_KERNELS if kernel in targeted)
 
 
-def _modules(family: family_row.Family) -> dict[tuple[str, bool], tuple[str, ...]]:
+def _modules(family: family_row.Family) -> dict[tuple[str, str], tuple[str, ...]]:
   """Module `model.layers.{}.self_attn.q_proj` -> its kernels, in order of its rows.
 
-  Beside the name stands whether it is the module of that name in global layers
-  (`hybrid.GlobalAttention`), which has kernels of its own.
+  Beside the name stands how the names of its kernels begin, if it is that of layers of
+  another kind (`hybrid`), which have kernels of their own.
   """
-  modules: dict[tuple[str, bool], tuple[str, ...]] = {}
+  modules: dict[tuple[str, str], tuple[str, ...]] = {}
   for path, name in family.names.items():
     kernel = path.removeprefix("layers/")
     if kernel in lora.ALL_KERNELS and not name.of_experts:
-      module = name.hf.removesuffix(".weight"), kernel.startswith(hybrid.GLOBAL)
+      (plain,) = hybrid.plain({kernel: None})
+      module = name.hf.removesuffix(".weight"), kernel.removesuffix(plain)
       modules[module] = (*modules.get(module, ()), kernel)
   return modules
 

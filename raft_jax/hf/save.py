@@ -211,6 +211,7 @@ def _plan_files(
   foreign = set(tensor_layout.constants(family, config.n_layers))
   if family.wrapped:
     names, foreign = wrappers.file_names(names, stored), wrappers.outside(stored)
+  foreign |= hf_load.unused(config, names)
   trained = _shards(
     hf_load.model_pieces(family, config, leaves, names),
     lambda piece: math.prod(piece.shape) * kind.itemsize,

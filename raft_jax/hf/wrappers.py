@@ -42,12 +42,12 @@ WRAPPERS = {
     },
   ),
   "gemma4": Wrapper(
-    models="Gemma 4 31B",
+    models="Gemma 4",
     architecture="Gemma4ForConditionalGeneration",
     tower="gemma4_text",
   ),
   "gemma4_unified": Wrapper(
-    models="Gemma 4 12B",
+    models="Gemma 4",
     architecture="Gemma4UnifiedForConditionalGeneration",
     tower="gemma4_unified_text",
   ),

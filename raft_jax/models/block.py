@@ -17,6 +17,7 @@ from jax import Array
 from raft_jax.models import (
   experts,
   gated_delta,
+  hybrid,
   kv_cache,
   layer_functions,
   rotary,
@@ -63,6 +64,7 @@ class LayerInputs(NamedTuple):
     query_factor: factor [B, T, 1, 1] of the queries, or None.
     counted_BT: tokens that count in the load of the experts; None: it is not measured.
     columns: the tokens as Gated DeltaNet reads them; None: no layer does.
+    per_layer_BTP: the layer's embedding of each token, from `layer_inputs`, or None.
   """
 
   rotation: rotary.Rotation
@@ -74,6 +76,7 @@ class LayerInputs(NamedTuple):
   query_factor: Array | None = None
   counted_BT: Array | None = None
   columns: gated_delta.Columns | None = None
+  per_layer_BTP: Array | None = None
 
 
 class LayerOutputs(NamedTuple):
@@ -85,10 +88,13 @@ class LayerOutputs(NamedTuple):
 
 
 class Block(nnx.Module):
-  """One transformer layer; a linear one has Gated DeltaNet in place of attention."""
+  """One transformer layer; a linear one has Gated DeltaNet in place of attention.
+
+  A layer that shares keys and values reads them from the cache, and has none.
+  """
 
   def __init__(
-    self, config: transformer.DecoderConfig, *, linear: bool = False, rngs: nnx.Rngs
+    self, config: transformer.DecoderConfig, *, kind: hybrid.Kind, rngs: nnx.Rngs
   ):
     d, f = config.d_model, config.d_ff
 
@@ -98,13 +104,16 @@ class Block(nnx.Module):
     def norm(width: int) -> nnx.Param:
       return nnx.Param(jnp.full(width, 1.0 - config.norm_offset, jnp.float32))
 
-    self.config, self.linear = config, linear
+    self.config, self.kind, linear = config, kind, kind.linear
     if linear:
       self.init_delta(kernel)
     else:
       self.init_attention(kernel, norm)
     if config.n_experts:
       self.init_experts(rngs)
+      if config.parallel_experts:
+        self.shared_post_norm = norm(d)
+        self.experts_norm, self.experts_post_norm = norm(d), norm(d)
     else:
       if config.gated_mlp:
         self.gate = kernel(f, d)
@@ -117,6 +126,10 @@ class Block(nnx.Module):
       self.attn_post_norm, self.mlp_post_norm = norm(d), norm(d)
     if config.layer_scales:
       self.layer_scale = nnx.Param(jnp.ones(1))
+    if config.per_layer_inputs:
+      p = config.per_layer_inputs
+      self.per_layer_gate, self.per_layer_out = kernel(p, d), kernel(d, p)
+      self.per_layer_norm = norm(d)
 
   def init_attention(
     self,
@@ -127,28 +140,32 @@ class Block(nnx.Module):
     config, d = self.config, self.config.d_model
     heads, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     queries = 2 * heads if config.attention_gate else heads
-    self.q, self.k = kernel(queries, d), kernel(kv, d)
-    if not config.keys_are_values:
-      self.v = kernel(kv, d)
+    self.q = kernel(queries, d)
+    if not self.kind.shares_kv:
+      self.k = kernel(kv, d)
+      if not config.keys_are_values:
+        self.v = kernel(kv, d)
     self.o = kernel(d, heads)
     if config.qkv_bias:
       self.q_bias = nnx.Param(jnp.zeros(heads))
-      self.k_bias, self.v_bias = nnx.Param(jnp.zeros(kv)), nnx.Param(jnp.zeros(kv))
+      if not self.kind.shares_kv:
+        self.k_bias, self.v_bias = nnx.Param(jnp.zeros(kv)), nnx.Param(jnp.zeros(kv))
     if config.o_bias:
       self.o_bias = nnx.Param(jnp.zeros(d))
     if config.attention_sinks:
       self.sinks = nnx.Param(jnp.zeros(config.n_heads))
-    if config.qk_norm == "head":
-      self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
-    if config.qk_norm == "projection":
-      self.q_norm, self.k_norm = norm(heads), norm(kv)
+    if config.qk_norm is not None:
+      by_head = config.qk_norm == "head"
+      self.q_norm = norm(config.head_dim if by_head else heads)
+      if not self.kind.shares_kv:
+        self.k_norm = norm(config.head_dim if by_head else kv)
 
   def init_experts(self, rngs: nnx.Rngs) -> None:
     """Makes the parameters of a mixture of experts."""
     shapes = experts.shapes(self.config) | experts.shared_shapes(self.config)
     for name, shape in shapes.items():
-      value = jnp.zeros(shape)
-      if not name.endswith("bias"):
+      value = jnp.ones(shape) if name.endswith("scale") else jnp.zeros(shape)
+      if not name.endswith(("bias", "scale")):
         value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
       setattr(self, name, nnx.Param(value))
 
@@ -169,12 +186,15 @@ class Block(nnx.Module):
     self, x_BTD: Array, lora: transformer.Params, inputs: LayerInputs
   ) -> LayerOutputs:
     """The mixer, then the feed-forward, each added to its input."""
-    mixer = self.mix if self.linear else self.attend
+    mixer = self.mix if self.kind.linear else self.attend
     attended, cache = mixer(self.norm(x_BTD, "attn_norm"), lora, inputs)
     scale = self.config.residual_scale
     x_BTD = x_BTD + times(self.norm(attended, "attn_post_norm"), scale)
-    fed, load = self.feed_forward(self.norm(x_BTD, "mlp_norm"), lora, inputs)
+    fed, load = self.feed_forward(x_BTD, lora, inputs)
     x_BTD = x_BTD + times(self.norm(fed, "mlp_post_norm"), scale)
+    if self.config.per_layer_inputs:
+      embedded = self.embedded(x_BTD, lora, inputs)
+      x_BTD = x_BTD + self.norm(embedded, "per_layer_norm")
     if self.config.layer_scales:
       # It is no parameter of the published models (a buffer in transformers).
       layer_scale = jax.lax.stop_gradient(self.layer_scale[...])
@@ -184,19 +204,13 @@ class Block(nnx.Module):
   def feed_forward(
     self, x_BTD: Array, lora: transformer.Params, inputs: LayerInputs
   ) -> tuple[Array, experts.Load | None]:
-    """The dense feed-forward or the mixture of experts, and the experts' load."""
+    """The dense feed-forward or the mixture of experts, and the experts' load.
+
+    Their norm is applied here, because not all parts may read what it gives.
+    """
+    before_BTD, x_BTD = x_BTD, self.norm(x_BTD, "mlp_norm")
     if self.config.n_experts:
-      fed_BTD, load = experts.mixture(
-        x_BTD,
-        {name: getattr(self, name)[...] for name in experts.shapes(self.config)},
-        per_token=self.config.experts_per_token,
-        normalized=self.config.experts_normalized,
-        gating=self.gated,
-        counted_BT=inputs.counted_BT,
-      )
-      if self.config.shared_d_ff:
-        fed_BTD += self.shared_expert(x_BTD)
-      return fed_BTD, load
+      return self.mixture(before_BTD, x_BTD, inputs)
     if self.config.gated_mlp:
       gate = layer_functions.project(x_BTD, self.gate, lora.get("gate"))
       up = layer_functions.project(x_BTD, self.up, lora.get("up"))
@@ -205,13 +219,56 @@ class Block(nnx.Module):
       units = self.activate(layer_functions.project(x_BTD, self.up, lora.get("up")))
     return layer_functions.project(units, self.down, lora.get("down")), None
 
+  def mixture(
+    self, before_BTD: Array, x_BTD: Array, inputs: LayerInputs
+  ) -> tuple[Array, experts.Load | None]:
+    """The mixture of experts, what stands beside it, and the experts' load.
+
+    Args:
+      before_BTD: the input before its norm.
+    """
+    c = self.config
+    weights = {name: getattr(self, name)[...] for name in experts.shapes(c)}
+    routed_BTD, own_BTD = None, x_BTD
+    if c.parallel_experts:
+      # In float32 like the router, which a rounded input may lead to another expert.
+      scale = weights.pop("router_scale").astype(jnp.float32) * c.d_model**-0.5
+      before_32 = before_BTD.astype(jnp.float32)
+      routed_BTD = layer_functions.rms_norm(before_32, scale, eps=c.rms_eps)
+      own_BTD = self.norm(before_BTD, "experts_norm")
+    fed_BTD, load = experts.mixture(
+      own_BTD,
+      weights,
+      per_token=c.experts_per_token,
+      normalized=c.experts_normalized,
+      gating=self.gated,
+      routed_BTD=routed_BTD,
+      counted_BT=inputs.counted_BT,
+    )
+    fed_BTD = self.norm(fed_BTD, "experts_post_norm")
+    if c.shared_d_ff:
+      fed_BTD += self.norm(self.shared_expert(x_BTD), "shared_post_norm")
+    return fed_BTD, load
+
+  def embedded(
+    self, x_BTD: Array, lora: transformer.Params, inputs: LayerInputs
+  ) -> Array:
+    """The layer's own embedding of each token, as far as its gate lets it through."""
+    assert inputs.per_layer_BTP is not None
+    name, out_name = "per_layer_gate", "per_layer_out"
+    gate_BTP = layer_functions.project(x_BTD, self.per_layer_gate, lora.get(name))
+    units_BTP = self.activate(gate_BTP) * inputs.per_layer_BTP
+    return layer_functions.project(units_BTP, self.per_layer_out, lora.get(out_name))
+
   def shared_expert(self, x_BTD: Array) -> Array:
-    """The output of the expert that every token goes through."""
+    """The output of the expert, or the dense part, that every token goes through."""
     shapes = experts.shared_shapes(self.config)
     kernels = {name: getattr(self, name)[...] for name in shapes}
     gate = layer_functions.project(x_BTD, kernels["shared_gate"])
     up = layer_functions.project(x_BTD, kernels["shared_up"])
     out_BTD = layer_functions.project(self.gated(gate, up), kernels["shared_down"])
+    if "shared_router" not in kernels:
+      return out_BTD
     score_BT1 = layer_functions.project(x_BTD, kernels["shared_router"])
     return jax.nn.sigmoid(score_BT1) * out_BTD
 
@@ -283,21 +340,23 @@ class Block(nnx.Module):
     else:
       q_BTI, gate_BTI = self.projected(x_BTD, "q", lora), None
       q_BTHh = self.heads(q_BTI, "q", c.n_heads)
-    k_BTI = self.projected(x_BTD, "k", lora)
-    k_BTNh = self.heads(k_BTI, "k", c.n_kv_heads)
-    v_BTI = k_BTI if c.keys_are_values else self.projected(x_BTD, "v", lora)
-    v_BTNh = self.heads(v_BTI, "v", c.n_kv_heads)
-    q_BTHh, k_BTNh = (
-      rotary.rotate(x, *inputs.rotation, interleaved=c.rope_interleaved)
-      for x in (q_BTHh, k_BTNh)
-    )
+    if not self.kind.shares_kv:
+      k_BTI = self.projected(x_BTD, "k", lora)
+      k_BTNh = self.heads(k_BTI, "k", c.n_kv_heads)
+      v_BTI = k_BTI if c.keys_are_values else self.projected(x_BTD, "v", lora)
+      v_BTNh = self.heads(v_BTI, "v", c.n_kv_heads)
+    rotate = functools.partial(rotary.rotate, interleaved=c.rope_interleaved)
+    q_BTHh = rotate(q_BTHh, *inputs.rotation)
+    if not self.kind.shares_kv:
+      k_BTNh = rotate(k_BTNh, *inputs.rotation)
     if inputs.query_factor is not None:
       q_BTHh = q_BTHh * inputs.query_factor.astype(q_BTHh.dtype)
     cache = inputs.cache
     if cache is not None:
-      cache = kv_cache.write_layer(
-        cache, k_BTNh, v_BTNh, layer=inputs.layer, column=inputs.column
-      )
+      if not self.kind.shares_kv:
+        cache = kv_cache.write_layer(
+          cache, k_BTNh, v_BTNh, layer=inputs.layer, column=inputs.column
+        )
       k_BTNh = cache["k"][inputs.layer].astype(x_BTD.dtype)
       v_BTNh = cache["v"][inputs.layer].astype(x_BTD.dtype)
     out_BTHh = layer_functions.attention(

@@ -44,6 +44,8 @@ AXES = {
   "shared_up": ("layers", "mlp", "embed"),
   "shared_down": ("layers", "embed", "mlp"),
   "shared_router": ("layers", "routes", "embed"),
+  "router_scale": ("layers", "embed"),
+  "router_expert_scale": ("layers", "routes"),
 }
 """Logical axes of a mixture's parameters, as in `param_sharding.axes`."""
 
@@ -79,28 +81,33 @@ class Load(NamedTuple):
 def shapes(config: transformer.DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Shapes of the parameters of one layer's mixture."""
   count, width, inner = config.n_experts, config.d_model, config.d_ff
-  kernels = {
+  kernels: dict[str, tuple[int, ...]] = {
     "router": (count, width),
     "gate": (count, inner, width),
     "up": (count, inner, width),
     "down": (count, width, inner),
   }
+  if config.parallel_experts:
+    return kernels | {"router_scale": (width,), "router_expert_scale": (count,)}
   if not config.expert_biases:
     return kernels
   return kernels | {f"{name}_bias": kernels[name][:-1] for name in tuple(kernels)}
 
 
 def shared_shapes(config: transformer.DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """Shapes of the parameters of one layer's shared expert, if it has one."""
+  """Shapes of the parameters of one layer's shared expert, if it has one.
+
+  A dense feed-forward beside the experts is such an expert without a router.
+  """
   width, inner = config.d_model, config.shared_d_ff
   if not inner:
     return {}
-  return {
+  kernels: dict[str, tuple[int, ...]] = {
     "shared_gate": (inner, width),
     "shared_up": (inner, width),
     "shared_down": (width, inner),
-    "shared_router": (1, width),
   }
+  return kernels if config.parallel_experts else kernels | {"shared_router": (1, width)}
 
 
 def active_parameters(config: transformer.DecoderConfig, total: int) -> int:
@@ -127,6 +134,7 @@ def choose(
   *,
   per_token: int,
   normalized: bool,
+  scale_E: Array | None = None,
 ) -> Choice:
   """Chooses the most probable experts of each token, in float32.
 
@@ -138,6 +146,7 @@ def choose(
     bias_E: added to the logits; may be None.
     per_token: number of experts of a token, K.
     normalized: whether the weights of the chosen experts are made to sum to 1.
+    scale_E: factor of the weight of each expert after that; may be None.
   """
   # A sum of rounded products may choose another expert, so never in bfloat16.
   logits_NE = jnp.einsum(
@@ -152,6 +161,11 @@ def choose(
   weight_NK, expert_NK = jax.lax.top_k(probability_NE, per_token)
   if normalized:
     weight_NK = weight_NK / jnp.sum(weight_NK, axis=-1, keepdims=True)
+  if scale_E is not None:
+    # A sum over experts, because the gradient of a gathering adds in any order.
+    is_chosen_NKE = expert_NK[..., None] == jnp.arange(probability_NE.shape[-1])
+    own_NK = jnp.sum(is_chosen_NKE * scale_E.astype(jnp.float32), axis=-1)
+    weight_NK = weight_NK * own_NK
   return Choice(expert_NK, weight_NK, probability_NE)
 
 
@@ -212,6 +226,7 @@ def mixture(
   per_token: int,
   normalized: bool,
   gating: Gating,
+  routed_BTD: Array | None = None,
   counted_BT: Array | None = None,
 ) -> tuple[Array, Load | None]:
   """The weighted sum of each token's experts.
@@ -220,6 +235,7 @@ def mixture(
     weights: the parameters of `shapes`; the experts' are cast to the dtype of x.
     per_token, normalized: as for `choose`.
     gating: what each expert computes between its projections.
+    routed_BTD: what the router reads; None: x.
     counted_BT: tokens that count in the load; None: none is measured.
 
   Returns:
@@ -234,7 +250,7 @@ def mixture(
     _mixture_of_shard, per_token=per_token, normalized=normalized, gating=gating
   )
   if mesh.empty:
-    return compute(x_BTD, weights, counted_BT, rows=(), expert_axis=None)
+    return compute(x_BTD, weights, routed_BTD, counted_BT, rows=(), expert_axis=None)
   rows = sharding.place(mesh, ("batch",), x_BTD.shape[:1]).spec
   places = {
     name: sharding.place(mesh, AXES[name][1:2], leaf.shape[:1]).spec
@@ -243,10 +259,10 @@ def mixture(
   axes = rows[0] if rows[0] is not None else ()
   return jax.shard_map(
     functools.partial(compute, rows=axes, expert_axis=places["gate"][0]),
-    in_specs=(rows, places, rows),
+    in_specs=(rows, places, rows, rows),
     out_specs=(rows, jax.P()),
     check_vma=False,  # the carries of the loops inside have no varying axes
-  )(x_BTD, weights, counted_BT)
+  )(x_BTD, weights, routed_BTD, counted_BT)
 
 
 def _cast(leaf: Array, dtype: jnp.dtype, axes: tuple[str, ...]) -> Array:
@@ -259,6 +275,7 @@ def _cast(leaf: Array, dtype: jnp.dtype, axes: tuple[str, ...]) -> Array:
 def _mixture_of_shard(
   x_BTD: Array,
   weights: Mapping[str, Array],
+  routed_BTD: Array | None,
   counted_BT: Array | None,
   *,
   per_token: int,
@@ -275,11 +292,12 @@ def _mixture_of_shard(
   """
   x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
   choice = choose(
-    x_ND,
+    x_ND if routed_BTD is None else routed_BTD.reshape(x_ND.shape),
     weights["router"],
     weights.get("router_bias"),
     per_token=per_token,
     normalized=normalized,
+    scale_E=weights.get("router_expert_scale"),
   )
   own = weights["gate"].shape[0]
   group_NK, parts = choice.expert_NK, 1

@@ -4,7 +4,7 @@ Shapes: L layers, B rows, T tokens of this pass, S columns, N key/value heads, h
 width. Where some layers have a state instead (`gated_delta`), the keys and values have
 a row for each layer with attention, and the states one for each of the others. Layers
 whose heads have a shape of their own (`hybrid.GlobalAttention`) have stacks of their
-own.
+own. Layers that share the keys and values of others have no rows.
 """
 
 from __future__ import annotations
@@ -37,12 +37,7 @@ def init(
   layers have states, also those ({"conv", "matrix"}), and the keys and values of global
   layers ({"global_k", "global_v"}).
   """
-  layers = len(hybrid.first_layers(config))
-  shape = (layers, batch, length, config.n_kv_heads, config.head_dim)
-  cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-  if own := config.global_attention:
-    shape = (len(own.layers), batch, length, own.n_kv_heads, own.head_dim)
-    cache |= {name: jnp.zeros(shape, dtype) for name in GLOBAL_KV}
+  cache = _keys_values(config, batch, length, dtype)
   if config.reads_key_positions:
     cache["positions"] = jnp.zeros((batch, length), jnp.int32)
   if config.delta is not None:
@@ -53,9 +48,45 @@ def init(
   return cache
 
 
-def of_layers(cache: Cache) -> Cache:
-  """The part that the layers write: all but the positions."""
-  return {name: leaf for name, leaf in cache.items() if name != "positions"}
+def _keys_values(
+  config: transformer.DecoderConfig,
+  batch: int,
+  length: int,
+  dtype: str,
+  layers: int | None = None,
+) -> Cache:
+  """Empty keys and values of all layers that have them, or of `layers` of each kind."""
+  rows = len(hybrid.layers_of(config, "k")) if layers is None else layers
+  shape = (rows, batch, length, config.n_kv_heads, config.head_dim)
+  cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+  if own := config.global_attention:
+    rows = len(hybrid.layers_of(config, "global_k")) if layers is None else layers
+    shape = (rows, batch, length, own.n_kv_heads, own.head_dim)
+    cache |= {name: jnp.zeros(shape, dtype) for name in GLOBAL_KV}
+  return cache
+
+
+def of_layers(
+  cache: Cache | None,
+  config: transformer.DecoderConfig,
+  shape: tuple[int, ...],
+  dtype: str,
+) -> Cache | None:
+  """What the layers of one pass write and read: the cache without its positions.
+
+  Without a cache it is None. But where layers share keys and values, it has a place for
+  those of one layer of each kind: each layer replaces what the layer before it wrote,
+  and those that share find the last ones.
+
+  Args:
+    shape: of the tokens, B and T.
+  """
+  if cache is not None:
+    return {name: leaf for name, leaf in cache.items() if name != "positions"}
+  if config.kv_sharing is None:
+    return None
+  batch, length = shape
+  return _keys_values(config, batch, length, dtype, layers=1)
 
 
 def lengthened(cache: Cache, more: int) -> Cache:
@@ -103,8 +134,12 @@ def write_layer(
   """Writes keys and values in place at [layer, :, column:].
 
   The cache of all layers is the carry of the scan over layers, so that a decode step
-  moves the data of one token and not the whole cache.
+  moves the data of one token and not the whole cache. What fills the whole cache takes
+  its place: a backward pass then needs nothing of the old one.
   """
+  if cache["k"].shape == (1, *k_BTNh.shape):
+    own = {"k": k_BTNh[None], "v": v_BTNh[None]}
+    return {**cache, **{name: x.astype(cache[name].dtype) for name, x in own.items()}}
   start = (layer, 0, column, 0, 0)
   written = {
     name: jax.lax.dynamic_update_slice(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from raft_jax import errors
 from raft_jax.models import hybrid, param_sharding, partition, transformer
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -27,7 +28,21 @@ DELTA_KERNELS = tuple(
 """The projections of a layer of Gated DeltaNet."""
 GLOBAL_KERNELS = tuple(hybrid.GLOBAL + name for name in ("q", "k", "v", "o"))
 """The projections of attention in global layers."""
-ALL_KERNELS = (*KERNELS, *DELTA_KERNELS, *GLOBAL_KERNELS)
+PER_LAYER_KERNELS = ("per_layer_gate", "per_layer_out")
+"""The projections to and from the width of a layer's own embeddings."""
+KV_SHARED_KERNELS = tuple(
+  hybrid.KV_SHARED + name
+  for name in (*KERNELS, *GLOBAL_KERNELS, *PER_LAYER_KERNELS)
+  if name.removeprefix(hybrid.GLOBAL) not in hybrid.KEYS_VALUES
+)
+"""The projections of layers that share keys and values."""
+ALL_KERNELS = (
+  *KERNELS,
+  *DELTA_KERNELS,
+  *GLOBAL_KERNELS,
+  *PER_LAYER_KERNELS,
+  *KV_SHARED_KERNELS,
+)
 
 
 def split(
@@ -40,10 +55,19 @@ def split(
 ) -> partition.Split:
   """The split that trains adapters of these kernels and nothing else.
 
-  `global_v` is passed over where the values of global layers are their keys.
+  Passed over are kernels of kinds of layers that the model lacks, and `global_v` where
+  the values of global layers are their keys.
+
+  Raises:
+    errors.UserError: it lacks embeddings of layers, whose projections are named.
   """
   own = transformer.shapes(config)["layers"]
-  kernels = [name for name in kernels if name in own or name != "global_v"]
+  if not own.keys() >= set(PER_LAYER_KERNELS) & set(kernels):
+    raise errors.UserError(
+      "lora.targets: the layers of this model have no embeddings of their own, whose "
+      "projections are named; name others"
+    )
+  kernels = [name for name in kernels if name in own]
   start = functools.partial(init, key, config, kernels, rank)
   axes = param_sharding.axes(config)["layers"]
 

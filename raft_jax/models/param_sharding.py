@@ -11,6 +11,7 @@ from raft_jax.models import (
   experts,
   gated_delta,
   hybrid,
+  layer_inputs,
   quantised,
   sharding,
   transformer,
@@ -34,6 +35,9 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   if config.n_experts:
     shapes = experts.shapes(config) | experts.shared_shapes(config)
     layers |= {name: experts.AXES[name] for name in shapes}
+    if config.parallel_experts:
+      norms = ("shared_post_norm", "experts_norm", "experts_post_norm")
+      layers |= dict.fromkeys(norms, wide)
   if config.activation == "xielu":
     layers |= dict.fromkeys(("xielu_p", "xielu_n"), ("layers", "width"))
   if config.pre_norms or config.delta is not None:
@@ -57,6 +61,15 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   if config.global_attention is not None:
     own = axes(hybrid.global_config(config))["layers"]
     layers |= {hybrid.GLOBAL + name: own[name] for name in hybrid.ATTENTION & {*own}}
+  if config.per_layer_inputs:
+    gate, out = ("layers", "mlp", "embed"), ("layers", "embed", "mlp")
+    layers |= {"per_layer_gate": gate, "per_layer_out": out, "per_layer_norm": wide}
+  if config.kv_sharing is not None:
+    layers |= {
+      hybrid.KV_SHARED + name: own
+      for name, own in layers.items()
+      if name.removeprefix(hybrid.GLOBAL) not in hybrid.KEYS_VALUES
+    }
   if config.delta is not None:
     layers |= {name: ("layers", *names) for name, names in gated_delta.AXES.items()}
   names: transformer.Params = {
@@ -66,6 +79,8 @@ def axes(config: transformer.DecoderConfig) -> transformer.Params:
   }
   if not config.tie_embeddings:
     names["head"] = ("vocab", "embed")
+  if config.per_layer_inputs:
+    names |= layer_inputs.AXES
   return names
 
 

@@ -27,6 +27,7 @@ from raft_jax.models import (
   hybrid,
   kv_cache,
   layer_functions,
+  layer_inputs,
   rotary,
   sharding,
 )
@@ -84,6 +85,9 @@ class DecoderConfig:
     expert_biases: whether the router and the projections of the experts have biases.
     shared_d_ff: width of an expert that every token goes through beside the chosen
       ones, multiplied by the sigmoid of a projection of its own; 0: there is none.
+    parallel_experts: whether a dense feed-forward of width `shared_d_ff` stands beside
+      the experts, instead of a shared one, each with norms of its own; the router's
+      input is then normed and scaled, and so are the weights of the experts scaled.
     gate_limit: bound of both factors of the gated activation, which is then
       `layer_functions.clamped_gate`; None: `activation` without a bound.
     o_bias: whether the projection of the attended values has a bias.
@@ -97,6 +101,10 @@ class DecoderConfig:
     delta: the layers that have Gated DeltaNet instead of attention; None: none.
     global_attention: the layers whose attention has heads of another shape; None: none.
       `n_kv_heads`, `head_dim`, `ropes` and `keys_are_values` are those of the others.
+    kv_sharing: the layers that attend to the keys and values of an earlier layer; None:
+      none. `d_ff` is that of the others.
+    per_layer_inputs: width of the embedding of each token that each layer reads beside
+      its input; 0: there is none.
   """
 
   vocab_size: int
@@ -134,6 +142,7 @@ class DecoderConfig:
   experts_normalized: bool = False
   expert_biases: bool = False
   shared_d_ff: int = 0
+  parallel_experts: bool = False
   gate_limit: float | None = None
   o_bias: bool = False
   attention_sinks: bool = False
@@ -143,6 +152,8 @@ class DecoderConfig:
   layer_scales: bool = False
   delta: gated_delta.DeltaConfig | None = None
   global_attention: hybrid.GlobalAttention | None = None
+  kv_sharing: hybrid.KvSharing | None = None
+  per_layer_inputs: int = 0
 
   @property
   def reads_key_positions(self) -> bool:
@@ -154,35 +165,35 @@ class Decoder(nnx.Module):
   """Names and shapes of all parameters; `forward` computes with them."""
 
   def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-    def stack(count: int, own: DecoderConfig, linear: bool) -> block.Block:
+    def stack(count: int, kind: hybrid.Kind) -> block.Block:
       @nnx.split_rngs(splits=count)
       @nnx.vmap(in_axes=0, out_axes=0)
       def layers(rngs: nnx.Rngs) -> block.Block:
-        return block.Block(own, linear=linear, rngs=rngs)
+        return block.Block(kind.config(config), kind=kind, rngs=rngs)
 
       return layers(rngs)
 
+    def norm(width: int) -> nnx.Param:
+      return nnx.Param(jnp.full(width, 1.0 - config.norm_offset, jnp.float32))
+
     vocabulary = (config.vocab_size, config.d_model)
     self.embed = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
-    second = len(hybrid.second_layers(config))
-    self.layers = stack(config.n_layers - second, config, linear=False)
-    if config.delta is not None:
-      self.second_layers = stack(second, config, linear=True)
-    if config.global_attention is not None:
-      self.second_layers = stack(second, hybrid.global_config(config), linear=False)
-    scale = jnp.full(config.d_model, 1.0 - config.norm_offset, jnp.float32)
-    self.final_norm = nnx.Param(scale)
+    for place, (kind, layers) in enumerate(hybrid.kinds(config).items()):
+      setattr(self, f"stack_{place}", stack(len(layers), kind))
+    self.final_norm = norm(config.d_model)
     if not config.tie_embeddings:
       self.head = nnx.Param(jax.random.normal(rngs.params(), vocabulary) * 0.02)
+    if config.per_layer_inputs:
+      for name, shape in layer_inputs.shapes(config).items():
+        value = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
+        setattr(self, name, norm(*shape) if len(shape) == 1 else nnx.Param(value))
 
 
 def init(key: Array, config: DecoderConfig) -> Params:
   """Random float32 parameters, for tests and for training from scratch."""
   params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(key))))
-  if hybrid.is_hybrid(config):
-    second = params.pop("second_layers")
-    params["layers"] = hybrid.joined(params["layers"], second, config)
-  return params
+  stacks = [params.pop(f"stack_{n}") for n in range(len(hybrid.kinds(config)))]
+  return {**params, "layers": hybrid.joined(stacks, config)}
 
 
 def shapes(config: DecoderConfig) -> Params:
@@ -201,9 +212,9 @@ def output_embedding(params: Params) -> Array:
 
 
 @functools.lru_cache
-def _block_definition(config: DecoderConfig, linear: bool) -> Any:
+def _block_definition(config: DecoderConfig, kind: hybrid.Kind) -> Any:
   return nnx.split(
-    nnx.eval_shape(lambda: block.Block(config, linear=linear, rngs=nnx.Rngs(0)))
+    nnx.eval_shape(lambda: block.Block(config, kind=kind, rngs=nnx.Rngs(0)))
   )
 
 
@@ -214,13 +225,11 @@ def _apply_block(
   x_BTD: Array,
   inputs: block.LayerInputs,
 ) -> block.LayerOutputs:
-  if "global_q" in layer_params:
-    config = hybrid.global_config(config)
-    layer_params, lora = hybrid.plain(layer_params), hybrid.plain(lora)
-  definition, state = _block_definition(config, linear="delta_o" in layer_params)
+  kind = hybrid.kind_of(layer_params)
+  definition, state = _block_definition(kind.config(config), kind)
   state = jax.tree.map(lambda leaf: leaf, state)
-  nnx.replace_by_pure_dict(state, layer_params)
-  return nnx.merge(definition, state)(x_BTD, lora, inputs)
+  nnx.replace_by_pure_dict(state, hybrid.plain(layer_params))
+  return nnx.merge(definition, state)(x_BTD, hybrid.plain(lora), inputs)
 
 
 class Compute(NamedTuple):
@@ -329,12 +338,13 @@ def run(
     columns = gated_delta.columns(_valid(mask_BTS, column), branches)
   if config.global_attention is not None:
     (global_rotation,) = _rotations(hybrid.global_config(config), *turns)
+  data = _layer_data(params, config, tokens_BT, x_BTD)
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
     rotation, layer_mask_BTS = rotations[0], mask_BTS
-    is_global = "global_q" in layer_params
-    if is_global:
+    kind = hybrid.kind_of(layer_params)
+    if kind.is_global:
       rotation = global_rotation
     if "rope" in data:
       rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
@@ -343,22 +353,32 @@ def run(
     inputs = block.LayerInputs(
       rotation,
       layer_mask_BTS,
-      kv_cache.of_global(kv) if is_global and kv is not None else kv,
-      index,
+      kv_cache.of_global(kv) if kind.is_global and kv is not None else kv,
+      0 if cache is None else index,
       column,
       compute.attention,
       query_factor,
       counted_BT,
       columns,
+      data.get("per_layer"),
     )
     x_BTD, written, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
-    if is_global and kv is not None and written is not None:
+    if kind.is_global and kv is not None and written is not None:
       written = kv_cache.with_global(kv, written)
+    written = None if kind.shares_kv else written  # it has read only
     return (sharding.constrain(x_BTD, *ACTIVATION_AXES), written), load
 
-  body = jax.checkpoint(layer) if compute.remat else layer
-  kv = kv_cache.of_layers(cache) if cache is not None else None
-  (x_BTD, kv), load = _through_layers(body, (x_BTD, kv), params, config, compute.unroll)
+  apply = jax.checkpoint(layer) if compute.remat else layer
+
+  def body(carry, stacked):
+    (x_BTD, written), load = apply(carry, stacked)
+    # Handed on as it is, what layers share is stored once for the backward pass.
+    return (x_BTD, carry[1] if written is None else written), load
+
+  kv = kv_cache.of_layers(cache, config, tokens_BT.shape, compute.dtype)
+  (x_BTD, kv), load = _through_layers(
+    body, (x_BTD, kv), params, config, data, compute.unroll
+  )
   if cache is not None and kv is not None:
     cache = {**cache, **kv}
   normed_BTD = block.rms_norm(x_BTD, params["final_norm"], config)
@@ -412,13 +432,17 @@ def _through_layers(
   carry: Any,
   params: Params,
   config: DecoderConfig,
+  data: dict[str, Array],
   unroll: int,
 ) -> tuple[Any, Any]:
   """Applies `body` layer by layer: a scan, or a loop over unstacked parameters.
 
   Returns the last carry and, stacked, what each layer returned beside its own.
+
+  Args:
+    data: by name, stacked over the layers: what each reads beside its parameters.
   """
-  layers, data, count = params["layers"], _layer_data(config), config.n_layers
+  layers, count = params["layers"], config.n_layers
   lora: Any = params.get("lora", {})
   if hybrid.is_hybrid(config) and not isinstance(layers, tuple):
     return hybrid.scan(body, carry, (layers, lora, data), config, unroll)
@@ -428,19 +452,23 @@ def _through_layers(
   rows = [hybrid.cache_row(config, layer) for layer in range(count)]
   unstacked = zip(layers, lora or ({},) * count, rows, unstack(data, config))
   outputs = []
-  for layer_inputs in unstacked:
-    carry, output = body(carry, layer_inputs)
+  for of_layer in unstacked:
+    carry, output = body(carry, of_layer)
     outputs.append(output)
   return carry, hybrid.stack_rows(outputs)
 
 
-def _layer_data(config: DecoderConfig) -> dict[str, Array]:
-  """Arrays [L] of what differs between layers, so that one scan body serves all."""
+def _layer_data(
+  params: Params, config: DecoderConfig, tokens_BT: Array, x_BTD: Array
+) -> dict[str, Array]:
+  """Arrays [L, ...] of what differs between layers, so that one scan serves all."""
   data = {}
   if config.layer_ropes:
     data["rope"] = jnp.array(config.layer_ropes)
   if any(config.windows):
     data["window"] = jnp.array([window or UNLIMITED for window in config.windows])
+  if config.per_layer_inputs:
+    data["per_layer"] = layer_inputs.make(params, config, tokens_BT, x_BTD)
   return data
 
 

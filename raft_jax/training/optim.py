@@ -67,7 +67,7 @@ def make_balancer(
 
 _EXEMPT = re.compile(
   r"norm|^(ln|bias|scale)(_?\w)?$|_(ln|bias)$|^xielu_|^sinks$|^(delta_)?a_log$"
-  r"|^layer_scale$"
+  r"|layer_scale$|^router_(expert_)?scale$"
 )
 
 
@@ -76,7 +76,8 @@ def decays(params: Any) -> Any:
 
   The numbers of an activation (`xielu_p`) and attention's `sinks` are exempt, too, and
   so is `a_log`, the decay of a state (`gated_delta`), as in its authors' code.
-  `layer_scale` never changes.
+  `layer_scale` never changes. The factors of a router's input and of the weights of its
+  experts (`router_scale`, `router_expert_scale`) are scales, too.
 
   The names in a parameter's path decide, in the spelling of this package, of Flax and
   of transformers: a name that contains `norm` (`input_norm`, `LayerNorm_0`), or is
@@ -235,12 +236,17 @@ def skip_empty(
 
 def _refuse_hybrid(decoder: transformer.DecoderConfig, what: str) -> None:
   if hybrid.is_hybrid(decoder):
-    linear = decoder.delta is not None
-    kind = "linear attention" if linear else "attention heads of another shape"
+    count, kind = len(hybrid.second_layers(decoder)), "attention heads of another shape"
+    if decoder.delta is not None:
+      kind = "linear attention"
+    elif not count:
+      count, kind = (
+        decoder.n_layers - hybrid.first_sharing(decoder),
+        "the keys and values of another layer",
+      )
     raise errors.UserError(
-      f"{what} is not defined for layers with {kind}, and "
-      f"{len(hybrid.second_layers(decoder))} of the model's {decoder.n_layers} layers "
-      "have it; use another model or method"
+      f"{what} is not defined for layers with {kind}, and {count} of the model's "
+      f"{decoder.n_layers} layers have it; use another model or method"
     )
 
 

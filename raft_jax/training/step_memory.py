@@ -147,7 +147,10 @@ def rough_bytes(plan: run_plan.RunPlan) -> float:
   """
   decoder, (prompt, answer, _) = plan.decoder, plan.widest
   width = prompt + answer + plan.rollouts.max_new_tokens
-  inner = decoder.d_ff * max(decoder.experts_per_token, 1)
+  inner: float = decoder.d_ff * max(decoder.experts_per_token, 1)
+  if decoder.kv_sharing is not None:  # the mean over layers of two widths
+    first, wide = decoder.kv_sharing.first, decoder.kv_sharing.d_ff
+    inner += (wide - decoder.d_ff) * (decoder.n_layers - first) / decoder.n_layers
   values = 12 * decoder.d_model + 6 * inner + 3 * decoder.n_heads * width
   parameters = sum(leaf.size for leaf in jax.tree.leaves(transformer.shapes(decoder)))
   # Weights, two moments, a gradient and the base model; then the activations.

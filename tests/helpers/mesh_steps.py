@@ -22,7 +22,15 @@ from jax.sharding import AxisType, Mesh
 from raft_jax import balance
 from raft_jax.data import batching
 from raft_jax.distillation import objective, step
-from raft_jax.models import lora, partition, quantised_base, sharding, transformer
+from raft_jax.models import (
+  hybrid,
+  lora,
+  partition,
+  quantised_base,
+  rotary,
+  sharding,
+  transformer,
+)
 from raft_jax.runtime import distributed
 from raft_jax.training import optim, run_plan
 from raft_jax.training import programs as programs_lib
@@ -87,6 +95,23 @@ QUANTISED_MESHES = {
   for form in ("int8", "nf4")
 }
 """The same, to train adapters of a quantised model; run only if they are named."""
+# Kinds of layers as in Gemma 4 E2B; of each, as many as a scan and a rest need.
+KINDS = dataclasses.replace(
+  DECODER,
+  n_layers=6,
+  windows=(5, 0) * 3,
+  global_attention=hybrid.GlobalAttention(
+    (1, 3, 5), n_kv_heads=2, head_dim=16, rope=rotary.Rope(1e6)
+  ),
+  kv_sharing=hybrid.KvSharing(first=3, d_ff=80),
+  per_layer_inputs=8,
+)
+KIND_MESHES = {
+  "one device, kinds": ((1, 1, 1), 1),
+  "all, kinds": ((2, 2, 2), 1),
+  "all, kinds, layers apart": ((2, 2, 2), 1),
+}
+"""The same, for layers of several kinds; run only if they are named."""
 
 
 ROLLOUTS = programs_lib.Rollouts(
@@ -222,6 +247,7 @@ def main() -> None:
     (MESHES, partition.everything(DECODER), DECODER, None),
     (ADAPTER_MESHES, adapter_split(), DECODER, None),
     (EXPERT_MESHES if names else {}, partition.everything(EXPERTS), EXPERTS, None),
+    (KIND_MESHES if names else {}, partition.everything(KINDS), KINDS, None),
     (QUANTISED_MESHES["int8"] if names else {}, wide, WIDE, "int8"),
     (QUANTISED_MESHES["nf4"] if names else {}, wide, WIDE, "nf4"),
   ):

@@ -120,6 +120,24 @@ CONFIGS["gemma4"] = {
   },
   **{"image_token_id": IMAGE, "video_token_id": 87, "audio_token_id": 86},
 }
+CONFIGS["gemma4-e2b"] = {
+  **CONFIGS["gemma4"],
+  "model_type": "gemma4",
+  "text_config": {
+    **CONFIGS["gemma4"]["text_config"],
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+    **{"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 90},
+    **{"attention_k_eq_v": False, "num_key_value_heads": 1},
+  },
+  "audio_config": {
+    "model_type": "gemma4_audio",
+    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"subsampling_conv_channels": [4, 2], "output_proj_dims": 16},
+    "initializer_range": 0.2,
+  },
+}
 CONFIGS["gemma4_unified"] = {
   **CONFIGS["gemma4"],
   "text_config": {
@@ -138,7 +156,8 @@ del CONFIGS["gemma4_unified"]["text_config"]["hidden_size_per_layer_input"]
 def make(kind: str, **fields: Any) -> transformers.PreTrainedModel:
   """A model of `CONFIGS`, in which each norm and bias differs from its first value."""
   torch.manual_seed(0)
-  config = transformers.AutoConfig.for_model(kind, **{**CONFIGS[kind], **fields})
+  fields = {"model_type": kind, **CONFIGS[kind], **fields}
+  config = transformers.AutoConfig.for_model(**fields)
   network = transformers.AutoModelForImageTextToText.from_config(
     config, attn_implementation="eager"
   ).eval()
@@ -235,7 +254,7 @@ def image_inputs(kind: str) -> dict[str, torch.Tensor]:
   ids[0, 4 : 4 + size[1] // 8] = IMAGE
   shape = (4, 2 * 3 * 4 * 4) if kind.startswith("qwen3_5") else (1, 3, *size)
   if kind.startswith("gemma4"):
-    shape = (1, 4 if kind == "gemma4" else 1, 3 * 4 * 4)
+    shape = (1, 1 if kind == "gemma4_unified" else 4, 3 * 4 * 4)
   pixels = torch.randn(shape, generator=generator)
   inputs = {"input_ids": ids, "pixel_values": pixels}
   if kind == "gemma3":

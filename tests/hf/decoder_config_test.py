@@ -18,16 +18,54 @@ GEMMA4 = {
   "hidden_size_per_layer_input": 0,
 }
 REFUSED = {
-  "embeddings of each layer": (
+  "embeddings of each layer for another vocabulary": (
     {**tiny_families.TINY, "model_type": "gemma4_text"},
-    "hidden_size_per_layer_input = 256 is not supported",
+    "vocab_size_per_layer_input is 262144, and vocab_size 90",
   ),
-  "keys that layers share": (
+  "embeddings of each layer in Gemma 4 12B": (
+    {**GEMMA4, "model_type": "gemma4_unified_text", "hidden_size_per_layer_input": 8},
+    "hidden_size_per_layer_input = 8",
+  ),
+  "keys shared with no layer": (
     {**GEMMA4, "num_kv_shared_layers": 1},
+    "the last 1 of 3 layers share keys and values, and some have no layer of",
+  ),
+  "keys shared by all layers": (
+    {**GEMMA4, "num_kv_shared_layers": 3},
+    "the last 3 of 3 layers",
+  ),
+  "a window that is no number": (
+    {**GEMMA4, "sliding_window": "long"},
+    "sliding_window is 'long', not a positive number",
+  ),
+  "a width that is no number": (
+    {**GEMMA4, "hidden_size_per_layer_input": [8]},
+    r"hidden_size_per_layer_input is \[8\], not a positive number",
+  ),
+  "a number of layers that is none": (
+    {**GEMMA4, "num_kv_shared_layers": "two"},
+    "num_kv_shared_layers is 'two', not a positive number",
+  ),
+  "experts without a number": (
+    {**GEMMA4, "enable_moe_block": True, "moe_intermediate_size": 8},
+    "num_experts is None, not a positive number",
+  ),
+  "experts and shared keys": (
+    {**GEMMA4, "enable_moe_block": True, "num_kv_shared_layers": 1},
     "num_kv_shared_layers = 1",
   ),
-  "a mixture in Gemma 4": ({**GEMMA4, "enable_moe_block": True}, "enable_moe_block"),
-  "wider layers": ({**GEMMA4, "use_double_wide_mlp": True}, "use_double_wide_mlp"),
+  "experts and embeddings of each layer": (
+    {**tiny_families.TINY, "model_type": "gemma4_text", "enable_moe_block": True},
+    "hidden_size_per_layer_input = 256",
+  ),
+  "experts in Gemma 4 12B": (
+    {
+      **tiny_families.TINY,
+      "model_type": "gemma4_unified_text",
+      "enable_moe_block": True,
+    },
+    "enable_moe_block = True",
+  ),
   "all tokens both ways": (
     {**GEMMA4, "use_bidirectional_attention": "all"},
     "use_bidirectional_attention = 'all'",

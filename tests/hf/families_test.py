@@ -268,6 +268,33 @@ CASES = {
       "logit_softcap",
     ),
   ),
+  # Of each kind, one period of two layers or two of them, and a rest. The last three
+  # layers share the keys and values of the fourth and the fifth.
+  "gemma-4-e2b": Case(
+    {
+      "model_type": "gemma4_text",
+      "num_hidden_layers": 8,
+      "layer_types": ["sliding_attention", "full_attention"] * 4,
+      **{"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+      **{"hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 90},
+      **{"head_dim": 8, "global_head_dim": 16, "num_key_value_heads": 1},
+      **{"sliding_window": 6, "final_logit_softcapping": 20.0, "rms_norm_eps": 1e-2},
+      "tie_word_embeddings": True,
+    }
+  ),
+  # Experts beside a dense feed-forward; keys are values in the global layer.
+  "gemma-4-26b": Case(
+    {
+      "model_type": "gemma4_text",
+      "num_hidden_layers": 2,
+      "layer_types": ["sliding_attention", "full_attention"],
+      **{"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2},
+      **{"moe_intermediate_size": 20, "hidden_size_per_layer_input": 0},
+      **{"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1},
+      **{"attention_k_eq_v": True, "sliding_window": 6},
+      "tie_word_embeddings": True,
+    }
+  ),
   # Its published models have no rotary positions.
   "olmo_hybrid": Case(
     {
@@ -347,7 +374,14 @@ def part_convolutions(folder: pathlib.Path, reference) -> None:
   safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.fixture(scope="module", params=CASES)
+# The parts of the first are those of Gemma 4 E2B and 26B, too.
+ALL = [
+  pytest.param(name, marks=pytest.mark.slow) if name == "gemma4_text" else name
+  for name in CASES
+]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def made(request, tokenizer_folder, tmp_path_factory) -> Made:
   case = {**CASES, **LAYOUTS}[request.param]
   folder = tmp_path_factory.mktemp(request.param)
@@ -360,6 +394,8 @@ def made(request, tokenizer_folder, tmp_path_factory) -> Made:
     for name, parameter in reference.named_parameters():
       if "norm" in name:
         parameter += torch.empty_like(parameter).uniform_(-0.5, 0.5)
+      if name.endswith("scale"):  # of a router and of its experts
+        parameter.uniform_(0.5, 1.5)
       if name.endswith("bias") or "alpha" in name:
         parameter.normal_()
     for name, buffer in reference.named_buffers():
@@ -475,8 +511,8 @@ def greedy(
   return np.asarray(program(made.params, *arrays, seed=0, step=0).tokens_BR)
 
 
-@pytest.mark.parametrize("made", ["qwen3_5_text"], indirect=True)
-def test_a_state_is_kept_beside_keys_and_values(made):
+@pytest.mark.parametrize("made", ["qwen3_5_text", "gemma-4-e2b"], indirect=True)
+def test_layers_of_several_kinds_have_parts_of_the_cache(made):
   """Ragged prompts, with layers apart, as rollouts on GPUs have them."""
   check_greedy(made, made.rows[1:], new=6, unroll=0)
 
@@ -533,7 +569,14 @@ def test_two_turns_of_a_chat_equal_transformers(made):
 
 
 @pytest.mark.parametrize(
-  "made", ["olmo3", "ministral3", "exaone4", "gemma4_text"], indirect=True
+  "made",
+  [
+    "olmo3",
+    "ministral3",
+    "exaone4",
+    pytest.param("gemma4_text", marks=pytest.mark.slow),
+  ],
+  indirect=True,
 )
 def test_two_answers_in_one_row_equal_separate_passes(made):
   """Both follow the prompt in their positions, and neither sees the other."""
@@ -586,7 +629,7 @@ def packed(rows: list[tuple[np.ndarray, ...]]) -> tuple[batching.Batch, Any]:
   return batch, sequences.Trajectory(*trajectory)
 
 
-@pytest.mark.parametrize("made", HYBRIDS, indirect=True)
+@pytest.mark.parametrize("made", [*HYBRIDS, "gemma-4-e2b"], indirect=True)
 def test_packed_row_equals_separate_passes(made):
   """[prompt | answer | trajectory], of which the last two do not see each other."""
   rng = np.random.default_rng(1)

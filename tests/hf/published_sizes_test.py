@@ -4,6 +4,7 @@ Nothing is allocated: our tree under `jax.eval_shape`, transformers' on torch's 
 device.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -436,7 +437,56 @@ def gemma3(stated: int, name: str, **text) -> Preset:
   return Preset("gemma3", stated, 1, f"{HUB}{name} (safetensors metadata)", fields)
 
 
+def gemma4(stated: float, unit: float, name: str, global_every: int, **text) -> Preset:
+  """Gemma 4 E2B and E4B, whose image and audio encoders are the class's defaults.
+
+  Of their text_config we know what the tests of others quote (ollama, x/models/gemma4).
+  """
+  kinds = ["sliding_attention"] * (global_every - 1) + ["full_attention"]
+  text = {
+    "model_type": "gemma4_text",
+    **{"vocab_size": 262144, "vocab_size_per_layer_input": 262144},
+    **{"head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": 256},
+    **{"attention_k_eq_v": False, "sliding_window": 512, "rms_norm_eps": 1e-6},
+    **{"final_logit_softcapping": 30.0, "max_position_embeddings": 131072},
+    **{"tie_word_embeddings": True, "layer_types": kinds * 7, **text},
+  }
+  fields = {"text_config": text, "vision_config": {}, "audio_config": {}}
+  return Preset("gemma4", stated, unit, f"{HUB}{name} (with embeddings)", fields)
+
+
 PRESETS |= {
+  # The text model alone, of whose config we know the same.
+  "google/gemma-4-26B-A4B": Preset(
+    "gemma4_text",
+    25.2e9,
+    1e8,
+    HUB + "google/gemma-4-26B-A4B",
+    shape(2816, 2112, 30, 16, 8, vocab_size=262144, head_dim=256)
+    | {"global_head_dim": 512, "num_global_key_value_heads": 2}
+    | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0}
+    | {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8}
+    | {"moe_intermediate_size": 704, "sliding_window": 1024},
+    active=3.8e9,
+  ),
+  "google/gemma-4-E2B": gemma4(
+    5.1e9,
+    1e8,
+    "google/gemma-4-E2B",
+    5,
+    **shape(1536, 6144, 35, 8, 1),
+    num_kv_shared_layers=20,
+    use_double_wide_mlp=True,
+  ),
+  "google/gemma-4-E4B": gemma4(
+    8e9,
+    1e9,
+    "google/gemma-4-E4B",
+    6,
+    **shape(2560, 10240, 42, 8, 2),
+    num_kv_shared_layers=18,
+    use_double_wide_mlp=False,
+  ),
   # Its text_config leaves out the heads and the vocabulary.
   "google/gemma-3-4b-it": gemma3(
     4_300_079_472,
@@ -498,7 +548,7 @@ def test_parameter_count(name):
   beside = sum(
     parameter.numel()
     for name, parameter in reference.named_parameters()
-    if "vision_tower" in name or "multi_modal_projector" in name
+    if re.search("vision|audio|projector", name)
   )
   print(f"{name}: {count:,} and {beside:,} beside them")
   theirs = sum(p.numel() for p in reference.parameters())

@@ -21,10 +21,12 @@ import transformers
 
 from raft_jax import errors
 from raft_jax.generation import engines
-from raft_jax.hf import carried_tensors, decoder_config, peft_adapter, wrappers
+from raft_jax.hf import carried_tensors, chat, decoder_config, peft_adapter, wrappers
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import save as hf_save
+from raft_jax.hf import tokenizer as hf_tokenizer
 from raft_jax.models import hybrid, lora, partition, transformer
+from raft_jax.storage import records
 from tests.helpers import tiny_decoder, tiny_families, tiny_wrappers
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -42,10 +44,10 @@ class Made(NamedTuple):
   params: transformer.Params
 
 
-# Its text tower is another one's, under the same names.
-SAME_TOWER = "gemma4_unified"
+# Each has the parts of another one, under the same names.
+LIKE_OTHERS = ("gemma4", "gemma4_unified")
 KINDS = [
-  pytest.param(kind, marks=pytest.mark.slow) if kind == SAME_TOWER else kind
+  pytest.param(kind, marks=pytest.mark.slow) if kind in LIKE_OTHERS else kind
   for kind in tiny_wrappers.CONFIGS
 ]
 
@@ -121,6 +123,8 @@ def test_export_is_the_whole_model(made, tmp_path, by_modules):
   foreign = [name for name in before if not wrappers.is_inside(name)]
   assert any(re.search("vision_tower|visual|vision_embedder", n) for n in foreign)
   assert any(re.search("projector|merger|embed_vision", n) for n in foreign)
+  hears = "audio_config" in tiny_wrappers.CONFIGS[made.kind]
+  assert hears == any("audio_tower" in name for name in foreign)
   again = tiny_wrappers.load(out)
   for inputs in (
     {"input_ids": torch.tensor(TEXT_BT)},
@@ -144,6 +148,38 @@ def test_config_and_processor_files_stay(made, tmp_path):
   assert before == after
   name = "preprocessor_config.json"
   assert (out / name).read_bytes() == (made.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("made", ["gemma4-e2b"], indirect=True)
+def test_projections_that_no_layer_reads_stay(made, tmp_path):
+  """Published files have keys and values of layers that share another one's."""
+  source = tmp_path / "source"
+  source.mkdir()
+  for file in made.folder.iterdir():
+    (source / file.name).write_bytes(file.read_bytes())
+  tensors = tiny_wrappers.stored(source)
+  first = made.config.kv_sharing.first
+  unread = {
+    name.replace(f".{layer}.", f".{layer + first}."): torch.randn(tensor.shape)
+    for layer in range(first)
+    for name, tensor in tensors.items()
+    if re.search(rf"language_model.*\.{layer}\.self_attn\.(k|v)_", name)
+  }
+  assert len(unread) == 6
+  safetensors.torch.save_file(
+    {**tensors, **unread}, source / "model.safetensors", metadata={"format": "pt"}
+  )
+  loaded = hf_load.load_params(str(source), made.config)
+  jax.tree.map(np.testing.assert_array_equal, loaded, made.params)
+  out = export(made._replace(folder=source), tmp_path / "out")
+  after = tiny_wrappers.stored(out)
+  assert after.keys() == tensors.keys() | unread.keys()
+  assert all(tiny_wrappers.same(after[name], unread[name]) for name in unread)
+  text = torch.tensor(TEXT_BT)
+  np.testing.assert_array_equal(
+    tiny_wrappers.logits(tiny_wrappers.load(out), input_ids=text),
+    tiny_wrappers.logits(made.reference, input_ids=text),
+  )
 
 
 def test_training_changes_the_tower_alone(made, tmp_path):
@@ -317,11 +353,11 @@ WRAPPED = {
   "architectures": ["Mistral3ForConditionalGeneration"],
 }
 REFUSED_CONFIGS = {
-  "a tower with embeddings of each layer": (
+  "a tower with experts and embeddings of each layer": (
     {
       "model_type": "gemma4",
       "architectures": ["Gemma4ForConditionalGeneration"],
-      "text_config": {"hidden_size_per_layer_input": 256},
+      "text_config": {"enable_moe_block": True},
     },
     "hidden_size_per_layer_input = 256 is not supported",
   ),
@@ -362,11 +398,15 @@ def test_config_is_refused_by_name(name):
 
 @pytest.mark.parametrize(
   "made",
-  ["gemma3", "mistral3", pytest.param("qwen3_5", marks=pytest.mark.slow), "gemma4"],
+  ["gemma3", "mistral3"]
+  + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3_5", "gemma4")]
+  + ["gemma4-e2b"],
   indirect=True,
 )
 def test_peft_lays_an_adapter_over_the_whole_model(made, tmp_path):
   names = ("q_proj", "v_proj", "up_proj")  # two of which the encoders have, too
+  if made.config.per_layer_inputs:
+    names += ("per_layer_input_gate", "per_layer_projection")
   source = str(made.folder)
   family = hf_load.family(source)
   kernels = peft_adapter.targets(family, names)
@@ -439,3 +479,48 @@ def test_description_counts_as_transformers_does(made):
 
 def test_a_text_model_has_no_description(complete):
   assert carried_tensors.describe(str(complete), 1) is None
+
+
+# --- The chat template ----------------------------------------------------------------
+
+CHAT = [
+  ("system", "Answer in one word."),
+  ("user", "What is a tort?  It has 2 kinds:\n<image_soft_token> no more."),
+  ("assistant", "A wrong."),
+  ("user", "Naïve? <|im_end|>"),
+]
+
+
+def templated(tokenizer: Any, turns: int) -> list[int]:
+  messages = [{"role": role, "content": text} for role, text in CHAT[:turns]]
+  return tokenizer.apply_chat_template(
+    messages, tokenize=True, add_generation_prompt=True, return_dict=False
+  )
+
+
+def ours_templated(folder: pathlib.Path, turns: int) -> list[int]:
+  messages = [records.Message(role, text) for role, text in CHAT[:turns]]
+  return chat.prompt_ids(chat.load(str(folder)), messages)
+
+
+def test_a_chat_has_transformers_ids(made, tmp_path):
+  """From the folder of the whole model, and from its export."""
+  theirs = templated(transformers.AutoTokenizer.from_pretrained(made.folder), 3)
+  assert len(theirs) > 40
+  for folder in (made.folder, export(made, tmp_path / "out")):
+    assert ours_templated(folder, 3) == theirs
+
+
+def test_a_chat_has_the_ids_of_a_whole_processor(smollm, tmp_path):
+  """Its template is the tokenizer's; the spelling of an image's token stays text."""
+  hf_tokenizer.load(smollm).save_pretrained(tmp_path / "tokenizer")
+  source = tiny_wrappers.save_gemma3(tmp_path / "source", tmp_path / "tokenizer")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+  processor = transformers.AutoProcessor.from_pretrained(source)
+  (of_processor,) = templated(processor, 1)  # it makes batches
+  assert ours_templated(source, 1) == templated(tokenizer, 1) == of_processor
+  image = tokenizer.convert_tokens_to_ids("<image_soft_token>")
+  assert image in templated(tokenizer, 2)
+  ours = ours_templated(source, 4)
+  assert image not in ours
+  assert tokenizer.decode(ours) == tokenizer.decode(templated(tokenizer, 4))

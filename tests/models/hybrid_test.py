@@ -52,6 +52,17 @@ GLOBAL = dataclasses.replace(
   ),
 )
 both = pytest.mark.parametrize("config", [CONFIG, GLOBAL], ids=["linear", "global"])
+# Gemma 4 E2B's kinds of layers: periods of 2, and two of the layers that share.
+SHARED = dataclasses.replace(
+  GLOBAL,
+  n_layers=9,
+  windows=(0, 4) * 4 + (0,),
+  global_attention=dataclasses.replace(
+    GLOBAL.global_attention, layers=(0, 2, 4, 6, 8), keys_are_values=False
+  ),
+  kv_sharing=hybrid.KvSharing(first=4, d_ff=80),
+  per_layer_inputs=6,
+)
 
 
 @both
@@ -91,13 +102,92 @@ def test_norms_of_the_kinds_may_differ():
     assert leaf.shape[0] == len(hybrid.layers_of(config, name)), name
 
 
-@both
+@pytest.mark.parametrize("config", [CONFIG, GLOBAL, SHARED])
 def test_axes_name_every_dimension_of_every_parameter(config):
   ranks = jax.tree.map(lambda leaf: leaf.ndim, transformer.shapes(config))
   named = jax.tree.map(
     len, param_sharding.axes(config), is_leaf=lambda node: isinstance(node, tuple)
   )
   assert ranks == named
+
+
+def test_layers_that_share_keys_have_parameters_of_their_own():
+  layers, c = transformer.shapes(SHARED)["layers"], SHARED
+  for name, leaf in layers.items():
+    assert leaf.shape[0] == len(hybrid.layers_of(c, name)), name
+  assert hybrid.layers_of(c, "q") == (1, 3)
+  assert hybrid.layers_of(c, "global_k") == (0, 2)
+  assert hybrid.layers_of(c, "kv_shared_global_q") == (4, 6, 8)
+  assert hybrid.layers_of(c, "kv_shared_up") == (4, 5, 6, 7, 8)
+  assert hybrid.layers_of(c, "window") == tuple(range(9))
+  assert layers["up"].shape == (4, c.d_ff, c.d_model)
+  assert layers["kv_shared_up"].shape == (5, 80, c.d_model)
+  assert layers["kv_shared_q"].shape == (2, c.n_heads * c.head_dim, c.d_model)
+  shared = {hybrid.plain({name: 0}).popitem()[0] for name in layers if "shared" in name}
+  assert not shared & hybrid.KEYS_VALUES
+
+
+def test_layers_that_share_keys_read_the_last_of_their_kind():
+  rows = [hybrid.cache_row(SHARED, layer) for layer in range(9)]
+  assert rows == [0, 0, 1, 1, 1, 1, 1, 1, 1]
+  cache = kv_cache.init(SHARED, batch=2, length=7)
+  assert cache["k"].shape[0] == cache["global_k"].shape[0] == 2
+
+
+def test_periods_before_and_among_the_layers_that_share_keys():
+  """Of Gemma 4 E2B: each fifth layer is global, and the last 20 of 35 share."""
+  layers = tuple(range(4, 35, 5))
+  own = dataclasses.replace(SHARED.global_attention, layers=layers)
+  sharing = hybrid.KvSharing(first=15, d_ff=80)
+  config = dataclasses.replace(
+    SHARED, n_layers=35, global_attention=own, kv_sharing=sharing
+  )
+  assert hybrid.period(config, 0, 15) == hybrid.period(config, 15, 35) == 5
+
+
+def test_shared_keys_are_kept_once_for_the_backward_pass():
+  """With recomputed layers, too: no scan stacks them, and the second has no copy."""
+  shapes, ids = transformer.shapes(SHARED), jnp.arange(7)[None]
+  mask = transformer.causal_mask(jnp.ones((1, 7), bool))
+  compute = transformer.Compute(remat=True)
+
+  def loss(params):
+    hidden, _ = transformer.forward(params, SHARED, ids, ids, mask, compute=compute)
+    return jnp.sum(hidden**2)
+
+  program = jax.make_jaxpr(jax.grad(loss))(shapes)
+  scans = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+  assert [scan.params["length"] for scan in scans] == [2, 2, 2, 2]
+  # Forward twice, then back: activations, and keys and values of both kinds.
+  assert [scan.params["num_carry"] for scan in scans] == [5, 1, 5, 5]
+  kept = [var.aval.shape for scan in scans[:2] for var in scan.outvars]
+  heads = {(SHARED.n_kv_heads, SHARED.head_dim), (1, 12)}
+  stacked = [shape for shape in kept if shape[0] == 2 and len(shape) > 4]
+  assert not any(shape[-2:] in heads for shape in stacked)
+
+
+def test_freezing_names_the_layers_that_share_keys():
+  shapes = transformer.shapes(SHARED)
+  bottom = optim.make_mask(
+    schema.Freeze(mode="bottom", layers=5), shapes, SHARED, seed=0
+  )
+  assert not bottom["embed"].any()
+  assert not bottom["per_layer_embed"].any()
+  assert bottom["per_layer_proj"].all()
+  assert not bottom["layers"]["up"].any()
+  assert bottom["layers"]["kv_shared_up"].ravel().tolist() == [0, 1, 1, 1, 1]
+  named = optim.make_mask(
+    schema.Freeze(mode="names", names=["layers.[67].kv_shared_*", "per_layer_*"]),
+    shapes,
+    SHARED,
+    seed=0,
+  )
+  assert named["layers"]["kv_shared_global_q"].ravel().tolist() == [1, 0, 1]
+  assert not named["per_layer_proj"].any()
+  alone = dataclasses.replace(SHARED, global_attention=None)
+  says = "the keys and values of another layer, and 5 of the model's 9 layers have it"
+  with pytest.raises(errors.UserError, match=says):
+    optim.make_mask(schema.Freeze(mode="half"), shapes, alone, seed=0)
 
 
 def test_layers_are_taken_from_their_rows():
@@ -141,10 +231,22 @@ def test_half_of_the_attention_projections_is_refused(config):
     optim.make_mask(schema.Freeze(mode="half"), SHAPES, config, seed=0)
 
 
-def test_the_scale_of_a_layer_does_not_decay():
-  decays = optim.decays(transformer.shapes(GLOBAL))["layers"]
+def test_the_scales_of_a_layer_and_of_a_router_do_not_decay():
+  decays = optim.decays(transformer.shapes(SHARED))["layers"]
   assert not decays["layer_scale"]
+  assert not decays["kv_shared_layer_scale"]
+  assert not decays["per_layer_norm"]
   assert decays["global_q"]
+  assert decays["kv_shared_per_layer_gate"]
+  mixture = dataclasses.replace(
+    GLOBAL, n_experts=4, experts_per_token=2, shared_d_ff=16, parallel_experts=True
+  )
+  decays = optim.decays(transformer.shapes(mixture))["layers"]
+  assert not decays["router_scale"]
+  assert not decays["router_expert_scale"]
+  assert not decays["experts_post_norm"]
+  assert decays["shared_gate"]
+  assert decays["router"]
 
 
 @pytest.mark.slow

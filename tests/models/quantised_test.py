@@ -13,10 +13,12 @@ from raft_jax import errors
 from raft_jax.distillation import objective, sequences
 from raft_jax.models import (
   gated_delta,
+  hybrid,
   lora,
   partition,
   quantised,
   quantised_base,
+  rotary,
   sampling,
   transformer,
 )
@@ -217,18 +219,37 @@ def test_what_is_not_a_kernel_of_a_layer_stays_as_it_is():
     assert tree["embed"] is base["embed"]
 
 
-@pytest.mark.slow
-def test_the_layers_of_a_hybrid_are_quantised_and_its_convolutions_are_not():
-  delta = gated_delta.DeltaConfig(
+LINEAR = dataclasses.replace(
+  tiny_decoder.CONFIG,
+  n_layers=2,
+  attention_gate=True,
+  delta=gated_delta.DeltaConfig(
     layers=(0,), key_heads=1, value_heads=2, key_width=8, value_width=8, conv_width=3
-  )
-  config = dataclasses.replace(
-    tiny_decoder.CONFIG, n_layers=2, attention_gate=True, delta=delta
-  )
+  ),
+)
+SHARING = dataclasses.replace(
+  tiny_decoder.CONFIG,
+  n_layers=4,
+  global_attention=hybrid.GlobalAttention((1, 3), 2, 16, rotary.Rope(1e6)),
+  kv_sharing=hybrid.KvSharing(first=2, d_ff=96),
+  per_layer_inputs=8,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LINEAR, SHARING], ids=["linear", "sharing"])
+def test_the_layers_of_all_kinds_are_quantised_and_the_rest_is_not(config):
+  """The rest: the convolutions of linear layers, and the embeddings of each layer."""
   params = transformer.init(jax.random.key(0), config)
   tree = quantised_base.quantise(params, config, "int8")
   coded = {n for n, leaf in tree["layers"].items() if quantised.is_quantised(leaf)}
-  assert coded == {*lora.KERNELS, *lora.DELTA_KERNELS}
+  own = {name for name in lora.ALL_KERNELS if name in tree["layers"]}
+  assert coded == own
+  assert coded >= {
+    *lora.KERNELS,
+    *(lora.DELTA_KERNELS if config is LINEAR else lora.KV_SHARED_KERNELS),
+  }
+  assert not any(quantised.is_quantised(tree[name]) for name in {*tree} - {"layers"})
   logits = jax.jit(tiny_decoder.logits, static_argnums=1)
   tokens_BT, valid_BT = step_inputs()[0].prompt_BP, np.ones((4, 7), bool)
   ours, theirs = (

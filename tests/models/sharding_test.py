@@ -297,17 +297,23 @@ def check_adapters(arrived, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_adapters_of_a_quantised_model_train_the_same_on_eight_devices(tmp_path, form):
-  """Rollouts token for token, losses and gradients."""
-  one, *meshes = mesh_steps.QUANTISED_MESHES[form]
+@pytest.mark.parametrize("which", ["int8", "nf4", "kinds"])
+def test_other_models_train_the_same_on_eight_devices(tmp_path, which):
+  """Adapters of a quantised one, and layers of several kinds.
+
+  Rollouts token for token, losses and gradients.
+  """
+  others = {**mesh_steps.QUANTISED_MESHES, "kinds": mesh_steps.KIND_MESHES}
+  one, *meshes = others[which]
   arrived = run_steps(tmp_path / "arrived.npz", one, *meshes)
   for mesh in meshes:
     for name, tokens in named(arrived, f"{one}: rollout ").items():
       np.testing.assert_array_equal(arrived[f"{mesh}: rollout {name}"], tokens, name)
     for name, value in named(arrived, f"{one}: values ").items():
       ours = arrived[f"{mesh}: values {name}"]
-      np.testing.assert_allclose(ours, value, rtol=1e-5, err_msg=f"{mesh}: {name}")
+      # The second step follows Adam's first, which makes the most of round-off.
+      rtol = 1e-3 if which == "kinds" and name.startswith("1") else 1e-5
+      np.testing.assert_allclose(ours, value, rtol=rtol, err_msg=f"{mesh}: {name}")
     for name, value in named(arrived, f"{one}: first ").items():
       error = np.linalg.norm(arrived[f"{mesh}: first {name}"] - value)
       assert np.linalg.norm(value) > 0, name
