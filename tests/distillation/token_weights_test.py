@@ -168,8 +168,8 @@ def test_entropy_of_certain_uniform_and_single_tokens():
 def test_a_perplexity_on_the_threshold_is_learned():
   on = jnp.array([np.log(2.5)], jnp.float32)
   below, above = np.nextafter(on, 0), np.nextafter(np.nextafter(on, 9), 9)
-  found = [float(token_weights.stm(x)[0]) for x in (jnp.array(below), jnp.array(above))]
-  assert found == [1.0, 0.0]
+  weights = [float(token_weights.stm(jnp.array(x))[0]) for x in (below, on, above)]
+  assert weights == [1.0, 1.0, 0.0]
 
 
 def test_the_median_skips_empty_sequences_and_takes_the_lower_middle():

@@ -96,6 +96,24 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(tmp_path):
   np.testing.assert_allclose(*actual, rtol=1e-5)
 
 
+def test_the_loss_is_that_of_each_answer_token_after_those_before_it(tmp_path):
+  """In float64, from the logits of one pass over each row alone."""
+  params, rows = transformer.init(jax.random.key(0), TINY), _rows(3)
+  params["embed"] *= 20  # logits that differ
+  with journal.open_journal(tmp_path / "journal.jsonl") as log:
+    actual = scoring.losses(_model(params), rows, log, name="loss")
+  expected = []
+  for row in rows:
+    tokens = np.array([[*row.prompt, *row.answer]])
+    valid = np.ones(tokens.shape, bool)
+    logits = np.asarray(tiny_decoder.logits(params, TINY, tokens, valid)[0], np.float64)
+    log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    before = len(row.prompt) - 1
+    expected.append(-np.mean([log_p[before + t, a] for t, a in enumerate(row.answer)]))
+  assert max(expected) - min(expected) > 0.1
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_remedy(tmp_path):
   params = transformer.init(jax.random.key(0), TINY)
   params["final_norm"] = params["final_norm"] * np.nan
