@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +25,13 @@ class Encoder:
   """A model that embeds texts as unit vectors: `encoder(texts)`. `load` makes one.
 
   Attributes:
+    source: as `load` takes it.
     identity: source and digest of the model's files. Encoders with equal identities
       give equal vectors.
     batch_size: number of texts encoded together.
   """
 
+  source: str
   identity: str
   batch_size: int
   _model: Any = dataclasses.field(repr=False)
@@ -94,7 +97,8 @@ def load(source: str, *, batch_size: int = 1) -> Encoder:
     UserError: as `find`, or the files are damaged or a pickle.
   """
   folder = find(source)
-  return Encoder(engines.identity(source), batch_size, _load_model(source, folder))
+  model = _load_model(source, folder)
+  return Encoder(source, engines.identity(source), batch_size, model)
 
 
 def _load_model(source: str, folder: pathlib.Path) -> Any:
@@ -132,3 +136,15 @@ def cosine(left_NE: np.ndarray, right_NE: np.ndarray) -> np.ndarray:
   dots = np.sum(left * right, axis=-1)
   with np.errstate(invalid="ignore", divide="ignore"):
     return np.clip(np.where(norms > 0, dots / norms, np.nan), -1.0, 1.0)
+
+
+def compare(encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+  """For each pair of texts, the cosine of their embeddings (None where it is undefined)
+  and whether the encoder truncated either text."""
+  left, right = zip(*pairs)
+  cosines = cosine(encoder(left), encoder(right)).tolist()
+  truncated = zip(encoder.truncated(left), encoder.truncated(right))
+  return [
+    {"cosine": None if math.isnan(c) else c, "truncated": any(either)}
+    for c, either in zip(cosines, truncated)
+  ]
