@@ -88,7 +88,8 @@ class Workers:
     self, encoder: sentence_encoder.Encoder, pairs: Sequence[tuple[str, str]]
   ) -> list[dict[str, Any]]:
     """`sentence_encoder.compare` in a worker."""
-    return self._run(_compare, encoder.source, encoder.identity, pairs)
+    which = (encoder.source, encoder.threads)
+    return self._run(_compare, which, encoder.identity, pairs)
 
   def release(self) -> None:
     """Ends all workers, which frees their GPUs."""
@@ -280,14 +281,18 @@ def _generate(
 
 
 def _compare(
-  source: str, identity: str, pairs: Sequence[tuple[str, str]]
+  which: tuple[str, int], identity: str, pairs: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-  encoder = _encoder(source)
+  encoder = _encoder(which)
   _check_identity(encoder.identity, identity)
   return sentence_encoder.compare(encoder, pairs)
 
 
-_encoder = functools.cache(sentence_encoder.load)
+@functools.cache
+def _encoder(which: tuple[str, int]) -> sentence_encoder.Encoder:
+  # With the command's number of threads, for its bits; Ray would give a worker one.
+  source, threads = which
+  return sentence_encoder.load(source, threads=threads)
 
 
 def _check_identity(own: str, expected: str) -> None:
