@@ -161,8 +161,7 @@ def connected(size: int | None) -> Iterator[Workers | None]:
     size: as `Workers.size`; None: no workers.
 
   Raises:
-    TryAgainError: the cluster does not answer.
-    UserError: it runs another version of Ray or Python.
+    UserError: the cluster cannot be joined: it runs another version of Ray or Python.
   """
   if size is None:
     yield None
@@ -185,6 +184,7 @@ def check(size: int | None, roles: Mapping[str, schema.ModelEndpoint]) -> None:
     roles: config key -> the language models of the stage.
 
   Raises:
+    TryAgainError: nobody listens at RAY_ADDRESS.
     UserError: Ray is not installed, or `size` is too small for a role.
   """
   if size is None:
@@ -202,25 +202,20 @@ def check(size: int | None, roles: Mapping[str, schema.ModelEndpoint]) -> None:
     raise errors.UserError(
       f"command line: --ray: Ray is not installed; run {errors.install('ray')}"
     )
+  _check_address(os.environ.get("RAY_ADDRESS", ""))
 
 
 def _connect() -> None:
   os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
   import ray
 
-  address = os.environ.get("RAY_ADDRESS")
   in_main = threading.current_thread() is threading.main_thread()
   terminate = signal.getsignal(signal.SIGTERM)
   try:
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
-  except (ConnectionError, TimeoutError) as error:
-    raise errors.TryAgainError(
-      f"RAY_ADDRESS={address}: no Ray cluster answers; start one (`ray start --head`), "
-      "or unset RAY_ADDRESS to use this machine alone"
-    ) from error
-  except (RuntimeError, ValueError) as error:
+  except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
     reason = " ".join(str(error).split())[:300]
-    raise errors.UserError(f"Ray cannot be used: {reason}") from error
+    raise errors.UserError(f"cannot join a Ray cluster: {reason}") from error
   finally:
     if in_main:
       signal.signal(signal.SIGTERM, terminate)  # Ray sets its own
@@ -230,6 +225,29 @@ def _connect() -> None:
     f"{total.get('GPU', 0):g} GPUs",
     flush=True,
   )
+
+
+def _check_address(address: str) -> None:
+  """Refuses an address at which nobody listens, where `ray.init` waits for minutes.
+
+  Args:
+    address: HOST:PORT; other forms are left to Ray.
+  """
+  if address.startswith("ray://"):
+    raise errors.UserError(
+      f"RAY_ADDRESS={address}: is Ray's client, which --ray does not support; run the "
+      "command on a machine of the cluster, or with `ray job submit`"
+    )
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal():
+    return
+  try:
+    socket.create_connection((host, int(port)), timeout=10).close()
+  except OSError as error:
+    raise errors.TryAgainError(
+      f"RAY_ADDRESS={address}: no Ray cluster answers ({error.strerror or error}); "
+      "start one there, or unset RAY_ADDRESS to use this machine alone"
+    ) from error
 
 
 def _join(actor: Any, idle: queue.SimpleQueue[Any]) -> None:

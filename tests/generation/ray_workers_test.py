@@ -4,6 +4,8 @@ import collections
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +84,7 @@ def config(tmp_path, law, model) -> pathlib.Path:
     "extract": {
       "documents": str(law / "train.jsonl"),
       "text_field": "answer",
+      "chunk_tokens": 64,
       "writer": writer,
       "judges": [JUDGE],
     },
@@ -140,6 +143,15 @@ def _workers(process) -> list[psutil.Process]:
   """The processes of Ray's workers that a command has started."""
   below = psutil.Process(process.pid).children(recursive=True)
   return [child for child in below if "ray::_Worker" in "".join(child.cmdline())]
+
+
+def _await_workers(process) -> None:
+  """Waits until Ray starts a worker, which does not read any model yet."""
+  until = time.monotonic() + 100
+  while not _workers(process):
+    assert process.poll() is None, process.communicate()[1]
+    assert time.monotonic() < until
+    time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -204,24 +216,54 @@ def test_a_lost_node_is_done_without_and_a_new_one_is_used(config, tmp_path):
 @pytest.mark.slow
 def test_other_stages_write_the_files_of_one_process(config, tmp_path):
   for output, options in ((tmp_path / "one", ()), (tmp_path / "two", ("--ray", "2"))):
-    _run(config, "synthesise", output, *options)
-    process = _start(config, "extract", output, *options)
-    _, err = process.communicate(timeout=400)
-    # A random model writes no JSON.
-    assert process.returncode == 2
-    assert "no pair was kept" in err
-  for name in ("synthesised/questions", "synthesised/dropped", "extracted/dropped"):
-    one, two = (tmp_path / run / f"{name}.jsonl" for run in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
-    assert one.stat().st_size > 0
+    for stage, says in (("extract", "no pair"), ("synthesise", "no question")):
+      process = _start(config, stage, output, *options)
+      _, err = process.communicate(timeout=400)
+      # A random model writes no JSON, and its most probable first token ends an answer.
+      assert process.returncode == 2
+      assert f"{says} was kept" in err, err
+  for folder in ("extracted", "synthesised"):
+    one, two = (tmp_path / output / folder for output in ("one", "two"))
+    assert _values(one) == _values(two) != {}
+    dropped = (one / "dropped.jsonl").read_bytes()
+    assert dropped == (two / "dropped.jsonl").read_bytes() != b""
+
+
+def _values(folder) -> dict[str, object]:
+  """The journalled results by key, without their times."""
+  lines = (folder / "journal.jsonl").read_text().splitlines()
+  calls = {call["key"]: call["value"] for call in map(json.loads, lines)}
+  return {key: {**value, "seconds": 0} for key, value in calls.items()}
+
+
+@pytest.mark.parametrize(
+  ("address", "says", "status"),
+  [
+    ("127.0.0.1:9", "no Ray cluster answers (Connection refused); start", 75),
+    ("ray://127.0.0.1:9", "is Ray's client, which --ray does not support", 2),
+  ],
+)
+@pytest.mark.slow  # it imports Ray
+def test_no_cluster_is_one_line(config, tmp_path, address, says, status):
+  process = _start(
+    *(config, "refine", tmp_path / "none", "--ray", "2"), RAY_ADDRESS=address
+  )
+  _, err = process.communicate(timeout=200)
+  assert process.returncode == status
+  assert f"error: RAY_ADDRESS={address}: {says}" in err
+  assert "Traceback" not in err
 
 
 @pytest.mark.slow
-def test_no_cluster_and_another_model_are_one_line(config, tmp_path):
-  process = _start(
-    config, "refine", tmp_path / "none", "--ray", "2", RAY_ADDRESS="127.0.0.1:9"
-  )
+def test_an_error_in_a_worker_is_the_command_s_own_line(config, tmp_path, model):
+  """Here, weights that another node does not have."""
+  other = tmp_path / "other"
+  shutil.copytree(model, other)
+  source = f"model.source={other}"
+  process = _start(config, "refine", tmp_path / "out", source, "--ray", "1")
+  _await_workers(process)
+  (other / "generation_config.json").write_text('{"changed": true}')
   _, err = process.communicate(timeout=200)
-  assert process.returncode == os.EX_TEMPFAIL
-  assert "error: RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers" in err
+  assert process.returncode == 2
+  assert re.search(r"^error: node .* has another model than the command", err, re.M)
   assert "Traceback" not in err
