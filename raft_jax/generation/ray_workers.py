@@ -213,7 +213,7 @@ def _connect() -> None:
   terminate = signal.getsignal(signal.SIGTERM)
   try:
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
-  except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+  except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
     reason = " ".join(str(error).split())[:300]
     raise errors.UserError(f"cannot join a Ray cluster: {reason}") from error
   finally:

