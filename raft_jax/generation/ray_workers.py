@@ -155,7 +155,7 @@ class Workers:
 
 @contextlib.contextmanager
 def connected(size: int | None) -> Iterator[Workers | None]:
-  """Connects to the Ray cluster of RAY_ADDRESS, to one of this machine, or starts that.
+  """Connects to the Ray cluster of RAY_ADDRESS; without it, starts one here.
 
   Args:
     size: as `Workers.size`; None: no workers.
@@ -212,7 +212,10 @@ def _connect() -> None:
   in_main = threading.current_thread() is threading.main_thread()
   terminate = signal.getsignal(signal.SIGTERM)
   try:
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    # Without an address Ray would look for a cluster of this machine in a file, which
+    # outlives a killed cluster, and wait for that one.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
   except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
     reason = " ".join(str(error).split())[:300]
     raise errors.UserError(f"cannot join a Ray cluster: {reason}") from error

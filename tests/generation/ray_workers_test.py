@@ -70,6 +70,9 @@ def model(tmp_path_factory, smollm) -> pathlib.Path:
 def config(tmp_path, law, model) -> pathlib.Path:
   """Forty questions in batches of four, and all three stages."""
   writer = {"max_new_tokens": 24, "batch_size": 4}
+  documents = tmp_path / "documents.jsonl"
+  lines = (law / "train.jsonl").read_text().splitlines(keepends=True)[:12]
+  documents.write_text("".join(lines))
   tree = {
     "model": {"source": str(model)},
     "data": {"questions": str(law / "train.jsonl"), "limit": 40},
@@ -82,7 +85,7 @@ def config(tmp_path, law, model) -> pathlib.Path:
       "records_per_shard": 16,
     },
     "extract": {
-      "documents": str(law / "train.jsonl"),
+      "documents": str(documents),
       "text_field": "answer",
       "chunk_tokens": 64,
       "writer": writer,
@@ -90,7 +93,7 @@ def config(tmp_path, law, model) -> pathlib.Path:
     },
     "synthesise": {
       "seeds": str(pathlib.Path("configs/data/seeds.jsonl").resolve()),
-      "drafts": 24,
+      "drafts": 12,
       "clusters": 2,
       "keep": 4,
       "writer": writer,
