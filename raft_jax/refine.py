@@ -25,14 +25,21 @@ def refine(
   num_workers: int | None = None,
   worker: int | None = None,
   select_only: str | None = None,
+  ray: int | None = None,
 ) -> None:
   """Refines `data.questions` into `output/refined`: shards, manifest, summary, report.
 
   Args:
     num_workers, worker: refine only this worker's share of the rows.
     select_only: output folder of a finished run; select again among its answers.
+    ray: make the calls on so many GPUs of a Ray cluster.
   """
   share = worker_share(num_workers, worker, select_only)
+  if ray is not None and (select_only is not None or share != refinement_run.ALL_ROWS):
+    raise errors.UserError(
+      "command line: --ray shares out the calls itself; leave out --num-workers, "
+      "--worker and --select-only"
+    )
   page = pathlib.Path(config.output) / refined_folder.FOLDER / "refine_report.html"
   write_report = functools.partial(
     refine_page.write,
@@ -42,7 +49,7 @@ def refine(
     title=pathlib.Path(config.output).name,
   )
   if select_only is None:
-    summary = refinement_run.refine(config, share, write_report)
+    summary = refinement_run.refine(config, share, write_report, ray)
   else:
     summary = reselection.reselect(config, pathlib.Path(select_only), write_report)
   if summary is not None:
@@ -111,6 +118,7 @@ def main() -> None:
     refine,
     "Rewrite, filter, fuse and judge the training answers.",
     options={
+      **cli.RAY,
       "--num-workers": {
         "type": int,
         "metavar": "N",

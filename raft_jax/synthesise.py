@@ -18,9 +18,13 @@ from raft_jax.curation import synthesis_run
 from raft_jax.runtime import progress
 
 
-def synthesise(config: schema.Config) -> None:
-  """Writes questions and answers for replay into `output/synthesised`."""
-  summary = synthesis_run.synthesise(config)
+def synthesise(config: schema.Config, ray: int | None = None) -> None:
+  """Writes questions and answers for replay into `output/synthesised`.
+
+  Args:
+    ray: make the calls on so many GPUs of a Ray cluster.
+  """
+  summary = synthesis_run.synthesise(config, ray)
   if summary is not None:
     folder = pathlib.Path(config.output) / synthesis_run.FOLDER
     show(summary, folder)
@@ -58,6 +62,7 @@ def main() -> None:
     "synthesise",
     synthesise,
     "Have the model write and answer general questions, for replay.",
+    options=cli.RAY,
     without_data=True,
   )
 

@@ -44,6 +44,8 @@ ELSEWHERE = {
   "srun": "wants a cluster; its command is run",
   "scontrol": "wants a cluster",
   "scancel": "wants a cluster",
+  "squeue": "wants a cluster",
+  "ray": "wants a cluster",
   "gcloud": "wants an account; the command for the other machine is run",
   "nvidia-smi": "asked whether there is a GPU",
   "pre-commit": "the reader's own tool",

@@ -23,6 +23,16 @@ from raft_jax.config import load as config_load
 from raft_jax.config import reference as config_reference
 from raft_jax.runtime import environment, host_memory, interrupts
 
+RAY: Mapping[str, Mapping[str, Any]] = {
+  "--ray": {
+    "type": int,
+    "metavar": "N",
+    "help": "make the calls on N GPUs of a Ray cluster (in N processes, where an engine"
+    " takes no GPU)",
+  }
+}
+"""The option of the stages that generate text for curation."""
+
 
 def run(
   stage: str,

@@ -12,7 +12,7 @@ from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.curation import documents, extraction, qa_pairs, stage_run
 from raft_jax.generation import calls as calls_lib
-from raft_jax.generation import engines, judging, roles
+from raft_jax.generation import engines, judging, ray_workers, roles
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
 from raft_jax.storage import journal, sealed_folder
@@ -40,15 +40,20 @@ IDENTITY_KEYS = (
 them."""
 
 
-def extract(config: schema.Config) -> Mapping[str, Any] | None:
+def extract(config: schema.Config, ray: int | None = None) -> Mapping[str, Any] | None:
   """Writes `output/extracted`: the splits, what was dropped and why, and a summary.
 
   The files are a pure function of the documents and the journal.
+
+  Args:
+    ray: as for `stage_run.calling`.
 
   Returns:
     The summary; None if the folder was complete before.
   """
   settings, model = check(config.extract), config.model
+  judging_roles = {f"extract.judges.{i}": j for i, j in enumerate(settings.judges)}
+  ray_workers.check(ray, {"extract.writer": settings.writer, **judging_roles})
   run = stage_run.begin(config, "extract", IDENTITY_KEYS, FOLDER)
   texts, unusable = documents.read(
     settings.documents, text_field=settings.text_field, domain=settings.domain
@@ -72,7 +77,7 @@ def extract(config: schema.Config) -> Mapping[str, Any] | None:
       roles.judge("verify", judge, model, qa_pairs.VERDICT_SCHEMA)
       for judge in settings.judges
     ]
-    with stage_run.calling(run, book, settings.seed) as calls:
+    with stage_run.calling(run, book, settings.seed, ray) as calls:
       extracted = extraction.extract(
         texts,
         writer=writer,

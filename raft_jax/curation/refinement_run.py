@@ -23,7 +23,7 @@ from raft_jax.config import data_layout, schema
 from raft_jax.config import load as config_load
 from raft_jax.curation import refined_folder, refinement, stage_run
 from raft_jax.generation import calls as calls_lib
-from raft_jax.generation import engines, judging, roles, sentence_encoder
+from raft_jax.generation import engines, judging, ray_workers, roles, sentence_encoder
 from raft_jax.hf import chat
 from raft_jax.runtime import interrupts
 from raft_jax.storage import (
@@ -36,7 +36,7 @@ from raft_jax.storage import (
 )
 
 WINDOW = 4096
-"""Rows in memory at a time."""
+"""Rows in memory at a time; with Ray, for each worker."""
 
 
 class WorkerShare(NamedTuple):
@@ -99,16 +99,27 @@ def begin(config: schema.Config) -> stage_run.StageRun:
 
 
 def refine(
-  config: schema.Config, share: WorkerShare, write_report: refined_folder.WriteReport
+  config: schema.Config,
+  share: WorkerShare,
+  write_report: refined_folder.WriteReport,
+  ray: int | None = None,
 ) -> Mapping[str, Any] | None:
   """Refines `data.questions` into shards, manifest, summary and report.
+
+  Args:
+    ray: as for `stage_run.calling`.
 
   Returns:
     The summary; None if the folder was complete before, or if other workers have rows
     of their own to do.
   """
-  run = begin(config)
   model, settings = config.model, config.refine
+  judges = {f"refine.judges.{i}": judge for i, judge in enumerate(settings.judges)}
+  ray_workers.check(
+    ray,
+    {"refine.rewriter": settings.rewriter, "refine.fusion": settings.fusion, **judges},
+  )
+  run = begin(config)
   questions = _check_questions(config.data, model, run.folder / "rejects.jsonl")
   interrupts.check()
   encoder = sentence_encoder.load(settings.encoder)
@@ -129,10 +140,11 @@ def refine(
     refine_window = _refine_window(
       settings, model, encoder, rewriter, skip_too_long=config.data.too_long == "skip"
     )
-    if questions.checked.usable > WINDOW:
+    window = WINDOW * (ray or 1)
+    if questions.checked.usable > window:
       _check_lengths(questions, rewriter, settings.prompt)
-    with stage_run.calling(run, book, settings.seed) as calls:
-      spool = _refine_share(questions, share, run.folder, refine_window, calls)
+    with stage_run.calling(run, book, settings.seed, ray) as calls:
+      spool = _refine_share(questions, share, run.folder, window, refine_window, calls)
     if share != ALL_ROWS:
       print(
         f"worker {share.worker} of {share.workers} is done; when all are, run the same "
@@ -276,10 +288,11 @@ def _refine_share(
   questions: Questions,
   share: WorkerShare,
   folder: pathlib.Path,
+  window: int,
   refine_window: RefineWindow,
   calls: calls_lib.Calls,
 ) -> shards.Spool:
-  """The records of a worker's rows, window by window.
+  """The records of a worker's rows, `window` rows at a time.
 
   One model is in memory at a time. A window that needs another model waits until all
   windows have come as far as they can with this one, so that each model is loaded once
@@ -287,20 +300,20 @@ def _refine_share(
   """
   usable = questions.checked.usable
   spool = shards.Spool(folder, len(range(share.worker, usable, share.workers)))
-  calls.one_model = usable > WINDOW
-  while any(spool.missing(i) for i in range(0, len(spool), WINDOW)):
+  calls.one_model = usable > window
+  while any(spool.missing(i) for i in range(0, len(spool), window)):
     calls.model = None
     rows = itertools.islice(_usable_rows(questions), share.worker, None, share.workers)
-    for first in range(0, len(spool), WINDOW):
-      window = list(itertools.islice(rows, WINDOW))
+    for first in range(0, len(spool), window):
+      placed = list(itertools.islice(rows, window))
       if not spool.missing(first):
         continue
       if calls.one_model:
-        last = first + len(window)
+        last = first + len(placed)
         calls.title = f"rows {first + 1:,}-{last:,} of {len(spool):,}: "
-      names = [_row_name(place) for place, _ in window]
+      names = [_row_name(place) for place, _ in placed]
       with contextlib.suppress(calls_lib.OtherModel):
-        refined = refine_window([q for _, q in window], calls=calls, names=names)
+        refined = refine_window([q for _, q in placed], calls=calls, names=names)
         spool.put(first, map(records.to_json, refined))
   return spool
 

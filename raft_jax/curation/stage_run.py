@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from raft_jax.config import run_lock, schema
 from raft_jax.generation import calls as calls_lib
+from raft_jax.generation import ray_workers
 from raft_jax.storage import journal
 
 
@@ -68,15 +69,20 @@ def is_complete(run: StageRun, inputs: str, sealed_inputs: str | None) -> bool:
 
 @contextlib.contextmanager
 def calling(
-  run: StageRun, book: journal.Journal, seed: int
+  run: StageRun, book: journal.Journal, seed: int, ray: int | None = None
 ) -> Iterator[calls_lib.Calls]:
   """Locks the config and yields calls that go through the journal `book`.
 
   The config is locked here and not earlier: a run that stopped at a fault of its input
   must not bind the next one. A signal ends the calls after a micro-batch, and no model
   stays in memory.
+
+  Args:
+    ray: size of the workers on a Ray cluster that make the calls, as
+      `ray_workers.Workers.size`; None: this process makes them.
   """
   lock(run)
-  calls = calls_lib.Calls(book, seed)
-  with calls_lib.interruptible(calls):
-    yield calls
+  with ray_workers.connected(ray) as workers:
+    calls = calls_lib.Calls(book, seed, workers=workers)
+    with calls_lib.interruptible(calls):
+      yield calls

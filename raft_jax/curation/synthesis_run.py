@@ -13,7 +13,7 @@ from raft_jax.config import load as config_load
 from raft_jax.config import run_lock, schema
 from raft_jax.curation import stage_run, synthesis
 from raft_jax.generation import calls as calls_lib
-from raft_jax.generation import engines, judging, roles, sentence_encoder
+from raft_jax.generation import engines, judging, ray_workers, roles, sentence_encoder
 from raft_jax.hf import answer_turns, chat
 from raft_jax.runtime import interrupts
 from raft_jax.storage import journal, question_files, records, rejects, sealed_folder
@@ -42,16 +42,22 @@ IDENTITY_KEYS = (*CONTENT_KEYS, "data.max_prompt_tokens", "data.max_answer_token
 QUESTIONS = "questions"
 
 
-def synthesise(config: schema.Config) -> Mapping[str, Any] | None:
+def synthesise(
+  config: schema.Config, ray: int | None = None
+) -> Mapping[str, Any] | None:
   """Writes `output/synthesised`: questions.jsonl, dropped.jsonl and a summary.
 
   The files are a pure function of the seeds and the journal; only the embeddings are
   computed again by a run that continues.
 
+  Args:
+    ray: as for `stage_run.calling`.
+
   Returns:
     The summary; None if the folder was complete before.
   """
   settings, model = check(config.synthesise, config.model), config.model
+  ray_workers.check(ray, {"synthesise.writer": settings.writer})
   run = stage_run.begin(config, "synthesise", IDENTITY_KEYS, FOLDER)
   seeds, unusable = read_seeds(settings.seeds, config.data.unusable)
   tokenizer = engines.chat_tokenizer(model.source, model.chat_template)
@@ -73,7 +79,7 @@ def synthesise(config: schema.Config) -> Mapping[str, Any] | None:
       config.data.max_answer_tokens,
     )
     writer, answerer = _roles(settings.writer, model, max_answer)
-    with stage_run.calling(run, book, settings.seed) as calls:
+    with stage_run.calling(run, book, settings.seed, ray) as calls:
       synthesised = synthesis.synthesise(
         seeds,
         writer=writer,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
-from raft_jax.generation import engines, sentence_encoder
+from raft_jax.generation import engines, ray_workers, sentence_encoder
 from raft_jax.runtime import interrupts, progress
 from raft_jax.storage import journal, records
 
@@ -65,6 +66,7 @@ class Calls:
     too_long: keys of calls that a server found too long. The journal does not record
       them, since the server may be restarted with a longer context.
     title: text before the name of each pass where progress is shown.
+    workers: processes of a Ray cluster for models in memory; None: this process.
   """
 
   book: journal.Journal
@@ -73,6 +75,7 @@ class Calls:
   model: str | None = None
   too_long: set[str] = dataclasses.field(default_factory=set)
   title: str = ""
+  workers: ray_workers.Workers | None = None
 
   def ask(
     self,
@@ -91,26 +94,34 @@ class Calls:
       names: of the rows. If given, a prompt that is too long raises UserError instead:
         before anything is generated, if the engine knows its limit.
     """
-    sampling = _sampling(role)
+    sampling, generator = _sampling(role), role.generator
     keys = self._keys(role, prompts, round_number, sampling)
+    workers = self.workers if generator.local else None
 
     def generate(rows: Sequence[int]) -> list[Outcome]:
       requests = [
         engines.Request(prompts[i], seed=journal.seed_from(keys[i]), **sampling)
         for i in rows
       ]
+      replies = (
+        generator.generate(requests)
+        if workers is None
+        else workers.generate(generator, requests)
+      )
       return [
         reply if isinstance(reply, errors.UserError) else reply._asdict()
-        for reply in role.generator.generate(requests)
+        for reply in replies
       ]
 
-    tokens = {i: role.generator.count_tokens(prompts[i]) for i in self._missing(keys)}
+    tokens = {i: generator.count_tokens(prompts[i]) for i in self._missing(keys)}
     rows = _longest_first(role, tokens, names)
     if tokens:
-      self._use_model(role.generator)
+      self._use_model(generator)
     title = f"{role.name}, round {round_number}" if round_number else role.name
     done = len(set(keys)) - len(tokens)
-    self._make(role.name, title, keys, done, rows, role.batch_size, generate)
+    parallel = workers.hold(generator.gpus) if workers and rows else 1
+    batches = _batches(rows, role.batch_size)
+    self._make(role.name, title, keys, done, batches, generate, parallel)
     for i, key in enumerate(keys):
       if key in self.too_long and names is not None:
         raise errors.UserError(
@@ -132,18 +143,19 @@ class Calls:
     """The cosine of each pair's embeddings; None where it is undefined."""
     keys = [journal.content_key(encoder=encoder.identity, texts=pair) for pair in pairs]
 
-    def compare(rows: Sequence[int]) -> list[Outcome]:
-      left, right = zip(*(pairs[i] for i in rows))
-      cosines = sentence_encoder.cosine(encoder(left), encoder(right)).tolist()
-      truncated = zip(encoder.truncated(left), encoder.truncated(right))
-      return [
-        {"cosine": None if math.isnan(c) else c, "truncated": any(either)}
-        for c, either in zip(cosines, truncated)
-      ]
+    workers = self.workers
+
+    def compare(rows: Sequence[int]) -> Sequence[Outcome]:
+      some = [pairs[i] for i in rows]
+      if workers is None:
+        return sentence_encoder.compare(encoder, some)
+      return workers.compare(encoder, some)
 
     missing = self._missing(keys)
     done = len(set(keys)) - len(missing)
-    self._make(role, role, keys, done, missing, PAIRS_PER_BATCH, compare)
+    parallel = workers.hold() if workers and missing else 1
+    batches = _batches(missing, PAIRS_PER_BATCH)
+    self._make(role, role, keys, done, batches, compare, parallel)
     return [self.book.calls[key]["cosine"] for key in keys]
 
   def _keys(
@@ -188,21 +200,25 @@ class Calls:
     title: str,
     keys: Sequence[str],
     done: int,
-    rows: Sequence[int],
-    batch_size: int,
+    batches: Sequence[Sequence[int]],
     work: Callable[[Sequence[int]], Sequence[Outcome]],
+    parallel: int,
   ) -> None:
     """Does `work` on micro-batches of rows, and records what each gives.
 
+    Args:
+      parallel: number of micro-batches at a time.
+
     Raises:
-      UserError: the first that `work` returned, after the rest of its batch was
+      UserError: the first that `work` returned, after all that was in progress was
         recorded.
     """
     if not keys:
       return
     title = self.title + title
-    print(f"{title}: {done} calls done, {len(rows)} to do", flush=True)
-    bar = progress.Progress(title, len(rows), unit="call") if rows else None
+    left = sum(map(len, batches))
+    print(f"{title}: {done} calls done, {left} to do", flush=True)
+    bar = progress.Progress(title, left, unit="call") if left else None
 
     def timed(batch: Sequence[int]) -> dict[str, Outcome]:
       began = time.monotonic()
@@ -215,32 +231,52 @@ class Calls:
         for i, value in zip(batch, values, strict=True)
       }
 
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    made = 0
     try:
-      # In a thread of its own, so that it computes while the last replies are written.
-      with concurrent.futures.ThreadPoolExecutor(1) as worker:
-        running = worker.submit(timed, batches[0]) if batches else None
-        for following in [*batches[1:], None]:
-          if running is None:
-            break
-          finished = self._wait(running)
-          running = None
-          failed = [v for v in finished.values() if isinstance(v, errors.UserError)]
-          if following is not None and not interrupts.due() and not failed:
-            running = worker.submit(timed, following)
-          self._record(finished)
-          if failed:
-            raise failed[0]
-          made += len(finished)
-          if bar is not None:
-            bar.advance(made)
-          if running is None:
-            interrupts.check()
+      made = 0
+      for finished in self._finished(timed, batches, parallel):
+        self._record(finished)
+        made += len(finished)
+        if bar is not None:
+          bar.advance(made)
     finally:
       if bar is not None:
         bar.close()
+    interrupts.check()
     self.book.calls.use(role, keys)
+
+  def _finished(
+    self,
+    timed: Callable[[Sequence[int]], dict[str, Outcome]],
+    batches: Sequence[Sequence[int]],
+    parallel: int,
+  ) -> Iterator[dict[str, Outcome]]:
+    """What each micro-batch gives, in the order of their ends.
+
+    A signal or an error starts no further one; what is in progress is waited for.
+    """
+    waiting = iter(batches)
+    fault: BaseException | None = None
+    # In threads of their own, so that they compute while the last replies are written.
+    with concurrent.futures.ThreadPoolExecutor(parallel) as threads:
+      first = itertools.islice(waiting, parallel)
+      running = {threads.submit(timed, batch) for batch in first}
+      while running:
+        ended, running = concurrent.futures.wait(
+          running, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        for future in ended:
+          crash = future.exception()
+          finished = {} if crash else future.result()
+          failed = (v for v in finished.values() if isinstance(v, errors.UserError))
+          fault = fault or crash or next(failed, None)
+          if fault is None and not interrupts.due():
+            following = itertools.islice(waiting, 1)
+            running |= {threads.submit(timed, batch) for batch in following}
+          yield finished
+    if fault is not None:
+      # Ctrl-C also reaches an engine's own processes, which end at once.
+      interrupts.check()
+      raise fault
 
   def _record(self, finished: Mapping[str, Outcome]) -> None:
     """Records finished calls; those that were too long only in memory."""
@@ -248,16 +284,6 @@ class Calls:
     long = {k for k, v in values.items() if v.get("finish_reason") == "too_long"}
     self.too_long |= long
     self.book.append({key: values[key] for key in values if key not in long})
-
-  def _wait(
-    self, running: concurrent.futures.Future[dict[str, Outcome]]
-  ) -> dict[str, Outcome]:
-    try:
-      return running.result()
-    except Exception:
-      # Ctrl-C also reaches an engine's own processes, which end at once.
-      interrupts.check()
-      raise
 
   def totals(self, *fields: str) -> dict[str, dict[str, Any]]:
     """Sums by field and role over the calls that this run used; "calls" counts them.
@@ -294,6 +320,10 @@ def _sampling(role: Role) -> dict[str, Any]:
   if role.reply_schema is not None:
     sampling["reply_schema"] = role.reply_schema
   return sampling
+
+
+def _batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+  return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _longest_first(

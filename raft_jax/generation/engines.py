@@ -61,6 +61,7 @@ class Generator(Protocol):
   Attributes:
     identity: model source and digest of the weights; part of the journal's keys.
     local: whether it uses this process's memory, in which `resident` keeps one model.
+    gpus: number of GPUs that it takes, for Ray, which places it.
     prompt_limit: largest number of tokens of prompt and reply together; None if only
       the engine knows, whose reply is then `too_long`.
   """
@@ -70,6 +71,9 @@ class Generator(Protocol):
 
   @property
   def local(self) -> bool: ...
+
+  @property
+  def gpus(self) -> int: ...
 
   @property
   def prompt_limit(self) -> int | None: ...

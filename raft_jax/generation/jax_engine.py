@@ -49,6 +49,7 @@ class _JaxEngine:
   batch_size: int
 
   local = True
+  gpus = 0  # on a worker of Ray it computes on the CPU
 
   @property
   def identity(self) -> str:

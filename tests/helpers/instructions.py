@@ -43,7 +43,7 @@ STARTS = (
   r"(?:[A-Z_]+=\S+ +)*"
   r"(?:(?:\.venv\S*/bin/)?python[\d.]* +(?:-[mc]\b|\S+\.py\b)"
   r"|(?:\S*/)?pip[\d.]* +install|launch/\S+\.(?:sh|sbatch)\b"
-  r"|sbatch +\S|kubectl +\S|gcloud +\S|vllm +serve"
+  r"|sbatch +\S|kubectl +\S|gcloud +\S|vllm +serve|ray +(?:job +submit|start) +-"
   r"|nohup +\S|pre-commit +\S|source +\S*activate|for +\w+ +in\b)"
 )
 COMMAND = re.compile(STARTS)
@@ -221,7 +221,8 @@ case ${0##*/} in
     ;;
   sbatch)
     export SLURM_JOB_ID=7 SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=0
-    export SLURM_ARRAY_TASK_COUNT=8
+    export SLURM_ARRAY_TASK_COUNT=8 SLURM_JOB_NODELIST=n1,n2 SLURM_JOB_NUM_NODES=2
+    export SLURM_GPUS_ON_NODE=8 SLURM_PROCID=0
     exec bash "$@"
     ;;
   srun) exec "$@" ;;
@@ -231,9 +232,9 @@ esac
 PROGRAMS = (
   *("bin/python", "bin/python3", "bin/python3.11", "bin/pip", "bin/vllm"),
   *("bin/gcloud", "bin/kubectl", "bin/sbatch", "bin/srun", "bin/scontrol"),
-  *("bin/scancel", "bin/nvidia-smi", "bin/pre-commit"),
+  *("bin/scancel", "bin/squeue", "bin/nvidia-smi", "bin/pre-commit", "bin/ray"),
   *(".venv/bin/python", ".venv/bin/ruff", ".venv/bin/mypy", ".venv/bin/activate"),
-  ".venv-vllm/bin/python",
+  *(".venv-vllm/bin/python", ".venv-vllm/bin/ray"),
 )
 MY_YAML = """\
 model: {source: some/model}
