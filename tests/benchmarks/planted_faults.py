@@ -1,9 +1,9 @@
 """Whether the fast tests notice a wrong sign, shift, mask or seed.
 
-`python -m tests.benchmarks.planted_faults [WORD ...]` copies the repository, plants one
-arithmetic fault at a time, runs the tests of that place, and prints a table. WORDs
-choose faults by their file or kind. A fault that no test notices ends with status 1.
-All of them take about 25 minutes on two cores.
+`python -m tests.benchmarks.planted_faults` copies the repository, plants one arithmetic
+fault at a time, runs the tests of that place, and prints a table. Words after it choose
+faults by their file or kind. If no test notices a fault, it ends with status 1. All of
+them take about 25 minutes on two cores.
 """
 
 from __future__ import annotations
