@@ -8,12 +8,14 @@ import pathlib
 import re
 import subprocess
 import textwrap
-import types
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from raft_jax import errors
 from raft_jax.config import cli, methods
@@ -188,26 +190,66 @@ def test_methods_name_the_keys_that_they_require():
   }
 
 
-def test_the_losses_example_runs():
-  """As printed, with a one-layer model in the place of the reader's."""
-  code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
-  namespace = {"apply": lambda params, batch: params["embed"][batch.tokens]}
-  exec(code, namespace)
+def printed_code(path: pathlib.Path) -> str:
+  """The first Python example of a document."""
+  return re.search(r"```python\n(.*?)```", path.read_text(), re.DOTALL)[1]
+
+
+class Batch(NamedTuple):
+  tokens: jax.Array
+  targets: jax.Array
+  teacher_ids: jax.Array
+  teacher_logits: jax.Array
+  answer_mask: np.ndarray
+  rollout_mask: np.ndarray
+
+
+def example_batch() -> Batch:
   rng = np.random.default_rng(0)
-  batch = types.SimpleNamespace(
-    tokens=rng.integers(0, 11, (2, 5)),
-    targets=rng.integers(0, 11, (2, 5)),
-    teacher_ids=rng.integers(0, 11, (2, 5, 3)),
-    teacher_logits=rng.normal(size=(2, 5, 3)),
+  return Batch(
+    tokens=jnp.array(rng.integers(0, 11, (2, 5))),
+    targets=jnp.array(rng.integers(0, 11, (2, 5))),
+    teacher_ids=jnp.array(rng.integers(0, 11, (2, 5, 3))),
+    teacher_logits=jnp.array(rng.normal(size=(2, 5, 3))),
     answer_mask=np.arange(5) < np.array([[2], [3]]),
     rollout_mask=np.arange(5) > np.array([[2], [1]]),
   )
-  params = {"embed": jnp.array(rng.normal(size=(11, 4)), jnp.float32)}
+
+
+def test_the_losses_example_runs():
+  """As printed, with a one-layer model in the place of the reader's."""
+  namespace = {"apply": lambda params, batch: params["embed"][batch.tokens]}
+  exec(printed_code(README), namespace)
+  embed = np.random.default_rng(0).normal(size=(11, 4))
+  params = {"embed": jnp.array(embed, jnp.float32)}
   opt_state = namespace["tx"].init(params)
-  moved, opt_state, terms = namespace["train_step"](params, opt_state, batch)
+  moved, opt_state, terms = namespace["train_step"](params, opt_state, example_batch())
   weight = terms["sft"] / (terms["kd"] + 1e-8)
   np.testing.assert_allclose(opt_state["balance"].weights["kd"], weight, rtol=1e-5)
   assert not np.array_equal(moved["embed"], params["embed"])
+
+
+def test_the_nnx_example_trains_as_the_optax_one():
+  class Model(nnx.Module):
+    def __init__(self):
+      self.embed = nnx.Embed(11, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, tokens_BT):
+      return self.embed(tokens_BT)
+
+  model = Model()
+  params = {"embed": jnp.array(model.embed.embedding[...])}
+  ours: dict = {"apply": lambda params, batch: params["embed"][batch.tokens]}
+  exec(printed_code(README), ours)
+  theirs: dict = {"network": model}
+  exec(printed_code(PACKAGE / "README.md"), theirs)
+  batch = example_batch()
+  expected, _, _ = ours["train_step"](params, ours["tx"].init(params), batch)
+  moved, _, terms = theirs["train_step"](theirs["params"], theirs["opt_state"], batch)
+  nnx.update(model, moved)
+  assert float(terms["kd"]) > 0
+  np.testing.assert_allclose(model.embed.embedding[...], expected["embed"], rtol=1e-6)
+  assert not np.array_equal(expected["embed"], params["embed"])
 
 
 def test_the_first_readme_is_short():
