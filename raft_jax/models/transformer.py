@@ -28,6 +28,7 @@ from raft_jax.models import (
   kv_cache,
   layer_functions,
   layer_inputs,
+  layer_rotations,
   rotary,
   sharding,
 )
@@ -326,41 +327,34 @@ def run(
   """
   x_BTD = _embed(params, config, tokens_BT, compute.dtype)
   key_positions_BS, cache = kv_cache.write_positions(cache, positions_BT, column)
-  turns = positions_BT, key_positions_BS, mask_BTS, reach_B
-  rotations = _rotations(config, *turns)
-  tables = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rotations)
-  distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
+  turns = layer_rotations.of_pass(
+    config, positions_BT, key_positions_BS, mask_BTS, reach_B
+  )
   query_factor = None
   if config.query_growth:
     query_factor = rotary.query_factor(positions_BT, *config.query_growth)
   columns = None
   if config.delta is not None:
     columns = gated_delta.columns(_valid(mask_BTS, column), branches)
-  if config.global_attention is not None:
-    (global_rotation,) = _rotations(hybrid.global_config(config), *turns)
+  of_all_layers = block.LayerInputs(
+    turns.rotation,
+    mask_BTS,
+    cache=None,
+    layer=0,
+    column=column,
+    attention=compute.attention,
+    query_factor=query_factor,
+    counted_BT=counted_BT,
+    columns=columns,
+  )
   data = _layer_data(params, config, tokens_BT, x_BTD)
 
   def layer(carry, stacked):
     (x_BTD, kv), (layer_params, lora, index, data) = carry, stacked
-    rotation, layer_mask_BTS = rotations[0], mask_BTS
     kind = hybrid.kind_of(layer_params)
-    if kind.is_global:
-      rotation = global_rotation
-    if "rope" in data:
-      rotation = jax.tree.map(lambda table: table[data["rope"]], tables)
-    if "window" in data:
-      layer_mask_BTS = mask_BTS & (distance_BTS < data["window"])
-    inputs = block.LayerInputs(
-      rotation,
-      layer_mask_BTS,
-      kv_cache.of_global(kv) if kind.is_global and kv is not None else kv,
-      0 if cache is None else index,
-      column,
-      compute.attention,
-      query_factor,
-      counted_BT,
-      columns,
-      data.get("per_layer"),
+    inputs = _inputs_of_layer(of_all_layers, turns, kind, data)._replace(
+      cache=kv_cache.of_global(kv) if kind.is_global and kv is not None else kv,
+      layer=0 if cache is None else index,
     )
     x_BTD, written, load = _apply_block(config, layer_params, lora, x_BTD, inputs)
     if kind.is_global and kv is not None and written is not None:
@@ -396,21 +390,23 @@ def _embed(
   return x_BTD
 
 
-def _rotations(
-  config: DecoderConfig,
-  positions_BT: Array,
-  key_positions_BS: Array,
-  mask_BTS: Array,
-  reach_B: Array | None,
-) -> list[rotary.Rotation]:
-  """The rotation of each of the config's rotary embeddings."""
-  ropes = config.ropes or (rotary.Rope(config.rope_theta),)
-  reach_B = (
-    _reach(key_positions_BS, mask_BTS, reach_B) if config.reads_key_positions else None
+def _inputs_of_layer(
+  of_all_layers: block.LayerInputs,
+  turns: layer_rotations.Turns,
+  kind: hybrid.Kind,
+  data: dict[str, Array],
+) -> block.LayerInputs:
+  """A layer's own rotation, window and embeddings in the inputs of all layers."""
+  rotation, mask_BTS = turns.rotation, of_all_layers.mask_BTS
+  if kind.is_global and turns.of_global is not None:
+    rotation = turns.of_global
+  if "rope" in data:
+    rotation = jax.tree.map(lambda table: table[data["rope"]], turns.tables)
+  if "window" in data:
+    mask_BTS = mask_BTS & (turns.distance_BTS < data["window"])
+  return of_all_layers._replace(
+    rotation=rotation, mask_BTS=mask_BTS, per_layer_BTP=data.get("per_layer")
   )
-  return [
-    rotary.rotation(rope, positions_BT, config.head_dim, reach_B) for rope in ropes
-  ]
 
 
 def _valid(mask_BTS: Array, column: Array | int) -> Array:
@@ -418,13 +414,6 @@ def _valid(mask_BTS: Array, column: Array | int) -> Array:
   length = mask_BTS.shape[1]
   own = jax.lax.dynamic_slice_in_dim(mask_BTS, column, length, axis=2)
   return jnp.diagonal(own, axis1=1, axis2=2)
-
-
-def _reach(key_positions_BS: Array, mask_BTS: Array, reach_B: Array | None) -> Array:
-  """Length of each row in positions, without padding, to which nothing attends."""
-  attended_BS = jnp.any(mask_BTS, axis=1)
-  length_B = jnp.max(jnp.where(attended_BS, key_positions_BS, 0), axis=1) + 1
-  return length_B if reach_B is None else jnp.maximum(length_B, reach_B)
 
 
 def _through_layers(
