@@ -70,6 +70,7 @@ class Script:
   """A generator that answers by a function of role and message."""
 
   identity = "script"
+  local, gpus = False, 0
   prompt_limit = 1000
 
   def __init__(self, reply):
