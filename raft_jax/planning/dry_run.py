@@ -29,8 +29,8 @@ from raft_jax.distillation import step as step_lib
 from raft_jax.hf import load as hf_load
 from raft_jax.models import experts, kv_cache, sharding, transformer
 from raft_jax.planning import hlo_cost, machines
+from raft_jax.training import plan_checks, run_plan, step_memory
 from raft_jax.training import programs as programs_lib
-from raft_jax.training import run_plan, step_memory
 
 TPU_OPTIONS = {
   # Otherwise every gather of weights becomes a loop of hundreds of small sends, which
@@ -104,13 +104,11 @@ def other_tensors(plan: run_plan.RunPlan, machine: machines.Machine) -> list[int
   """
   if plan.programs.roll_out is None:
     return []
-  fsdp, tensor = plan.mesh.shape["fsdp"], plan.mesh.shape["tensor"]
   own = (plan.programs.rollout_mesh or plan.mesh).shape["tensor"]
   within = machine.shape[-1] if machine.chip.platform == "cuda" else machine.devices
-  values = [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0]
   return [
     value
-    for value in values
+    for value in plan_checks.rollout_tensors(plan.mesh)
     if value != own and within % value == 0 and plan.decoder.n_kv_heads % value == 0
   ]
 

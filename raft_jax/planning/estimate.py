@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from raft_jax import errors
 from raft_jax.planning import machines
 from raft_jax.runtime import interrupts
+from raft_jax.training import throughput
 
 GIB = 2.0**30
 
@@ -170,19 +171,14 @@ class StepTokens(NamedTuple):
 
 
 def model_flops(tokens: StepTokens, active: int) -> dict[str, float]:
-  """FLOPs of each phase by the usual rule.
-
-  Per active parameter and token 2 forward and 6 with the backward pass (4 if the
-  weights get no gradient). Kaplan et al., "Scaling Laws for Neural Language Models",
-  arXiv 2001.08361, 2.1.
-  """
-  forward = 2.0 * active * tokens.rows
-  update = 3 if tokens.trains_weights else 2
-  return {
-    "rollout": forward * (tokens.prompt + tokens.rollout),
-    "teacher": forward * (tokens.teacher + tokens.rollout),
-    "update": forward * update * (tokens.prompt + tokens.answer + tokens.rollout),
+  """FLOPs of each phase, as `throughput.model_flops`."""
+  of_row = {
+    "rollout": tokens.prompt + tokens.rollout,
+    "teacher": tokens.teacher + tokens.rollout,
+    "update": tokens.prompt + tokens.answer + tokens.rollout,
   }
+  of_step = {phase: tokens.rows * count for phase, count in of_row.items()}
+  return throughput.model_flops(of_step, active, trains_weights=tokens.trains_weights)
 
 
 class Verdict(NamedTuple):

@@ -20,6 +20,7 @@ import re
 from typing import Any, NamedTuple
 
 from raft_jax import errors
+from raft_jax.training import throughput
 
 
 class Chip(NamedTuple):
@@ -48,14 +49,15 @@ _GPUS = ("1", "2", "4", "8", "2x8", "4x8", "8x8")
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
 _GIB = 2.0**30
+_PEAK = throughput.PEAK_FLOPS
 
 CHIPS = {
-  "a100_40": Chip("cuda", 42331013120, 312e12, 1555e9, 300e9, 25e9, _GPUS),
-  "a100_80": Chip("cuda", 85100068864, 312e12, 2039e9, 300e9, 25e9, _GPUS),
-  "h100": Chip("cuda", 84942979072, 989e12, 3350e9, 450e9, 50e9, _GPUS),
-  "v5e": Chip("tpu", 15.75 * _GIB, 197e12, 819e9, 100e9, 0, _SQUARES),
-  "v5p": Chip("tpu", 95.73 * _GIB, 459e12, 2765e9, 300e9, 0, _CUBES),
-  "v6e": Chip("tpu", 31.24 * _GIB, 918e12, 1638e9, 200e9, 0, _SQUARES),
+  "a100_40": Chip("cuda", 42331013120, _PEAK["A100"], 1555e9, 300e9, 25e9, _GPUS),
+  "a100_80": Chip("cuda", 85100068864, _PEAK["A100"], 2039e9, 300e9, 25e9, _GPUS),
+  "h100": Chip("cuda", 84942979072, _PEAK["H100"], 3350e9, 450e9, 50e9, _GPUS),
+  "v5e": Chip("tpu", 15.75 * _GIB, _PEAK["TPU v5 lite"], 819e9, 100e9, 0, _SQUARES),
+  "v5p": Chip("tpu", 95.73 * _GIB, _PEAK["TPU v5"], 2765e9, 300e9, 0, _CUBES),
+  "v6e": Chip("tpu", 31.24 * _GIB, _PEAK["TPU v6 lite"], 1638e9, 200e9, 0, _SQUARES),
   # No machine in particular: round numbers, for tests.
   "cpu": Chip("cpu", 16 * _GIB, 1e12, 100e9, 10e9, 0, ("1", "2", "4", "8", "16")),
 }

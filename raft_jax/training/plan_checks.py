@@ -106,14 +106,20 @@ def check_experts(
     )
 
 
+def rollout_tensors(mesh: Mesh) -> list[int]:
+  """The values of `rollout.tensor` for which a mesh can be regrouped."""
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  return [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0]
+
+
 def check_rollout_tensor(rollout_tensor: int, mesh: Mesh) -> None:
   """Raises UserError if the mesh cannot be regrouped for rollouts."""
-  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-  allowed = [tensor * n for n in range(1, fsdp + 1) if fsdp % n == 0]
+  allowed = rollout_tensors(mesh)
   if rollout_tensor not in allowed:
     raise errors.UserError(
       f"rollout.tensor: {rollout_tensor} devices cannot share the weights on a mesh of "
-      f"fsdp={fsdp} x tensor={tensor}; set {' or '.join(map(str, allowed))}, or null"
+      f"fsdp={mesh.shape['fsdp']} x tensor={mesh.shape['tensor']}; set "
+      f"{' or '.join(map(str, allowed))}, or null"
     )
 
 

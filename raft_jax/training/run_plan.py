@@ -22,6 +22,7 @@ from raft_jax.distillation import answer_losses, objective, step
 from raft_jax.hf import load as hf_load
 from raft_jax.hf import peft_adapter, teacher_prompts
 from raft_jax.models import (
+  experts,
   lora,
   partition,
   quantised_base,
@@ -170,7 +171,7 @@ def make_plan(
     compares_base=validation is not None and (edits or bool(validation.drift.prompts)),
     weighs_by_base=base_losses.are_read(config.token_weights),
     edits_base=validation is not None and edits,
-    meter=throughput.make_meter(decoder, mesh, trains_weights=split.trains_base),
+    meter=make_meter(decoder, mesh, trains_weights=split.trains_base),
     base_form=config.lora.base if config.lora is not None else None,
   )
 
@@ -233,6 +234,19 @@ def make_rollout_mesh(mesh: Mesh, rollout: schema.Rollout) -> Mesh | None:
   if rollout.tensor in (None, mesh.shape["tensor"]):
     return None
   return sharding.decode_mesh(mesh, rollout.tensor)
+
+
+def make_meter(
+  decoder: transformer.DecoderConfig, mesh: Mesh, *, trains_weights: bool
+) -> throughput.Meter:
+  """What the speed of a step on a mesh is measured by."""
+  peak = throughput.peak_flops(mesh.devices.flat[0].device_kind)
+  count = transformer.parameter_count(decoder)
+  return throughput.Meter(
+    active=experts.active_parameters(decoder, count),
+    trains_weights=trains_weights,
+    peak=None if peak is None else peak * mesh.size,
+  )
 
 
 def make_siblings(

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jax.sharding import Mesh
-
-from raft_jax.models import experts, transformer
-
 PEAK_FLOPS = {
   "A100": 312e12,
   "H100": 989e12,
@@ -35,22 +31,30 @@ class Meter(NamedTuple):
   peak: float | None
 
 
-def make_meter(
-  decoder: transformer.DecoderConfig, mesh: Mesh, *, trains_weights: bool
-) -> Meter:
-  """The meter of a run on a mesh."""
-  count = transformer.parameter_count(decoder)
-  peak = peak_flops(mesh.devices.flat[0].device_kind)
-  return Meter(
-    active=experts.active_parameters(decoder, count),
-    trains_weights=trains_weights,
-    peak=None if peak is None else peak * mesh.size,
-  )
-
-
 def peak_flops(device_kind: str) -> float | None:
   """FLOP/s of a device, or None if `PEAK_FLOPS` does not have it."""
   return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def model_flops(
+  tokens: Mapping[str, float], active: int, *, trains_weights: bool
+) -> dict[str, float]:
+  """FLOPs of each phase by the usual rule, which counts products with parameters.
+
+  Per active parameter and token 2 forward, and in the update 6 with the backward pass
+  (4 if the weights get no gradient). Kaplan et al., "Scaling Laws for Neural Language
+  Models", arXiv 2001.08361, 2.1.
+
+  Args:
+    tokens: that each of rollout, teacher and update read.
+    active: parameters that multiply a token.
+    trains_weights: whether the model's own weights get a gradient (not with LoRA).
+  """
+  update = 3 if trains_weights else 2
+  return {
+    phase: 2.0 * active * count * (update if phase == "update" else 1)
+    for phase, count in tokens.items()
+  }
 
 
 def of_step(
@@ -59,16 +63,13 @@ def of_step(
   """`tokens_per_s`, of the update's tokens; `mfu` if the devices' peak is known.
 
   MFU (model FLOPs utilization; Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B)
-  counts 2 FLOPs a parameter and token forward, and 6 with the backward pass (4 if the
-  weights get no gradient). Padding, recomputation and attention do not count.
+  is the share of the peak that `model_flops` would take, here without attention.
 
   Args:
     tokens: that each of rollout, teacher and update read, without padding.
   """
   values = {"tokens_per_s": float(tokens["update"] / seconds)}
   if meter.peak is not None:
-    forward = sum(count for phase, count in tokens.items() if phase != "update")
-    update = (3 if meter.trains_weights else 2) * tokens["update"]
-    flops = 2.0 * meter.active * (forward + update)
-    values["mfu"] = float(flops / (seconds * meter.peak))
+    flops = model_flops(tokens, meter.active, trains_weights=meter.trains_weights)
+    values["mfu"] = float(sum(flops.values()) / (seconds * meter.peak))
   return values
