@@ -29,7 +29,9 @@ def main(config: schema.Config) -> None:
       f"output: {output} holds no run of raft_jax, so there is nothing to report; run"
       " `python -m raft_jax.train` with this config first"
     )
-  print(f"report: {run_page.write(output)}")
+  sft = config.report.sft
+  page = run_page.write(output, sft=None if sft is None else pathlib.Path(sft))
+  print(f"report: {page}")
   tracked = config.train.trackers
   if tracked:
     run = trackers.describe(

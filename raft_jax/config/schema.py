@@ -264,6 +264,15 @@ class Export(Section):
   there is written to only with true."""
 
 
+class Report(Section):
+  """What `report` compares a run with."""
+
+  sft: str | None = None
+  """The evaluated `output` of a run of `method: sft` on the same test questions. The
+  report then says what plain SFT forgets when it fits the domain as well. null: no
+  comparison."""
+
+
 class Config(Section):
   """The whole file."""
 
@@ -295,6 +304,7 @@ class Config(Section):
   evaluate: Evaluate = Evaluate()
   sweep: Sweep = Sweep()
   export: Export = Export()
+  report: Report = Report()
   chat: Chat = Chat()
   output: str
   """Folder for everything a run writes; each run needs its own."""

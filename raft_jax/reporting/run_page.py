@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from raft_jax.reporting import html_page, run_folder, run_plots
+from raft_jax.reporting import html_page, run_folder, run_plots, sft_comparison
 
 SCORES = {
   "held_out_loss": ("Held-out loss, nats per token", -1),
@@ -167,8 +167,15 @@ def _stage_seconds(phases: Sequence[tuple[str, Any, str]]) -> dict[str, float]:
   return seconds
 
 
-def render(run: run_folder.Run, title: str) -> str:
-  """The page as one HTML string, which loads no other files."""
+def render(
+  run: run_folder.Run, title: str, *, sft: sft_comparison.Comparison | None = None
+) -> str:
+  """The page as one HTML string, which loads no other files.
+
+  Args:
+    title: its heading.
+    sft: plain SFT on the same questions, if the run is compared with it.
+  """
   configs: dict[str, list[str]] = {}
   for stage, text in run.configs.items():
     configs.setdefault(text, []).append(stage)
@@ -189,12 +196,19 @@ def render(run: run_folder.Run, title: str) -> str:
     },
     phases=phases,
     costs=_stage_seconds(phases),
+    sft=sft,
     configs=[(", ".join(stages), text) for text, stages in configs.items()],
   )
 
 
-def write(output: pathlib.Path) -> pathlib.Path:
-  """Writes `report.html` into a run's output folder and returns its path."""
+def write(output: pathlib.Path, *, sft: pathlib.Path | None = None) -> pathlib.Path:
+  """Writes `report.html` into a run's output folder and returns its path.
+
+  Args:
+    output: the run's folder.
+    sft: the folder of a run of SFT to compare with; see `sft_comparison.compare`.
+  """
   path = output / "report.html"
-  html_page.write(path, render(run_folder.read(output), title=output.name))
+  compared = None if sft is None else sft_comparison.compare(output, sft)
+  html_page.write(path, render(run_folder.read(output), output.name, sft=compared))
   return path

@@ -178,6 +178,9 @@ def _distances(scores: Mapping[str, Any]) -> Panel | None:
     percent = [100 * value for value in moved]
     axes.hist(percent, bins=30, color=COLOURS[0])
     axes.axvline(statistics.fmean(percent), color=INK, linewidth=1.2, linestyle="--")
+    # Not "1e-3" at the end of the axis, where it would stand over the label.
+    axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     axes.set_xlabel("change of a tensor, ‖θ − θ₀‖ / ‖θ₀‖ in percent (dashed: mean)")
     axes.set_ylabel("tensors")
 

@@ -47,22 +47,28 @@ def collect(
     folder = pathlib.Path(run.config.output)
     path = folder / "evaluation" / "scores.json"
     if path.exists() and is_finished(run, stages):
-      scores = json.loads(path.read_text(encoding="utf-8"))
-      tensors = scores["weight_distance"].pop("tensors", {})
-      rows.append(
-        {
-          "name": run.name,
-          "group": run.group,
-          "method": run.config.method,
-          "set": run.overrides,
-          "config_digest": config_load.digest(run.config),
-          **training_values(folder),
-          "scores": scores,
-          "items": item_scores(path.parent),
-          "weight_distances": round_digits(list(tensors.values())),
-        }
-      )
+      chosen = {
+        "name": run.name,
+        "group": run.group,
+        "method": run.config.method,
+        "set": run.overrides,
+        "config_digest": config_load.digest(run.config),
+      }
+      rows.append(chosen | measured(folder))
   return rows
+
+
+def measured(folder: pathlib.Path) -> dict[str, Any]:
+  """What the training and the evaluation of a run contribute to a comparison."""
+  path = folder / "evaluation" / "scores.json"
+  scores = json.loads(path.read_text(encoding="utf-8"))
+  tensors = scores["weight_distance"].pop("tensors", {})
+  return {
+    **training_values(folder),
+    "scores": scores,
+    "items": item_scores(path.parent),
+    "weight_distances": round_digits(list(tensors.values())),
+  }
 
 
 def mark_finished(run: sweep_runs.PlannedRun, stages: Sequence[str]) -> None:

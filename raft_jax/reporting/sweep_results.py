@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,17 +69,33 @@ def _runs(path: pathlib.Path) -> list[dict[str, Any]]:
     raise errors.UserError(
       f"{path}: cannot be read ({error}); run `python -m raft_jax.sweep` again"
     ) from error
+  if difference := difference_of_items(runs):
+    score, first, second = difference
+    raise errors.UserError(
+      f"{path}: {first} and {second} measured {score} on different items, which cannot"
+      " be compared; evaluate both on the same items, then run `python -m"
+      " raft_jax.sweep` again"
+    )
+  return runs
+
+
+class ItemDifference(NamedTuple):
+  """A score that two runs, by their names, measured on different items."""
+
+  score: str
+  first: str
+  second: str
+
+
+def difference_of_items(runs: Sequence[Run]) -> ItemDifference | None:
+  """The first score that two runs measured on different items."""
   first: dict[str, Run] = {}
   for run in runs:
     for name, score in (run.get("items") or {}).items():
       reference = first.setdefault(name, run)
       if score["items"] != reference["items"][name]["items"]:
-        raise errors.UserError(
-          f"{path}: {reference['name']} and {run['name']} measured {name} on different"
-          " items, which cannot be compared; evaluate both on the same items, then run"
-          " `python -m raft_jax.sweep` again"
-        )
-  return runs
+        return ItemDifference(name, reference["name"], run["name"])
+  return None
 
 
 def values(run: Run) -> dict[str, Mapping[str, Any]]:

@@ -257,3 +257,50 @@ def test_numbered_answers_of_the_hub_are_read_as_letters():
   for wrong in (4, -1, True, "E", None):
     with pytest.raises(ValueError, match=r"answer"):
       benchmarks.Choice.model_validate(row | {"answer": wrong})
+
+
+OBEDIENT = [
+  "The green chlorophyll fades.",
+  "Flour and water are kneaded, then baked in an oven.",
+  "A mountain that spits fire.",
+  "Go to bed early.",
+  "Waves touch my feet.",
+  "It explains words.",
+  "* fox\n* deer\n* owl\n* boar",
+  "* bread\n* cheese\n* a blanket",
+  "<<first snow>>\nit falls",
+  "<<The Warm Crumb>>\nA small bakery.",
+  "the smell of it.",
+  "you steer into the fall.",
+  "CAUTION! THE FLOOR IS WET, SO PLEASE WALK SLOWLY AND HOLD THE HAND RAIL.",
+  "THE SCHOOL CHOIR SINGS TONIGHT.",
+  "It has no air. Look up tonight.",
+  "Thank you for the water. See you soon!",
+  '"Ask when you are lost."',
+  '"The slow river cuts the stone."',
+  "I miss you.\n\nP.S. Bring the map.",
+  "The window is broken.\n\nP.S. It is cold.",
+  "First *boil the water*.",
+  "It has *trust* and *humour*.",
+  '{"name": "Tom", "age": 3, "colour": "grey"}',
+  '{"capital": "Paris", "river": "Seine"}',
+  "Biscuit\n******\nPepper",
+  "Come on [date] at [time].",
+  "Dear [name], I write to complain.",
+  "The market is loud. " * 15,
+  "Light scatters. Blue scatters most. So the sky is blue.",
+  "An apple pie holds apple slices under a crust that smells of apple.",
+  "It leads a road over a river.",
+  "Tea is mild.\n***\nCoffee is strong.",
+]
+
+
+def test_our_own_instructions_can_be_obeyed(checkers):
+  """Each prompt asks for what its checker wants, and the checkers want something."""
+  items = benchmarks.read(
+    benchmarks.Instructions, "configs/data/instructions.jsonl", key="k"
+  )
+  scores = benchmarks.ifeval_scores(items, OBEDIENT, checkers)
+  assert scores["ifeval_prompt_strict"].values_N.tolist() == [1.0] * len(items)
+  shifted = benchmarks.ifeval_scores(items, OBEDIENT[5:] + OBEDIENT[:5], checkers)
+  assert shifted["ifeval_prompt_strict"].values_N.mean() < 0.5
