@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import errno
 import os
+import pathlib
 import signal
 import sys
 import textwrap
@@ -21,7 +22,9 @@ from typing import Any, NoReturn
 from raft_jax import errors
 from raft_jax.config import load as config_load
 from raft_jax.config import reference as config_reference
+from raft_jax.config import schema
 from raft_jax.runtime import environment, host_memory, interrupts
+from raft_jax.storage import mirror
 
 RAY: Mapping[str, Mapping[str, Any]] = {
   "--ray": {
@@ -77,11 +80,37 @@ def run(
       else:
         interrupts.check()
         host_memory.keep_freed()
-        main(settings, **own)
+        with _mirrored(stage, settings):
+          main(settings, **own)
       _flush()
       interrupts.check()
     except (Exception, KeyboardInterrupt, SystemExit) as error:
       _end(error)
+
+
+WRITING = (
+  "extract",
+  "synthesise",
+  "refine",
+  "train",
+  "evaluate",
+  "export",
+  "report",
+  "sweep",
+)
+"""The stages that write into `output`."""
+
+
+def _mirrored(
+  stage: str, settings: schema.Config
+) -> contextlib.AbstractContextManager[None]:
+  """Keeps the mirror of `output` while a stage writes, if there is one."""
+  if settings.mirror is None or stage not in WRITING:
+    return contextlib.nullcontext()
+  from raft_jax.runtime import distributed  # imports jax, which not every stage needs
+
+  distributed.refuse(f"{stage} with a mirror")
+  return mirror.kept(pathlib.Path(settings.output), settings.mirror)
 
 
 def _parser(

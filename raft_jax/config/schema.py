@@ -308,3 +308,7 @@ class Config(Section):
   chat: Chat = Chat()
   output: str
   """Folder for everything a run writes; each run needs its own."""
+  mirror: str | None = None
+  """Object store that keeps a copy of `output` while a stage runs: `s3://BUCKET/PATH`,
+  `gs://`, `az://` or `file:///FOLDER`. Where `output` is empty, the stage continues
+  from the copy. Needs the extra `store`. null: no copy."""

@@ -110,7 +110,8 @@ def _override(
     output: the sweep's folder.
   """
   folder = pathlib.Path(output)
-  tree = {key: value for key, value in values.items() if key != "sweep"}
+  # The sweep itself mirrors all of its runs.
+  tree = {key: value for key, value in values.items() if key not in ("sweep", "mirror")}
   tree["output"] = str(folder / name)
   for section, file in (("evaluate", "evaluation"), ("refine", "refinement")):
     section_values = tree.setdefault(section, {})

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from raft_jax.config import schema, validate_endpoints, validate_training
-from raft_jax.storage import row_formats, sources
+from raft_jax.storage import mirror, row_formats, sources
 
 Problems = validate_endpoints.Problems
 
@@ -86,6 +86,8 @@ def conflicts(config: schema.Config) -> Problems:
     validates=config.validation is not None,
   )
   yield from _export(config.export, config.sweep)
+  if config.mirror is not None and not config.mirror.startswith(mirror.SCHEMES):
+    yield "mirror", f"{config.mirror!r}: begin it with {', '.join(mirror.SCHEMES)}"
   yield from validate_training.unused(config.distill, config.balance, config.rollout)
   yield from _refine(config.refine)
   yield from _evaluate(config.evaluate)
