@@ -90,7 +90,11 @@ def project(
   if isinstance(kernel, quantised.QuantisedKernel):
     out_BTO = quantised.product(x_BTI, kernel)
   else:
-    out_BTO = jnp.einsum("...i,oi->...o", x_BTI, kernel.astype(x_BTI.dtype))
+    # Rows and tokens as one axis: with two, XLA:CPU transposes the gradient of the output
+    # for the product that gives the kernel's gradient, while it computes that gradient.
+    x_MI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    out_MO = jnp.einsum("mi,oi->mo", x_MI, kernel.astype(x_BTI.dtype))
+    out_BTO = out_MO.reshape(*x_BTI.shape[:-1], -1)
   if adapter is None:
     return out_BTO
   adapter = {name: leaf.astype(x_BTI.dtype) for name, leaf in adapter.items()}
