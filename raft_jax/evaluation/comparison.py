@@ -13,6 +13,7 @@ from raft_jax.config import schema
 from raft_jax.data import token_rows
 from raft_jax.evaluation import (
   answer_choice,
+  benchmarks,
   greedy_answers,
   intervals,
   model_scores,
@@ -24,6 +25,7 @@ from raft_jax.evaluation import (
 )
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines
+from raft_jax.hf import chat
 from raft_jax.storage import atomic, journal, records
 
 RETAINED = (
@@ -38,6 +40,10 @@ RETAINED = (
 
 DRIFTS = ("drift", "domain_drift")
 """KL(base ‖ trained) on general prompts, and on the prompts of the test questions."""
+
+SAME_LENGTH = "ifeval_instruction_strict_same_length"
+"""IFEval's instructions obeyed, with each pair of answers cut to the shorter one's
+length: short answers obey some instructions by accident."""
 
 KEPT = "mmlu_kept"
 """Right answers among the MMLU questions that the base model gets right, as a share."""
@@ -89,6 +95,16 @@ def compare(
   digests = item_digests(sets) | trained.task_digests
   if sets.general.mmlu is not None:
     digests |= add_kept(base_scores, trained_scores, sets.general.mmlu.prompts)
+  if sets.general.ifeval is not None:
+    ifeval, new = sets.general.ifeval, settings.ifeval.max_new_tokens
+    answers = [
+      model_scores.ifeval_answers(model, ifeval, log, max_new_tokens=new)
+      for model in (base_model, trained_model)
+    ]
+    cut = at_same_length(*answers, tokenizer=base_model.tokenizer)
+    for scores_of, texts in zip((base_scores, trained_scores), cut):
+      all_scores = benchmarks.ifeval_scores(ifeval.items, texts, ifeval.checkers)
+      scores_of[SAME_LENGTH] = all_scores["ifeval_instruction_strict"]
   summary = {
     **summarise(base_scores, trained_scores),
     "retention": {
@@ -145,6 +161,23 @@ def add_kept(
   base[KEPT] = before._replace(values_N=before.values_N[right_K])
   trained[KEPT] = after._replace(values_N=after.values_N[right_K])
   return {KEPT: journal.content_key(items=[prompts[i] for i in right_K.tolist()])}
+
+
+def at_same_length(
+  base: Sequence[greedy_answers.Answer],
+  trained: Sequence[greedy_answers.Answer],
+  *,
+  tokenizer: chat.ChatTokenizer,
+) -> tuple[list[str], list[str]]:
+  """The answers of both models, each pair cut to the tokens of the shorter one."""
+  texts: tuple[list[str], list[str]] = ([], [])
+  for pair in zip(base, trained, strict=True):
+    ids = [chat.encode(tokenizer, answer.text) for answer in pair]
+    length = min(map(len, ids))
+    for cut, answer, tokens in zip(texts, pair, ids):
+      whole = len(tokens) == length
+      cut.append(answer.text if whole else chat.decode(tokenizer, tokens[:length]))
+  return texts
 
 
 def drifts(

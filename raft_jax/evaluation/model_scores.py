@@ -150,7 +150,24 @@ def ifeval_scores(
   max_new_tokens: int,
 ) -> dict[str, intervals.ItemScores]:
   """The scores of the model's greedy answers, and the length of these in tokens."""
-  answers = greedy_answers.generate(
+  answers = ifeval_answers(model, ifeval, log, max_new_tokens=max_new_tokens)
+  scores = benchmarks.ifeval_scores(
+    ifeval.items, [answer.text for answer in answers], ifeval.checkers
+  )
+  # Answers that become short, or do not end, explain much of a change on IFEval.
+  lengths_N = np.array([float(answer.tokens) for answer in answers])
+  return scores | {"ifeval_answer_tokens": intervals.ItemScores(lengths_N)}
+
+
+def ifeval_answers(
+  model: scoring.EvalModel,
+  ifeval: test_sets.Ifeval,
+  log: journal.Journal,
+  *,
+  max_new_tokens: int,
+) -> list[greedy_answers.Answer]:
+  """The model's greedy answers to IFEval's prompts."""
+  return greedy_answers.generate(
     model,
     ifeval.prompts,
     log,
@@ -158,12 +175,6 @@ def ifeval_scores(
     name="IFEval",
     messages=[records.user_turn(item.prompt) for item in ifeval.items],
   )
-  scores = benchmarks.ifeval_scores(
-    ifeval.items, [answer.text for answer in answers], ifeval.checkers
-  )
-  # Answers that become short, or do not end, explain much of a change on IFEval.
-  lengths_N = np.array([float(answer.tokens) for answer in answers])
-  return scores | {"ifeval_answer_tokens": intervals.ItemScores(lengths_N)}
 
 
 def judged_scores(

@@ -90,8 +90,8 @@ def project(
   if isinstance(kernel, quantised.QuantisedKernel):
     out_BTO = quantised.product(x_BTI, kernel)
   else:
-    # Rows and tokens as one axis: with two, XLA:CPU transposes the gradient of the output
-    # for the product that gives the kernel's gradient, while it computes that gradient.
+    # Rows and tokens as one axis. With two, XLA:CPU transposes the output's gradient in
+    # the loop that computes it, for its product with the input, which is slow.
     x_MI = x_BTI.reshape(-1, x_BTI.shape[-1])
     out_MO = jnp.einsum("mi,oi->mo", x_MI, kernel.astype(x_BTI.dtype))
     out_BTO = out_MO.reshape(*x_BTI.shape[:-1], -1)

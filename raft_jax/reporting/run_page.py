@@ -35,6 +35,7 @@ SCORES = {
   "ifeval_prompt_loose": ("IFEval, prompts, loose", 1),
   "ifeval_instruction_strict": ("IFEval, instructions, strict", 1),
   "ifeval_instruction_strict_but_no_comma": ("… except those on commas", 1),
+  "ifeval_instruction_strict_same_length": ("… with answers cut to equal lengths", 1),
   "ifeval_instruction_loose": ("IFEval, instructions, loose", 1),
   "ifeval_answer_tokens": ("Tokens per IFEval answer", 0),
   "mmlu": ("MMLU", 1),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from raft_jax.evaluation import comparison, intervals
+from raft_jax.evaluation import comparison, greedy_answers, intervals
+from raft_jax.hf import chat
 
 
 def test_difference_is_taken_item_by_item():
@@ -65,3 +66,19 @@ def test_what_is_kept_is_counted_where_the_base_model_is_right():
   wrong = score(0, 0, 0, 0)
   assert comparison.add_kept(wrong, score(1, 1, 1, 1), prompts) == {}
   assert "mmlu_kept" not in wrong
+
+
+def test_answers_are_cut_to_the_tokens_of_the_shorter_one(smollm):
+  tokenizer = chat.load(smollm)
+
+  def answer(text):
+    return greedy_answers.Answer(text, tokens=1, ended=True)
+
+  base = [answer("It rains, and it snows, and it hails."), answer("Yes.")]
+  trained = [answer("It rains."), answer("Yes, of course, it rains.")]
+  cut, whole = comparison.at_same_length(base, trained, tokenizer=tokenizer)
+  assert [whole[0], cut[1]] == ["It rains.", "Yes."]
+  for pair in zip(cut, whole):
+    assert len({len(chat.encode(tokenizer, text)) for text in pair}) == 1
+  assert base[0].text.startswith(cut[0])
+  assert trained[1].text.startswith(whole[1])
