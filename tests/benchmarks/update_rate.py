@@ -1,6 +1,6 @@
 """The update's share of the rate at which this machine multiplies its matrices.
 
-`python -m tests.benchmarks.update_rate FOLDER [key=value ...]`
+`python -m tests.benchmarks.update_rate FOLDER`
 
 On the first batch of the quickstart's questions, with SFT. An update needs at least
 three products of every kernel (the output, and the gradients of input and kernel) with
