@@ -7,9 +7,7 @@
 # A SIGTERM or Ctrl-C to this script reaches the command as SIGTERM and ends the loop.
 # PASS_ON: a command that forwards the signal where the child does not. ON_STOP: a command
 # to run at the end, for schedulers that can start the job once more.
-# JAX_COMPILATION_CACHE_DIR keeps compiled programs for the next start.
 set -uo pipefail
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/raft_jax}
 . "$(dirname "$0")/waiting.sh"
 stopped=
 child=

@@ -50,7 +50,6 @@ if [ -n "$general" ]; then
 fi
 launch/install.sh refine,eval
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/raft_jax}
 sweep=${SWEEP:-configs/sweeps/reproduce.yaml} output=${OUTPUT:-runs/reproduce}
 for domain in "$@"; do
   files=$data/$domain

@@ -44,6 +44,10 @@ SCORES = {
 """Name of a score -> its label, and 1 if higher is better, -1 if lower is, else 0."""
 
 
+SUMMARY = ("open_ended", "ifeval_prompt_strict", "mmlu")
+"""General scores that stand in the page's first lines, beside those of tasks."""
+
+
 def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
   """One row for each score: base, trained, their paired difference, and a verdict.
 
@@ -81,6 +85,7 @@ def score_rows(run: run_folder.Run) -> list[dict[str, Any]]:
         "paired": paired,
         "retention": (run.scores.get("retention") or {}).get(name) or {},
         "general": name.startswith(("open_ended", "ifeval", "mmlu", "task_")),
+        "first": name in SUMMARY or name.startswith("task_"),
         "verdict": verdict,
       }
     )

@@ -1,4 +1,5 @@
-"""Settings of the shell that a command ignores because they would change its results.
+"""Settings of the shell that a command ignores, because they would change its results,
+and those that it adds.
 
 Only commands call this. Programs that import our losses keep their own settings.
 """
@@ -6,8 +7,11 @@ Only commands call this. Programs that import our losses keep their own settings
 from __future__ import annotations
 
 import codecs
+import hashlib
 import logging
 import os
+import pathlib
+import platform
 import sys
 import unicodedata
 import warnings
@@ -100,6 +104,7 @@ def prepare() -> None:
     os.execv(sys.executable, command)
   # If its folder is not writable, matplotlib takes another one and logs two lines.
   logging.getLogger("matplotlib").setLevel(logging.ERROR)
+  keep_programs(os.environ)
   fault = flags_fault(os.environ)
   if fault is not None:
     print(f"error: XLA_FLAGS: {fault}; correct or unset it", file=sys.stderr)
@@ -114,6 +119,40 @@ def set_aside(environment: MutableMapping[str, str]) -> list[str]:
     if value is not None and value.lower() not in usual:
       removed.append(f"{name}={value}")
   return removed
+
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def keep_programs(environment: MutableMapping[str, str]) -> None:
+  """Sets the folder in which jax keeps compiled programs, unless the user did.
+
+  Each kind of processor has its own: a home folder may be shared by machines that
+  cannot run each other's programs.
+  """
+  if CACHE in environment:
+    return
+  home = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = pathlib.Path(home, "raft_jax", f"programs-{_processor()}")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  if os.access(folder, os.W_OK):
+    environment[CACHE] = str(folder)
+
+
+def _processor() -> str:
+  """A short digest of what the processor is and can do."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+  except OSError:
+    lines = []
+  kinds = ("model name", "flags", "Features")
+  facts = [line for line in lines if line.startswith(kinds)] or [platform.processor()]
+  return hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()[
+    :8
+  ]
 
 
 def with_docstrings(

@@ -449,6 +449,27 @@ def test_settings_at_their_usual_values_pass_without_a_word(tmp_path):
   assert error.startswith("error: output: ")
 
 
+def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path):
+  cache = "JAX_COMPILATION_CACHE_DIR"
+  for given in ("", "/elsewhere"):
+    settings = {cache: given, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.keep_programs(settings)
+    assert settings[cache] == given
+  assert not list(tmp_path.iterdir())
+  settings = {"XDG_CACHE_HOME": str(tmp_path)}
+  environment.keep_programs(settings)
+  folder = pathlib.Path(settings[cache])
+  assert folder.is_dir()
+  assert folder.parent == tmp_path / "raft_jax"
+  again = {"XDG_CACHE_HOME": str(tmp_path)}
+  environment.keep_programs(again)
+  assert again == settings
+  (tmp_path / "file").touch()
+  settings = {"XDG_CACHE_HOME": str(tmp_path / "file")}
+  environment.keep_programs(settings)
+  assert cache not in settings
+
+
 def test_jax_has_the_settings_that_are_set_aside():
   import jax
 
