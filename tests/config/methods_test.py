@@ -143,19 +143,37 @@ def test_what_does_not_go_together_is_refused(name, overrides, message, load):
   assert "\n" not in str(caught.value)
 
 
+ON_QUICKSTART = {
+  "sft_kl": "balance.weight=0.5",
+  "asft": "balance.weight=0.1",
+  "sdft_cl": "distill.teacher_context=example",
+  "sdpo": "distill.teacher_context=sibling",
+  "sdft": "refine.fusion.rounds=0",
+  "lora": "train.learning_rate=2.0e-4",
+  "disc": "train.learning_rate=3.0e-6",
+}
+"""What a method needs beside its name, where the quickstart's own values would win."""
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_it_runs_on_the_quickstart_with_the_keys_that_it_needs(name, monkeypatch):
-  """`load.load` accepts the file with another method in it."""
+  """The file with another method in it, and the keys that configs/README.md names."""
   monkeypatch.chdir(ROOT)
+  more = ON_QUICKSTART.get(name)
+  if more:
+    assert f"`{more}`" in (ROOT / "configs/README.md").read_text()
   loaded = config_load.load(
-    "configs/quickstart.yaml", [f"method={name}", *NEEDED.get(name, [])]
+    "configs/quickstart.yaml",
+    [f"method={name}", *NEEDED.get(name, []), *([more] if more else [])],
   )
   plain = config_load.load("configs/quickstart.yaml")
   assert loaded.method == name
   assert loaded.train.batch_size == plain.train.batch_size
-  assert loaded.distill.teacher == methods.METHODS[name].settings.get(
-    "distill", {}
-  ).get("teacher", "base")
+  for section, values in methods.METHODS[name].settings.items():
+    found = getattr(loaded, section)
+    for key, value in values.items():
+      if not isinstance(value, dict):
+        assert getattr(found, key) == value, (section, key)
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
