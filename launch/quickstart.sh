@@ -28,7 +28,7 @@ for setting in "$@"; do
 done
 for name in refine train evaluate export; do stage "$name" "$@"; done
 echo "== plain SFT, at a learning rate with which it fits the questions about as well"
-sft=(method=sft data.answers=original train.learning_rate=1.5e-5 "output=$output-sft"
+sft=(method=sft data.answers=original train.learning_rate=2e-5 "output=$output-sft"
   "evaluate.journal=$output/evaluation/journal.jsonl")  # with the base model's scores
 for name in train evaluate; do stage "$name" "$@" "${sft[@]}"; done
 stage report "$@" "report.sft=$output-sft"
