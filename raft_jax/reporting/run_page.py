@@ -193,6 +193,7 @@ def render(
     model=source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf") or "The model",
     method=run_folder.setting(run, "method") or "unknown",
     encoder=run_folder.setting(run, "refine", "encoder") or "the sentence encoder",
+    ifeval=run_folder.setting(run, "evaluate", "ifeval", "items"),
     warnings=warnings(run),
     figures=run_plots.figures(run),
     scores=score_rows(run),
