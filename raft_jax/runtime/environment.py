@@ -1,6 +1,6 @@
-"""Settings of the shell that a command ignores, because they would change its results,
-and those that it adds.
+"""The shell's settings of jax: those that a command ignores, and one that it adds.
 
+A command ignores what would change its results, and keeps compiled programs in a folder.
 Only commands call this. Programs that import our losses keep their own settings.
 """
 
