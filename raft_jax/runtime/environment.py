@@ -1,6 +1,6 @@
 """The shell's settings of jax: those that a command ignores, and one that it adds.
 
-A command ignores what would change its results, and keeps compiled programs in a folder.
+A command ignores what would change its results, and keeps its compiled programs.
 Only commands call this. Programs that import our losses keep their own settings.
 """
 
