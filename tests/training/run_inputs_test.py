@@ -6,8 +6,8 @@ from raft_jax.training import run_inputs
 # Sections that a resumed run may change: they decide other stages, the places of arrays
 # and files, or what is done with the trained model.
 MAY_CHANGE = {
-  *("extract", "refine", "synthesise", "evaluate", "export", "chat", "sweep"),
-  *("mesh", "cluster", "output", "prune", "hard_threshold", "interpolate"),
+  *("extract", "refine", "synthesise", "evaluate", "export", "report", "chat", "sweep"),
+  *("mesh", "cluster", "output", "mirror", "prune", "hard_threshold", "interpolate"),
 }
 
 
