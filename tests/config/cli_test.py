@@ -213,8 +213,9 @@ def test_a_process_started_meanwhile_has_signals_of_its_own(tmp_path):
   # Also where it is forked: a signal to the group must not count twice, nor be lost.
   code = STAGE.replace(
     "def work():",
-    """import os, signal
+    """import os, signal, warnings
 def work():
+  warnings.simplefilter("ignore")  # Python 3.12 warns of forks among threads
   child = os.fork()
   if child == 0:
     os.kill(os.getpid(), signal.SIGTERM)
