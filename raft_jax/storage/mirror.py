@@ -30,6 +30,9 @@ SCHEMES = ("s3://", "gs://", "az://", "file:///")
 STATE = ".mirror.json"
 """In the store: who copies into it. In the folder: what was copied, and where."""
 
+FETCHING = ".mirror.fetching"
+"""In a folder that is being filled from a store; it holds no run of its own yet."""
+
 SEALS = (sealed_folder.MANIFEST, "seal.json")
 """Files without which a folder is unfinished: of results, and of a checkpoint."""
 
@@ -67,7 +70,13 @@ def kept(folder: pathlib.Path, url: str | None) -> Iterator[None]:
   with journal.locked(folder / ".mirror"):
     with _named_errors(url):
       claim = Claim.acquire(store, url, folder)
-      known = read_known(folder, url) if _files(folder) else pull(store, folder, url)
+      try:
+        has_run = _has_run(folder)
+        known = read_known(folder, url) if has_run else pull(store, folder, url)
+      except BaseException:
+        with contextlib.suppress(Exception):
+          claim.release()
+        raise
     copier = _Copier(store, folder, url, claim, known)
     try:
       yield
@@ -139,7 +148,7 @@ class Claim:
       content, tag = _read_claim(store)
       last = content.get("writer") or ("someone" if store_files(store) else None)
       if last not in (None, claim._writer):
-        if _files(folder):
+        if _has_run(folder):
           raise errors.UserError(
             f"mirror: {url} was last written by {last}, not from {folder}; empty that"
             " folder to continue from the mirror, or choose another mirror"
@@ -301,6 +310,8 @@ def pull(store: Any, folder: pathlib.Path, url: str) -> dict[str, Stat]:
 
   present = set(store_files(store))
   paths = [path for path in present if not _unfinished(path, present)]
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / FETCHING).touch()
   bar = progress.Progress(f"mirror: {url}", len(paths), unit="file") if paths else None
   for done, path in enumerate(sorted(paths, key=_is_seal), start=1):
     interrupts.check()
@@ -317,7 +328,13 @@ def pull(store: Any, folder: pathlib.Path, url: str) -> dict[str, Stat]:
     bar.close()
   known = _files(folder)
   write_known(folder, url, known)
+  (folder / FETCHING).unlink()
   return known
+
+
+def _has_run(folder: pathlib.Path) -> bool:
+  """Whether a folder has files of a run, and not a part of those of a store."""
+  return bool(_files(folder)) and not (folder / FETCHING).exists()
 
 
 def store_files(store: Any) -> list[str]:
@@ -338,7 +355,7 @@ def _files(folder: pathlib.Path) -> dict[str, Stat]:
   for place, folders, names in os.walk(folder):
     folders[:] = [name for name in folders if not _is_transient(name)]
     for name in names:
-      if _is_transient(name) or name == STATE:
+      if _is_transient(name) or name in (STATE, FETCHING):
         continue
       path = pathlib.Path(place, name)
       with contextlib.suppress(FileNotFoundError):

@@ -202,6 +202,25 @@ def test_stores_that_cannot_be_used_are_one_line(tmp_path, s3, monkeypatch):
   assert not sealed_folder.inputs(tmp_path)
 
 
+@pytest.mark.parametrize("fetched", [0, 2, 5])
+def test_a_fetch_that_was_cut_off_is_done_again(tmp_path, url, monkeypatch, fetched):
+  """Else a run would begin with a part of the files, and copy that."""
+  _copy(_write(tmp_path / "run", RUN), url)
+  bars = iter([None] * fetched)
+
+  def stop(*args):
+    if next(bars, "end"):
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(mirror.interrupts, "check", stop)
+    with pytest.raises(KeyboardInterrupt):
+      _copy(tmp_path / "other", url)
+  assert len(_read(tmp_path / "other")) == fetched
+  with mirror.kept(tmp_path / "other", url):
+    assert _read(tmp_path / "other") == RUN
+
+
 def test_names_that_leave_the_folder_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(mirror, "store_files", lambda store: ["a/../../x"])
   with pytest.raises(errors.UserError, match="which is no file's name"):
