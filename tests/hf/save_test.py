@@ -1,6 +1,8 @@
 """Export: what is written, noticed and refused."""
 
 import pathlib
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from tests.helpers import tiny_llama
 
 
 def test_save_needs_contiguous_tensors_no_longer(complete, tmp_path):
-  """safetensors writes a strided view's buffer as it lies (FAULTS, finding 7)."""
+  """safetensors writes the buffer of a strided view as it lies in memory."""
   config = hf_load.load_config(str(complete))
   params = jax.tree.map(np.asarray, hf_load.load_params(str(complete), config))
   params["embed"] = np.asfortranarray(params["embed"])
@@ -77,3 +79,17 @@ def test_save_refuses_non_finite(complete, tmp_path):
   ):
     hf_save.save(tmp_path / "out", params, config, str(complete), card="")
   assert not (tmp_path / "out").exists()
+
+
+def test_save_needs_room_before_it_writes(complete, tmp_path, monkeypatch):
+  config = hf_load.load_config(str(complete))
+  params = hf_load.load_params(str(complete), config)
+  need = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  free = types.SimpleNamespace(free=need - 1)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+  written = []
+  monkeypatch.setattr(safetensors.numpy, "save_file", lambda *a, **k: written.append(a))
+  with pytest.raises(errors.UserError, match=rf"needs {need:,} bytes and {need - 1:,}"):
+    hf_save.save(tmp_path / "out", params, config, str(complete), card="")
+  assert not written
+  assert {path.name for path in tmp_path.iterdir()} == {"source"}

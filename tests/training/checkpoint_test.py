@@ -201,6 +201,51 @@ def test_an_empty_step_is_damage_and_another_run_is_not(saved):
   assert not (folder / "checkpoints/damaged-7").exists()
 
 
+def test_what_else_lies_beside_the_steps_is_no_step(saved):
+  folder, state = saved
+  for name in ("notes", "7.copy", "9.orbax-checkpoint-tmp"):
+    (folder / "checkpoints" / name).mkdir()
+  (folder / "checkpoints/list.txt").write_text("8 9")
+  assert restore(folder, state)[1] == 7
+  assert (folder / "checkpoints/notes").is_dir()
+
+
+def test_values_are_not_cast_to_another_type(saved):
+  folder, state = saved
+  params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
+  with pytest.raises(errors.UserError, match="are not those that were saved"):
+    restore(folder, state._replace(params=params))
+
+
+def test_a_relative_path_with_spaces_and_a_link_is_a_folder(tmp_path, monkeypatch):
+  state = make_state()
+  (tmp_path / "another disk").mkdir()
+  (tmp_path / "my runs").symlink_to(tmp_path / "another disk")
+  monkeypatch.chdir(tmp_path)
+  with checkpoint.manager("my runs/a b/../c", keep=1) as orbax:
+    for number in (1, 2):
+      checkpoint.save(orbax, number, state, IDENTITY)
+  steps = tmp_path / "another disk/c/checkpoints"
+  assert {path.name for path in steps.iterdir()} == {"2"}
+  params, _ = checkpoint.restore_params("my runs/c", SHAPES, IDENTITY)
+  jax.tree.map(np.testing.assert_array_equal, params, state.params)
+
+
+def test_an_old_step_that_is_a_link_is_not_followed(saved, tmp_path_factory):
+  folder, state = saved
+  elsewhere = tmp_path_factory.mktemp("elsewhere") / "6"
+  shutil.move(folder / "checkpoints/6", elsewhere)
+  (folder / "checkpoints/6").symlink_to(elsewhere)
+  before = sorted(elsewhere.rglob("*"))
+  with (
+    pytest.raises(errors.UserError, match="symbolic link"),
+    checkpoint.manager(folder, keep=2) as orbax,
+  ):
+    checkpoint.save(orbax, 8, state, IDENTITY)
+  assert sorted(elsewhere.rglob("*")) == before != []
+  assert restore(folder, state)[1] == 8
+
+
 def test_without_a_step_to_go_back_to_damage_stops_the_run(saved):
   folder, state = saved
   shutil.rmtree(folder / "checkpoints/6")
