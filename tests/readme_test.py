@@ -21,6 +21,7 @@ from raft_jax import errors
 from raft_jax.config import cli, methods
 from raft_jax.config import load as config_load
 from raft_jax.hf import families, wrappers
+from tests.helpers import fault_tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "raft_jax"
@@ -133,6 +134,8 @@ GENERATED: dict[pathlib.Path, dict[str, Callable[[], str]]] = {
     "config reference": cli.reference,
     "engine keys": cli.engine_reference,
   },
+  ROOT / "tests/README.md": {"fault counts": fault_tables.counts},
+  ROOT / "tests/FAULTS.md": {"faults": fault_tables.tables},
   PACKAGE / "README.md": {
     "wings": wings,
     "modules": lambda: module_table(PACKAGE),
@@ -314,6 +317,20 @@ def test_promises_name_tests_that_exist():
   named = set(re.findall(r"`(\w+_test)`", text))
   assert named <= {path.stem for path in (ROOT / "tests").rglob("*_test.py")}
   assert named
+
+
+def test_every_fault_names_a_test_that_exists_or_a_reason():
+  rows = [row for stage in fault_tables.read().values() for row in stage]
+  for row in rows:
+    assert row.keys() in ({"fault", "test"}, {"fault", "reason"}), row
+    if "test" in row:
+      path, _, name = row["test"].partition("::")
+      assert path.startswith("tests/"), row
+      assert name in fault_tables.marks(ROOT / path), row
+    else:
+      assert row["reason"].startswith(tuple(fault_tables.REASONS)), row
+  for stage, faults in fault_tables.read().items():
+    assert len({row["fault"] for row in faults}) == len(faults) > 0, stage
 
 
 def test_every_readme_is_reached_from_the_first():
