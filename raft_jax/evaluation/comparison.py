@@ -95,13 +95,10 @@ def compare(
   digests = item_digests(sets) | trained.task_digests
   if sets.general.mmlu is not None:
     digests |= add_kept(base_scores, trained_scores, sets.general.mmlu.prompts)
-  if sets.general.ifeval is not None:
-    ifeval, new = sets.general.ifeval, settings.ifeval.max_new_tokens
-    answers = [
-      model_scores.ifeval_answers(model, ifeval, log, max_new_tokens=new)
-      for model in (base_model, trained_model)
-    ]
-    cut = at_same_length(*answers, tokenizer=base_model.tokenizer)
+  if (ifeval := sets.general.ifeval) is not None:
+    cut = at_same_length(
+      base.ifeval_answers, trained.ifeval_answers, tokenizer=base_model.tokenizer
+    )
     for scores_of, texts in zip((base_scores, trained_scores), cut):
       all_scores = benchmarks.ifeval_scores(ifeval.items, texts, ifeval.checkers)
       scores_of[SAME_LENGTH] = all_scores["ifeval_instruction_strict"]

@@ -35,6 +35,7 @@ class ModelScores(NamedTuple):
       the task does not say.
     task_digests: digests of every task's items.
     answers: the greedy answers to the test questions.
+    ifeval_answers: the greedy answers to IFEval's prompts; empty if not measured.
     choices: scores of the options of multiple choice; None if not measured.
     seconds: how long the scores took.
   """
@@ -44,6 +45,7 @@ class ModelScores(NamedTuple):
   directions: dict[str, int]
   task_digests: dict[str, str]
   answers: list[greedy_answers.Answer]
+  ifeval_answers: list[greedy_answers.Answer]
   choices: answer_choice.Scored | None
   seconds: float
 
@@ -67,7 +69,15 @@ def score(
     name="greedy answers",
     messages=[question.messages for question in test.questions],
   )
-  general = general_scores(model, sets.general, settings, log)
+  general: dict[str, intervals.Score] = {}
+  replies: list[greedy_answers.Answer] = []
+  if (ifeval := sets.general.ifeval) is not None:
+    new = settings.ifeval.max_new_tokens
+    replies = ifeval_answers(model, ifeval, log, max_new_tokens=new)
+    general |= ifeval_scores(ifeval, replies)
+  if (mmlu := sets.general.mmlu) is not None:
+    logits = scoring.choices(model, mmlu.prompts, mmlu.letters, log, name="MMLU")
+    general |= benchmarks.mmlu_scores(mmlu.items, logits)
   directions: dict[str, int] = {}
   task_digests: dict[str, str] = {}
   if sets.general.score_tasks is not None:
@@ -92,6 +102,7 @@ def score(
     directions,
     task_digests,
     answers,
+    replies,
     choices=options,
     seconds=time.monotonic() - started,
   )
@@ -123,34 +134,10 @@ def domain_scores(
   }
 
 
-def general_scores(
-  model: scoring.EvalModel,
-  general: test_sets.General,
-  settings: schema.Evaluate,
-  log: journal.Journal,
-) -> dict[str, intervals.Score]:
-  """The scores on IFEval and MMLU, if the config names their items."""
-  scores: dict[str, intervals.Score] = {}
-  if general.ifeval is not None:
-    new = settings.ifeval.max_new_tokens
-    scores |= ifeval_scores(model, general.ifeval, log, max_new_tokens=new)
-  if general.mmlu is not None:
-    logits = scoring.choices(
-      model, general.mmlu.prompts, general.mmlu.letters, log, name="MMLU"
-    )
-    scores |= benchmarks.mmlu_scores(general.mmlu.items, logits)
-  return scores
-
-
 def ifeval_scores(
-  model: scoring.EvalModel,
-  ifeval: test_sets.Ifeval,
-  log: journal.Journal,
-  *,
-  max_new_tokens: int,
+  ifeval: test_sets.Ifeval, answers: Sequence[greedy_answers.Answer]
 ) -> dict[str, intervals.ItemScores]:
-  """The scores of the model's greedy answers, and the length of these in tokens."""
-  answers = ifeval_answers(model, ifeval, log, max_new_tokens=max_new_tokens)
+  """The scores of a model's greedy answers, and the length of these in tokens."""
   scores = benchmarks.ifeval_scores(
     ifeval.items, [answer.text for answer in answers], ifeval.checkers
   )

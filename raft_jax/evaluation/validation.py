@@ -111,12 +111,13 @@ def measure(
       base, trained, validation_set.drift, new, log
     )
   if validation_set.ifeval is not None:
-    ifeval = model_scores.ifeval_scores(
+    answers = model_scores.ifeval_answers(
       trained,
       validation_set.ifeval,
       log,
       max_new_tokens=settings.ifeval.max_new_tokens,
     )
+    ifeval = model_scores.ifeval_scores(validation_set.ifeval, answers)
     scores["validation_ifeval"] = ifeval["ifeval_instruction_strict"]
   return {name: intervals.mean(score) for name, score in scores.items()}
 

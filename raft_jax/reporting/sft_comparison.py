@@ -14,7 +14,7 @@ from raft_jax.reporting import (
 )
 
 Cell = dict[str, Any]
-"""{value, low, high}; {} if it was not measured, or NaN if no SFT fits so well."""
+"""{value, low, high}; {} if it is not known."""
 
 
 class Forgetting(NamedTuple):

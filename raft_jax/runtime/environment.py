@@ -150,9 +150,8 @@ def _processor() -> str:
     lines = []
   kinds = ("model name", "flags", "Features")
   facts = [line for line in lines if line.startswith(kinds)] or [platform.processor()]
-  return hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()[
-    :8
-  ]
+  text = "\n".join([platform.machine(), *facts])
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def with_docstrings(

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from raft_jax import errors
 from raft_jax.runtime import interrupts, progress
@@ -33,7 +33,7 @@ STATE = ".mirror.json"
 FETCHING = ".mirror.fetching"
 """In a folder that is being filled from a store; it holds no run of its own yet."""
 
-SEALS = (sealed_folder.MANIFEST, "seal.json")
+SEALS = (sealed_folder.MANIFEST, sealed_folder.STEP_SEAL)
 """Files without which a folder is unfinished: of results, and of a checkpoint."""
 
 EVERY_S = 30.0
@@ -50,21 +50,18 @@ Stat = tuple[int, int]
 
 
 @contextlib.contextmanager
-def kept(folder: pathlib.Path, url: str | None) -> Iterator[None]:
+def kept(folder: pathlib.Path, url: str) -> Iterator[None]:
   """Keeps a copy of a folder in a store; first fills the folder if it is empty.
 
   At the end, also after an error or a signal, the copy is brought up to date.
 
   Args:
-    url: of one of `SCHEMES`; None: no copy.
+    url: of one of `SCHEMES`.
 
   Raises:
     errors.UserError: the store cannot be used, or its copy is of another folder.
     errors.TryAgainError: another machine copies into it now.
   """
-  if url is None:
-    yield
-    return
   store = open_store(url)
   folder.mkdir(parents=True, exist_ok=True)
   with journal.locked(folder / ".mirror"):
@@ -143,34 +140,17 @@ class Claim:
       errors.TryAgainError: another machine is at work.
     """
     claim = cls(store, f"{socket.gethostname()}:{folder.resolve()}")
-    waited_for = None
     while True:
-      content, tag = _read_claim(store)
-      last = content.get("writer") or ("someone" if store_files(store) else None)
-      if last not in (None, claim._writer):
+      found = _read_claim(store)
+      writer = found.writer or ("someone" if store_files(store) else None)
+      if writer not in (None, claim._writer):
         if _has_run(folder):
           raise errors.UserError(
-            f"mirror: {url} was last written by {last}, not from {folder}; empty that"
+            f"mirror: {url} was last written by {writer}, not from {folder}; empty that"
             " folder to continue from the mirror, or choose another mirror"
           )
-        age = time.time() - content.get("time", 0.0)
-        if content.get("held") and age < EXPIRES_S:
-          if waited_for not in (None, tag):
-            raise errors.TryAgainError(
-              f"mirror: {url} is in use by {last}; wait for it to end, or choose"
-              " another mirror"
-            )
-          if waited_for is None:
-            print(
-              f"mirror: {last} used {url} {progress.clock(age)} ago; waiting up to"
-              f" {progress.clock(EXPIRES_S - age)} for a sign of it",
-              flush=True,
-            )
-          waited_for = tag
-          time.sleep(POLL_S)
-          interrupts.check()
-          continue
-      if claim._write(held=True, replaced=tag):
+        _wait_for_silence(store, url, found)
+      if claim._write(held=True, replaced=found.tag):
         return claim
 
   def renew(self) -> bool:
@@ -199,18 +179,59 @@ class Claim:
     return True
 
 
-def _read_claim(store: Any) -> tuple[dict[str, Any], str | None]:
-  """The content of the object, {} if it cannot be read, and its version."""
+class _Found(NamedTuple):
+  """A claim as it stands in a store.
+
+  Attributes:
+    writer: None if there is no claim, or it cannot be read.
+    held: whether the writer is at work.
+    time: of its last sign, in seconds since 1970.
+    tag: the version of the object; None if there is none.
+  """
+
+  writer: str | None
+  held: bool
+  time: float
+  tag: str | None
+
+
+def _read_claim(store: Any) -> _Found:
   import obstore
 
   try:
     found = obstore.get(store, STATE)
-    content = json.loads(bytes(found.bytes()))
   except FileNotFoundError:
-    return {}, None
-  except ValueError:
-    content = {}
-  return (content if isinstance(content, dict) else {}), found.meta["e_tag"]
+    return _Found(None, False, 0.0, None)
+  tag = found.meta["e_tag"]
+  try:
+    content = json.loads(bytes(found.bytes()))
+    return _Found(str(content["writer"]), content["held"], float(content["time"]), tag)
+  except (ValueError, KeyError, TypeError):
+    return _Found(None, False, 0.0, tag)
+
+
+def _wait_for_silence(store: Any, url: str, found: _Found) -> None:
+  """Waits until the writer of a claim counts as lost, if it is at work.
+
+  Raises:
+    errors.TryAgainError: it gave a sign.
+  """
+  age = time.time() - found.time
+  if not found.held or age >= EXPIRES_S:
+    return
+  print(
+    f"mirror: {found.writer} used {url} {progress.clock(age)} ago; waiting up to"
+    f" {progress.clock(EXPIRES_S - age)} for a sign of it",
+    flush=True,
+  )
+  while time.time() - found.time < EXPIRES_S:
+    time.sleep(POLL_S)
+    interrupts.check()
+    if _read_claim(store).tag != found.tag:
+      raise errors.TryAgainError(
+        f"mirror: {url} is in use by {found.writer}; wait for it to end, or choose"
+        " another mirror"
+      )
 
 
 # --- Copying --------------------------------------------------------------------------
@@ -313,7 +334,8 @@ def pull(store: Any, folder: pathlib.Path, url: str) -> dict[str, Stat]:
   folder.mkdir(parents=True, exist_ok=True)
   (folder / FETCHING).touch()
   bar = progress.Progress(f"mirror: {url}", len(paths), unit="file") if paths else None
-  for done, path in enumerate(sorted(paths, key=_is_seal), start=1):
+  paths.sort(key=lambda path: (_is_seal(path), path))
+  for done, path in enumerate(paths, start=1):
     interrupts.check()
     if any(part in ("..", "") for part in path.split("/")):
       raise errors.UserError(f"mirror: {url}: holds {path!r}, which is no file's name")
@@ -355,7 +377,7 @@ def _files(folder: pathlib.Path) -> dict[str, Stat]:
   for place, folders, names in os.walk(folder):
     folders[:] = [name for name in folders if not _is_transient(name)]
     for name in names:
-      if _is_transient(name) or name in (STATE, FETCHING):
+      if _is_transient(name):
         continue
       path = pathlib.Path(place, name)
       with contextlib.suppress(FileNotFoundError):
@@ -367,7 +389,8 @@ def _files(folder: pathlib.Path) -> dict[str, Stat]:
 
 def _is_transient(name: str) -> bool:
   return (
-    name.startswith(atomic.TEMPORARY)
+    name in (STATE, FETCHING)
+    or name.startswith(atomic.TEMPORARY)
     or name.endswith((".lock", ".holder"))
     or ".orbax-checkpoint-tmp" in name
   )
@@ -377,10 +400,15 @@ def _is_seal(path: str) -> bool:
   return path.rsplit("/", 1)[-1] in SEALS
 
 
+_STEP = re.compile(
+  rf"((?:.*/)?(?:{sealed_folder.CHECKPOINTS}|{sealed_folder.BEST})/\d+)/"
+)
+
+
 def _unfinished(path: str, present: set[str]) -> bool:
   """Whether a path lies in a checkpoint, `checkpoints/STEP`, that has no seal."""
-  step = re.match(r"((?:.*/)?(?:checkpoints|best)/\d+)/", path)
-  return step is not None and f"{step[1]}/seal.json" not in present
+  step = _STEP.match(path)
+  return step is not None and f"{step[1]}/{sealed_folder.STEP_SEAL}" not in present
 
 
 def read_known(folder: pathlib.Path, url: str) -> dict[str, Stat]:

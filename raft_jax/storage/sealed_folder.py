@@ -16,6 +16,12 @@ from raft_jax.storage import atomic
 MANIFEST = "MANIFEST.json"
 SUMMARY = "summary.json"
 
+STEP_SEAL = "seal.json"
+"""The manifest of a checkpoint, in the folder of its step."""
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+"""The folders of a run that hold checkpoints: all of its steps, and the best one."""
+
 
 def unseal(folder: pathlib.Path, stale: str = "") -> None:
   """Removes the manifest, then what killed writers left behind.

@@ -26,13 +26,13 @@ import orbax.checkpoint as ocp
 from raft_jax import errors
 from raft_jax.models import transformer
 from raft_jax.runtime import distributed
-from raft_jax.storage import hub_datasets
+from raft_jax.storage import hub_datasets, sealed_folder
 from raft_jax.training import tree_fingerprints
 
-FOLDER = "checkpoints"
-BEST = "best"
+FOLDER = sealed_folder.CHECKPOINTS
+BEST = sealed_folder.BEST
 """The folder with the parameters of the best step, if the run is validated."""
-SEAL = "seal.json"
+SEAL = sealed_folder.STEP_SEAL
 UNSEALED = "_CHECKPOINT_METADATA"
 """Orbax writes the time of the commit here after the seal; no array depends on it."""
 LARGE = 64 * 2**20

@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from raft_jax import errors
 from raft_jax.hf import hub_upload
-from tests.helpers import least_card, model_hub
+from tests.helpers import file_trees, least_card, model_hub
 
 TOKEN = "hf_SECRETSECRETSECRET"
 
@@ -27,7 +27,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> pathlib.Path:
-  return write(
+  return file_trees.write(
     tmp_path / "export",
     {
       "README.md": least_card.least("lab/base", monkeypatch).encode(),
@@ -37,18 +37,6 @@ def folder(tmp_path, monkeypatch) -> pathlib.Path:
       "additional_chat_templates/rag.jinja": "{{ 'ü' }}\r\n".encode(),
     },
   )
-
-
-def write(folder: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
-  for name, content in files.items():
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content)
-  return folder
-
-
-def content(folder: pathlib.Path) -> dict[str, bytes]:
-  files = [path for path in folder.rglob("*") if path.is_file()]
-  return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def push(folder, repo="lab/mine", *, public=False, message="raft, step 3") -> str:
@@ -71,7 +59,7 @@ def refusal(folder, repo="lab/mine", kind=errors.UserError, **options) -> str:
 def test_every_byte_arrives_in_one_commit(hub, folder, public):
   address = push(folder, public=public)
   repo = hub.repos["lab/mine"]
-  assert repo.files == content(folder)
+  assert repo.files == file_trees.read(folder)
   assert repo.private is not public
   assert repo.messages == ["raft, step 3"]
   assert address.startswith(f"{hub.url}/lab/mine/commit/")
@@ -83,9 +71,9 @@ def test_a_later_export_replaces_the_files_of_the_earlier_one(hub, folder):
   repo.files["figure.png"] = b"theirs"
   for file in [*folder.glob("*.safetensors"), *folder.rglob("*.jinja")]:
     file.unlink()
-  write(folder, {"model.safetensors": b"new"})
+  file_trees.write(folder, {"model.safetensors": b"new"})
   push(folder, message="raft, step 6")
-  assert repo.files == {**content(folder), "figure.png": b"theirs"}
+  assert repo.files == {**file_trees.read(folder), "figure.png": b"theirs"}
   assert repo.messages == ["raft, step 3", "raft, step 6"]
 
 
@@ -104,7 +92,7 @@ def test_an_interrupted_upload_goes_on(hub, folder):
   assert len(sent) == 2
   hub.refuse.clear()
   push(folder)
-  assert hub.repos["lab/mine"].files == content(folder)
+  assert hub.repos["lab/mine"].files == file_trees.read(folder)
   assert [asked for asked in hub.asked if asked.startswith("PUT")] == sent
 
 
@@ -156,14 +144,17 @@ def test_an_empty_repository_is_filled(hub, folder):
   hub.repos["ann/mine"] = model_hub.Repo(private=True)
   hub.repos["ann/mine"].files[".gitattributes"] = b"x"
   push(folder, "ann/mine")
-  assert hub.repos["ann/mine"].files == {**content(folder), ".gitattributes": b"x"}
+  assert hub.repos["ann/mine"].files == {
+    **file_trees.read(folder),
+    ".gitattributes": b"x",
+  }
 
 
 def test_a_public_repository_is_not_written_to_by_accident(hub, folder):
   hub.repos["lab/mine"] = model_hub.Repo(private=False)
   assert "is public; set export.public=true" in refusal(folder)
   push(folder, public=True)
-  assert hub.repos["lab/mine"].files == content(folder)
+  assert hub.repos["lab/mine"].files == file_trees.read(folder)
 
 
 def test_offline(hub, folder, monkeypatch):

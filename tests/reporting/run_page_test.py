@@ -9,6 +9,7 @@ import pathlib
 import PIL.Image
 
 from raft_jax.reporting import html_page, run_folder, run_page, run_plots
+from tests.helpers import file_trees
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }}"
 
@@ -130,10 +131,7 @@ def _fill(output: pathlib.Path) -> pathlib.Path:
     "config/evaluate.yaml": CONFIG,
     "config/refine.yaml": CONFIG + "# earlier\n",
   }
-  for name, text in files.items():
-    (output / name).parent.mkdir(parents=True, exist_ok=True)
-    (output / name).write_text(text, encoding="utf-8")
-  return output
+  return file_trees.write(output, files)
 
 
 class _Page(html.parser.HTMLParser):

@@ -6,6 +6,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.reporting import run_page, sft_comparison
+from tests.helpers import file_trees
 
 ITEMS = 40
 BASE_LOSS = 2.5
@@ -47,10 +48,7 @@ def _fill(output, method, *, loss, drift, items="a" * 64):
       }
     ),
   }
-  for name, text in files.items():
-    (output / name).parent.mkdir(parents=True, exist_ok=True)
-    (output / name).write_text(text)
-  return output
+  return file_trees.write(output, files)
 
 
 def test_drift_of_sft_is_read_at_the_loss_of_the_run(tmp_path):

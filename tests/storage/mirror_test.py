@@ -10,7 +10,7 @@ import pytest
 
 from raft_jax import errors
 from raft_jax.storage import mirror, sealed_folder
-from tests.helpers import s3_server
+from tests.helpers import file_trees, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +24,12 @@ def url(s3, request):
   return f"{s3}/{request.node.name}"
 
 
-def _write(folder: pathlib.Path, files: dict[str, str]) -> pathlib.Path:
-  for name, text in files.items():
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text)
-  return folder
-
-
 def _read(folder: pathlib.Path) -> dict[str, str]:
   """The files of a folder that a mirror keeps."""
   return {
-    path.relative_to(folder).as_posix(): path.read_text()
-    for path in folder.rglob("*")
-    if path.is_file() and not path.name.startswith(".mirror")
+    name: content.decode()
+    for name, content in file_trees.read(folder).items()
+    if not name.startswith(".mirror")
   }
 
 
@@ -61,9 +54,11 @@ def test_another_machine_continues_from_the_copy(tmp_path, url, kind):
     url = f"file://{tmp_path / 'store'}"
   first, second = tmp_path / "first", tmp_path / "second"
   with mirror.kept(first, url):
-    _write(first, RUN)
-    _write(first, {".train.lock": "", ".tmp-1-x": "half", "a/b.holder": "pid 1"})
-    _write(first, {"checkpoints/9.orbax-checkpoint-tmp/d": "half"})
+    file_trees.write(first, RUN)
+    file_trees.write(
+      first, {".train.lock": "", ".tmp-1-x": "half", "a/b.holder": "pid 1"}
+    )
+    file_trees.write(first, {"checkpoints/9.orbax-checkpoint-tmp/d": "half"})
   with mirror.kept(second, url):
     assert _read(second) == RUN
     (second / "metrics.jsonl").write_text("two lines")
@@ -81,7 +76,7 @@ def test_copies_go_on_while_the_run_does(tmp_path, url, monkeypatch):
   monkeypatch.setattr(mirror, "EVERY_S", 0.05)
   store = mirror.open_store(url)
   with mirror.kept(tmp_path, url):
-    _write(tmp_path, RUN)
+    file_trees.write(tmp_path, RUN)
     deadline = time.monotonic() + 20
     while set(mirror.store_files(store)) != set(RUN):
       assert time.monotonic() < deadline
@@ -112,8 +107,10 @@ class _Recorder:
 
 
 def test_seals_are_removed_first_and_written_last(tmp_path, url, monkeypatch):
-  _copy(_write(tmp_path, RUN), url)
-  _write(tmp_path, {"refined/shard-0": "other", "refined/MANIFEST.json": "{1}"})
+  _copy(file_trees.write(tmp_path, RUN), url)
+  file_trees.write(
+    tmp_path, {"refined/shard-0": "other", "refined/MANIFEST.json": "{1}"}
+  )
   for name in ("seal.json", "state/d"):
     (tmp_path / "checkpoints/8" / name).unlink()
   recorder = _Recorder(monkeypatch)
@@ -128,7 +125,7 @@ def test_a_copy_cut_off_at_any_call_is_a_folder_that_a_killed_run_leaves(
   tmp_path, url, monkeypatch, done
 ):
   """No manifest beside other shards than its own, no step without all of its files."""
-  _copy(_write(tmp_path / "run", RUN), url)
+  _copy(file_trees.write(tmp_path / "run", RUN), url)
   later = {
     "checkpoints/16/state/d": "later arrays",
     "checkpoints/16/seal.json": "{}",
@@ -136,7 +133,7 @@ def test_a_copy_cut_off_at_any_call_is_a_folder_that_a_killed_run_leaves(
     "refined/MANIFEST.json": "{later}",
     "refined/shard-0": "later records",
   }
-  _write(tmp_path / "run", later)
+  file_trees.write(tmp_path / "run", later)
   store = mirror.open_store(url)
   with monkeypatch.context() as patched:
     _Recorder(patched, fails_at=done)
@@ -157,9 +154,9 @@ def test_a_copy_cut_off_at_any_call_is_a_folder_that_a_killed_run_leaves(
 def test_two_machines_cannot_copy_at_once(tmp_path, url, monkeypatch):
   monkeypatch.setattr(mirror, "EVERY_S", 0.05)
   monkeypatch.setattr(mirror, "POLL_S", 0.3)
-  with mirror.kept(_write(tmp_path / "one", RUN), url):
+  with mirror.kept(file_trees.write(tmp_path / "one", RUN), url):
     with pytest.raises(errors.UserError, match=r"last written by .*one, not from"):
-      _copy(_write(tmp_path / "two", RUN), url)
+      _copy(file_trees.write(tmp_path / "two", RUN), url)
     # An empty folder could continue, but the first machine is at work.
     with pytest.raises(errors.TryAgainError, match=r"is in use by .*one"):
       _copy(tmp_path / "empty", url)
@@ -167,7 +164,7 @@ def test_two_machines_cannot_copy_at_once(tmp_path, url, monkeypatch):
 
 def test_a_lost_machine_is_replaced_and_told_so(tmp_path, url, monkeypatch):
   monkeypatch.setattr(mirror, "EXPIRES_S", 0.0)
-  first = mirror.kept(_write(tmp_path / "one", RUN), url)
+  first = mirror.kept(file_trees.write(tmp_path / "one", RUN), url)
   first.__enter__()
   _copy(tmp_path / "two", url)
   (tmp_path / "one/metrics.jsonl").write_text("of a machine that was cut off")
@@ -177,10 +174,21 @@ def test_a_lost_machine_is_replaced_and_told_so(tmp_path, url, monkeypatch):
   assert "metrics.jsonl" not in mirror.store_files(store)
 
 
+@pytest.mark.parametrize("damaged", [b"", b"[]", b'{"writer": "x", "time": "y"}'])
+def test_a_claim_that_cannot_be_read_is_replaced(tmp_path, url, damaged):
+  _copy(file_trees.write(tmp_path / "one", RUN), url)
+  obstore.put(mirror.open_store(url), mirror.STATE, damaged)
+  _copy(tmp_path / "two", url)
+  assert _read(tmp_path / "two") == RUN
+  obstore.put(mirror.open_store(url), mirror.STATE, damaged)
+  with pytest.raises(errors.UserError, match="last written by someone, not from"):
+    _copy(tmp_path / "one", url)
+
+
 def test_a_failed_last_copy_is_an_error_and_the_next_one_mends_it(
   tmp_path, url, monkeypatch
 ):
-  kept = mirror.kept(_write(tmp_path / "run", RUN), url)
+  kept = mirror.kept(file_trees.write(tmp_path / "run", RUN), url)
   kept.__enter__()
   with monkeypatch.context() as patched:
     _Recorder(patched, fails_at=2)
@@ -205,7 +213,7 @@ def test_stores_that_cannot_be_used_are_one_line(tmp_path, s3, monkeypatch):
 @pytest.mark.parametrize("fetched", [0, 2, 5])
 def test_a_fetch_that_was_cut_off_is_done_again(tmp_path, url, monkeypatch, fetched):
   """Else a run would begin with a part of the files, and copy that."""
-  _copy(_write(tmp_path / "run", RUN), url)
+  _copy(file_trees.write(tmp_path / "run", RUN), url)
   bars = iter([None] * fetched)
 
   def stop(*args):
