@@ -23,7 +23,9 @@ from raft_jax.runtime import distributed
 from raft_jax.storage import journal, question_files
 from raft_jax.training import (
   checkpoint,
+  loop,
   output_lock,
+  programs,
   run_inputs,
   step_memory,
   step_schedule,
@@ -416,6 +418,14 @@ def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, la
   _, settings = short_run.make_config(output, source, law)
   with pytest.raises(errors.UserError, match="with another tokenizer or chat template"):
     train.fit(settings)
+
+
+def test_rollouts_from_bad_logits_stop_the_run_and_are_named():
+  rows, ended_B = np.array([3, 8, 9]), np.ones(3, bool)
+  status = programs.RolloutStatus(ended_B, np.array([False, True, False]))
+  with pytest.raises(errors.UserError, match=r"step 5: rollouts of rows 3, 9: .*saved"):
+    loop.check_rollouts(status, rows, 4)
+  loop.check_rollouts(programs.RolloutStatus(ended_B, ended_B), rows, 4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(tmp_path, source, law):

@@ -71,6 +71,7 @@ def generate(
       [prompts[i] for i in batch],
       batch_size=min(model.settings.batch_size, len(prompts)),
       max_new_tokens=max_new_tokens,
+      name=scoring.bar_title(model, name) or name,
     ),
     batch_size=model.settings.batch_size,
     title=scoring.bar_title(model, name),
@@ -93,8 +94,13 @@ def _sample(
   *,
   batch_size: int,
   max_new_tokens: int,
+  name: str,
 ) -> list[dict[str, Any]]:
-  """Text, ids and end of each reply of the built-in sampler."""
+  """Text, ids and end of each reply of the built-in sampler.
+
+  Raises:
+    UserError: the model's logits are not finite.
+  """
   prompt_BP, prompt_length_B = scoring.pad(
     prompts,
     count=batch_size,
@@ -117,7 +123,9 @@ def _sample(
     dtype=model.settings.dtype,
     unroll=model.settings.rollout_unroll,
   )
-  tokens_BR, length_B, ended_B = (np.asarray(leaf) for leaf in rollout[:3])
+  tokens_BR, length_B, ended_B, finite_B = (np.asarray(leaf) for leaf in rollout[:4])
+  if not finite_B.all():
+    raise errors.UserError(f"{name}: {sampling.NOT_FINITE}")
   rows = [tokens_BR[i, : length_B[i]].tolist() for i in range(len(prompts))]
   return [
     {"text": thinking.decode(model.tokenizer, ids), "ids": ids, "ended": bool(ended)}

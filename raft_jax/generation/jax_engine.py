@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from raft_jax import errors
 from raft_jax.generation import engines, thinking
 from raft_jax.hf import chat
 from raft_jax.hf import load as hf_load
@@ -67,9 +68,11 @@ class _JaxEngine:
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
     return len(chat.prompt_ids(self._tokenizer, messages))
 
-  def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
+  def generate(
+    self, requests: Sequence[engines.Request]
+  ) -> list[engines.Completion | errors.UserError]:
     prompts = engines.encode_prompts(self._tokenizer, requests, self.prompt_limit)
-    completions: dict[int, engines.Completion] = {}
+    completions: dict[int, engines.Completion | errors.UserError] = {}
     for rows in _groups(requests, prompts, self.batch_size):
       finished = self._sample([requests[i] for i in rows], [prompts[i] for i in rows])
       completions |= zip(rows, finished, strict=True)
@@ -77,7 +80,7 @@ class _JaxEngine:
 
   def _sample(
     self, requests: Sequence[engines.Request], prompts: Sequence[list[int]]
-  ) -> list[engines.Completion]:
+  ) -> list[engines.Completion | errors.UserError]:
     """Samples requests that have the same width and settings, in one batch."""
     import jax
 
@@ -110,10 +113,15 @@ class _JaxEngine:
       dtype=self.dtype,
       unroll=sampling_lib.unrolled(None, 1, jax.default_backend()),
     )
-    tokens_BR, length_B, ended_B = map(np.asarray, rollout[:3])
+    tokens_BR, length_B, ended_B, finite_B = map(np.asarray, rollout[:4])
     marks = thinking.own(tokenizer.hf_tokenizer.chat_template)
-    completions = []
+    completions: list[engines.Completion | errors.UserError] = []
     for i, prompt in enumerate(prompts):
+      if not finite_B[i]:
+        completions.append(
+          errors.UserError(f"{self.source} ({self.dtype}): {sampling_lib.NOT_FINITE}")
+        )
+        continue
       text_ids = tokens_BR[i, : length_B[i] - ended_B[i]].tolist()
       completion = engines.Completion(
         text=thinking.decode(tokenizer, text_ids),

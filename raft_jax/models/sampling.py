@@ -24,6 +24,12 @@ Forward = Callable[..., tuple[Array, kv_cache.Cache | None]]
 Head = Callable[[Array], Array]
 """Hidden states [B, D] to logits [B, V]."""
 
+NOT_FINITE = (
+  "the model's logits are not finite while it writes: its weights are damaged, its "
+  "training diverged, or they are too large for bfloat16; use other weights or float32"
+)
+"""What to tell the user of rows that are not `Rollout.finite_B`."""
+
 
 class SamplerStats(NamedTuple):
   """The sampler's distribution at each token, before top-p and temperature.
@@ -44,6 +50,8 @@ class Rollout(NamedTuple):
     tokens_BR: int32; the pad id after a row's end.
     length_B: int32, number of tokens of each row, with the EOS that ends it.
     ended_B: whether the row sampled an EOS within the limit.
+    finite_B: whether the row's tokens were drawn from finite logits only. Tokens that
+      were drawn from others mean nothing.
     stats: statistics of every token, if `generate` was given `top_tokens`; zeros after
       the last token that was sampled.
   """
@@ -51,6 +59,7 @@ class Rollout(NamedTuple):
   tokens_BR: Array
   length_B: Array
   ended_B: Array
+  finite_B: Array
   stats: SamplerStats | None = None
 
 
@@ -71,6 +80,7 @@ class DecodeState(NamedTuple):
     logits_BV: float32, for the next token.
     tokens_BR: int32, the tokens sampled so far.
     done_B: whether the row has sampled an EOS.
+    finite_B: whether all logits were finite that the row's tokens were drawn from.
     cache: keys and values; never None here, but `forward` also runs without a cache.
     stats: statistics so far, as in `Rollout`.
   """
@@ -79,6 +89,7 @@ class DecodeState(NamedTuple):
   logits_BV: Array
   tokens_BR: Array
   done_B: Array
+  finite_B: Array
   cache: kv_cache.Cache | None
   stats: SamplerStats | None
 
@@ -128,6 +139,14 @@ def choose(logits_BV: Array, keys_B: Array, temperature: float, top_p: float) ->
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
+def are_finite(logits_BV: Array) -> Array:
+  """Whether a token can be drawn from each row: bool [B].
+
+  The largest logit says it: it is NaN if any is. A row of -inf alone gives token 0.
+  """
+  return jnp.isfinite(jnp.max(logits_BV, axis=-1))
+
+
 def record_stats(
   stats: SamplerStats | None, logits_BV: Array, token_B: Array, column: Array
 ) -> SamplerStats | None:
@@ -162,6 +181,7 @@ def decide(
       state.tokens_BR, token_B, state.decided, axis=1
     ),
     done_B=state.done_B | ended_B,
+    finite_B=state.finite_B & (are_finite(state.logits_BV) | state.done_B),
     stats=record_stats(state.stats, state.logits_BV, token_B, state.decided),
   )
 
@@ -173,7 +193,9 @@ def finish(state: DecodeState, rule: TokenRule) -> Rollout:
   tokens_BR = jnp.where(written_BR, state.tokens_BR, rule.pad_id)
   is_eos_BR = jnp.isin(tokens_BR, jnp.array(rule.eos_ids)) & written_BR
   length_B = jnp.where(state.done_B, jnp.argmax(is_eos_BR, axis=1) + 1, limit)
-  return Rollout(tokens_BR, length_B.astype(jnp.int32), state.done_B, state.stats)
+  return Rollout(
+    tokens_BR, length_B.astype(jnp.int32), state.done_B, state.finite_B, state.stats
+  )
 
 
 def unrolled(unroll: int | None, default: int, platform: str) -> int:
@@ -227,6 +249,7 @@ def prefill(
     logits_BV=head(last_BD),
     tokens_BR=jnp.full((batch, new_tokens), pad_id, jnp.int32),
     done_B=jnp.zeros(batch, bool),
+    finite_B=jnp.ones(batch, bool),
     cache=cache,
     stats=stats if top_tokens else None,
   )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raft_jax import vocab_head
+from raft_jax import errors, vocab_head
 from raft_jax.models import kv_cache, param_sharding, sampling, transformer
 
 PIECE = 64
@@ -101,6 +101,9 @@ def stream(
   end token, unless the limit came first. The caller may stop after any of them: memory
   then holds what was read.
 
+  Raises:
+    errors.UserError: the logits are not finite, so that no token can be drawn.
+
   Args:
     memory: of the conversation so far; what the prompt shares with it is not read.
   """
@@ -163,7 +166,7 @@ def _read(
   """Reads tokens into memory; the token drawn after the last of them."""
   tokens_1T = np.zeros((1, 1 if len(tokens) == 1 else PIECE), np.int32)
   tokens_1T[0, : len(tokens)] = tokens
-  token_1, cache = read_and_draw(
+  token_1, finite_1, cache = read_and_draw(
     network.weights,
     network.config,
     memory.cache,
@@ -179,6 +182,8 @@ def _read(
   )
   memory.cache = cache
   memory.ids.extend(tokens)
+  if not finite_1[0]:
+    raise errors.UserError(sampling.NOT_FINITE)
   return int(token_1[0])
 
 
@@ -201,8 +206,10 @@ def read_and_draw(
   temperature: float,
   top_p: float,
   compute: transformer.Compute,
-) -> tuple[Array, kv_cache.Cache]:
+) -> tuple[Array, Array, kv_cache.Cache]:
   """The token after the first `count` of `tokens_1T`, int32 [1], and the cache.
+
+  Between them: whether the logits were finite that the token was drawn from.
 
   Args:
     weights: from `network`.
@@ -234,4 +241,5 @@ def read_and_draw(
   )
   keys_1 = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_1, decided)
   assert new_cache is not None
-  return sampling.choose(logits_1V, keys_1, temperature, top_p), new_cache
+  token_1 = sampling.choose(logits_1V, keys_1, temperature, top_p)
+  return token_1, sampling.are_finite(logits_1V), new_cache

@@ -20,7 +20,7 @@ from raft_jax.baselines import mssr, sdpo
 from raft_jax.data import batching
 from raft_jax.distillation import objective
 from raft_jax.hf import chat
-from raft_jax.models import sharding, transformer
+from raft_jax.models import sampling, sharding, transformer
 from raft_jax.runtime import distributed, interrupts
 from raft_jax.training import (
   initial_state,
@@ -136,15 +136,15 @@ def read_metrics(
   """Waits for a step and returns its metrics; updates the memory of the replay.
 
   Raises:
-    errors.UserError: a loss or the gradient is not finite.
+    errors.UserError: a loss, the gradient or a rollout's logits are not finite.
   """
   # In one call: with several processes each fetch is a program of its own.
-  metrics, batch, trajectory, ended_B = distributed.to_host(
+  metrics, batch, trajectory, status = distributed.to_host(
     (
       dispatched.metrics,
       dispatched.batch,
       dispatched.trajectory,
-      dispatched.ended_B,
+      dispatched.status,
     )
   )
   row_losses_B = metrics.pop(objective.ROW_LOSSES, None)
@@ -161,15 +161,16 @@ def read_metrics(
     tokens["rollout"] = length_B.sum()
     tokens["teacher"] = batch.teacher_length_B.sum() + length_B.sum()
     tokens["update"] += length_B.sum()
-  if ended_B is not None:
-    values["rollout_ended"] = float(np.mean(ended_B))
+  if status is not None:
+    check_rollouts(status, batch.row_id_B, dispatched.step)
+    values["rollout_ended"] = float(np.mean(status.ended_B))
   for phase, seconds in dispatched.seconds.items():
     values[f"{phase}_seconds"] = seconds
     values[f"{phase}_tokens_per_s"] = float(tokens[phase] / seconds)
   if replayer is not None:
     values |= replayer.observe(dispatched.step, row_losses_B)
   values["step_seconds"] = stopwatch.lap()
-  if ended_B is not None:
+  if status is not None:
     tokens["rollout"] += batch.prompt_length_B.sum()
   values |= throughput.of_step(plan.meter, tokens, values["step_seconds"])
   values["learning_rate"] = float(plan.rates[dispatched.step])
@@ -185,3 +186,15 @@ def check_finite(values: dict[str, float], step: int) -> None:
         "again in another `output` with a lower train.learning_rate, or with "
         "model.dtype=float32"
       )
+
+
+def check_rollouts(
+  status: programs_lib.RolloutStatus, row_id_B: np.ndarray, step: int
+) -> None:
+  """Raises UserError naming the rows whose rollouts were drawn from bad logits."""
+  if not np.all(status.finite_B):
+    rows = ", ".join(map(str, row_id_B[~np.asarray(status.finite_B)]))
+    raise errors.UserError(
+      f"step {step + 1}: rollouts of rows {rows}: {sampling.NOT_FINITE}; this step was "
+      "not saved"
+    )

@@ -28,13 +28,20 @@ from raft_jax.training import optim
 # --- One step -------------------------------------------------------------------------
 
 
+class RolloutStatus(NamedTuple):
+  """How each rollout of a step went; see `sampling.Rollout`."""
+
+  ended_B: jax.Array
+  finite_B: jax.Array
+
+
 class Programs(NamedTuple):
   """The compiled parts of a step; all but `update` are None if nothing is distilled.
 
   Attributes:
     update: see `distillation.step.update`.
-    roll_out: (trained tree, frozen tree, batch, step) -> the trajectory, and whether
-      each rollout ended by itself (None if the trajectory is the answers).
+    roll_out: (trained tree, frozen tree, batch, step) -> the trajectory, and how each
+      rollout went (None if the trajectory is the answers).
     score_teacher: see `objective.score_teacher`.
     teacher_params: (frozen teacher or None, state, frozen tree) -> the teacher's
       parameters.
@@ -42,7 +49,9 @@ class Programs(NamedTuple):
   """
 
   update: Callable[..., tuple[step_lib.TrainState, dict[str, jax.Array]]]
-  roll_out: Callable[..., tuple[sequences.Trajectory, jax.Array | None]] | None = None
+  roll_out: Callable[..., tuple[sequences.Trajectory, RolloutStatus | None]] | None = (
+    None
+  )
   score_teacher: Callable[..., objective.Support] | None = None
   teacher_params: Callable[..., transformer.Params] | None = None
   rollout_mesh: Mesh | None = None
@@ -55,7 +64,7 @@ class Dispatched(NamedTuple):
     step: its number, from 0.
     metrics: scalars to log, and the rows' losses if they are wanted.
     trajectory: None if nothing was distilled.
-    ended_B: whether each rollout ended by itself, if there were rollouts.
+    status: how each rollout went, if there were rollouts.
     seconds: of each phase, if the step was timed.
   """
 
@@ -63,7 +72,7 @@ class Dispatched(NamedTuple):
   metrics: dict[str, Any]
   batch: batching.Batch
   trajectory: sequences.Trajectory | None
-  ended_B: jax.Array | None
+  status: RolloutStatus | None
   seconds: dict[str, float]
 
 
@@ -126,7 +135,7 @@ def run_step(
   with contextlib.ExitStack() as stack:
     if programs.rollout_mesh is not None:
       stack.enter_context(jax.set_mesh(programs.rollout_mesh))
-    rollout, ended_B = programs.roll_out(state.params, reference.frozen, batch, step)
+    rollout, status = programs.roll_out(state.params, reference.frozen, batch, step)
   clock.lap("rollout", rollout)
   interrupts.check()
 
@@ -152,7 +161,7 @@ def run_step(
     metrics={**metrics, **context_metrics},
     batch=batch,
     trajectory=rollout._replace(sampler_stats=None),
-    ended_B=ended_B,
+    status=status,
     seconds=clock.seconds,
   )
 
@@ -197,7 +206,7 @@ def roll_out(
   *,
   settings: objective.Settings,
   rollouts: Rollouts,
-) -> tuple[sequences.Trajectory, jax.Array | None]:
+) -> tuple[sequences.Trajectory, RolloutStatus | None]:
   """The trajectory of a step; see `Programs.roll_out`."""
   if not rolls_out(rollouts.share, seed=rollouts.seed, step=step):
     return sequences.Trajectory(batch.answer_BA, batch.answer_length_B), None
@@ -219,7 +228,7 @@ def roll_out(
     top_tokens=settings.sampler_top_k,
   )
   trajectory = sequences.Trajectory(rollout.tokens_BR, rollout.length_B, rollout.stats)
-  return trajectory, rollout.ended_B
+  return trajectory, RolloutStatus(rollout.ended_B, rollout.finite_B)
 
 
 TEACHERS: dict[str, Callable[..., transformer.Params]] = {

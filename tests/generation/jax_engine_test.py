@@ -135,3 +135,12 @@ def test_bucket_is_a_close_upper_bound_with_four_widths_a_doubling():
   ]
   assert jax_engine.padded_width(1) == jax_engine.padded_width(64) == 64
   assert jax_engine.padded_width(65) == 128
+
+
+def test_logits_that_are_not_finite_are_an_error_of_the_row(tmp_path, smollm):
+  source = str(tiny_run.save_overflowing_model(tmp_path / "model", smollm))
+  engine = jax_engine.load(source, dtype="float32", batch_size=2)
+  request = engines.Request((records.Message("user", "Hello"),), 4, 1.0, 1.0, 1)
+  (reply,) = engine.generate([request])
+  assert isinstance(reply, errors.UserError)
+  assert f"{source} (float32): the model's logits are not finite" in str(reply)

@@ -43,6 +43,16 @@ def save_model(
   return folder
 
 
+def save_overflowing_model(folder: pathlib.Path, smollm: str) -> pathlib.Path:
+  """A model whose weights are finite, and whose logits are not."""
+  save_model(folder, smollm)
+  network = transformers.LlamaForCausalLM.from_pretrained(folder)
+  with torch.no_grad():
+    network.model.norm.weight.fill_(3e38)
+  network.save_pretrained(folder)
+  return folder
+
+
 def save_checkpoint(
   output: pathlib.Path, source: str, *, step: int, scale: float, of: str | None = None
 ):

@@ -165,3 +165,19 @@ def test_zero_and_full_limits_agree_on_a_prefix(params):
   long = generate(params, PROMPTS, max_new_tokens=12)
   for a, b in zip(texts(short), texts(long)):
     assert a == b[:4]
+
+
+def test_rows_are_finite_while_they_read_what_is(params):
+  base = dict(params, head=params["embed"])
+  spoiled = base | {"embed": params["embed"].at[jnp.array([7, *EOS])].set(jnp.nan)}
+  options = {"temperature": 0.0, "max_new_tokens": 40}
+  prompts = [[i] for i in range(12, 44)]
+  good = generate(base, prompts, **options)
+  got = generate(spoiled, [*prompts, [7]], **options)
+  drew_7 = np.array([7 in row[:-1] for row in texts(good)])
+  assert np.array(good.finite_B).all()
+  # A row that has ended reads its own EOS, and what it then says is not used.
+  assert np.array(good.ended_B).any()
+  assert np.array(got.finite_B).tolist() == [*~drew_7, False]
+  for row, expected, spoilt in zip(texts(got), texts(good), drew_7):
+    assert spoilt or row == expected

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from raft_jax import errors
 from raft_jax.models import sampling, streaming, transformer
 from tests.helpers import tiny_decoder
 
@@ -121,3 +122,10 @@ def test_programs_are_compiled_once_for_each_length_of_the_cache(params):
   other = streaming.network(restored, CONFIG, transformer.FLOAT32)
   drawn(other, streaming.Memory(), words(40), drawing())
   assert streaming.read_and_draw._cache_size() == 4
+
+
+def test_logits_that_are_not_finite_are_an_error(params):
+  spoiled = params | {"final_norm": params["final_norm"].at[0].set(jnp.inf)}
+  network = streaming.network(spoiled, CONFIG, transformer.Compute())
+  with pytest.raises(errors.UserError, match="logits are not finite"):
+    drawn(network, streaming.Memory(), words(3), drawing())
