@@ -111,7 +111,9 @@ def save(
   family = decoder_config.find_family(fields, source)
   leaves = traverse_util.flatten_dict(params, sep="/")
   plan = _plan_files(path, family, config, leaves, dtype, max_shard_bytes)
-  with export_folder.replacing(target, plan.size) as temporary:
+  with export_folder.replacing(
+    target, plan.size, overwrite=overwrite, ours=_wrote_model
+  ) as temporary:
     _write_weights(temporary, leaves, plan)
     exported = wrappers.exported_fields(
       fields, family, dtype=dtype, tied=config.tie_embeddings
@@ -166,7 +168,9 @@ def save_adapter(
   adapter_config = peft_adapter.config(family, tuple(adapters), rank=rank, alpha=alpha)
   adapter_config["base_model_name_or_path"] = base_name
   need = sum(tensor.nbytes for tensor in tensors.values())
-  with export_folder.replacing(target, need) as temporary:
+  with export_folder.replacing(
+    target, need, overwrite=overwrite, ours=_wrote_adapter
+  ) as temporary:
     _write_tensors(temporary / ADAPTER_FILE, tensors)
     _write_json(temporary / "adapter_config.json", adapter_config)
     if template is not None:
