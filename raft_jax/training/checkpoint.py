@@ -68,9 +68,18 @@ def manager(
     output: the run's folder.
     keep: how many of the latest checkpoints are kept; None keeps all until `drop`.
     name: of the folder of checkpoints in the run's folder.
+
+  Raises:
+    errors.UserError: a step is a symbolic link, which Orbax could not delete later.
   """
   _hush()
   folder = pathlib.Path(output).resolve() / name
+  for step in folder.glob("[0-9]*"):
+    if step.is_symlink():
+      raise errors.UserError(
+        f"{step}: is a symbolic link; move the checkpoint itself there, delete the "
+        "link, or choose another output"
+      )
   policies = ocp.checkpoint_managers
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policies.LatestN(keep),
