@@ -16,6 +16,7 @@ import pathlib
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -228,6 +229,11 @@ def _user_fault(error: BaseException) -> str | None:
     return f"{place}: {error.strerror}; check the path, its rights and the free space"
   if type(error) is RuntimeError and "Unable to initialize backend" in str(error):
     return f"{str(error).splitlines()[0][:300]}; correct or unset JAX_PLATFORMS"
+  if isinstance(error, AssertionError) and _raised_in(error, "xla_bridge.py"):
+    return (
+      f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}; install "
+      "JAX for these devices and check their driver, or unset JAX_PLATFORMS"
+    )
   if isinstance(error, OSError) and error.errno in FULL:
     return f"{os.strerror(error.errno)}: make room, then run the same command again"
   # By name, because a stage without jax must not import it for this.
@@ -239,6 +245,11 @@ def _user_fault(error: BaseException) -> str | None:
       "raft_jax.plan` says beforehand what a run needs"
     )
   return None
+
+
+def _raised_in(error: BaseException, file: str) -> bool:
+  frames = traceback.extract_tb(error.__traceback__)
+  return bool(frames) and pathlib.Path(frames[-1].filename).name == file
 
 
 # --- The reference --------------------------------------------------------------------

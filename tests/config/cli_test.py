@@ -286,6 +286,24 @@ def test_full_memory_says_which_keys_to_turn(tmp_path):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense"])
+def test_an_accelerator_that_is_demanded_and_missing_is_one_line(tmp_path, platform):
+  code = STAGE.replace("    work()", "    __import__('jax').devices()")
+  command = [sys.executable, "-c", code, "--config", least_file(tmp_path)]
+  done = subprocess.run(
+    [*command, "output=slow"],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": platform},
+    check=False,
+  )
+  assert done.returncode == 2, done.stderr
+  line = done.stderr.splitlines()[-1]
+  assert line.startswith("error: ")
+  assert "unset JAX_PLATFORMS" in line
+  assert platform in line
+
+
 def test_print_config_shows_every_value_and_stops(tmp_path):
   path = least_file(tmp_path)
   done = stage("--config", path, "--print-config", "train.seed=3")
