@@ -230,9 +230,10 @@ def _user_fault(error: BaseException) -> str | None:
   if type(error) is RuntimeError and "Unable to initialize backend" in str(error):
     return f"{str(error).splitlines()[0][:300]}; correct or unset JAX_PLATFORMS"
   if isinstance(error, AssertionError) and _raised_in(error, "xla_bridge.py"):
+    wanted = os.environ.get("JAX_PLATFORMS")
     return (
-      f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}; install "
-      "JAX for these devices and check their driver, or unset JAX_PLATFORMS"
+      f"JAX_PLATFORMS={wanted}: JAX finds no such device; install JAX for it and check "
+      "its driver, or unset JAX_PLATFORMS"
     )
   if isinstance(error, OSError) and error.errno in FULL:
     return f"{os.strerror(error.errno)}: make room, then run the same command again"

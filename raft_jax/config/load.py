@@ -309,6 +309,21 @@ def diff(
   return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def changes(
+  recorded: dict[str, Any], config: schema.Config
+) -> dict[str, tuple[Any, Any]]:
+  """As `diff`, for a recorded config that may be older than some of the keys.
+
+  A key that it does not have was at its present default then.
+  """
+  given = flat(non_defaults(config))
+  return {
+    key: (old, new)
+    for key, (old, new) in diff(recorded, config).items()
+    if old != ABSENT or key in given
+  }
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
   """Dotted key -> value of every leaf of a tree."""
   if isinstance(tree, (dict, list)) and tree:

@@ -54,20 +54,17 @@ def check_lock(config: schema.Config, stage: str, keys: Sequence[str]) -> None:
     ) from e
   changes = {
     key: pair
-    for key, pair in config_load.diff(locked, config).items()
+    for key, pair in config_load.changes(locked, config).items()
     if config_load.matches(key, keys)
   }
-  # A key that is younger than the folder had its present default there.
-  given = config_load.flat(config_load.non_defaults(config))
   _refuse_changes(
     output,
     stage,
     {
       key: (old, new)
       for key, (old, new) in changes.items()
-      if not (old == config_load.ABSENT and key not in given)
       # Checkpoints and manifests compare the commits themselves.
-      and hub_datasets.without_revision(str(old))
+      if hub_datasets.without_revision(str(old))
       != hub_datasets.without_revision(str(new))
     },
   )

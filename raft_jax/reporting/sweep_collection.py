@@ -74,17 +74,19 @@ def measured(folder: pathlib.Path) -> dict[str, Any]:
 def mark_finished(run: sweep_runs.PlannedRun, stages: Sequence[str]) -> None:
   """Records that all stages of a run are done."""
   with atomic.replacing(pathlib.Path(run.config.output) / FINISHED) as path:
-    path.write_text(json.dumps(_mark(run, stages)))
+    mark = {"config": run.config.model_dump(mode="json"), "stages": list(stages)}
+    path.write_text(json.dumps(mark))
 
 
 def is_finished(run: sweep_runs.PlannedRun, stages: Sequence[str]) -> bool:
   """Whether a run finished with the same config and stages."""
   path = pathlib.Path(run.config.output) / FINISHED
-  return path.exists() and json.loads(path.read_text()) == _mark(run, stages)
-
-
-def _mark(run: sweep_runs.PlannedRun, stages: Sequence[str]) -> dict[str, Any]:
-  return {"config": config_load.digest(run.config), "stages": list(stages)}
+  if not path.exists():
+    return False
+  mark = json.loads(path.read_text())
+  return mark["stages"] == list(stages) and not config_load.changes(
+    mark["config"], run.config
+  )
 
 
 def add_cost(folder: pathlib.Path, host_peak_bytes: int) -> None:

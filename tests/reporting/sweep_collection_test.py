@@ -4,7 +4,32 @@ import json
 
 import pytest
 
+from raft_jax.config import sweep_runs
 from raft_jax.reporting import sweep_collection
+from tests.helpers import least_config
+
+
+def test_a_finished_run_is_not_repeated_after_an_upgrade_of_raft_jax(tmp_path):
+  config = least_config.least(tmp_path, f"output={tmp_path}")
+  run = sweep_runs.PlannedRun("a", "a", {}, config)
+  stages = ["train", "evaluate"]
+  assert not sweep_collection.is_finished(run, stages)
+  sweep_collection.mark_finished(run, stages)
+  assert sweep_collection.is_finished(run, stages)
+  assert not sweep_collection.is_finished(run, stages[:1])
+
+  def with_rate(rate):
+    train = config.train.model_copy(update={"learning_rate": rate})
+    return run._replace(config=config.model_copy(update={"train": train}))
+
+  assert not sweep_collection.is_finished(with_rate(1e-3), stages)
+  # The version that finished the run did not have these keys yet.
+  path = tmp_path / sweep_collection.FINISHED
+  mark = json.loads(path.read_text())
+  del mark["config"]["mirror"], mark["config"]["train"]["learning_rate"]
+  path.write_text(json.dumps(mark))
+  assert sweep_collection.is_finished(run, stages)
+  assert not sweep_collection.is_finished(with_rate(1e-3), stages)
 
 
 def test_what_the_log_of_a_run_has_for_a_comparison(tmp_path):
