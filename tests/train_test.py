@@ -1,10 +1,12 @@
 """The loop on a tiny model with a real tokenizer: resuming, stopping, bad input."""
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -16,21 +18,23 @@ import pytest
 from raft_jax import errors, train
 from raft_jax.config import run_lock
 from raft_jax.curation import refined_folder
+from raft_jax.data import packing
 from raft_jax.generation import engines
 from raft_jax.hf import load as hf_load
-from raft_jax.models import transformer
+from raft_jax.models import rotary, transformer
 from raft_jax.runtime import distributed
 from raft_jax.storage import journal, question_files
 from raft_jax.training import (
   checkpoint,
   loop,
   output_lock,
+  packed_batches,
   programs,
   run_inputs,
   step_memory,
   step_schedule,
 )
-from tests.helpers import short_run, tiny_run
+from tests.helpers import short_run, tiny_decoder, tiny_run
 
 
 def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
@@ -418,6 +422,53 @@ def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, la
   _, settings = short_run.make_config(output, source, law)
   with pytest.raises(errors.UserError, match="with another tokenizer or chat template"):
     train.fit(settings)
+
+
+@pytest.mark.parametrize("method", ["sft", "gkd"])
+def test_a_packed_run_is_the_run(tmp_path, source, law, method, monkeypatch):
+  """Step by step, whether the trajectories are rollouts or answers; and resumed."""
+  logged, lanes = {}, []
+  lay = packing.pack
+
+  def counted(length_BS, widths, room, groups):
+    plain = len(length_BS) * sum(widths)
+    lanes.append(groups.total * room.lanes * room.width / plain)
+    return lay(length_BS, widths, room, groups)
+
+  monkeypatch.setattr(packing, "pack", counted)
+  for name in ("padded", "packed"):
+    _, settings = short_run.make_config(
+      *(tmp_path / name, source, law, f"method={method}", "train.batch_size=8"),
+      *("train.micro_batches=2", "data.buckets=1"),
+      f"train.packing={str(name == 'packed').lower()}",
+    )
+    train.fit(settings)
+    logged[name] = short_run.rows(tmp_path / name)
+    assert bool(lanes) == (name == "packed")
+  assert max(lanes) < 0.8
+  for (step, ours), (_, theirs) in zip(logged["packed"], logged["padded"], strict=True):
+    for name, value in theirs.items():
+      if value is None or name == "grad_cosine":  # at first of a gradient that is noise
+        continue
+      assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-6), (step, name)
+  logged = short_run.rows(tmp_path / "packed")
+  shutil.rmtree(tmp_path / f"packed/checkpoints/{short_run.STEPS}")
+  train.fit(settings)
+  assert short_run.rows(tmp_path / "packed") == logged
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"delta": object()}, "layers that carry a state"),
+    ({"ropes": (rotary.Rope(1e4, long_divisors=(1.0,)),)}, "depend on the length"),
+  ],
+)
+def test_networks_that_cannot_be_packed_are_refused(change, says):
+  decoder = dataclasses.replace(tiny_decoder.CONFIG, **change)
+  with pytest.raises(errors.UserError, match=f"train.packing: a/model .*{says}"):
+    packed_batches.check("a/model", decoder)
+  packed_batches.check("a/model", tiny_decoder.CONFIG)
 
 
 def test_rollouts_from_bad_logits_stop_the_run_and_are_named():

@@ -20,6 +20,9 @@ class Train(Section):
   """Questions per step, over all devices [P]."""
   micro_batches: Positive = 1
   """Split the batch; the result equals the unsplit step."""
+  packing: bool = False
+  """Compute several rows of a batch in one sequence, so that less padding is computed;
+  the result equals the unpacked step."""
   learning_rate: Annotated[float, pydantic.Field(ge=0.0)] = 5e-6
   """Peak learning rate, between the linear warm-up and the cosine decay to 0 [R]."""
   weight_decay: Annotated[float, pydantic.Field(ge=0.0)] = 0.01

@@ -24,6 +24,24 @@ READ_THREADS = 2  # collating is cheap; more threads would only contend for the 
 PREFETCH = 8
 
 
+class Packing(NamedTuple):
+  """Where the tokens of rows are computed; int32 arrays, made by `packing`.
+
+  A group has N lanes of L columns. Places are counted within a group: tokens of rows
+  through its rows of T columns, places in lanes through its lanes.
+
+  Attributes:
+    token_GNL: the token at each place of the lanes; -1: padding.
+    place_BT: the place of each token; 0 for padding.
+    answer_GK: the tokens of the answers, counted through the group's answers, for the
+      head; -1: none. None if the head does not read answers.
+  """
+
+  token_GNL: Array
+  place_BT: Array
+  answer_GK: Array | None = None
+
+
 class Batch(NamedTuple):
   """int32 arrays, right-padded with the pad id; lengths count the real tokens.
 
@@ -32,6 +50,8 @@ class Batch(NamedTuple):
   Attributes:
     token_weight_BA: float32, the weight of each answer token in the cross-entropy, if
       it is known before training; see `with_token_weights`.
+    packing: where the student computes the rows; None: each by itself.
+    teacher_packing: the same of the teacher.
   """
 
   prompt_BP: Array
@@ -42,6 +62,8 @@ class Batch(NamedTuple):
   teacher_length_B: Array
   row_id_B: Array
   token_weight_BA: Array | None = None
+  packing: Packing | None = None
+  teacher_packing: Packing | None = None
 
 
 def widths(

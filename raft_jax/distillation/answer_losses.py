@@ -44,6 +44,9 @@ def with_weights(
 ) -> tuple[Array, Array | None]:
   """The loss of every answer token, and its weight beside that of the mean.
 
+  With a packing of the batch, the head reads the answers' tokens alone, and both are 0
+  at padding.
+
   Args:
     hidden_BAD: the student's hidden states that predict the answers.
     embedding_VD: the student's output embedding.
@@ -56,21 +59,31 @@ def with_weights(
   Returns:
     Nats [B, A], and weights [B, A], or None if all are 1.
   """
+  hidden, tokens = hidden_BAD, batch.answer_BA
+  index_GK = None if batch.packing is None else batch.packing.answer_GK
+  if index_GK is not None:
+    hidden, tokens = (sequences.pick(x, index_GK) for x in (hidden, tokens))
+
+  def in_rows(x: Array) -> Array:
+    if index_GK is None:
+      return x
+    return sequences.put_back(x, index_GK, batch.answer_BA.shape)
+
   if rule is not None and rule.name == "eaft":
-    nll_BA, top_BAK = vocab_head.cross_entropy_with_top_k(
-      hidden_BAD,
+    nll, top_logits = vocab_head.cross_entropy_with_top_k(
+      hidden,
       embedding_VD,
-      batch.answer_BA,
+      tokens,
       rule.top_k,
       partition=sharding.spec(("batch", "vocab")),
       softcap=softcap,
     )
-    weight_BA = token_weights.eaft(
-      top_BAK, exponent=rule.exponent, max_entropy=rule.max_entropy
+    weight = token_weights.eaft(
+      top_logits, exponent=rule.exponent, max_entropy=rule.max_entropy
     )
-    return nll_BA, weight_BA
-  nll_BA = vocab_head.cross_entropy(
-    hidden_BAD, embedding_VD, batch.answer_BA, softcap=softcap
+    return in_rows(nll), in_rows(weight)
+  nll_BA = in_rows(
+    vocab_head.cross_entropy(hidden, embedding_VD, tokens, softcap=softcap)
   )
   if rule is None:
     return nll_BA, batch.token_weight_BA

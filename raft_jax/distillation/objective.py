@@ -90,6 +90,7 @@ def score_teacher(
   context_BC: Array,
   context_length_B: Array,
   trajectory: sequences.Trajectory,
+  packing: batching.Packing | None = None,
   *,
   settings: Settings,
 ) -> Support:
@@ -99,7 +100,13 @@ def score_teacher(
   compute = settings.compute._replace(remat=False)
   return teacher_support(
     sequences.teacher_hidden(
-      teacher_params, decoder, context_BC, context_length_B, trajectory, compute
+      teacher_params,
+      decoder,
+      context_BC,
+      context_length_B,
+      trajectory,
+      compute,
+      packing,
     ),
     param_sharding.gathered_head(teacher_params, compute.dtype),
     trajectory,
@@ -255,6 +262,7 @@ def answer_nll(
 ) -> Array:
   """[B, A]: the cross-entropy of every answer token in nats."""
   no_rollout = sequences.empty_trajectory(batch.answer_BA.shape[0])
+  batch = batch._replace(packing=None)  # that of rows with a trajectory
   answer_BAD, _ = sequences.student_hidden(
     params, settings.decoder, batch, no_rollout, settings.compute
   )

@@ -5,20 +5,24 @@ the trajectory cannot attend to the answer, so the prompt is computed once for b
 losses. Layers that keep a state (`gated_delta`) continue the prompt twice, from a copy
 of its state. The teacher reads [its context | trajectory].
 
+Rows are computed one by one, or, with a `Packing`, several in a lane.
+
 Shapes: B rows, P prompt width, A answer width, C teacher context width, R trajectory
-width, T width of a whole row, D model width.
+width, T width of a whole row, D model width; G groups of N lanes of L columns.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from raft_jax.data import batching
-from raft_jax.models import experts, sampling, transformer
+from raft_jax.models import experts, sampling, sharding, transformer
 
 
 class Trajectory(NamedTuple):
@@ -112,22 +116,10 @@ def student_pass(
     ],
     axis=1,
   )
-  segment_T = jnp.repeat(
-    jnp.arange(3),
-    jnp.array([prompt_width, answer_width, steps]),
-    total_repeat_length=tokens_BT.shape[1],
+  rows = Rows(
+    tokens_BT, positions_BT, valid_BT, widths=(prompt_width, answer_width, steps)
   )
-  sees_TT = (segment_T == 0)[None, :] | (segment_T[:, None] == segment_T[None, :])
-  hidden_BTD, _, load = transformer.run(
-    params,
-    decoder,
-    tokens_BT,
-    positions_BT,
-    transformer.causal_mask(valid_BT) & sees_TT,
-    branches=(prompt_width, answer_width, steps),
-    compute=compute,
-    counted_BT=valid_BT if decoder.n_experts else None,
-  )
+  hidden_BTD, load = hidden_of_rows(params, decoder, rows, batch.packing, compute)
   last_B = batch.prompt_length_B - 1
   answer_BAD = predictive_hidden(hidden_BTD, last_B, prompt_width, answer_width)
   rollout_BRD = predictive_hidden(
@@ -143,6 +135,7 @@ def teacher_hidden(
   context_length_B: Array,
   trajectory: Trajectory,
   compute: transformer.Compute,
+  packing: batching.Packing | None = None,
 ) -> Array:
   """Hidden states that predict the trajectory after a context, [B, R, D]."""
   width, steps = context_BC.shape[1], trajectory.tokens_BR.shape[1]
@@ -151,12 +144,98 @@ def teacher_hidden(
     [length_mask(context_length_B, width), length_mask(trajectory.length_B, steps)],
     axis=1,
   )
-  hidden_BTD, _ = transformer.forward(
-    params,
-    decoder,
-    tokens_BT,
-    transformer.positions(valid_BT),
-    transformer.causal_mask(valid_BT),
-    compute=compute,
+  rows = Rows(
+    tokens_BT, transformer.positions(valid_BT), valid_BT, widths=(width + steps,)
+  )
+  hidden_BTD, _ = hidden_of_rows(
+    params, decoder, rows, packing, compute, counts_load=False
   )
   return predictive_hidden(hidden_BTD, context_length_B - 1, width, steps)
+
+
+# --- Rows, and the lanes in which they are computed -----------------------------------
+
+
+class Rows(NamedTuple):
+  """Padded rows of one trunk and what continues it, each without seeing the rest.
+
+  Attributes:
+    valid_BT: the tokens that are no padding.
+    widths: of the trunk and of each part that continues it; together T.
+  """
+
+  tokens_BT: Array
+  positions_BT: Array
+  valid_BT: Array
+  widths: tuple[int, ...]
+
+
+def hidden_of_rows(
+  params: transformer.Params,
+  decoder: transformer.DecoderConfig,
+  rows: Rows,
+  packing: batching.Packing | None,
+  compute: transformer.Compute,
+  *,
+  counts_load: bool = True,
+) -> tuple[Array, experts.Load | None]:
+  """Hidden states of every column [B, T, D], and the load of the experts.
+
+  With a packing, padding has those of any token.
+
+  Args:
+    counts_load: whether the load is wanted; it is None in a dense model, too.
+  """
+  tokens, positions, valid, widths = rows
+  part = jnp.repeat(
+    jnp.arange(len(widths)), jnp.array(widths), total_repeat_length=sum(widths)
+  )[None]
+  if packing is not None:
+    assert packing.place_BT.shape == tokens.shape, "packed for other widths"
+    token_NL = packing.token_GNL.reshape(-1, packing.token_GNL.shape[-1])
+    index_GS = packing.token_GNL.reshape(len(packing.token_GNL), -1)
+    tokens, positions, valid = (
+      pick(x, index_GS).reshape(token_NL.shape) for x in (tokens, positions, valid)
+    )
+    valid &= token_NL >= 0
+    part = part[0, token_NL % sum(widths)]
+  part_q, part_k = part[:, :, None], part[:, None, :]
+  mask = transformer.causal_mask(valid) & ((part_k == 0) | (part_q == part_k))
+  if packing is not None:
+    row_NL = token_NL // sum(widths)
+    mask &= row_NL[:, :, None] == row_NL[:, None, :]
+  hidden, _, load = transformer.run(
+    params,
+    decoder,
+    tokens,
+    positions,
+    mask,
+    branches=widths,
+    compute=compute,
+    counted_BT=valid if counts_load and decoder.n_experts else None,
+  )
+  if packing is not None:
+    hidden = pick(hidden, packing.place_BT.reshape(len(packing.token_GNL), -1))
+  return hidden.reshape(*rows.tokens_BT.shape, -1), load
+
+
+def pick(x: Array, index_GS: Array) -> Array:
+  """Elements of [X, Y, ...] by their index in a group of X / G lines: [G, S, ...].
+
+  An index of -1 gives any element.
+  """
+  flat = x.reshape(len(index_GS), -1, *x.shape[2:])
+  picked = jax.vmap(lambda group, index: group[index])(flat, jnp.maximum(index_GS, 0))
+  return sharding.constrain(picked, "batch", *("width",) * (picked.ndim - 1))
+
+
+def put_back(x_GS: Array, index_GS: Array, shape: tuple[int, int]) -> Array:
+  """The inverse of `pick`: an array of this shape, with 0 where nothing was picked."""
+  size = math.prod(shape) // len(index_GS)
+  places_GS = jnp.where(index_GS < 0, size, index_GS)
+  flat = jax.vmap(
+    lambda values, places: (
+      jnp.zeros(size, values.dtype).at[places].set(values, mode="drop")
+    )
+  )(x_GS, places_GS)
+  return flat.reshape(shape)

@@ -25,6 +25,7 @@ from raft_jax.runtime import distributed, interrupts
 from raft_jax.training import (
   initial_state,
   metrics_log,
+  packed_batches,
   run_inputs,
   run_plan,
   step_schedule,
@@ -56,6 +57,8 @@ def train(
     batch = batch if replayer is None else replayer.mix(step, batch)
     if start.token_weights is not None:
       batch = batching.with_token_weights(batch, start.token_weights)
+    if inputs.packer is not None:
+      batch = packed_batches.packed(inputs.packer, plan, batch, step)
     gradient_stats = step_schedule.takes_gradient_stats(schedule, step)
     compiles = is_new((*padded_widths(batch), gradient_stats), compiled)
     timed = step_schedule.times_phases(schedule, step) and not compiles
@@ -123,7 +126,12 @@ def is_new(program: tuple[int, ...], compiled: set[tuple[int, ...]]) -> bool:
 
 def padded_widths(batch: batching.Batch) -> tuple[int, ...]:
   """The shape of a batch, for which programs compile once."""
-  return batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
+  lanes = [
+    0 if packing is None else packing.token_GNL.shape[1]
+    for packing in (batch.packing, batch.teacher_packing)
+  ]
+  shapes = batch.prompt_BP.shape + batch.answer_BA.shape + batch.teacher_BC.shape
+  return (*shapes, *lanes)
 
 
 def read_metrics(

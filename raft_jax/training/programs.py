@@ -147,11 +147,17 @@ def run_step(
   if programs.teacher_params is not None:
     teacher = programs.teacher_params(teacher, state, reference.frozen)
   support = programs.score_teacher(
-    teacher, batch.teacher_BC, batch.teacher_length_B, compared
+    teacher,
+    batch.teacher_BC,
+    batch.teacher_length_B,
+    compared,
+    batch.teacher_packing,
   )
   clock.lap("teacher", support)
   interrupts.check()
 
+  # It is not split into micro-batches.
+  batch = batch._replace(teacher_packing=None)
   state, metrics = update(
     state, reference.frozen, batch, compared, support, gradient_stats=gradient_stats
   )

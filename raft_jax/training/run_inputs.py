@@ -23,6 +23,7 @@ from raft_jax.storage import rejects
 from raft_jax.training import (
   base_losses,
   importance_batches,
+  packed_batches,
   plan_checks,
   run_identity,
   run_plan,
@@ -48,7 +49,7 @@ IDENTITY_KEYS = (
   *(
     f"train.{key}"
     for key in schema.Train.model_fields
-    if key not in ("checkpoint_every", "keep_checkpoints", "micro_batches")
+    if key not in ("checkpoint_every", "keep_checkpoints", "micro_batches", "packing")
     and not key.startswith("tracker")
   ),
   "data.answers",
@@ -71,8 +72,9 @@ IDENTITY_KEYS = (
 )
 """Keys that decide the result of a run; a resumed run may not change them.
 
-It may change how the result is computed (`model.remat`, `train.micro_batches`): that
-changes rounding alone, and is the remedy if memory was too small.
+It may change how the result is computed (`model.remat`, `train.micro_batches`,
+`train.packing`): that changes rounding alone, and is the remedy if memory was too
+small.
 """
 
 
@@ -85,6 +87,7 @@ class RunInputs(NamedTuple):
     anchor_batches: rows that give the importance of parameters (`anchor`), or None.
     soft_mask_batches: rows that give the importance of units (`soft_mask`), or None.
     replay: the rows of adaptive replay, or None.
+    packer: how batches are packed, or None if they are not.
     base_loss_rows: rows whose losses under the base model weigh their tokens, or None.
     questions_by_row: messages and answer by row id, before rows were copied.
     identity: what the run is, as checkpoints store it.
@@ -95,6 +98,7 @@ class RunInputs(NamedTuple):
   anchor_batches: Any
   soft_mask_batches: Any
   replay: mssr.Plan | None
+  packer: packed_batches.Packer | None
   base_loss_rows: base_losses.Rows | None
   questions_by_row: Mapping[int, token_rows.Conversation]
   identity: dict[str, Any]
@@ -118,6 +122,10 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     thinking=config.data.thinking == "keep",
   )
   decoder, teacher_decoder, tokenizer, mesh = networks
+  if train.packing:
+    packed_batches.check(config.model.source, decoder)
+    if teacher_decoder is not None:
+      packed_batches.check(str(config.distill.source), teacher_decoder)
   layout = plan_checks.batch_layout(
     train.batch_size, config.replay, config.rollout, distils=distils
   )
@@ -154,7 +162,10 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
     eos_ids=tokenizer.eos_ids,
     pad_id=tokenizer.pad_id,
   )
-  inputs = make_inputs(config, tokenizer, examples, dataset, widths, layout.group)
+  packer = packed_batches.make(plan, dataset) if train.packing else None
+  inputs = make_inputs(
+    config, tokenizer, examples, dataset, widths, layout.group, packer
+  )
   if distributed.is_primary():
     run_lock.lock_config(config, "train", IDENTITY_KEYS)
     list_rejects(config.output, examples.rejects)
@@ -176,6 +187,7 @@ def make_inputs(
   dataset: Any,
   widths: Sequence[token_rows.Widths],
   copies: int,
+  packer: packed_batches.Packer | None,
 ) -> RunInputs:
   """What was read for a run, with the batches that probe the base model.
 
@@ -207,6 +219,7 @@ def make_inputs(
       pad_id=pad_id,
       widths=widths,
     ),
+    packer=packer,
     base_loss_rows=base_loss_rows,
     questions_by_row=examples.questions_by_row,
     identity={

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from raft_jax import balance
-from raft_jax.data import batching
+from raft_jax.data import batching, packing
 from raft_jax.distillation import objective, step
 from raft_jax.models import (
   hybrid,
@@ -60,9 +60,11 @@ MESHES = {
   "fsdp, rollouts over 4": ((1, 8, 1), 1),
   "fsdp, rollouts over 8, layers apart": ((1, 8, 1), 1),
   "all, rollouts over 4, layers apart": ((2, 2, 2), 1),
+  "packed": ((2, 1, 4), 1),
+  "packed, batch in two parts": ((2, 1, 4), 2),
 }
 """Name: sizes of the axes, micro-batches. Layers apart: rollouts as on GPUs. Rollouts
-over n: `rollout.tensor`."""
+over n: `rollout.tensor`. Packed: `train.packing`."""
 ADAPTER_MESHES = {
   ONE_ADAPTERS: ((1, 1, 1), 1),
   ADAPTERS: ((2, 2, 2), 1),
@@ -140,6 +142,27 @@ def make_batch(seed: int) -> batching.Batch:
   return batching.Batch(*segments, np.arange(ROWS, dtype=np.int32))
 
 
+def packed(batch: batching.Batch, groups: packing.Groups) -> batching.Batch:
+  """The batch with two rows a lane."""
+  steps = np.full(ROWS, ROLLOUTS.max_new_tokens)
+  student = (batch.prompt_length_B, batch.answer_length_B, steps)
+  widths = (batch.prompt_BP.shape[1], batch.answer_BA.shape[1], steps[0])
+  contexts = (batch.teacher_BC.shape[1], steps[0])
+
+  def lay(lengths, widths, groups, answers):
+    rows = ROWS // groups.total
+    room = packing.Room(rows // 2, 2 * sum(widths), answers and rows * answers)
+    laid = packing.pack(np.stack(lengths, axis=1), widths, room, groups)
+    assert laid is not None
+    return laid
+
+  whole = groups._replace(micro_batches=1)
+  return batch._replace(
+    packing=lay(student, widths, groups, widths[1]),
+    teacher_packing=lay((batch.teacher_length_B, steps), contexts, whole, None),
+  )
+
+
 def base_params(
   decoder: transformer.DecoderConfig = DECODER,
 ) -> transformer.Params:
@@ -177,6 +200,7 @@ def steps(
   tensor: int | None = None,
   decoder: transformer.DecoderConfig = DECODER,
   form: str | None = None,
+  packs: bool = False,
 ) -> dict[str, np.ndarray]:
   """Trains as the loop does; what came out, by name."""
   if sizes == (1, 1, 1):
@@ -210,7 +234,10 @@ def steps(
       step.TrainState(jnp.int32(0), params, optimizer.init(params)), shardings
     )
     for index in range(STEPS):
-      batch = sharding.spread(sharding.batch(mesh), make_batch(index))
+      rows = make_batch(index)
+      if packs:
+        rows = packed(rows, packing.Groups(sizes[0] * sizes[1], micro_batches))
+      batch = sharding.spread(sharding.batch(mesh), rows)
       state, dispatched = programs_lib.run_step(
         programs, state, reference, batch, index
       )
@@ -260,6 +287,7 @@ def main() -> None:
         tensor=int(over[1]) if (over := re.search(r"over (\d)", name)) else None,
         decoder=decoder,
         form=form,
+        packs="packed" in name,
       )
       out |= {f"{name}: {key}": value for key, value in arrived.items()}
   if distributed.is_primary():

@@ -19,7 +19,9 @@ from tests.benchmarks import step_collectives
 from tests.helpers import mesh_steps, simulated_devices
 
 # Compiled by the fast tests; the slow one takes all of `mesh_steps.MESHES`.
-FAST_MESHES = ("tensor", "all", "fsdp, rollouts over 4")
+FAST_MESHES = (
+  *("tensor", "all", "fsdp, rollouts over 4", "packed, batch in two parts"),
+)
 
 
 def sized(data, fsdp, tensor):
