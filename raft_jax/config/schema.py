@@ -127,7 +127,8 @@ class Model(Section):
   dtype: Literal["float32", "bfloat16"] = "float32"
   """Type of activations. Parameters and optimizer state are float32 [P: bf16]."""
   remat: bool = False
-  """Recompute each layer in the backward pass instead of keeping its activations."""
+  """Recompute each layer in the backward pass instead of keeping its products with
+  parameters. Mixtures of experts and Gated DeltaNet keep all activations without it."""
   unroll: Annotated[int, pydantic.Field(ge=0)] = 1
   """Layers per iteration of the scan over layers; 0 means all of them."""
   attention: Literal["xla", "cudnn"] = "xla"

@@ -17,15 +17,16 @@ def counted(f, *args) -> float:
 @pytest.mark.parametrize("remat", [False, True])
 def test_flops_of_a_decoder_are_those_of_the_formula(remat):
   """2 a weight and token, and 2·2·T·T·h a head for scores and their mixture; backward
-  twice that. Recomputing repeats the layer, but for its last product, which is only
-  added."""
+  twice that, and the scores and their mixture again. Recomputing repeats the whole
+  layer, but for its last product, which is only added."""
   c, rows, length = tiny_decoder.CONFIG, 2, 10
   heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
   weights = c.d_model * (2 * heads + 2 * kv + 3 * c.d_ff)
   tokens = rows * length
-  layer = 2 * weights * tokens + 4 * rows * c.n_heads * c.head_dim * length**2
+  attention = 4 * rows * c.n_heads * c.head_dim * length**2
+  layer = 2 * weights * tokens + attention
   last = 2 * tokens * c.d_model * c.d_ff
-  expected = c.n_layers * (4 * layer - last if remat else 3 * layer)
+  expected = c.n_layers * (4 * layer - last if remat else 3 * layer + attention)
 
   def loss(params, tokens_BT):
     valid_BT = jnp.ones(tokens_BT.shape, bool)
