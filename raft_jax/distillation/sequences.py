@@ -204,6 +204,8 @@ def hidden_of_rows(
   if packing is not None:
     row_NL = token_NL // sum(widths)
     mask &= row_NL[:, :, None] == row_NL[:, None, :]
+    # Not every implementation of attention gives numbers to a query without a key.
+    mask |= (token_NL < 0)[:, :, None] & jnp.eye(token_NL.shape[1], dtype=bool)
   hidden, _, load = transformer.run(
     params,
     decoder,
