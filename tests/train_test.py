@@ -424,7 +424,7 @@ def test_answers_written_with_another_tokenizer_are_refused(tmp_path, source, la
     train.fit(settings)
 
 
-@pytest.mark.parametrize("method", ["sft", "gkd"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("gkd", marks=pytest.mark.slow)])
 def test_a_packed_run_is_the_run(tmp_path, source, law, method, monkeypatch):
   """Step by step, whether the trajectories are rollouts or answers; and resumed."""
   logged, lanes = {}, []
