@@ -98,6 +98,25 @@ def begin(config: schema.Config) -> stage_run.StageRun:
   return run
 
 
+def warn_of_own_judges(settings: schema.Refine, model: schema.Model) -> None:
+  """Warns if a judge is the model whose fused answers it scores.
+
+  Panickssery et al., "LLM Evaluators Recognize and Favor Their Own Generations", arXiv
+  2404.13076.
+  """
+  fuser = settings.fusion.model or model.source
+  own = [
+    f"refine.judges.{i}"
+    for i, judge in enumerate(settings.judges)
+    if judge.engine != "encoder" and (judge.model or model.source) == fuser
+  ]
+  if own and settings.fusion.rounds:
+    print(
+      f"warning: {', '.join(own)}: {fuser} judges the answers that it has fused, and "
+      "models favour their own (arXiv 2404.13076); name a judge of another family"
+    )
+
+
 def refine(
   config: schema.Config,
   share: WorkerShare,
@@ -136,6 +155,7 @@ def refine(
     sealed_inputs = refined_folder.sealed_inputs(run.folder)
     if stage_run.is_complete(run, inputs, sealed_inputs):
       return None
+    warn_of_own_judges(settings, model)
     rewriter = _role("rewrite", settings.rewriter, model)
     refine_window = _refine_window(
       settings, model, encoder, rewriter, skip_too_long=config.data.too_long == "skip"

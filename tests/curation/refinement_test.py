@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from raft_jax import errors
-from raft_jax.curation import refined_folder, refinement
+from raft_jax.curation import refined_folder, refinement, refinement_run
 from raft_jax.data import training_set
 from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines
 from raft_jax.generation import judging as judging_lib
 from raft_jax.storage import journal, records
+from tests.helpers import least_config
 
 # Selection, rule by rule
 
@@ -251,6 +252,31 @@ def test_judges_that_never_give_a_score_keep_the_original(tmp_path):
   # Every round has its own seed, else three rounds would be one.
   assert len({r.text for r in refined[0].rounds}) == 3
   assert len(scripts[2].received) == 3
+
+
+@pytest.mark.parametrize(
+  ("fusion", "judges", "named"),
+  [
+    ("{}", "[{engine: jax, max_new_tokens: 8}]", "refine.judges.0: "),
+    (
+      "{model: a/b}",
+      "[{engine: encoder}, {engine: jax, model: a/b}]",
+      "refine.judges.1: a/b",
+    ),
+    ("{model: a/b}", "[{engine: jax, model: a/c}]", None),
+    ("{}", "[{engine: encoder}]", None),
+    ("{rounds: 0}", "[{engine: jax}]", None),
+  ],
+)
+def test_a_judge_of_its_own_answers_is_a_warning(
+  tmp_path, capsys, fusion, judges, named
+):
+  config = least_config.least(
+    tmp_path, f"refine.fusion={fusion}", f"refine.judges={judges}"
+  )
+  refinement_run.warn_of_own_judges(config.refine, config.model)
+  said = capsys.readouterr().out
+  assert said.startswith(f"warning: {named}") if named else not said
 
 
 def test_without_sampling_a_round_is_not_asked_again(tmp_path):
