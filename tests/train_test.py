@@ -1,7 +1,6 @@
 """The loop on a tiny model with a real tokenizer: resuming, stopping, bad input."""
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import random
@@ -21,20 +20,19 @@ from raft_jax.curation import refined_folder
 from raft_jax.data import packing
 from raft_jax.generation import engines
 from raft_jax.hf import load as hf_load
-from raft_jax.models import rotary, transformer
+from raft_jax.models import transformer
 from raft_jax.runtime import distributed
 from raft_jax.storage import journal, question_files
 from raft_jax.training import (
   checkpoint,
   loop,
   output_lock,
-  packed_batches,
   programs,
   run_inputs,
   step_memory,
   step_schedule,
 )
-from tests.helpers import short_run, tiny_decoder, tiny_run
+from tests.helpers import short_run, tiny_run
 
 
 def test_every_program_is_compiled_once(tmp_path, source, law, caplog):
@@ -455,20 +453,6 @@ def test_a_packed_run_is_the_run(tmp_path, source, law, method, monkeypatch):
   shutil.rmtree(tmp_path / f"packed/checkpoints/{short_run.STEPS}")
   train.fit(settings)
   assert short_run.rows(tmp_path / "packed") == logged
-
-
-@pytest.mark.parametrize(
-  ("change", "says"),
-  [
-    ({"delta": object()}, "layers that carry a state"),
-    ({"ropes": (rotary.Rope(1e4, long_divisors=(1.0,)),)}, "depend on the length"),
-  ],
-)
-def test_networks_that_cannot_be_packed_are_refused(change, says):
-  decoder = dataclasses.replace(tiny_decoder.CONFIG, **change)
-  with pytest.raises(errors.UserError, match=f"train.packing: a/model .*{says}"):
-    packed_batches.check("a/model", decoder)
-  packed_batches.check("a/model", tiny_decoder.CONFIG)
 
 
 def test_rollouts_from_bad_logits_stop_the_run_and_are_named():

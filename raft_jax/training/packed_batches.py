@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raft_jax import errors
 from raft_jax.data import batching, packing
 from raft_jax.models import transformer
 from raft_jax.training import programs, run_plan
@@ -38,17 +37,6 @@ class Packer(NamedTuple):
 
   student: Rooms
   teacher: Rooms | None
-
-
-def check(source: str, decoder: transformer.DecoderConfig) -> None:
-  """Raises UserError if a network cannot compute several rows in one sequence."""
-  reason = None
-  if decoder.delta is not None:
-    reason = "has layers that carry a state from token to token"
-  if any(rope.long_divisors for rope in decoder.ropes):
-    reason = "has rotary embeddings that depend on the length of a row"
-  if reason is not None:
-    raise errors.UserError(f"train.packing: {source} {reason}; delete this line")
 
 
 def make(plan: run_plan.RunPlan, dataset: Any) -> Packer:
@@ -83,7 +71,7 @@ def _rooms(
   by_shape: dict[Shape, list[np.ndarray]] = collections.defaultdict(list)
   for length_BS, widths in parts:
     by_shape[widths].append(length_BS)
-  widest = max(map(sum, by_shape))
+  widest, attention = max(map(sum, by_shape)), attention_share(decoder)
   rooms = {
     widths: packing.choose_room(
       lengths,
@@ -91,7 +79,7 @@ def _rooms(
       groups,
       head=head,
       lane_widths={sum(widths), 2 * sum(widths), widest},
-      attention=attention_share(decoder),
+      attention=attention,
     )
     for widths, lengths in by_shape.items()
   }

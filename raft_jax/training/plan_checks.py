@@ -106,6 +106,17 @@ def check_experts(
     )
 
 
+def check_packing(source: str, decoder: transformer.DecoderConfig) -> None:
+  """Raises UserError if a network cannot compute several rows in one sequence."""
+  reason = None
+  if decoder.delta is not None:
+    reason = "has layers that carry a state from token to token"
+  if any(rope.long_divisors for rope in decoder.ropes):
+    reason = "has rotary embeddings that depend on the length of a row"
+  if reason is not None:
+    raise errors.UserError(f"train.packing: {source} {reason}; delete this line")
+
+
 def rollout_tensors(mesh: Mesh) -> list[int]:
   """The values of `rollout.tensor` for which a mesh can be regrouped."""
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]

@@ -123,9 +123,9 @@ def prepare(config: schema.Config) -> tuple[run_plan.RunPlan, RunInputs]:
   )
   decoder, teacher_decoder, tokenizer, mesh = networks
   if train.packing:
-    packed_batches.check(config.model.source, decoder)
+    plan_checks.check_packing(config.model.source, decoder)
     if teacher_decoder is not None:
-      packed_batches.check(str(config.distill.source), teacher_decoder)
+      plan_checks.check_packing(str(config.distill.source), teacher_decoder)
   layout = plan_checks.batch_layout(
     train.batch_size, config.replay, config.rollout, distils=distils
   )

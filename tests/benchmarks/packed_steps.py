@@ -16,8 +16,9 @@ import numpy as np
 
 from raft_jax.config import load as config_load
 from raft_jax.models import sharding
-from raft_jax.training import initial_state, loop, packed_batches, run_inputs
+from raft_jax.training import loop, packed_batches, run_inputs
 from raft_jax.training import programs as programs_lib
+from tests.benchmarks import started_run
 
 ROUNDS = 6
 METHODS = ("sft", "raft")
@@ -47,14 +48,8 @@ def compare(method: str, folder: str, *settings: str) -> None:
   seconds: dict[bool, list[dict[str, float]]] = {True: [], False: []}
   compiled: set[tuple[int, ...]] = set()
   sums: dict[bool, np.ndarray] = {True: np.zeros(2, int), False: np.zeros(2, int)}
+  reference, state = started_run.begin(config, plan, inputs)
   with jax.set_mesh(plan.mesh):
-    params = initial_state.load_params(
-      config.model.source, plan.decoder, plan.base_dtype, plan.base_shardings
-    )
-    reference = initial_state.reference_params(plan, params, None)
-    state = initial_state.new_state(
-      plan, inputs, params, anchor=None, soft_mask=None, seed=0
-    )
     for step in range(len(inputs.dataset)):
       plain = inputs.dataset[step]
       packed = packed_batches.packed(inputs.packer, plan, plain, step)

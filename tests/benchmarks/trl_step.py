@@ -158,8 +158,9 @@ def run_ours(folder: str, new_tokens: int, *, cross_entropy: bool) -> None:
 
   from raft_jax.config import load as config_load
   from raft_jax.models import sharding
-  from raft_jax.training import initial_state, run_inputs
   from raft_jax.training import programs as programs_lib
+  from raft_jax.training import run_inputs
+  from tests.benchmarks import started_run
 
   config = config_load.load(
     "configs/quickstart.yaml",
@@ -181,14 +182,8 @@ def run_ours(folder: str, new_tokens: int, *, cross_entropy: bool) -> None:
     ],
   )
   plan, inputs = run_inputs.prepare(config)
+  reference, state = started_run.begin(config, plan, inputs)
   with jax.set_mesh(plan.mesh):
-    params = initial_state.load_params(
-      config.model.source, plan.decoder, plan.base_dtype, plan.base_shardings
-    )
-    reference = initial_state.reference_params(plan, params, None)
-    state = initial_state.new_state(
-      plan, inputs, params, anchor=None, soft_mask=None, seed=0
-    )
     for step in range(10**6):
       batch = inputs.dataset[step % len(inputs.dataset)]
       wait_for_turn()

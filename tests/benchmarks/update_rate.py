@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from raft_jax.config import load as config_load
 from raft_jax.distillation import sequences
 from raft_jax.models import sharding
-from raft_jax.training import initial_state, run_inputs
+from raft_jax.training import run_inputs
+from tests.benchmarks import started_run
 
 ROUNDS = 5
 PRODUCTS = 3
@@ -45,20 +46,15 @@ def main(folder: str, *settings: str) -> None:
   overrides = ["method=sft", "data.answers=original", f"output={folder}", *settings]
   config = config_load.load("configs/quickstart.yaml", overrides)
   plan, inputs = run_inputs.prepare(config)
+  _, state = started_run.begin(config, plan, inputs)
   with jax.set_mesh(plan.mesh):
-    params = initial_state.load_params(
-      config.model.source, plan.decoder, "float32", plan.base_shardings
-    )
-    state = initial_state.new_state(
-      plan, inputs, params, anchor=None, soft_mask=None, seed=0
-    )
     batch = sharding.spread(sharding.batch(plan.mesh), inputs.dataset[0])
     rows, answer_width = batch.answer_BA.shape
     tokens = rows * (batch.prompt_BP.shape[1] + answer_width)
     products = collections.Counter(
       {(plan.decoder.d_model, plan.decoder.vocab_size, rows * answer_width): PRODUCTS}
     )
-    for leaf in jax.tree.leaves(params["layers"]):
+    for leaf in jax.tree.leaves(state.params["layers"]):
       if leaf.ndim == 3:
         layers, outputs, width = leaf.shape
         products[width, outputs, tokens] += PRODUCTS * layers

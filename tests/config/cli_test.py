@@ -268,16 +268,20 @@ def test_a_full_disk_says_so(tmp_path):
   assert done.stderr.endswith(line)
 
 
-def test_full_memory_says_which_keys_to_turn(tmp_path):
-  code = STAGE.replace("    work()", "    __import__('jax').numpy.zeros(2**50)")
-  command = [sys.executable, "-c", code, "--config", least_file(tmp_path)]
-  done = subprocess.run(
-    [*command, "output=slow"],
+def stage_that_calls(call, tmp_path, *, platform):
+  """A stage whose work is one call of jax, on a platform."""
+  code = STAGE.replace("    work()", f"    __import__('jax').{call}")
+  return subprocess.run(
+    [sys.executable, "-c", code, "--config", least_file(tmp_path), "output=slow"],
     capture_output=True,
     text=True,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "JAX_PLATFORMS": platform},
     check=False,
   )
+
+
+def test_full_memory_says_which_keys_to_turn(tmp_path):
+  done = stage_that_calls("numpy.zeros(2**50)", tmp_path, platform="cpu")
   assert done.returncode == 2, done.stderr
   line = done.stderr.splitlines()[-1]
   assert line.startswith("error: a device's memory is full (RESOURCE_EXHAUSTED: ")
@@ -288,15 +292,7 @@ def test_full_memory_says_which_keys_to_turn(tmp_path):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense"])
 def test_an_accelerator_that_is_demanded_and_missing_is_one_line(tmp_path, platform):
-  code = STAGE.replace("    work()", "    __import__('jax').devices()")
-  command = [sys.executable, "-c", code, "--config", least_file(tmp_path)]
-  done = subprocess.run(
-    [*command, "output=slow"],
-    capture_output=True,
-    text=True,
-    env={**os.environ, "JAX_PLATFORMS": platform},
-    check=False,
-  )
+  done = stage_that_calls("devices()", tmp_path, platform=platform)
   assert done.returncode == 2, done.stderr
   line = done.stderr.splitlines()[-1]
   assert line.startswith("error: ")

@@ -10,28 +10,16 @@ import pytest
 from raft_jax.data import packing
 from raft_jax.distillation import answer_losses, objective, sequences
 from raft_jax.models import transformer
-from tests.helpers import tiny_decoder, tiny_step
+from tests.helpers import packed_rows, tiny_decoder, tiny_step
 
 ROWS, STEPS = 6, 5
 
 
-def packed(batch, trajectory, *, micro_batches=1, answers=True):
-  """Three rows in a lane, and the teacher's likewise."""
-  steps = np.full(ROWS, trajectory.tokens_BR.shape[1])
-  student = [batch.prompt_length_B, batch.answer_length_B, steps]
-  widths = [batch.prompt_BP.shape[1], batch.answer_BA.shape[1], int(steps[0])]
-  if not answers:
-    student[1], widths[1] = np.zeros_like(steps), 0
-  groups = packing.Groups(1, micro_batches)
-  room = packing.Room(2 // micro_batches, 3 * sum(widths), 36 if answers else None)
-  context = [batch.teacher_length_B, steps]
-  width = [batch.teacher_BC.shape[1], int(steps[0])]
-  whole = packing.Groups(1, 1)
-  return batch._replace(
-    packing=packing.pack(np.stack(student, 1), widths, room, groups),
-    teacher_packing=packing.pack(
-      np.stack(context, 1), width, packing.Room(2, 3 * sum(width), None), whole
-    ),
+def packed(batch, trajectory, *, answers=True):
+  """Three rows in a lane."""
+  steps = trajectory.tokens_BR.shape[1]
+  return packed_rows.packed(
+    batch, steps, packing.Groups(1, 1), per_lane=3, answers=answers
   )
 
 

@@ -34,7 +34,7 @@ from raft_jax.models import (
 from raft_jax.runtime import distributed
 from raft_jax.training import optim, run_plan
 from raft_jax.training import programs as programs_lib
-from tests.helpers import tiny_decoder, tiny_step
+from tests.helpers import packed_rows, tiny_decoder, tiny_step
 
 # 8 divides every width but the feed-forward's 44, which then stays whole; a head of 8
 # spread over tensor = 8 with 4 heads is cut in two.
@@ -142,27 +142,6 @@ def make_batch(seed: int) -> batching.Batch:
   return batching.Batch(*segments, np.arange(ROWS, dtype=np.int32))
 
 
-def packed(batch: batching.Batch, groups: packing.Groups) -> batching.Batch:
-  """The batch with two rows a lane."""
-  steps = np.full(ROWS, ROLLOUTS.max_new_tokens)
-  student = (batch.prompt_length_B, batch.answer_length_B, steps)
-  widths = (batch.prompt_BP.shape[1], batch.answer_BA.shape[1], steps[0])
-  contexts = (batch.teacher_BC.shape[1], steps[0])
-
-  def lay(lengths, widths, groups, answers):
-    rows = ROWS // groups.total
-    room = packing.Room(rows // 2, 2 * sum(widths), answers and rows * answers)
-    laid = packing.pack(np.stack(lengths, axis=1), widths, room, groups)
-    assert laid is not None
-    return laid
-
-  whole = groups._replace(micro_batches=1)
-  return batch._replace(
-    packing=lay(student, widths, groups, widths[1]),
-    teacher_packing=lay((batch.teacher_length_B, steps), contexts, whole, None),
-  )
-
-
 def base_params(
   decoder: transformer.DecoderConfig = DECODER,
 ) -> transformer.Params:
@@ -236,7 +215,8 @@ def steps(
     for index in range(STEPS):
       rows = make_batch(index)
       if packs:
-        rows = packed(rows, packing.Groups(sizes[0] * sizes[1], micro_batches))
+        groups = packing.Groups(sizes[0] * sizes[1], micro_batches)
+        rows = packed_rows.packed(rows, ROLLOUTS.max_new_tokens, groups, per_lane=2)
       batch = sharding.spread(sharding.batch(mesh), rows)
       state, dispatched = programs_lib.run_step(
         programs, state, reference, batch, index
