@@ -268,9 +268,9 @@ def test_windows_are_one_run_and_load_each_model_once_a_pass(
   worked = []
   generate = refine_driver.Scripted.generate
 
-  def watched(self, requests):
+  def watched(self, requests, at_once):
     worked.append(self.identity)
-    return generate(self, requests)
+    return generate(self, requests, at_once)
 
   monkeypatch.setattr(refine_driver.Scripted, "generate", watched)
   monkeypatch.setattr(refinement_run, "WINDOW", 5)

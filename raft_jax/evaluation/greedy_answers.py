@@ -178,7 +178,7 @@ def _generate_on_server(
     requests = [
       engines.Request(conversations[i], max_new_tokens, 0.0, 1.0, seed=0) for i in batch
     ]
-    return [read(reply) for reply in server.generate(requests)]
+    return [read(reply) for reply in engines.in_order(server, requests)]
 
   answers = scoring.compute_missing(
     log,

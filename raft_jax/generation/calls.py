@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from raft_jax import errors
 from raft_jax.generation import engines, ray_workers, sentence_encoder
@@ -23,6 +25,8 @@ _SHORTEN = (
   "lower max_new_tokens, shorten the row, or set data.too_long=skip to keep its "
   "original answer"
 )
+
+T = TypeVar("T")
 
 Outcome = dict[str, Any] | errors.UserError
 """The value of a finished call, or why the call failed."""
@@ -98,20 +102,18 @@ class Calls:
     keys = self._keys(role, prompts, round_number, sampling)
     workers = self.workers if generator.local else None
 
-    def generate(rows: Sequence[int]) -> list[Outcome]:
-      requests = [
+    def replies(some: Iterator[int]) -> Iterator[tuple[int, Outcome]]:
+      requests = (
         engines.Request(prompts[i], seed=journal.seed_from(keys[i]), **sampling)
-        for i in rows
-      ]
-      replies = (
-        generator.generate(requests)
-        if workers is None
-        else workers.generate(generator, requests)
+        for i in some
       )
-      return [
-        reply if isinstance(reply, errors.UserError) else reply._asdict()
-        for reply in replies
-      ]
+      finished = (
+        generator.generate(requests, role.batch_size)
+        if workers is None
+        else workers.generate(generator, requests, role.batch_size)
+      )
+      for place, reply in finished:
+        yield place, reply if isinstance(reply, errors.UserError) else reply._asdict()
 
     tokens = {i: generator.count_tokens(prompts[i]) for i in self._missing(keys)}
     rows = _longest_first(role, tokens, names)
@@ -119,9 +121,9 @@ class Calls:
       self._use_model(generator)
     title = f"{role.name}, round {round_number}" if round_number else role.name
     done = len(set(keys)) - len(tokens)
-    parallel = workers.hold(generator.gpus) if workers and rows else 1
-    batches = _batches(rows, role.batch_size)
-    self._make(role.name, title, keys, done, batches, generate, parallel)
+    if workers and rows:
+      workers.hold(generator.gpus)
+    self._make(role.name, title, keys, done, rows, replies)
     for i, key in enumerate(keys):
       if key in self.too_long and names is not None:
         raise errors.UserError(
@@ -145,17 +147,19 @@ class Calls:
 
     workers = self.workers
 
-    def compare(rows: Sequence[int]) -> Sequence[Outcome]:
-      some = [pairs[i] for i in rows]
-      if workers is None:
-        return sentence_encoder.compare(encoder, some)
-      return workers.compare(encoder, some)
+    def compare(some: Iterator[int]) -> Iterator[tuple[int, Outcome]]:
+      texts = (pairs[i] for i in some)
+      if workers is not None:
+        return workers.compare(encoder, texts, PAIRS_PER_BATCH)
+      batches = iter(lambda: list(itertools.islice(texts, PAIRS_PER_BATCH)), [])
+      values = (sentence_encoder.compare(encoder, batch) for batch in batches)
+      return enumerate(itertools.chain.from_iterable(values))
 
     missing = self._missing(keys)
     done = len(set(keys)) - len(missing)
-    parallel = workers.hold() if workers and missing else 1
-    batches = _batches(missing, PAIRS_PER_BATCH)
-    self._make(role, role, keys, done, batches, compare, parallel)
+    if workers and missing:
+      workers.hold()
+    self._make(role, role, keys, done, missing, compare)
     return [self.book.calls[key]["cosine"] for key in keys]
 
   def _keys(
@@ -200,90 +204,81 @@ class Calls:
     title: str,
     keys: Sequence[str],
     done: int,
-    batches: Sequence[Sequence[int]],
-    work: Callable[[Sequence[int]], Sequence[Outcome]],
-    parallel: int,
+    rows: Sequence[int],
+    work: Callable[[Iterator[int]], Iterator[tuple[int, Outcome]]],
   ) -> None:
-    """Does `work` on micro-batches of rows, and records what each gives.
+    """Does `work` on rows, and records what it gives as it comes.
 
     Args:
-      parallel: number of micro-batches at a time.
+      work: gives outcomes in any order, each with its row's place in `rows`. It gets an
+        iterator, which ends at a signal or an error: what is in progress then is
+        waited for and recorded.
 
     Raises:
-      UserError: the first that `work` returned, after all that was in progress was
-        recorded.
+      UserError: the first outcome that is one.
     """
     if not keys:
       return
     title = self.title + title
-    left = sum(map(len, batches))
-    print(f"{title}: {done} calls done, {left} to do", flush=True)
-    bar = progress.Progress(title, left, unit="call") if left else None
-
-    def timed(batch: Sequence[int]) -> dict[str, Outcome]:
-      began = time.monotonic()
-      values = work(batch)
-      seconds = round((time.monotonic() - began) / len(batch), 6)
-      return {
-        keys[i]: value
-        if isinstance(value, errors.UserError)
-        else {**value, "seconds": seconds}
-        for i, value in zip(batch, values, strict=True)
-      }
-
-    try:
-      made = 0
-      for finished in self._finished(timed, batches, parallel):
-        self._record(finished)
-        made += len(finished)
-        if bar is not None:
-          bar.advance(made)
-    finally:
-      if bar is not None:
-        bar.close()
+    print(f"{title}: {done} calls done, {len(rows)} to do", flush=True)
+    if rows:
+      self._work([keys[i] for i in rows], title, rows, work)
     interrupts.check()
     self.book.calls.use(role, keys)
 
-  def _finished(
+  def _work(
     self,
-    timed: Callable[[Sequence[int]], dict[str, Outcome]],
-    batches: Sequence[Sequence[int]],
-    parallel: int,
-  ) -> Iterator[dict[str, Outcome]]:
-    """What each micro-batch gives, in the order of their ends.
+    keys: Sequence[str],
+    title: str,
+    rows: Sequence[int],
+    work: Callable[[Iterator[int]], Iterator[tuple[int, Outcome]]],
+  ) -> None:
+    """As `_make`, for rows that are to do, and their keys."""
+    faults: list[errors.UserError] = []
+    over = threading.Event()
 
-    A signal or an error starts no further one; what is in progress is waited for.
-    """
-    waiting = iter(batches)
-    fault: BaseException | None = None
-    # In threads of their own, so that they compute while the last replies are written.
-    with concurrent.futures.ThreadPoolExecutor(parallel) as threads:
-      first = itertools.islice(waiting, parallel)
-      running = {threads.submit(timed, batch) for batch in first}
-      while running:
-        ended, running = concurrent.futures.wait(
-          running, return_when=concurrent.futures.FIRST_COMPLETED
+    def outcomes() -> Iterator[tuple[int, Outcome]]:
+      going = itertools.takewhile(
+        lambda _: not (over.is_set() or interrupts.due()), rows
+      )
+      for place, outcome in work(going):
+        if isinstance(outcome, errors.UserError):
+          faults.append(outcome)
+          over.set()
+        yield place, outcome
+
+    bar = progress.Progress(title, len(rows), unit="call")
+    groups = _together(outcomes())
+    began, made = time.monotonic(), 0
+    try:
+      for finished in groups:
+        seconds = round((time.monotonic() - began) / len(finished), 6)
+        began = time.monotonic()
+        self._record(
+          {
+            keys[place]: {**value, "seconds": seconds}
+            for place, value in finished.items()
+            if not isinstance(value, errors.UserError)
+          }
         )
-        for future in ended:
-          crash = future.exception()
-          finished = {} if crash else future.result()
-          failed = (v for v in finished.values() if isinstance(v, errors.UserError))
-          fault = fault or crash or next(failed, None)
-          if fault is None and not interrupts.due():
-            following = itertools.islice(waiting, 1)
-            running |= {threads.submit(timed, batch) for batch in following}
-          yield finished
-    if fault is not None:
-      # Ctrl-C also reaches an engine's own processes, which end at once.
+        made += len(finished)
+        bar.advance(made)
+    except Exception:
+      interrupts.check()  # Ctrl-C also reaches an engine's own processes, which end
+      raise
+    finally:
+      over.set()
+      groups.close()
+      bar.close()
+    if faults:
       interrupts.check()
-      raise fault
+      raise faults[0]
 
-  def _record(self, finished: Mapping[str, Outcome]) -> None:
+  def _record(self, finished: Mapping[str, dict[str, Any]]) -> None:
     """Records finished calls; those that were too long only in memory."""
-    values = {k: v for k, v in finished.items() if not isinstance(v, errors.UserError)}
-    long = {k for k, v in values.items() if v.get("finish_reason") == "too_long"}
+    long = {k for k, v in finished.items() if v.get("finish_reason") == "too_long"}
     self.too_long |= long
-    self.book.append({key: values[key] for key in values if key not in long})
+    self.book.append({key: finished[key] for key in finished if key not in long})
 
   def totals(self, *fields: str) -> dict[str, dict[str, Any]]:
     """Sums by field and role over the calls that this run used; "calls" counts them.
@@ -322,8 +317,31 @@ def _sampling(role: Role) -> dict[str, Any]:
   return sampling
 
 
-def _batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-  return [rows[i : i + size] for i in range(0, len(rows), size)]
+def _together(
+  outcomes: Iterator[tuple[int, T]],
+) -> Generator[dict[int, T], None, None]:
+  """Outcomes in groups: each holds what came while the one before was recorded.
+
+  A thread takes them, so that the engine goes on while the disk writes.
+  """
+  came: queue.SimpleQueue[tuple[int, T] | None] = queue.SimpleQueue()
+
+  def take() -> None:
+    for outcome in outcomes:
+      came.put(outcome)
+
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    taking = thread.submit(take)
+    taking.add_done_callback(lambda _: came.put(None))
+    last = False
+    while not last:
+      group = [came.get()]
+      while not came.empty():
+        group.append(came.get())
+      last = group[-1] is None
+      if some := dict(filter(None, group)):
+        yield some
+  taking.result()
 
 
 def _longest_first(

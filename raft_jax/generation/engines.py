@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from raft_jax import errors
@@ -83,18 +83,31 @@ class Generator(Protocol):
     characters, which suffice for sorting."""
 
   def generate(
-    self, requests: Sequence[Request]
-  ) -> Sequence[Completion | errors.UserError]:
-    """One completion per request, in order, or the error for which a server gave none.
+    self, requests: Iterable[Request], at_once: int
+  ) -> Iterator[tuple[int, Completion | errors.UserError]]:
+    """Completions as they are finished, each with its request's place in `requests`.
 
-    `strip_thinking` removes the model's thinking from the replies.
+    `strip_thinking` removes the model's thinking from the replies. A server may give an
+    error in the place of a completion; the others go on.
 
-    The caller passes one micro-batch at a time, so that it can record the results
-    before it requests more or raises one of the errors.
+    Args:
+      requests: the next one is taken when there is room for it. A caller that wants no
+        more ends the iterator, and gets what is in progress.
+      at_once: number of requests in progress.
 
     Raises:
       ValueError: a request exceeds `prompt_limit`, which the caller checks before.
     """
+
+
+def in_order(
+  generator: Generator, requests: Sequence[Request], at_once: int | None = None
+) -> list[Completion | errors.UserError]:
+  """One completion or error per request, in order; by default all are in progress."""
+  if not requests:
+    return []
+  replies = dict(generator.generate(requests, at_once or len(requests)))
+  return [replies[i] for i in range(len(requests))]
 
 
 def strip_thinking(
@@ -152,22 +165,22 @@ def chat_tokenizer(source: str, template: str | None = None) -> chat.ChatTokeniz
   return chat.load(source, template)
 
 
-def encode_prompts(
-  tokenizer: chat.ChatTokenizer, requests: Sequence[Request], prompt_limit: int
-) -> list[list[int]]:
-  """Token ids of the prompt of each request.
+def encoded(
+  tokenizer: chat.ChatTokenizer, requests: Iterable[Request], prompt_limit: int
+) -> Iterator[tuple[int, Request, list[int]]]:
+  """Each request with its place and the token ids of its prompt.
 
   Raises:
-    ValueError: a request exceeds the limit. vLLM would fail its whole batch.
+    ValueError: a request exceeds the limit. vLLM would end them all.
   """
-  prompts = [chat.prompt_ids(tokenizer, request.messages) for request in requests]
-  for request, prompt in zip(requests, prompts, strict=True):
+  for place, request in enumerate(requests):
+    prompt = chat.prompt_ids(tokenizer, request.messages)
     if len(prompt) + request.max_new_tokens > prompt_limit:
       raise ValueError(
         f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones exceed "
         f"the engine's {prompt_limit}"
       )
-  return prompts
+    yield place, request, prompt
 
 
 class _Resident(NamedTuple):

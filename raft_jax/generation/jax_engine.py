@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,14 +69,14 @@ class _JaxEngine:
     return len(chat.prompt_ids(self._tokenizer, messages))
 
   def generate(
-    self, requests: Sequence[engines.Request]
-  ) -> list[engines.Completion | errors.UserError]:
-    prompts = engines.encode_prompts(self._tokenizer, requests, self.prompt_limit)
-    completions: dict[int, engines.Completion | errors.UserError] = {}
-    for rows in _groups(requests, prompts, self.batch_size):
-      finished = self._sample([requests[i] for i in rows], [prompts[i] for i in rows])
-      completions |= zip(rows, finished, strict=True)
-    return [completions[i] for i in range(len(requests))]
+    self, requests: Iterable[engines.Request], at_once: int
+  ) -> Iterator[tuple[int, engines.Completion | errors.UserError]]:
+    encoded = engines.encoded(self._tokenizer, requests, self.prompt_limit)
+    # One program samples prompts of one width; callers bring the longest first.
+    for _, same in itertools.groupby(encoded, lambda row: _shape(*row[1:])):
+      while batch := list(itertools.islice(same, min(at_once, self.batch_size))):
+        places, batch_requests, prompts = zip(*batch, strict=True)
+        yield from zip(places, self._sample(batch_requests, prompts), strict=True)
 
   def _sample(
     self, requests: Sequence[engines.Request], prompts: Sequence[list[int]]
@@ -143,19 +143,10 @@ def padded_width(tokens: int) -> int:
   return -(-tokens // step) * step
 
 
-def _groups(
-  requests: Sequence[engines.Request], prompts: Sequence[list[int]], batch_size: int
-) -> Iterator[tuple[int, ...]]:
-  """Indices of requests that can be sampled together, at most `batch_size` a time."""
-
-  def shape(i: int) -> tuple[Any, ...]:
-    request = requests[i]
-    sampling = request.max_new_tokens, request.temperature, request.top_p
-    return (padded_width(len(prompts[i])), *sampling)
-
-  for _, same in itertools.groupby(sorted(range(len(requests)), key=shape), shape):
-    while batch := tuple(itertools.islice(same, batch_size)):
-      yield batch
+def _shape(request: engines.Request, prompt: Sequence[int]) -> tuple[Any, ...]:
+  """What requests that are sampled together have in common."""
+  sampling = request.max_new_tokens, request.temperature, request.top_p
+  return (padded_width(len(prompt)), *sampling)
 
 
 @functools.cache

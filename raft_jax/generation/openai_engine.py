@@ -9,7 +9,7 @@ from here.
 
 from __future__ import annotations
 
-import concurrent.futures
+import asyncio
 import dataclasses
 import email.utils
 import functools
@@ -20,11 +20,21 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import (
+  AsyncIterator,
+  Awaitable,
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from raft_jax import errors
 from raft_jax.generation import engines, openai_errors, openai_replies, thinking
+from raft_jax.runtime import threads
 from raft_jax.storage import records
 
 if TYPE_CHECKING:
@@ -37,6 +47,9 @@ RETRIES = 8
 
 LONGEST_WAIT = 120.0
 """Longest wait, in seconds, that a server may request; the run gives up after that."""
+
+LONGEST_REPLY = 2**25
+"""Largest size of a reply that is read, in bytes."""
 
 CHANGES = {
   "seed": "repeated calls may give other replies",
@@ -142,10 +155,10 @@ class _OpenAIEngine:
     return sum(len(message.content) for message in messages)
 
   def check(self) -> None:
-    client = self._client().with_options(timeout=min(30, self.timeout_s))
+    listed = self._client().models.with_raw_response.list
 
     def once() -> Any:
-      return self._once(client.models.with_raw_response.list, lambda body: body, ())
+      return self._once(listed, lambda body: body, (), min(30, self.timeout_s))
 
     try:
       body = _repeated(once, retries=1)
@@ -170,14 +183,17 @@ class _OpenAIEngine:
       )
 
   def generate(
-    self, requests: Sequence[engines.Request]
-  ) -> list[engines.Completion | errors.UserError]:
-    with concurrent.futures.ThreadPoolExecutor(max(len(requests), 1)) as pool:
-      return list(pool.map(self._ask, requests))
+    self, requests: Iterable[engines.Request], at_once: int
+  ) -> Iterator[tuple[int, engines.Completion | errors.UserError]]:
+    def ask(row: tuple[int, engines.Request]) -> engines.Completion | errors.UserError:
+      return self._ask(row[1])
 
-  def _client(self) -> openai.OpenAI:
+    for row, reply in threads.as_finished(ask, enumerate(requests), at_once):
+      yield row[0], reply
+
+  def _client(self) -> openai.AsyncOpenAI:
     key = os.environ[self.api_key_env] if self.api_key_env else "none"
-    return _client(self.base_url, key, self.timeout_s)
+    return _client(self.base_url, key)
 
   def _ask(self, request: engines.Request) -> engines.Completion | errors.UserError:
     while True:  # repeated for each parameter that the server does not support
@@ -203,6 +219,7 @@ class _OpenAIEngine:
       lambda: create(model=self.model, **parameters),
       lambda body: openai_replies.completion(body, request.max_new_tokens, marks),
       names,
+      self.timeout_s,
     )
 
   def _leave_out(self, name: str, message: str) -> None:
@@ -221,9 +238,10 @@ class _OpenAIEngine:
 
   def _once(
     self,
-    send: Callable[[], Any],
+    send: Callable[[], Awaitable[Any]],
     read: Callable[[Any], T],
     sent: Collection[str],
+    timeout_s: float,
   ) -> T:
     """The result of one request.
 
@@ -231,6 +249,7 @@ class _OpenAIEngine:
       send: sends the request and returns the raw response.
       read: makes the result from the JSON body.
       sent: parameters of the request that could be left out.
+      timeout_s: longest time for all of it, in seconds.
 
     Raises:
       _Failed: there is no reply, or no usable one.
@@ -239,20 +258,24 @@ class _OpenAIEngine:
 
     headers: Mapping[str, str] = {}
     try:
-      raw = send()
+      raw = _within(timeout_s, send)
       headers = raw.headers
       return read(openai_replies.parsed(raw.content, raw.text))
-    except openai.APITimeoutError as error:
-      message = f"no reply within {self.timeout_s:g} s, {RETRIES + 1} times"
+    except (TimeoutError, openai.APITimeoutError) as error:
+      message = f"no whole reply within {timeout_s:g} s, {RETRIES + 1} times"
       remedy = "raise timeout_s or lower batch_size; finished calls are kept"
       raise _Failed(message, "temporary", remedy) from error
     except openai.APIStatusError as error:
       response = error.response
+      if error.status_code < 400:
+        raise _redirected(response.headers.get("location", "nowhere")) from error
       body = openai_replies.parsed(response.content, response.text)
       fault = openai_errors.of(body, error.status_code)
       assert fault is not None
       raise self._refused(fault, sent, response.headers) from error
     except openai.APIConnectionError as error:
+      if isinstance(error.__cause__, openai_replies.NoReply):
+        raise _garbled(error.__cause__, headers) from error
       message = f"cannot be reached ({error.__cause__ or error})"
       remedy = "start the server or mend base_url; finished calls are kept"
       raise _Failed(message, "temporary", remedy) from error
@@ -317,6 +340,16 @@ def _garbled(error: openai_replies.NoReply, headers: Mapping[str, str]) -> _Fail
     )
   remedy = "see what answers there, and correct base_url or the server's settings"
   return _Failed(message, "permanent", f"{remedy}; finished calls are kept")
+
+
+def _redirected(address: str) -> _Failed:
+  # Not followed: what is asked, and perhaps the key, would go to a server that the
+  # user did not name.
+  return _Failed(
+    f"redirects to {address[: openai_errors.LONGEST]}",
+    "permanent",
+    "set base_url to the address that is meant, ending in /v1",
+  )
 
 
 def _repeated(once: Callable[[], T], retries: int) -> T:
@@ -397,9 +430,65 @@ def _unsupported(base_url: str, model: str) -> set[str]:
 
 
 @functools.cache
-def _client(base_url: str, api_key: str, timeout_s: float) -> openai.OpenAI:
+def _client(base_url: str, api_key: str) -> openai.AsyncOpenAI:
   import openai
 
-  return openai.OpenAI(
-    base_url=base_url, api_key=api_key, timeout=timeout_s, max_retries=0
+  async def bound(response: Any) -> None:
+    response.stream = _bounded(response.stream)
+
+  http = openai.DefaultAsyncHttpxClient(
+    follow_redirects=False,
+    event_hooks={"response": [bound]},
   )
+  return openai.AsyncOpenAI(
+    base_url=base_url,
+    api_key=api_key,
+    timeout=None,  # see `_within`
+    max_retries=0,
+    http_client=http,
+  )
+
+
+def _bounded(stream: Any) -> Any:
+  """A reply's body, which ends in NoReply if it is too long to be read."""
+  import openai
+
+  httpx = importlib.import_module(
+    openai.DefaultAsyncHttpxClient.__base__.__module__.partition(".")[0]
+  )
+
+  class Bounded(httpx.AsyncByteStream):  # type: ignore[name-defined]  # or httpx2's
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+      size = 0
+      async for part in stream:
+        size += len(part)
+        if size > LONGEST_REPLY:
+          raise openai_replies.NoReply(f"more than {LONGEST_REPLY:,} bytes")
+        yield part
+
+    async def aclose(self) -> None:
+      await stream.aclose()
+
+  return Bounded()
+
+
+def _within(seconds: float, send: Callable[[], Awaitable[T]]) -> T:
+  """What `send` gives, from connection to last byte within some time.
+
+  The client's own timeouts are between two bytes, so that a server which sends one now
+  and then would hold a request for ever.
+  """
+
+  async def bounded() -> T:
+    async with asyncio.timeout(seconds):
+      return await send()
+
+  return asyncio.run_coroutine_threadsafe(bounded(), _loop()).result()
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+  """The event loop of all connections, in a thread of its own."""
+  loop = asyncio.new_event_loop()
+  threading.Thread(target=loop.run_forever, name="openai", daemon=True).start()
+  return loop

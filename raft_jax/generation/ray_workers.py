@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 import queue
@@ -17,19 +18,23 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from raft_jax import errors
 from raft_jax.config import schema
 from raft_jax.generation import engines, sentence_encoder
-from raft_jax.runtime import environment, interrupts
+from raft_jax.runtime import environment, interrupts, threads
 
 ATTEMPTS = 4
 """How often a micro-batch is tried whose worker is lost."""
 
 _QUIET_S = 10.0
 """A longer wait for a first worker is explained."""
+
+
+_Batch = tuple[tuple[int, Any], ...]
+"""Items, each with its place."""
 
 
 class Held(NamedTuple):
@@ -57,12 +62,10 @@ class Workers:
     self.size = size
     self._held: Held | None = None
 
-  def hold(self, gpus: int = 0) -> int:
+  def hold(self, gpus: int = 0) -> None:
     """Starts workers with `gpus` GPUs each, if others or none run; at 0 any will do.
 
-    Returns:
-      The largest number of micro-batches in progress, after one worker has started.
-      The others join as soon as Ray has a place for them.
+    Returns when one has started. The others join as soon as Ray has a place for them.
     """
     import ray
 
@@ -76,20 +79,48 @@ class Workers:
       for actor in actors:
         _join(actor, self._held.idle)
       self._await_first(self._held)
-    return len(self._held.actors)
 
   def generate(
-    self, generator: engines.Generator, requests: Sequence[engines.Request]
-  ) -> Sequence[engines.Completion | errors.UserError]:
-    """`generator.generate` in a worker, which loads its weights at the first call."""
-    return self._run(_generate, generator, generator.identity, requests)
+    self,
+    generator: engines.Generator,
+    requests: Iterable[engines.Request],
+    at_once: int,
+  ) -> Iterator[tuple[int, engines.Completion | errors.UserError]]:
+    """As `generator.generate`, which each worker does for `at_once` requests at a time.
+
+    A worker loads the weights at its first call.
+    """
+
+    def work(batch: _Batch) -> Sequence[engines.Completion | errors.UserError]:
+      some = [request for _, request in batch]
+      return self._run(_generate, generator, generator.identity, some)
+
+    return self._as_finished(work, requests, at_once)
 
   def compare(
-    self, encoder: sentence_encoder.Encoder, pairs: Sequence[tuple[str, str]]
-  ) -> list[dict[str, Any]]:
-    """`sentence_encoder.compare` in a worker."""
+    self,
+    encoder: sentence_encoder.Encoder,
+    pairs: Iterable[tuple[str, str]],
+    at_once: int,
+  ) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `sentence_encoder.compare`, which each worker does for `at_once` pairs."""
     which = (encoder.source, encoder.threads)
-    return self._run(_compare, which, encoder.identity, pairs)
+
+    def work(batch: _Batch) -> Sequence[dict[str, Any]]:
+      return self._run(_compare, which, encoder.identity, [pair for _, pair in batch])
+
+    return self._as_finished(work, pairs, at_once)
+
+  def _as_finished(
+    self, work: Callable[[_Batch], Sequence[Any]], items: Iterable[Any], at_once: int
+  ) -> Iterator[tuple[int, Any]]:
+    assert self._held is not None, "hold() comes first"
+    waiting = enumerate(items)
+    batches = iter(lambda: tuple(itertools.islice(waiting, at_once)), ())
+    workers = len(self._held.actors)
+    for batch, values in threads.as_finished(work, batches, workers):
+      for (place, _), value in zip(batch, values, strict=True):
+        yield place, value
 
   def release(self) -> None:
     """Ends all workers, which frees their GPUs."""
@@ -298,7 +329,7 @@ def _generate(
   generator: engines.Generator, identity: str, requests: Sequence[engines.Request]
 ) -> Sequence[engines.Completion | errors.UserError]:
   _check_identity(generator.identity, identity)
-  return generator.generate(requests)
+  return engines.in_order(generator, requests)
 
 
 def _compare(

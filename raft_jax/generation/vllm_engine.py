@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raft_jax import errors
@@ -129,26 +130,41 @@ class _VllmEngine:
   def count_tokens(self, messages: Sequence[records.Message]) -> int:
     return len(chat.prompt_ids(self._tokenizer, messages))
 
-  def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
+  def generate(
+    self, requests: Iterable[engines.Request], at_once: int
+  ) -> Iterator[tuple[int, engines.Completion]]:
     tokenizer = self._tokenizer
-    prompts = engines.encode_prompts(tokenizer, requests, self.prompt_limit)
+    waiting = engines.encoded(tokenizer, requests, self.prompt_limit)
+    new = list(itertools.islice(waiting, at_once))
+    if not new:
+      return
     key = ("vllm", self.source, *self.settings.items())
     model = engines.resident(key, lambda: _start(self.source, self.settings), _stop)
     from vllm.v1.engine import exceptions
 
+    engine = model.llm_engine
+    running: set[str] = set()
     try:
-      replies = model.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        [_sampling(request, tokenizer) for request in requests],
-        use_tqdm=False,
-      )
+      while new or running:
+        for place, request, prompt in new:
+          sampling = _sampling(request, tokenizer)
+          engine.add_request(str(place), {"prompt_token_ids": prompt}, sampling)
+          running.add(str(place))
+        for reply in engine.step():
+          if reply.finished:
+            running.remove(reply.request_id)
+            yield int(reply.request_id), _completion(reply, tokenizer)
+        new = list(itertools.islice(waiting, at_once - len(running)))
     except (exceptions.EngineDeadError, exceptions.EngineGenerateError) as error:
+      running.clear()
       raise errors.UserError(
         f"engine vllm: vLLM ended while {self.source} answered; its log above says why "
         "(out of memory: lower batch_size, context_tokens or memory_share); run the "
         "same command again: finished calls are kept"
       ) from error
-    return [_completion(reply, tokenizer) for reply in replies]
+    finally:
+      if running:  # the caller wants no more, even of these
+        engine.abort_request(list(running))
 
 
 def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:
@@ -169,6 +185,7 @@ def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:
     stop_token_ids=list(tokenizer.eos_ids),
     structured_outputs=structure,
     detokenize=False,
+    output_kind=sampling_params.RequestOutputKind.FINAL_ONLY,
   )
 
 

@@ -155,9 +155,10 @@ def _asked(tmp_path, passage, reply):
       def count_tokens(self, messages):
         return 1
 
-      def generate(self, requests):
-        seen.extend(request.messages[-1].content for request in requests)
-        return [_says(reply) for _ in requests]
+      def generate(self, requests, at_once):
+        for place, request in enumerate(requests):
+          seen.append(request.messages[-1].content)
+          yield place, _says(reply)
 
     role = calls_lib.Role("r", Fixed(), 8, 0.0, 1.0, 2)
     pair = _pair(passage)

@@ -81,9 +81,10 @@ class Script:
   def count_tokens(self, messages):
     return len(messages[-1].content)
 
-  def generate(self, requests):
-    self.received += requests
-    return [self.reply(r) for r in requests]
+  def generate(self, requests, at_once):
+    for place, request in enumerate(requests):
+      self.received.append(request)
+      yield place, self.reply(request)
 
 
 def _says(text, finish="stop"):

@@ -23,17 +23,12 @@ class Judge:
   def count_tokens(self, messages):
     return len(messages[-1].content)
 
-  def generate(self, requests):
-    self.received += requests
-    return [
-      engines.Completion(
-        next(said for key, said in self.replies.items() if key in str(r.messages)),
-        "stop",
-        1,
-        1,
-      )
-      for r in requests
-    ]
+  def generate(self, requests, at_once):
+    for place, request in enumerate(requests):
+      self.received.append(request)
+      asked = str(request.messages)
+      said = next(said for key, said in self.replies.items() if key in asked)
+      yield place, engines.Completion(said, "stop", 1, 1)
 
 
 def _role(name, replies):

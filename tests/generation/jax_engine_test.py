@@ -32,20 +32,25 @@ def requests(law):
 
 @pytest.fixture(scope="module")
 def replies(engine, requests):
-  return engine.generate(requests)
+  return engines.in_order(engine, requests)
 
 
 @pytest.mark.slow
 def test_order_batch_mates_and_filling_do_not_matter(engine, requests, replies):
   assert len({jax_engine.padded_width(r.prompt_tokens) for r in replies}) == 2
-  assert engine.generate(requests[::-1]) == replies[::-1]
-  assert engine.generate([requests[2]]) == [replies[2]]
-  assert engine.generate([requests[5], requests[0]]) == [replies[5], replies[0]]
+  assert engines.in_order(engine, requests[::-1]) == replies[::-1]
+  assert engines.in_order(engine, [requests[2]]) == [replies[2]]
+  assert engines.in_order(engine, [requests[5], requests[0]]) == [
+    replies[5],
+    replies[0],
+  ]
 
 
 @pytest.mark.slow
 def test_the_seed_matters(engine, requests, replies):
-  again = engine.generate([r._replace(seed=r.seed - 100) for r in requests[:4]])
+  again = engines.in_order(
+    engine, [r._replace(seed=r.seed - 100) for r in requests[:4]]
+  )
   assert [r.text for r in again] != [r.text for r in replies[:4]]
 
 
@@ -62,7 +67,7 @@ def test_counts_and_finish_reasons(engine, requests, replies, smollm):
 @pytest.mark.slow
 def test_a_reply_that_ends_is_a_stop_without_control_tokens(engine, smollm):
   ask = (records.Message("user", "Say hello."),)
-  (reply,) = engine.generate([engines.Request(ask, 40, 0.0, 1.0, 0)])
+  (reply,) = engines.in_order(engine, [engines.Request(ask, 40, 0.0, 1.0, 0)])
   assert reply.finish_reason == "stop"
   assert 1 < reply.completion_tokens < 40
   assert reply.text
@@ -85,7 +90,7 @@ def test_greedy_equals_transformers(engine, smollm, law):
   rows = [json.loads(line) for line in (law / "test.jsonl").open()][:2]
   for row in rows:
     messages = (records.Message("user", row["question"]),)
-    (reply,) = engine.generate([engines.Request(messages, 16, 0.0, 1.0, 0)])
+    (reply,) = engines.in_order(engine, [engines.Request(messages, 16, 0.0, 1.0, 0)])
     ids = tokenizer.apply_chat_template(
       [m._asdict() for m in messages], add_generation_prompt=True, return_dict=False
     )
@@ -122,7 +127,7 @@ def test_over_the_limit_is_refused(engine):
   ask = (records.Message("user", "x"),)
   assert engine.prompt_limit == 8192
   with pytest.raises(ValueError, match="exceed"):
-    engine.generate([engines.Request(ask, 8192, 0.0, 1.0, 0)])
+    engines.in_order(engine, [engines.Request(ask, 8192, 0.0, 1.0, 0)])
 
 
 def test_bucket_is_a_close_upper_bound_with_four_widths_a_doubling():
@@ -141,6 +146,6 @@ def test_logits_that_are_not_finite_are_an_error_of_the_row(tmp_path, smollm):
   source = str(tiny_run.save_overflowing_model(tmp_path / "model", smollm))
   engine = jax_engine.load(source, dtype="float32", batch_size=2)
   request = engines.Request((records.Message("user", "Hello"),), 4, 1.0, 1.0, 1)
-  (reply,) = engine.generate([request])
+  (reply,) = engines.in_order(engine, [request])
   assert isinstance(reply, errors.UserError)
   assert f"{source} (float32): the model's logits are not finite" in str(reply)

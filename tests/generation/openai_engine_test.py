@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -17,7 +18,7 @@ from raft_jax.generation import calls as calls_lib
 from raft_jax.generation import engines, judging, openai_engine
 from raft_jax.storage import journal as journal_lib
 from raft_jax.storage import records
-from tests.helpers import chat_server
+from tests.helpers import chat_server, refine_driver
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ def connect(server: chat_server.Server, **changes):
 
 def refused(engine, question: engines.Request) -> errors.UserError:
   """The error that stands in the place of the one reply."""
-  (failure,) = engine.generate([question])
+  (failure,) = engines.in_order(engine, [question])
   assert isinstance(failure, errors.UserError)
   assert "\n" not in str(failure)
   return failure
@@ -49,7 +50,7 @@ def test_what_is_sent_and_what_comes_back():
   with chat_server.serving(lambda r: chat_server.says("Hello.")) as server:
     engine = connect(server)
     question = request(reply_schema=judging.REPLY_SCHEMA)
-    (reply,) = engine.generate([question])
+    (reply,) = engines.in_order(engine, [question])
   assert reply == engines.Completion("Hello.", "stop", 7, 5)
   assert server.requests == [
     {
@@ -80,7 +81,7 @@ def test_requests_of_a_batch_are_sent_together_and_answered_in_order():
     return chat_server.says(body["messages"][0]["content"].upper())
 
   with chat_server.serving(answer) as server:
-    replies = connect(server).generate([request(c) for c in "abcdefgh"])
+    replies = engines.in_order(connect(server), [request(c) for c in "abcdefgh"])
   assert "".join(r.text for r in replies) == "ABCDEFGH"
 
 
@@ -89,7 +90,7 @@ def test_a_busy_server_is_asked_again(status):
   busy = chat_server.error(status, "later")
   script = one_after_another(busy, busy, chat_server.says("Now."))
   with chat_server.serving(script) as server:
-    (reply,) = connect(server).generate([request()])
+    (reply,) = engines.in_order(connect(server), [request()])
   assert reply.text == "Now."
   assert len(server.requests) == 3
   assert {r["seed"] for r in server.requests} == {11}
@@ -105,7 +106,6 @@ def test_a_server_that_stays_busy_is_given_up_in_one_line():
 
 def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
   monkeypatch.setattr(openai_engine, "RETRIES", 1)
-  openai_engine._client.cache_clear()
   for_ever = threading.Event()
 
   def answer(body):
@@ -118,7 +118,7 @@ def test_a_reply_that_never_comes_is_a_timeout(monkeypatch):
       failure = refused(engine, request())
     finally:
       for_ever.set()
-  assert "no reply within 0.2 s, 2 times" in str(failure)
+  assert "no whole reply within 0.2 s, 2 times" in str(failure)
   assert isinstance(failure, errors.TryAgainError)
   assert len(server.requests) == 2
 
@@ -166,7 +166,9 @@ def test_one_refused_request_leaves_the_others_be(reply, finish):
     return reply if bad else chat_server.says("Hello.")
 
   with chat_server.serving(answer) as server:
-    replies = connect(server).generate([request("a"), request("bad"), request("b")])
+    replies = engines.in_order(
+      connect(server), [request("a"), request("bad"), request("b")]
+    )
   assert [r.finish_reason for r in replies] == ["stop", finish, "stop"]
 
 
@@ -191,24 +193,54 @@ def test_other_refusals_end_the_run_in_one_line_without_another_try(reply, says)
   assert not isinstance(failure, errors.TryAgainError)
 
 
-def test_what_a_batch_finished_is_kept_where_one_of_it_fails(tmp_path):
-  def answer(body):
-    bad = body["messages"][0]["content"] == "bad"
-    return chat_server.error(422, "no") if bad else chat_server.says("Hello.")
+def _ask_words(server, book, words, at_once=2):
+  role = calls_lib.Role("fuse", connect(server), 12, 0.5, 0.9, at_once)
+  prompts = [(records.Message("user", word),) for word in words]
+  return calls_lib.Calls(book, 0).ask(role, prompts)
 
-  prompts = [(records.Message("user", word),) for word in ("a", "bad", "b", "c")]
+
+def test_after_a_failure_nothing_more_is_sent_and_what_was_sent_is_kept(tmp_path):
+  failed = threading.Event()
+
+  def answer(body):
+    if body["messages"][0]["content"] == "bad":
+      failed.set()
+      return chat_server.error(422, "no")
+    failed.wait(10)
+    time.sleep(0.3)  # the client reads the other reply first
+    return chat_server.says("Hello.")
+
   with (
     chat_server.serving(answer) as server,
     journal_lib.open_journal(tmp_path / "journal.jsonl") as book,
   ):
-    role = calls_lib.Role("fuse", connect(server), 12, 0.5, 0.9, 2)
-    for _ in range(2):
+    for kept in (1, 2):
+      failed.clear()
       with pytest.raises(errors.UserError, match="422"):
-        calls_lib.Calls(book, 0).ask(role, prompts)
-    assert len(book.calls) == 2
+        _ask_words(server, book, ("a", "bad", "b", "c"))
+      assert len(book.calls) == kept
   contents = [each["messages"][0]["content"] for each in server.requests]
-  # The longest first, in pairs; after a failure nothing more.
+  # The longest first.
   assert [sorted(contents[:2]), sorted(contents[2:])] == [["a", "bad"], ["b", "bad"]]
+
+
+def test_a_slow_reply_does_not_hold_up_the_others_nor_their_record(tmp_path):
+  path, recorded = tmp_path / "journal.jsonl", []
+
+  def answer(body):
+    if body["messages"][0]["content"] == "slow":
+      until = time.monotonic() + 10
+      while len(refine_driver.finished(path)) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+      recorded.append(len(refine_driver.finished(path)))
+    return chat_server.says("Hello.")
+
+  with (
+    chat_server.serving(answer) as server,
+    journal_lib.open_journal(path) as book,
+  ):
+    assert len(_ask_words(server, book, ("slow", "a", "b", "c"))) == 4
+  assert recorded == [3]
 
 
 def test_a_server_started_with_room_for_more_is_asked_again(tmp_path, capsys):
@@ -231,7 +263,7 @@ def test_a_server_started_with_room_for_more_is_asked_again(tmp_path, capsys):
 
 def test_half_a_surrogate_pair_becomes_text_that_a_file_takes():
   with chat_server.serving(lambda body: chat_server.says("Yes \ud83d")) as server:
-    (reply,) = connect(server).generate([request()])
+    (reply,) = engines.in_order(connect(server), [request()])
   assert reply.text == "Yes ?"
 
 
@@ -261,7 +293,7 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
       connect(server, api_key_env="NO_SUCH_KEY")
     monkeypatch.setenv("OUR_KEY", "sk-secret")
     engine = connect(server, api_key_env="OUR_KEY")
-    engine.generate([request()])
+    engines.in_order(engine, [request()])
   assert server.keys == ["Bearer sk-secret"]
   assert "secret" not in repr(engine) + engine.identity
 
@@ -270,7 +302,7 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
 def test_thinking_that_the_server_took_out_is_counted(field):
   thought = chat_server.says("Yes.", **{field: "Hm, well."})
   with chat_server.serving(lambda body: thought) as server:
-    (reply,) = connect(server).generate([request()])
+    (reply,) = engines.in_order(connect(server), [request()])
   # 7 + 9 + 8 characters of thinking and 4 of answer in 5 tokens: 5 * 24 / 28 = 4.3.
   assert engines.strip_thinking(reply) == engines.Completion("Yes.", "stop", 7, 5, 4)
 

@@ -45,4 +45,4 @@ def test_lengths_are_checked_before_anything_is_sent(installed, smollm, tmp_path
   assert prompt == len(chat.prompt_ids(chat.load(source), ask))
   request = engines.Request(ask, 129 - prompt, 0.0, 1.0, 0)
   with pytest.raises(ValueError, match="exceed the engine"):
-    engine.generate([request])
+    engines.in_order(engine, [request])

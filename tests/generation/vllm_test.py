@@ -281,7 +281,7 @@ def offline(base, law, tmp_path_factory) -> tuple[pathlib.Path, list[dict]]:
       os.killpg(running.pid, signal.SIGKILL)  # vLLM's own processes
   kept = journalled(output)
   said = call(command)
-  assert "3 calls done, 3 to do" in said
+  assert f"{len(kept)} calls done, {6 - len(kept)} to do" in said
   return output, kept
 
 
@@ -293,9 +293,9 @@ def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
   import transformers
 
   output, kept = offline
-  assert len(kept) == 3
+  assert 3 <= len(kept) < 6
   calls = journalled(output)
-  assert calls[:3] == kept
+  assert calls[: len(kept)] == kept
   assert len({c["key"] for c in calls}) == len(calls)
   texts = [c["value"].get("text", "") for c in calls]
   verdicts = [said for said in texts if '"score"' in said]
@@ -419,11 +419,11 @@ def test_vllm_serve_gives_the_records_that_vllm_gives(offline, base, law, tmp_pa
     engine = openai_engine.connect("smol", base_url=url)
     hello = engines.Request((records.Message("user", "Say hello."),), 40, 0.0, 1.0, 0)
     long = hello._replace(messages=(records.Message("user", "word " * 2000),))
-    replies = engine.generate([hello, long])
+    replies = engines.in_order(engine, [hello, long])
     assert [r.finish_reason for r in replies] == ["stop", "too_long"]
     hot = hello._replace(temperature=1.0)
     hotter = [hot._replace(seed=seed) for seed in (1, 2, 1)]
-    one, two, again = (r.text for r in engine.generate(hotter))
+    one, two, again = (r.text for r in engines.in_order(engine, hotter))
     assert one == again != two
 
   assert refined(output) == refined(offline[0])

@@ -8,6 +8,7 @@ The models are scripted because the matrix needs hundreds of runs; everything du
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,10 +43,19 @@ class Scripted:
   def count_tokens(self, messages) -> int:
     return sum(len(m.content.split()) for m in messages)
 
-  def generate(self, requests: Sequence[engines.Request]) -> list[engines.Completion]:
+  def generate(
+    self, requests: Iterable[engines.Request], at_once: int
+  ) -> Iterator[tuple[int, engines.Completion]]:
+    waiting = enumerate(requests)
+    while batch := list(itertools.islice(waiting, at_once)):
+      yield from self._batch(batch)
+
+  def _batch(
+    self, batch: Sequence[tuple[int, engines.Request]]
+  ) -> list[tuple[int, engines.Completion]]:
     with self._log.open("a") as log:
-      log.writelines(f"{r.seed}\n" for r in requests)
-    return [self._reply(request) for request in requests]
+      log.writelines(f"{request.seed}\n" for _, request in batch)
+    return [(place, self._reply(request)) for place, request in batch]
 
   def _reply(self, request: engines.Request) -> engines.Completion:
     dice = random.Random(request.seed)
@@ -188,7 +198,7 @@ def strike(kind: str, number: int, blow: int = FATAL, times: int = 1) -> None:
   if what == "tear":
     real_append, journal.Journal.append = journal.Journal.append, tear
   elif what == "generate":
-    Scripted.generate = around(Scripted.generate, when == "before")
+    Scripted._batch = around(Scripted._batch, when == "before")
   else:
     setattr(os, what, around(getattr(os, what), when == "before"))
 

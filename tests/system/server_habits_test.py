@@ -51,7 +51,7 @@ def ask(server: chat_server.Server, count: int = 1, **settings):
   message = records.Message("user", "What is a tort?")
   schema = judging.REPLY_SCHEMA
   one = engines.Request((message,), 256, 0.5, 0.9, 11, schema)
-  return engine.generate([one] * count)
+  return engines.in_order(engine, [one] * count)
 
 
 @pytest.mark.parametrize("name", server_habits.HABITS)
