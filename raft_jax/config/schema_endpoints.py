@@ -25,8 +25,9 @@ class ModelEndpoint(Section):
   max_new_tokens: Positive = 256
   """Longest reply, thinking included. A reply that is cut off is not used."""
   batch_size: Positive = 16
-  """Requests at a time. Finished calls are saved after each batch. For vLLM use
-  hundreds."""
+  """Requests in progress. For `vllm` and `openai` the next one begins as soon as one
+  ends; `jax` does one batch after another. Finished calls are saved as they come. For
+  vLLM use hundreds."""
   tensor_parallel: Positive = 1
   """`vllm`: number of devices that share each layer."""
   pipeline_parallel: Positive = 1
@@ -40,7 +41,8 @@ class ModelEndpoint(Section):
   api_key_env: EnvironmentName | None = None
   """`openai`: name of the environment variable that holds the key; never the key."""
   timeout_s: Timeout = 600.0
-  """`openai`: longest wait for one reply in seconds; then it is asked for again."""
+  """`openai`: longest time for one reply in seconds, from the connection to its last
+  byte; then it is asked for again."""
   omit: tuple[Omittable, ...] = ()
   """`openai`: parameters that the server does not take, of `seed`, `top_p`,
   `temperature` and `max_tokens` (sent as max_completion_tokens). One that the server

@@ -8,6 +8,7 @@ every reply; none is recomputed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
@@ -15,8 +16,10 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -142,7 +145,7 @@ class _VllmEngine:
     model = engines.resident(key, lambda: _start(self.source, self.settings), _stop)
     from vllm.v1.engine import exceptions
 
-    engine = model.llm_engine
+    engine, processes = model.llm_engine, set(multiprocessing.active_children())
     running: set[str] = set()
     try:
       while new or running:
@@ -150,7 +153,7 @@ class _VllmEngine:
           sampling = _sampling(request, tokenizer)
           engine.add_request(str(place), {"prompt_token_ids": prompt}, sampling)
           running.add(str(place))
-        for reply in engine.step():
+        for reply in _step(engine, processes):
           if reply.finished:
             running.remove(reply.request_id)
             yield int(reply.request_id), _completion(reply, tokenizer)
@@ -165,6 +168,31 @@ class _VllmEngine:
     finally:
       if running:  # the caller wants no more, even of these
         engine.abort_request(list(running))
+
+
+def _step(engine: Any, processes: set[Any]) -> Any:
+  """`engine.step()`, which waits for ever if vLLM's own process is killed (0.32).
+
+  Args:
+    processes: vLLM's own, all alive.
+  """
+  from vllm.v1.engine import exceptions
+
+  done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+  def step() -> None:
+    try:
+      done.set_result(engine.step())
+    except BaseException as error:
+      done.set_exception(error)
+
+  threading.Thread(target=step, daemon=True).start()  # ends with this process
+  while True:
+    try:
+      return done.result(timeout=1.0)
+    except concurrent.futures.TimeoutError:
+      if not all(process.is_alive() for process in processes):
+        raise exceptions.EngineDeadError from None
 
 
 def _sampling(request: engines.Request, tokenizer: chat.ChatTokenizer) -> Any:

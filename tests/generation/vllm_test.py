@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 import urllib.request
 
 import numpy as np
+import psutil
 import pytest
 
 from raft_jax import errors
@@ -314,6 +316,30 @@ def test_refining_with_vllm_asks_nothing_twice_and_says_what_transformers_says(
     out = network.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
     said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
     assert row.rewrite == said
+
+
+@pytest.mark.slow
+def test_vllm_that_dies_is_one_line_and_loses_no_finished_call(base, law, tmp_path):
+  output = tmp_path / "run"
+  path = refine_config(output, str(base), law, "engine: vllm, context_tokens: 1024")
+  with subprocess.Popen(
+    [vllm_python(), "-m", "raft_jax.refine", "--config", str(path)],
+    env=ENVIRONMENT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as running:
+    deadline = time.monotonic() + 600
+    while not journalled(output) and running.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    for child in psutil.Process(running.pid).children(recursive=True):
+      if "EngineCore" in child.name():
+        child.kill()
+    _, said = running.communicate(timeout=120)
+  assert running.returncode == 2, said
+  assert re.search("(?m)^error: engine vllm: vLLM ended while .* calls are kept$", said)
+  assert journalled(output)
 
 
 @pytest.mark.slow
