@@ -210,6 +210,23 @@ def test_what_else_lies_beside_the_steps_is_no_step(saved):
   assert (folder / "checkpoints/notes").is_dir()
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_an_old_step_that_is_half_deleted_harms_nothing(saved, share):
+  """What a kill leaves that comes while Orbax deletes a step."""
+  folder, state = saved
+  old = folder / "checkpoints/6"
+  files = sorted(path for path in old.rglob("*") if path.is_file())
+  for path in files[: round(len(files) * share)]:
+    path.unlink()
+  restored, number = restore(folder, state)
+  assert number == 7
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  with checkpoint.manager(folder, keep=1) as orbax:
+    checkpoint.save(orbax, 8, state, IDENTITY)
+  assert {path.name for path in (folder / "checkpoints").iterdir()} == {"8"}
+  assert restore(folder, state)[1] == 8
+
+
 def test_values_are_not_cast_to_another_type(saved):
   folder, state = saved
   params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
