@@ -208,6 +208,32 @@ def test_killed_at_any_of_twenty_instants_a_run_ends_with_the_same_bits(
   assert len(found_at) >= 5, found_at  # the instants were instants of the run
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.25, 0.4, 0.8])
+def test_a_second_signal_while_a_checkpoint_is_written_changes_no_bit(
+  tmp_path, source, law, uninterrupted, after_s
+):
+  output = tmp_path / "twice"
+  short_run.write_refined(output, law)
+  path, _ = short_run.make_config(output, source, law)
+  process = short_run.run(path)
+  short_run.wait_for_step(process, output, 1)
+  process.send_signal(signal.SIGTERM)
+  time.sleep(after_s)  # later than signals that count as one
+  process.send_signal(signal.SIGTERM)
+  said, _ = process.communicate(timeout=600)
+  assert process.returncode != 0, said
+  again = short_run.run(path)
+  said, _ = again.communicate(timeout=600)
+  assert again.returncode == 0, said
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_params(output, source),
+    final_params(uninterrupted, source),
+  )
+  assert short_run.rows(output) == short_run.rows(uninterrupted)
+
+
 def test_sigterm_saves_says_how_to_go_on_and_exits_75(
   tmp_path, source, law, uninterrupted
 ):

@@ -485,6 +485,35 @@ def test_compiled_programs_are_kept_unless_the_user_says_where(tmp_path):
   assert cache not in settings
 
 
+COMPILE = """
+import jax, jax.numpy as jnp
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: (x @ x.T).sum())(jnp.ones((8, 4))))
+"""
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a program", None])
+def test_a_damaged_compiled_program_is_compiled_again(tmp_path, damage):
+  def run():
+    done = subprocess.run(
+      [sys.executable, "-c", COMPILE],
+      env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+  first = run()
+  kept = [path for path in tmp_path.rglob("*-cache") if path.is_file()]
+  assert kept
+  for path in kept:
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2] if damage is None else damage)
+  assert run() == first == "256.0\n"
+
+
 def test_jax_has_the_settings_that_are_set_aside():
   import jax
 
