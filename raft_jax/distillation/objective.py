@@ -33,6 +33,8 @@ class Settings(NamedTuple):
     rollout_unroll: layers per iteration of the sampler's scan over layers.
     beta: weight of the teacher in the Jensen-Shannon divergence; None for a KL.
     teacher_decoder: the teacher's network; None if it is the student's.
+    on_answers: whether every trajectory is the answer, so that the hidden states which
+      predict the answer serve both losses.
     row_losses: whether a step also returns the cross-entropy of each row.
     token_rule: None if the answers' tokens count alike, or by weights of the batch.
     router_loss: weight of the load-balancing loss of a mixture of experts.
@@ -59,6 +61,7 @@ class Settings(NamedTuple):
   skip_first: int
   mask_eos: bool
   router_loss: float = 0.0
+  on_answers: bool = False
 
   @property
   def mass_temperature(self) -> float:
@@ -201,9 +204,14 @@ def loss_terms(
   """
   if not settings.cross_entropy:
     batch = batch._replace(answer_BA=batch.answer_BA[:, :0])
+  apart = trajectory
+  if settings.on_answers:
+    apart = sequences.empty_trajectory(batch.answer_BA.shape[0])
   answer_BAD, rollout_BRD, load = sequences.student_pass(
-    params, settings.decoder, batch, trajectory, settings.compute
+    params, settings.decoder, batch, apart, settings.compute
   )
+  if settings.on_answers:
+    rollout_BRD = answer_BAD
   embedding_VD = param_sharding.gathered_head(params, settings.compute.dtype)
   terms = {"sft": jnp.float32(0), "kd": jnp.float32(0)}
   answer_aux: dict[str, Any] = {}

@@ -168,7 +168,8 @@ def read_metrics(
     values |= metrics_log.rollout_health(rollout_BR, length_B, texts, plan.leak_phrases)
     tokens["rollout"] = length_B.sum()
     tokens["teacher"] = batch.teacher_length_B.sum() + length_B.sum()
-    tokens["update"] += length_B.sum()
+    if not plan.settings.on_answers:  # or they are the answers, which are read once
+      tokens["update"] += length_B.sum()
   if status is not None:
     check_rollouts(status, batch.row_id_B, dispatched.step)
     values["rollout_ended"] = float(np.mean(status.ended_B))

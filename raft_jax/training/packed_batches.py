@@ -119,6 +119,8 @@ def student_parts(plan: run_plan.RunPlan, batch: batching.Batch, step: int) -> P
   if not plan.settings.cross_entropy:
     answer_length_B, answer_width = np.zeros_like(answer_length_B), 0
   length_B, width = _trajectory(plan, batch, step)
+  if plan.settings.on_answers:
+    length_B, width = np.zeros_like(length_B), 0
   return Parts(
     np.stack([batch.prompt_length_B, answer_length_B, length_B], axis=1),
     (batch.prompt_BP.shape[1], answer_width, width),

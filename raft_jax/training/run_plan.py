@@ -296,6 +296,7 @@ def make_settings(
     row_losses=mssr.is_adaptive(config.replay),
     token_rule=make_token_rule(config.token_weights, model.source, decoder.vocab_size),
     router_loss=train.router_loss,
+    on_answers=train.cross_entropy and distill.trajectory == "answer",
   )
 
 

@@ -92,6 +92,39 @@ def test_packed_losses_equal_each_sequence_on_its_own():
   np.testing.assert_allclose(alone, sft, rtol=1e-5)
 
 
+def test_answers_that_are_compared_are_read_once():
+  """The same losses and gradients as with the answer a second time, as a trajectory."""
+  params, batch, _, _ = tiny_step.setting()
+  answers = sequences.Trajectory(batch.answer_BA, batch.answer_length_B)
+  # A teacher of its own: the student's divergence from itself has no gradient.
+  teacher = jax.tree.map(lambda leaf: 1.1 * leaf, params)
+  support = tiny_step.score_teacher(teacher, batch, answers)
+  weights = objective.mean_weights(batch, answers, tiny_step.SETTINGS)
+
+  @functools.partial(jax.jit, static_argnames="settings")
+  def value_and_gradient(params, settings):
+    def total(params):
+      terms, _ = objective.loss_terms(
+        params, batch, answers, support, weights, settings=settings
+      )
+      return terms["sft"] + 3 * terms["kd"], terms
+
+    return jax.value_and_grad(total, has_aux=True)(params)
+
+  twice = value_and_gradient(params, tiny_step.SETTINGS)
+  settings = tiny_step.SETTINGS._replace(on_answers=True)
+  once = value_and_gradient(params, settings)
+  assert float(once[0][1]["kd"]) > 0.01
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), once, twice
+  )
+  flops = [
+    value_and_gradient.lower(params, settings=each).cost_analysis()["flops"]
+    for each in (settings, tiny_step.SETTINGS)
+  ]
+  assert flops[0] < 0.85 * flops[1]
+
+
 def test_the_trajectory_cannot_see_the_answer():
   params, batch, trajectory, _ = tiny_step.setting()
   other = batch._replace(answer_BA=(batch.answer_BA + 1) % 97)
